@@ -1,0 +1,165 @@
+// Python bindings of the core: pointers, checks that memory safety needs, OpenMP. No logic.
+#include <omp.h>
+#include <pthread.h>
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <atomic>
+#include <optional>
+#include <stdexcept>
+
+#include "../cpp/spfmt.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using PlanPtr = std::shared_ptr<const spfmt::Plan>;
+struct PyPlan {
+  PlanPtr plan;
+  int64_t rows, cols;
+};
+
+// libgomp's threads do not survive fork(): a parallel region in the child would wait for ever.
+std::atomic<bool> forked_child{false};
+
+void openmp_for_each(void* context, int64_t n, void (*body)(void*, int64_t), void* arg) {
+  const int threads = *static_cast<int*>(context);
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
+  for (int64_t i = 0; i < n; ++i) body(arg, i);
+}
+
+int available_threads() { return forked_child ? 1 : omp_get_max_threads(); }
+
+void require(bool ok, const char* message) {
+  if (!ok) throw std::invalid_argument(message);
+}
+
+template <class T>
+bool holds(const py::array& a) {
+  return py::isinstance<py::array_t<T>>(a);
+}
+
+template <class T>
+using Contiguous = py::array_t<T, py::array::c_style>;
+
+PyPlan lists_plan(int64_t rows, int64_t cols, const Contiguous<int64_t>& indptr,
+                  const Contiguous<int32_t>& col_indices) {
+  require(rows >= 0 && indptr.size() == rows + 1, "indptr needs rows + 1 entries");
+  require(indptr.data()[rows] == col_indices.size(), "indptr does not end at the last column index");
+  const spfmt::RowLists view{rows, cols, indptr.data(), col_indices.data()};
+  const std::string error = spfmt::validate(view);
+  require(error.empty(), error.c_str());
+  return {spfmt::make_plan(view), rows, cols};
+}
+
+PyPlan groups_plan(int64_t rows, int64_t cols, const Contiguous<int32_t>& row_perm,
+                   const Contiguous<int64_t>& row_ptr, const Contiguous<int64_t>& col_begin,
+                   const Contiguous<int64_t>& col_end, const Contiguous<int32_t>& col_indices,
+                   const Contiguous<int64_t>& value_ptr) {
+  const int64_t tiles = col_begin.size();
+  require(row_perm.size() == rows, "row_perm needs one entry per row");
+  require(row_ptr.size() == tiles + 1 && value_ptr.size() == tiles + 1 && col_end.size() == tiles,
+          "row_ptr and value_ptr need tiles + 1 entries, col_begin and col_end one per tile");
+  const spfmt::RowGroups view{rows,           cols,           tiles,
+                              col_indices.size(), row_perm.data(), row_ptr.data(),
+                              col_begin.data(), col_end.data(), col_indices.data(),
+                              value_ptr.data()};
+  const std::string error = spfmt::validate(view);
+  require(error.empty(), error.c_str());
+  return {spfmt::make_plan(view), rows, cols};
+}
+
+// A two-dimensional operand (features, samples) with whole-element strides.
+template <class T>
+spfmt::Matrix<T> matrix(const py::array& a, bool writable, int64_t rows, int64_t cols) {
+  require(holds<std::remove_const_t<T>>(a) && a.ndim() == 2, "operand has the wrong dtype or rank");
+  require(a.shape(0) == rows && a.shape(1) == cols, "operand has the wrong shape");
+  require(!writable || a.writeable(), "output is read-only");
+  constexpr int64_t size = sizeof(T);
+  require(a.strides(0) % size == 0 && a.strides(1) % size == 0, "strides split elements");
+  return {static_cast<T*>(const_cast<void*>(a.data())), a.shape(0), a.shape(1), a.strides(0) / size,
+          a.strides(1) / size};
+}
+
+template <class T>
+T* vector(const py::array& a, int64_t least) {
+  require(holds<T>(a) && a.ndim() == 1 && a.size() >= least, "vector has the wrong dtype or length");
+  require(a.size() <= 1 || a.strides(0) == sizeof(T), "vector is not contiguous");
+  return static_cast<T*>(const_cast<void*>(a.data()));
+}
+
+template <class T>
+void run_typed(const spfmt::Kernel& kernel, const PyPlan& plan, const py::array& values, int64_t version,
+               const py::array& a, const std::optional<py::array>& b,
+               const std::optional<py::array>& out, const std::optional<py::array>& bias, int threads) {
+  require(a.ndim() == 2, "operand is not two-dimensional");
+  const int64_t batch = a.shape(1);
+  const int64_t in_rows = kernel.op == spfmt::Op::spmm ? plan.cols : plan.rows;
+  spfmt::Args<T> args{};
+  args.values = vector<T>(values, spfmt::plan_nnz(*plan.plan));
+  args.values_version = version;
+  args.in = matrix<const T>(a, false, in_rows, batch);
+  if (kernel.op == spfmt::Op::sddmm) {
+    require(b.has_value() && values.writeable(), "sddmm needs X and writable values");
+    args.in2 = matrix<const T>(*b, false, plan.cols, batch);
+  } else {
+    require(out.has_value(), "output is missing");
+    args.out = matrix<T>(*out, true, plan.rows + plan.cols - in_rows, batch);
+  }
+  if (bias.has_value()) args.bias = vector<T>(*bias, plan.rows);
+  const spfmt::Executor executor{threads, &threads, openmp_for_each};
+  const py::gil_scoped_release release;
+  spfmt::run(kernel, *plan.plan, args, threads > 1 ? executor : spfmt::serial_executor());
+}
+
+void run(size_t index, const PyPlan& plan, const py::array& values, int64_t version, const py::array& a,
+         const std::optional<py::array>& b, const std::optional<py::array>& out,
+         const std::optional<py::array>& bias, int threads) {
+  const spfmt::Kernel& kernel = spfmt::kernel_table().at(index);
+  require(spfmt::isa_supported(kernel.isa), "this CPU lacks the kernel's instructions");
+  if (forked_child) threads = 1;
+  if (kernel.dtype == spfmt::DType::f32) {
+    run_typed<float>(kernel, plan, values, version, a, b, out, bias, threads);
+  } else {
+    run_typed<double>(kernel, plan, values, version, a, b, out, bias, threads);
+  }
+}
+
+py::list kernel_table() {
+  py::list rows;
+  for (const spfmt::Kernel& k : spfmt::kernel_table()) {
+    rows.append(py::make_tuple(spfmt::op_name(k.op), k.format, spfmt::dtype_name(k.dtype),
+                               spfmt::isa_name(k.isa), spfmt::isa_supported(k.isa)));
+  }
+  return rows;
+}
+
+py::array_t<int32_t> group_rows_by_counts(const Contiguous<uint8_t>& counts) {
+  require(counts.ndim() == 2, "counts must be (rows, chunks)");
+  const auto order = spfmt::group_rows_by_counts(counts.data(), counts.shape(0), counts.shape(1));
+  return py::array_t<int32_t>(order.size(), order.data());
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_kernels, m) {
+  m.doc() = "Compiled kernels of spfmt. Use spfmt.ops; this module checks only what memory needs.";
+  pthread_atfork(nullptr, nullptr, [] { forked_child = true; });
+  py::class_<PyPlan>(m, "Plan")
+      .def_property_readonly("nnz", [](const PyPlan& p) { return spfmt::plan_nnz(*p.plan); })
+      .def_property_readonly("nbytes", [](const PyPlan& p) { return spfmt::plan_nbytes(*p.plan); });
+  m.def("lists_plan", &lists_plan, py::arg("rows"), py::arg("cols"), py::arg("indptr").noconvert(),
+        py::arg("col_indices").noconvert());
+  m.def("groups_plan", &groups_plan, py::arg("rows"), py::arg("cols"), py::arg("row_perm").noconvert(),
+        py::arg("row_ptr").noconvert(), py::arg("col_begin").noconvert(), py::arg("col_end").noconvert(),
+        py::arg("col_indices").noconvert(), py::arg("value_ptr").noconvert());
+  m.def("run", &run, py::arg("kernel"), py::arg("plan"), py::arg("values"), py::arg("version"),
+        py::arg("a"), py::arg("b").none(true), py::arg("out").none(true), py::arg("bias").none(true),
+        py::arg("threads"));
+  m.def("kernel_table", &kernel_table, "Rows (op, format, dtype, isa, supported).");
+  m.def("active_isa", [] { return spfmt::isa_name(spfmt::active_isa()); });
+  m.def("available_threads", &available_threads);
+  m.def("group_rows_by_counts", &group_rows_by_counts, py::arg("counts").noconvert());
+}

@@ -1,0 +1,136 @@
+// Drivers of RowGroups products. Weights are used where the caller keeps them: nothing is repacked.
+#include "drivers.h"
+#include "panels.h"
+
+namespace spfmt {
+namespace {
+
+template <class T>
+void spmm_panels(const Tiles<T>& tiles, const Plan& plan, const Args<T>& args, const Executor& executor) {
+  const RowGroups& a = plan.groups();
+  const bool direct = args.out.col_stride == 1;
+  const int64_t step = std::min<int64_t>(16, std::max<int64_t>(1, a.tiles));
+  const int64_t chunks = (a.tiles + step - 1) / step;
+  for_strips(args.in.cols, [&](int64_t begin, int64_t end) {
+    const PanelSet<T> x(a.cols, begin, end);
+    x.pack(tiles, args.in, executor);
+    const PanelSet<T> y(direct ? 0 : a.rows, begin, end);
+    for_each(executor, x.size() * chunks, [&](int64_t k) {
+      const int64_t i = k / chunks, tile = k % chunks * step;
+      Panel<const T> panel = x.read(i);
+      if (!direct) panel.samples = panel.width;  // scratch takes whole vectors
+      T* out = direct ? args.out.data + x.sample(i) : y[i].data;
+      const int64_t ldy = direct ? args.out.row_stride : y[i].width;
+      tiles.groups_panel(a, args.values, panel, args.bias, out, ldy, tile,
+                         std::min(a.tiles, tile + step));
+    });
+    if (!direct) y.unpack(tiles, args.out, executor);
+  });
+}
+
+// A panel accumulates all tiles in order, so panels are the only parallel work. They are narrowed
+// until every thread has one; the width does not change any sum.
+int panel_width(int64_t batch, int threads) {
+  int width = kPanel;
+  while (width > kRowTile && (batch + width - 1) / width < threads) width /= 2;
+  return width;
+}
+
+template <class T>
+void spmm_t_panels(const Tiles<T>& tiles, const Plan& plan, const Args<T>& args,
+                   const Executor& executor) {
+  const RowGroups& a = plan.groups();
+  for_strips(args.in.cols, [&](int64_t begin, int64_t end) {
+    const int width = panel_width(end - begin, executor.threads);
+    const PanelSet<T> dy(a.rows, begin, end, width), dx(a.cols, begin, end, width);
+    for_each(executor, dx.size(), [&](int64_t i) {
+      tiles.pack(samples_from(args.in, dy.sample(i)), dy[i], 0, a.rows);
+      std::fill_n(dx[i].data, a.cols * dx[i].width, T(0));
+      tiles.groups_t_panel(a, args.values, dy.read(i), dx[i]);
+      tiles.unpack(dx.read(i), samples_from(args.out, dx.sample(i)), 0, a.cols);
+    });
+  });
+}
+
+// Rows of dY gathered tile by tile, so that every tile's rows are one vector.
+template <class T>
+std::unique_ptr<Buffer> gather_tiles(const RowGroups& a, const Matrix<const T>& dy) {
+  auto buffer = std::make_unique<Buffer>(sizeof(T) * dy.cols * a.tiles * kRowTile);
+  T* to = buffer->template as<T>();
+  std::fill_n(to, dy.cols * a.tiles * kRowTile, T(0));
+  for (int64_t b = 0; b < dy.cols; ++b) {
+    for (int64_t t = 0; t < a.tiles; ++t, to += kRowTile) {
+      for (int64_t i = a.row_ptr[t]; i < a.row_ptr[t + 1]; ++i) {
+        to[i - a.row_ptr[t]] = dy.data[a.row_perm[i] * dy.row_stride + b * dy.col_stride];
+      }
+    }
+  }
+  return buffer;
+}
+
+template <class T>
+void spmm_t_tokens(const Tiles<T>& tiles, const Plan& plan, const Args<T>& args,
+                   const Executor& executor) {
+  const RowGroups& a = plan.groups();
+  const ColumnEntries& entries = plan.columns().view;
+  const auto dy = gather_tiles(a, args.in);
+  for_ranges(executor, a.cols, range_step(executor, a.cols), [&](int64_t begin, int64_t end) {
+    for_tokens(args.in.cols, [&](int64_t b, int n) {
+      tiles.groups_t_tokens(a, entries, args.values, dy->template as<T>() + b * a.tiles * kRowTile, n,
+                            samples_from(args.out, b), begin, end);
+    });
+  });
+}
+
+}  // namespace
+
+template <class T>
+void groups_spmm(const Tiles<T>& tiles, const Plan& plan, const Args<T>& args, const Executor& all) {
+  if (args.out.rows == 0 || args.out.cols == 0) return;
+  const RowGroups& a = plan.groups();
+  const Executor executor = for_work(all, plan.nnz() * args.in.cols);
+  if (args.in.cols >= kTokenLimit) return spmm_panels(tiles, plan, args, executor);
+  const Tokens<T> x(args.in);
+  for_ranges(executor, a.tiles, range_step(executor, a.tiles), [&](int64_t begin, int64_t end) {
+    for_tokens(args.in.cols, [&](int64_t b, int n) {
+      tiles.groups_tokens(a, args.values, x[b], x.stride(), n, args.bias, samples_from(args.out, b),
+                          begin, end);
+    });
+  });
+}
+
+template <class T>
+void groups_spmm_t(const Tiles<T>& tiles, const Plan& plan, const Args<T>& args, const Executor& all) {
+  if (args.out.rows == 0 || args.out.cols == 0) return;
+  const Executor executor = for_work(all, plan.nnz() * args.in.cols);
+  if (args.in.cols < kTokenLimit) {
+    spmm_t_tokens(tiles, plan, args, executor);
+  } else {
+    spmm_t_panels(tiles, plan, args, executor);
+  }
+}
+
+template <class T>
+void groups_sddmm(const Tiles<T>& tiles, const Plan& plan, const Args<T>& args, const Executor& all) {
+  const RowGroups& a = plan.groups();
+  std::fill_n(args.values, args.in.cols == 0 ? plan.nnz() : 0, T(0));
+  const Executor executor = for_work(all, plan.nnz() * args.in.cols);
+  for_strips(args.in.cols, [&](int64_t begin, int64_t end) {
+    const PanelSet<T> dy(a.rows, begin, end), x(a.cols, begin, end);
+    dy.pack(tiles, args.in, executor);
+    x.pack(tiles, args.in2, executor);
+    for_ranges(executor, a.tiles, range_step(executor, a.tiles), [&](int64_t first, int64_t last) {
+      tiles.groups_sddmm(a, dy.read(), x.read(), static_cast<int>(x.size()), begin > 0, args.values,
+                         first, last);
+    });
+  });
+}
+
+template void groups_spmm(const Tiles<float>&, const Plan&, const Args<float>&, const Executor&);
+template void groups_spmm(const Tiles<double>&, const Plan&, const Args<double>&, const Executor&);
+template void groups_spmm_t(const Tiles<float>&, const Plan&, const Args<float>&, const Executor&);
+template void groups_spmm_t(const Tiles<double>&, const Plan&, const Args<double>&, const Executor&);
+template void groups_sddmm(const Tiles<float>&, const Plan&, const Args<float>&, const Executor&);
+template void groups_sddmm(const Tiles<double>&, const Plan&, const Args<double>&, const Executor&);
+
+}  // namespace spfmt

@@ -1,0 +1,8 @@
+// AVX2 level: compiled with -mavx2 -mfma, entered only where the CPU has both.
+#include "../simd/avx2.h"
+
+#include "../kernels/table-inl.h"
+
+namespace spfmt {
+const Tiles<float>& avx2_tiles() { return tiles_of<Avx2Simd>(); }
+}  // namespace spfmt

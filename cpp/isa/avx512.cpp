@@ -1,0 +1,8 @@
+// AVX-512 level: compiled with -mavx512{f,bw,dq,vl}, entered only where the CPU has all.
+#include "../simd/avx512.h"
+
+#include "../kernels/table-inl.h"
+
+namespace spfmt {
+const Tiles<float>& avx512_tiles() { return tiles_of<Avx512Simd>(); }
+}  // namespace spfmt

@@ -1,0 +1,102 @@
+// Moving samples between a caller's strides and panels. Included once per ISA level.
+#pragma once
+
+#include "../tiles.h"
+
+namespace spfmt {
+namespace {
+
+// Samples are contiguous: copy runs.
+template <class S, class T = typename S::T>
+void pack_rows(Strided<const T> from, const Panel<T>& to, int64_t begin, int64_t end) noexcept {
+  for (int64_t f = begin; f < end; ++f) {
+    const T* src = from.data + f * from.feature_stride;
+    T* dst = to.data + f * to.width;
+    for (int b = 0; b < to.width; b += kLanes) {
+      const int n = to.samples - b;
+      S::store(dst + b, n >= kLanes ? S::load(src + b) : S::load(src + b, n));
+    }
+  }
+}
+
+// Features are contiguous: transpose 16 x 16 tiles in registers.
+template <class S, class T = typename S::T>
+void pack_transpose(Strided<const T> from, const Panel<T>& to, int64_t begin, int64_t end) noexcept {
+  for (int b = 0; b < to.width; b += kLanes) {
+    for (int64_t f = begin; f < end; f += kLanes) {
+      const int nf = end - f < kLanes ? static_cast<int>(end - f) : kLanes;
+      typename S::V tile[kLanes];
+      for (int i = 0; i < kLanes; ++i) {
+        const T* src = from.data + (b + i) * from.sample_stride + f;
+        tile[i] = b + i >= to.samples ? S::zero() : nf == kLanes ? S::load(src) : S::load(src, nf);
+      }
+      S::transpose(tile);
+      for (int i = 0; i < nf; ++i) S::store(to.data + (f + i) * to.width + b, tile[i]);
+    }
+  }
+}
+
+template <class S, class T = typename S::T>
+void pack(Strided<const T> from, const Panel<T>& to, int64_t begin, int64_t end) noexcept {
+  if (from.sample_stride == 1) return pack_rows<S>(from, to, begin, end);
+  if (from.feature_stride == 1) return pack_transpose<S>(from, to, begin, end);
+  for (int64_t f = begin; f < end; ++f) {
+    for (int b = 0; b < to.width; ++b) {
+      const T* src = from.data + f * from.feature_stride + b * from.sample_stride;
+      to.data[f * to.width + b] = b < to.samples ? *src : T(0);
+    }
+  }
+}
+
+template <class S, class T = typename S::T>
+void unpack_rows(const Panel<const T>& from, Strided<T> to, int64_t begin, int64_t end) noexcept {
+  for (int64_t f = begin; f < end; ++f) {
+    const T* src = from.data + f * from.width;
+    T* dst = to.data + f * to.feature_stride;
+    for (int b = 0; b < from.samples; b += kLanes) {
+      const int n = from.samples - b;
+      if (n >= kLanes) {
+        S::store(dst + b, S::load(src + b));
+      } else {
+        S::store(dst + b, S::load(src + b, n), n);
+      }
+    }
+  }
+}
+
+template <class S, class T = typename S::T>
+void unpack_transpose(const Panel<const T>& from, Strided<T> to, int64_t begin, int64_t end) noexcept {
+  for (int64_t f = begin; f < end; f += kLanes) {
+    const int nf = end - f < kLanes ? static_cast<int>(end - f) : kLanes;
+    for (int b = 0; b < from.samples; b += kLanes) {
+      typename S::V tile[kLanes];
+      for (int i = 0; i < kLanes; ++i) {
+        tile[i] = i < nf ? S::load(from.data + (f + i) * from.width + b) : S::zero();
+      }
+      S::transpose(tile);
+      const int nb = from.samples - b < kLanes ? from.samples - b : kLanes;
+      for (int i = 0; i < nb; ++i) {
+        T* dst = to.data + (b + i) * to.sample_stride + f;
+        if (nf == kLanes) {
+          S::store(dst, tile[i]);
+        } else {
+          S::store(dst, tile[i], nf);
+        }
+      }
+    }
+  }
+}
+
+template <class S, class T = typename S::T>
+void unpack(const Panel<const T>& from, Strided<T> to, int64_t begin, int64_t end) noexcept {
+  if (to.sample_stride == 1) return unpack_rows<S>(from, to, begin, end);
+  if (to.feature_stride == 1) return unpack_transpose<S>(from, to, begin, end);
+  for (int64_t f = begin; f < end; ++f) {
+    for (int b = 0; b < from.samples; ++b) {
+      to.data[f * to.feature_stride + b * to.sample_stride] = from.data[f * from.width + b];
+    }
+  }
+}
+
+}  // namespace
+}  // namespace spfmt

@@ -1,0 +1,294 @@
+// Products of RowGroups (shuffled block, HRBP). Included once per ISA level.
+#pragma once
+
+#include "../tiles.h"
+
+namespace spfmt {
+namespace {
+
+struct GroupTile {
+  const int32_t* row;
+  const int32_t* col;
+  int rows;
+  int64_t cols;
+  int64_t value;
+};
+
+inline GroupTile group_tile(const RowGroups& a, int64_t t) noexcept {
+  return {a.row_perm + a.row_ptr[t], a.col_indices + a.col_begin[t],
+          static_cast<int>(a.row_ptr[t + 1] - a.row_ptr[t]), a.col_end[t] - a.col_begin[t],
+          a.value_ptr[t]};
+}
+
+// RB rows by NV vectors of samples stay in registers while the tile's columns pass by.
+template <class S, int RB, int NV, class T = typename S::T>
+inline void tile_panel(const GroupTile& g, const T* w, int first, const T* x, int64_t width,
+                       const T* bias, T* y, int64_t ldy, int last) noexcept {
+  typename S::V acc[RB][NV];
+  for (int i = 0; i < RB; ++i) {
+    const auto start = S::set1(bias ? bias[g.row[first + i]] : T(0));
+    for (int v = 0; v < NV; ++v) acc[i][v] = start;
+  }
+  const T* weight = w + first;
+  for (int64_t j = 0; j < g.cols; ++j, weight += g.rows) {
+    const T* xj = x + g.col[j] * width;
+    typename S::V xv[NV];
+    for (int v = 0; v < NV; ++v) xv[v] = S::load(xj + v * kLanes);
+    for (int i = 0; i < RB; ++i) {
+      const auto wi = S::set1(weight[i]);
+      for (int v = 0; v < NV; ++v) acc[i][v] = S::fma(wi, xv[v], acc[i][v]);
+    }
+  }
+  for (int i = 0; i < RB; ++i) {
+    T* out = y + g.row[first + i] * ldy;
+    for (int v = 0; v < NV - 1; ++v) S::store(out + v * kLanes, acc[i][v]);
+    if (last == kLanes) {
+      S::store(out + (NV - 1) * kLanes, acc[i][NV - 1]);
+    } else {
+      S::store(out + (NV - 1) * kLanes, acc[i][NV - 1], last);
+    }
+  }
+}
+
+template <class S, int NV, class T = typename S::T>
+void groups_panel_nv(const RowGroups& a, const T* values, const T* x, int64_t width, int last,
+                     const T* bias, T* y, int64_t ldy, int64_t begin, int64_t end) noexcept {
+  for (int64_t t = begin; t < end; ++t) {
+    const GroupTile g = group_tile(a, t);
+    const T* w = values + g.value;
+    int i = 0;
+    for (; i + 4 <= g.rows; i += 4) tile_panel<S, 4, NV>(g, w, i, x, width, bias, y, ldy, last);
+    if (i + 2 <= g.rows) {
+      tile_panel<S, 2, NV>(g, w, i, x, width, bias, y, ldy, last);
+      i += 2;
+    }
+    if (i < g.rows) tile_panel<S, 1, NV>(g, w, i, x, width, bias, y, ldy, last);
+  }
+}
+
+template <class S, class T = typename S::T>
+void groups_panel(const RowGroups& a, const T* values, const Panel<const T>& x, const T* bias, T* y,
+                  int64_t ldy, int64_t begin, int64_t end) noexcept {
+  // A few tiles at a time, so that a level with narrow registers revisits weights in L1.
+  constexpr int64_t kStep = 8;
+  for (int64_t t = begin; t < end; t += kStep) {
+    const int64_t stop = t + kStep < end ? t + kStep : end;
+    for (int b = 0; b < x.width; b += S::kBlockVecs * kLanes) {
+      const int vecs = (x.width - b) / kLanes;
+      const int nv = vecs < S::kBlockVecs ? vecs : S::kBlockVecs;
+      const int rest = x.samples - b - (nv - 1) * kLanes;
+      const int last = rest < kLanes ? rest : kLanes;
+      const auto call = [&](auto tile) {
+        tile(a, values, x.data + b, x.width, last, bias, y + b, ldy, t, stop);
+      };
+      if constexpr (S::kBlockVecs == 1) {
+        call(groups_panel_nv<S, 1>);
+      } else {
+        nv == 4   ? call(groups_panel_nv<S, 4>)
+        : nv == 3 ? call(groups_panel_nv<S, 3>)
+        : nv == 2 ? call(groups_panel_nv<S, 2>)
+                  : call(groups_panel_nv<S, 1>);
+      }
+    }
+  }
+}
+
+// Lanes = the tile's rows: a broadcast x and a contiguous run of weights per column, no gather.
+// CH chains per token hide the FMA latency when there are few tokens.
+template <class S, int N, int CH, bool kWhole, class T = typename S::T>
+inline void tile_tokens(const GroupTile& g, const T* w, const T* x, int64_t ldx,
+                        typename S::V* out) noexcept {
+  typename S::V acc[CH][N];
+  for (int c = 0; c < CH; ++c) {
+    for (int b = 0; b < N; ++b) acc[c][b] = S::zero();
+  }
+  const auto weights = [&](int64_t j) {
+    return kWhole ? S::load(w + j * kLanes) : S::load(w + j * g.rows, g.rows);
+  };
+  int64_t j = 0;
+  for (; j + CH <= g.cols; j += CH) {
+    for (int c = 0; c < CH; ++c) {
+      const auto wj = weights(j + c);
+      const T* xj = x + g.col[j + c];
+      for (int b = 0; b < N; ++b) acc[c][b] = S::fma(wj, S::set1(xj[b * ldx]), acc[c][b]);
+    }
+  }
+  for (; j < g.cols; ++j) {
+    const auto wj = weights(j);
+    const T* xj = x + g.col[j];
+    for (int b = 0; b < N; ++b) acc[0][b] = S::fma(wj, S::set1(xj[b * ldx]), acc[0][b]);
+  }
+  for (int b = 0; b < N; ++b) {
+    out[b] = acc[0][b];
+    for (int c = 1; c < CH; ++c) out[b] = S::add(out[b], acc[c][b]);
+  }
+}
+
+template <class S, int N, class T = typename S::T>
+void groups_tokens_n(const RowGroups& a, const T* values, const T* x, int64_t ldx, const T* bias,
+                     Strided<T> y, int64_t begin, int64_t end) noexcept {
+  constexpr int kChains = N == 1 ? 4 : N == 2 ? 2 : 1;
+  for (int64_t t = begin; t < end; ++t) {
+    const GroupTile g = group_tile(a, t);
+    typename S::V out[N];
+    if (g.rows == kLanes) {
+      tile_tokens<S, N, kChains, true>(g, values + g.value, x, ldx, out);
+    } else {
+      tile_tokens<S, N, kChains, false>(g, values + g.value, x, ldx, out);
+    }
+    for (int b = 0; b < N; ++b) {
+      T lane[kLanes];
+      S::store(lane, out[b]);
+      for (int i = 0; i < g.rows; ++i) {
+        y.data[g.row[i] * y.feature_stride + b * y.sample_stride] =
+            lane[i] + (bias ? bias[g.row[i]] : T(0));
+      }
+    }
+  }
+}
+
+template <class S, class T = typename S::T>
+void groups_tokens(const RowGroups& a, const T* values, const T* x, int64_t ldx, int n, const T* bias,
+                   Strided<T> y, int64_t begin, int64_t end) noexcept {
+  const auto call = [&](auto body) { body(a, values, x, ldx, bias, y, begin, end); };
+  n == 1   ? call(groups_tokens_n<S, 1>)
+  : n == 2 ? call(groups_tokens_n<S, 2>)
+  : n == 3 ? call(groups_tokens_n<S, 3>)
+           : call(groups_tokens_n<S, 4>);
+}
+
+// CB columns of dX by NV vectors stay in registers while the tile's rows of dY pass by.
+template <class S, int CB, int NV, class T = typename S::T>
+inline void tile_t_panel(const GroupTile& g, const T* w, const int32_t* col, const T* dy, int64_t width,
+                         T* dx) noexcept {
+  typename S::V acc[CB][NV];
+  for (int c = 0; c < CB; ++c) {
+    for (int v = 0; v < NV; ++v) acc[c][v] = S::load(dx + col[c] * width + v * kLanes);
+  }
+  for (int i = 0; i < g.rows; ++i) {
+    const T* dyi = dy + g.row[i] * width;
+    typename S::V d[NV];
+    for (int v = 0; v < NV; ++v) d[v] = S::load(dyi + v * kLanes);
+    for (int c = 0; c < CB; ++c) {
+      const auto wi = S::set1(w[c * g.rows + i]);
+      for (int v = 0; v < NV; ++v) acc[c][v] = S::fma(wi, d[v], acc[c][v]);
+    }
+  }
+  for (int c = 0; c < CB; ++c) {
+    for (int v = 0; v < NV; ++v) S::store(dx + col[c] * width + v * kLanes, acc[c][v]);
+  }
+}
+
+template <class S, int NV, class T = typename S::T>
+void groups_t_panel_nv(const RowGroups& a, const T* values, const T* dy, int64_t width, T* dx) noexcept {
+  for (int64_t t = 0; t < a.tiles; ++t) {
+    const GroupTile g = group_tile(a, t);
+    const T* w = values + g.value;
+    int64_t j = 0;
+    for (; j + 4 <= g.cols; j += 4) {
+      tile_t_panel<S, 4, NV>(g, w + j * g.rows, g.col + j, dy, width, dx);
+    }
+    for (; j < g.cols; ++j) tile_t_panel<S, 1, NV>(g, w + j * g.rows, g.col + j, dy, width, dx);
+  }
+}
+
+template <class S, class T = typename S::T>
+void groups_t_panel(const RowGroups& a, const T* values, const Panel<const T>& dy,
+                    const Panel<T>& dx) noexcept {
+  for (int b = 0; b < dy.width; b += S::kBlockVecs * kLanes) {
+    const int vecs = (dy.width - b) / kLanes;
+    const int nv = vecs < S::kBlockVecs ? vecs : S::kBlockVecs;
+    const auto call = [&](auto body) { body(a, values, dy.data + b, dy.width, dx.data + b); };
+    if constexpr (S::kBlockVecs == 1) {
+      call(groups_t_panel_nv<S, 1>);
+    } else {
+      nv == 4   ? call(groups_t_panel_nv<S, 4>)
+      : nv == 3 ? call(groups_t_panel_nv<S, 3>)
+      : nv == 2 ? call(groups_t_panel_nv<S, 2>)
+                : call(groups_t_panel_nv<S, 1>);
+    }
+  }
+}
+
+template <class S, int N, class T = typename S::T>
+void groups_t_tokens_n(const RowGroups& a, const ColumnEntries& entries, const T* values,
+                       const T* dy_tiles, Strided<T> dx, int64_t begin, int64_t end) noexcept {
+  for (int64_t c = begin; c < end; ++c) {
+    typename S::V acc[N];
+    for (int b = 0; b < N; ++b) acc[b] = S::zero();
+    for (int64_t e = entries.col_ptr[c]; e < entries.col_ptr[c + 1]; ++e) {
+      const int64_t t = entries.entry_tile[e];
+      const int rows = static_cast<int>(a.row_ptr[t + 1] - a.row_ptr[t]);
+      const T* w = values + entries.entry_value[e];
+      const auto wv = rows == kLanes ? S::load(w) : S::load(w, rows);
+      for (int b = 0; b < N; ++b) {
+        acc[b] = S::fma(wv, S::load(dy_tiles + (b * a.tiles + t) * kLanes), acc[b]);
+      }
+    }
+    for (int b = 0; b < N; ++b) {
+      dx.data[c * dx.feature_stride + b * dx.sample_stride] = S::sum(acc[b]);
+    }
+  }
+}
+
+template <class S, class T = typename S::T>
+void groups_t_tokens(const RowGroups& a, const ColumnEntries& entries, const T* values,
+                     const T* dy_tiles, int n, Strided<T> dx, int64_t begin, int64_t end) noexcept {
+  const auto call = [&](auto body) { body(a, entries, values, dy_tiles, dx, begin, end); };
+  n == 1   ? call(groups_t_tokens_n<S, 1>)
+  : n == 2 ? call(groups_t_tokens_n<S, 2>)
+  : n == 3 ? call(groups_t_tokens_n<S, 3>)
+           : call(groups_t_tokens_n<S, 4>);
+}
+
+// A 4 x 4 block of the gradient: dots of 4 columns of X with 4 rows of dY, 8 loads for 16 FMAs.
+template <class S, class T = typename S::T>
+inline void dots4x4(const Panel<const T>* dy, const Panel<const T>* x, int panels, const int32_t* row,
+                    const int32_t* col, T* sums) noexcept {
+  typename S::V acc[16];
+  for (auto& v : acc) v = S::zero();
+  for (int q = 0; q < panels; ++q) {
+    const int width = x[q].width;
+    const T *d[4], *xc[4];
+    for (int i = 0; i < 4; ++i) {
+      d[i] = dy[q].data + int64_t{row[i]} * width;
+      xc[i] = x[q].data + int64_t{col[i]} * width;
+    }
+    for (int b = 0; b < width; b += kLanes) {
+      typename S::V dv[4];
+      for (int i = 0; i < 4; ++i) dv[i] = S::load(d[i] + b);
+      for (int c = 0; c < 4; ++c) {
+        const auto xv = S::load(xc[c] + b);
+        for (int i = 0; i < 4; ++i) acc[4 * c + i] = S::fma(xv, dv[i], acc[4 * c + i]);
+      }
+    }
+  }
+  S::store(sums, S::sum16(acc));
+}
+
+template <class S, class T = typename S::T>
+void groups_sddmm(const RowGroups& a, const Panel<const T>* dy, const Panel<const T>* x, int panels,
+                  bool accumulate, T* gradient, int64_t begin, int64_t end) noexcept {
+  for (int64_t t = begin; t < end; ++t) {
+    const GroupTile g = group_tile(a, t);
+    for (int64_t j = 0; j < g.cols; j += 4) {
+      const int nc = g.cols - j < 4 ? static_cast<int>(g.cols - j) : 4;
+      int32_t col[4];  // edges repeat the last column or row; their dots are not stored
+      for (int c = 0; c < 4; ++c) col[c] = g.col[j + (c < nc ? c : nc - 1)];
+      for (int i = 0; i < g.rows; i += 4) {
+        const int nr = g.rows - i < 4 ? g.rows - i : 4;
+        int32_t row[4];
+        for (int k = 0; k < 4; ++k) row[k] = g.row[i + (k < nr ? k : nr - 1)];
+        T sums[16];
+        dots4x4<S>(dy, x, panels, row, col, sums);
+        for (int c = 0; c < nc; ++c) {
+          T* out = gradient + g.value + (j + c) * g.rows + i;
+          for (int k = 0; k < nr; ++k) out[k] = sums[4 * c + k] + (accumulate ? out[k] : T(0));
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace spfmt

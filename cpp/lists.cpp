@@ -1,0 +1,127 @@
+// Drivers of RowLists products.
+#include "drivers.h"
+#include "panels.h"
+
+namespace spfmt {
+namespace {
+
+// Values in the order of the slices, zero where a lane is padding.
+template <class T>
+void pack_slice_values(const RowLists& a, const SlicePack& pack, const T* values, T* packed,
+                       const Executor& executor) {
+  for_ranges(executor, pack.view.slices, range_step(executor, pack.view.slices),
+             [&](int64_t begin, int64_t end) {
+               for (int64_t s = begin; s < end; ++s) {
+                 const int32_t* row = pack.lane_row.data() + s * kRowTile;
+                 const int64_t first = pack.step_ptr[pack.slice_ptr[s]];
+                 const int64_t last = pack.step_ptr[pack.slice_ptr[s + 1]];
+                 for (int64_t k = first * kRowTile; k < last * kRowTile; ++k) {
+                   const int32_t from = pack.source[k];
+                   packed[k] = from < 0 ? T(0) : values[a.indptr[row[k % kRowTile]] + from];
+                 }
+               }
+             });
+}
+
+template <class T>
+void spmm_tokens(const Tiles<T>& tiles, const Plan& plan, const Args<T>& args, const Executor& executor) {
+  const SlicePack& pack = plan.slices();
+  const auto packed =
+      pack.values.get(args.values_version, sizeof(T) * pack.packed(), [&](Buffer& buffer) {
+        pack_slice_values(plan.lists(), pack, args.values, buffer.as<T>(), executor);
+      });
+  const Tokens<T> x(args.in);
+  bool finite = true;
+  for (int64_t b = 0; b < args.in.cols; ++b) finite &= tiles.all_finite(x[b], args.in.rows);
+  for_ranges(executor, pack.view.slices, range_step(executor, pack.view.slices),
+             [&](int64_t begin, int64_t end) {
+               for_tokens(args.in.cols, [&](int64_t b, int n) {
+                 tiles.slices_tokens(pack.view, packed->template as<T>(), x[b], x.stride(), n, finite,
+                                     args.bias, samples_from(args.out, b), begin, end);
+               });
+             });
+}
+
+// Row chunks per task: their part of Y stays in L2 while the column tiles pass by.
+constexpr int64_t kRowChunk = 256;
+
+template <class T>
+void spmm_panels(const Tiles<T>& tiles, const Plan& plan, const Args<T>& args, const Executor& executor) {
+  const RowLists& a = plan.lists();
+  const RowTiles& columns = plan.tiles().view;
+  const bool direct = args.out.col_stride == 1;
+  const int64_t chunks = (a.rows + kRowChunk - 1) / kRowChunk;
+  for_strips(args.in.cols, [&](int64_t begin, int64_t end) {
+    const PanelSet<T> x(a.cols, begin, end);
+    x.pack(tiles, args.in, executor);
+    const PanelSet<T> y(direct ? 0 : a.rows, begin, end);
+    for_each(executor, x.size() * chunks, [&](int64_t k) {
+      const int64_t i = k / chunks, row = k % chunks * kRowChunk;
+      Panel<const T> panel = x.read(i);
+      if (!direct) panel.samples = panel.width;  // scratch takes whole vectors
+      T* out = direct ? args.out.data + x.sample(i) : y[i].data;
+      const int64_t ldy = direct ? args.out.row_stride : y[i].width;
+      tiles.lists_panel(a, columns, args.values, panel, args.bias, out, ldy, row,
+                        std::min(a.rows, row + kRowChunk));
+    });
+    if (!direct) y.unpack(tiles, args.out, executor);
+  });
+}
+
+}  // namespace
+
+template <class T>
+void lists_spmm(const Tiles<T>& tiles, const Plan& plan, const Args<T>& args, const Executor& all) {
+  if (args.out.rows == 0 || args.out.cols == 0) return;
+  const Executor executor = for_work(all, plan.nnz() * args.in.cols);
+  if (args.in.cols < kTokenLimit) {
+    spmm_tokens(tiles, plan, args, executor);
+  } else {
+    spmm_panels(tiles, plan, args, executor);
+  }
+}
+
+// The transposed matrix is RowLists too: bring the values into its order, then multiply.
+template <class T>
+void lists_spmm_t(const Tiles<T>& tiles, const Plan& plan, const Args<T>& args, const Executor& all) {
+  if (args.out.rows == 0 || args.out.cols == 0) return;
+  const Executor executor = for_work(all, plan.nnz() * args.in.cols);
+  const TransposePack& pack = plan.transpose();
+  const auto values =
+      pack.values.get(args.values_version, sizeof(T) * plan.nnz(), [&](Buffer& buffer) {
+        T* to = buffer.as<T>();
+        for_ranges(executor, plan.nnz(), range_step(executor, plan.nnz()),
+                   [&](int64_t begin, int64_t end) {
+                     for (int64_t p = begin; p < end; ++p) to[p] = args.values[pack.source[p]];
+                   });
+      });
+  Args<T> forward = args;
+  forward.values = values->template as<T>();
+  forward.bias = nullptr;
+  lists_spmm(tiles, *pack.plan, forward, all);
+}
+
+template <class T>
+void lists_sddmm(const Tiles<T>& tiles, const Plan& plan, const Args<T>& args, const Executor& all) {
+  const RowLists& a = plan.lists();
+  std::fill_n(args.values, args.in.cols == 0 ? plan.nnz() : 0, T(0));
+  const Executor executor = for_work(all, plan.nnz() * args.in.cols);
+  for_strips(args.in.cols, [&](int64_t begin, int64_t end) {
+    const PanelSet<T> dy(a.rows, begin, end), x(a.cols, begin, end);
+    dy.pack(tiles, args.in, executor);
+    x.pack(tiles, args.in2, executor);
+    for_ranges(executor, a.rows, range_step(executor, a.rows), [&](int64_t first, int64_t last) {
+      tiles.lists_sddmm(a, dy.read(), x.read(), static_cast<int>(x.size()), begin > 0, args.values,
+                        first, last);
+    });
+  });
+}
+
+template void lists_spmm(const Tiles<float>&, const Plan&, const Args<float>&, const Executor&);
+template void lists_spmm(const Tiles<double>&, const Plan&, const Args<double>&, const Executor&);
+template void lists_spmm_t(const Tiles<float>&, const Plan&, const Args<float>&, const Executor&);
+template void lists_spmm_t(const Tiles<double>&, const Plan&, const Args<double>&, const Executor&);
+template void lists_sddmm(const Tiles<float>&, const Plan&, const Args<float>&, const Executor&);
+template void lists_sddmm(const Tiles<double>&, const Plan&, const Args<double>&, const Executor&);
+
+}  // namespace spfmt

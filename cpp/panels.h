@@ -1,0 +1,115 @@
+// Batches cut into panels: packing, unpacking, and the strips that bound the workspace.
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "parallel.h"
+#include "plan.h"
+#include "tiles.h"
+
+namespace spfmt {
+
+// Samples that are packed at a time: workspace is at most (rows + cols) * kStrip elements.
+constexpr int64_t kStrip = 8 * kPanel;
+
+template <class T>
+Strided<T> samples_from(const Matrix<T>& m, int64_t sample) {
+  return {m.data + sample * m.col_stride, m.row_stride, m.col_stride};
+}
+
+// Panels of up to `width` samples over samples [begin, end) of some matrix, in one buffer.
+template <class T>
+class PanelSet {
+ public:
+  PanelSet(int64_t features, int64_t begin, int64_t end, int width = kPanel)
+      : begin_(begin), width_(width) {
+    const int64_t samples = end - begin;
+    const int64_t padded = (samples + kRowTile - 1) / kRowTile * kRowTile;
+    buffer_ = std::make_unique<Buffer>(sizeof(T) * features * padded);
+    T* data = buffer_->template as<T>();
+    for (int64_t b = 0; b < samples; b += width) {
+      const int n = static_cast<int>(std::min<int64_t>(width, samples - b));
+      const int rounded = (n + kRowTile - 1) / kRowTile * kRowTile;
+      panels_.push_back({data + features * b, features, rounded, n});
+      read_.push_back({data + features * b, features, rounded, n});
+    }
+  }
+
+  int64_t size() const { return static_cast<int64_t>(panels_.size()); }
+  const Panel<T>& operator[](int64_t i) const { return panels_[i]; }
+  const Panel<const T>& read(int64_t i) const { return read_[i]; }
+  const Panel<const T>* read() const { return read_.data(); }
+  int64_t sample(int64_t i) const { return begin_ + i * width_; }
+
+  void pack(const Tiles<T>& tiles, const Matrix<const T>& from, const Executor& executor) const {
+    for_pieces(executor, [&](int64_t i, int64_t f, int64_t stop) {
+      tiles.pack(samples_from(from, sample(i)), panels_[i], f, stop);
+    });
+  }
+  void unpack(const Tiles<T>& tiles, const Matrix<T>& to, const Executor& executor) const {
+    for_pieces(executor, [&](int64_t i, int64_t f, int64_t stop) {
+      tiles.unpack(read_[i], samples_from(to, sample(i)), f, stop);
+    });
+  }
+
+ private:
+  template <class Body>
+  void for_pieces(const Executor& executor, const Body& body) const {
+    constexpr int64_t kFeatures = 256;
+    const int64_t features = panels_.empty() ? 0 : panels_[0].features;
+    const int64_t pieces = (features + kFeatures - 1) / kFeatures;
+    for_each(executor, size() * pieces, [&](int64_t k) {
+      const int64_t f = k % pieces * kFeatures;
+      body(k / pieces, f, std::min(features, f + kFeatures));
+    });
+  }
+
+  int64_t begin_;
+  int width_;
+  std::unique_ptr<Buffer> buffer_;
+  std::vector<Panel<T>> panels_;
+  std::vector<Panel<const T>> read_;
+};
+
+// Small batches want each sample's features contiguous: the caller's memory where it is so already,
+// else a copy (batch < kTokenLimit, so it is small).
+template <class T>
+class Tokens {
+ public:
+  explicit Tokens(const Matrix<const T>& m) : data_(m.data), stride_(m.col_stride) {
+    if (m.row_stride == 1 || m.rows <= 1) return;
+    copy_ = std::make_unique<Buffer>(sizeof(T) * m.rows * m.cols);
+    T* to = copy_->template as<T>();
+    for (int64_t b = 0; b < m.cols; ++b) {
+      for (int64_t f = 0; f < m.rows; ++f) {
+        to[b * m.rows + f] = m.data[f * m.row_stride + b * m.col_stride];
+      }
+    }
+    data_ = to;
+    stride_ = m.rows;
+  }
+  const T* operator[](int64_t token) const { return data_ + token * stride_; }
+  int64_t stride() const { return stride_; }
+
+ private:
+  const T* data_;
+  int64_t stride_;
+  std::unique_ptr<Buffer> copy_;
+};
+
+// body(first, n) over a small batch, n <= 4 tokens at a time.
+template <class Body>
+void for_tokens(int64_t batch, const Body& body) {
+  for (int64_t b = 0; b < batch; b += 4) {
+    body(b, static_cast<int>(std::min<int64_t>(4, batch - b)));
+  }
+}
+
+// body(begin, end) over strips of the batch.
+template <class Body>
+void for_strips(int64_t batch, const Body& body) {
+  for (int64_t b = 0; b < batch; b += kStrip) body(b, std::min(batch, b + kStrip));
+}
+
+}  // namespace spfmt

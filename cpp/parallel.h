@@ -1,0 +1,42 @@
+// The one way from drivers to threads.
+#pragma once
+
+#include <algorithm>
+
+#include "spfmt.h"
+
+namespace spfmt {
+
+// Multiply-adds below which waking threads costs more than it saves (some tens of microseconds).
+constexpr int64_t kSerialWork = 1 << 20;
+
+template <class Body>
+void for_each(const Executor& executor, int64_t n, const Body& body) {
+  if (n <= 0) return;
+  if (n == 1 || executor.threads <= 1) {
+    for (int64_t i = 0; i < n; ++i) body(i);
+    return;
+  }
+  executor.for_each(
+      executor.context, n,
+      [](void* arg, int64_t i) { (*static_cast<const Body*>(arg))(i); }, const_cast<Body*>(&body));
+}
+
+// body(begin, end) over [0, n) in pieces of at most `step`.
+template <class Body>
+void for_ranges(const Executor& executor, int64_t n, int64_t step, const Body& body) {
+  step = std::max<int64_t>(1, step);
+  for_each(executor, (n + step - 1) / step,
+           [&](int64_t i) { body(i * step, std::min(n, (i + 1) * step)); });
+}
+
+// Pieces small enough to balance: about eight per thread, all in one when serial.
+inline int64_t range_step(const Executor& executor, int64_t n) {
+  return executor.threads <= 1 ? n : (n + 8 * executor.threads - 1) / (8 * executor.threads);
+}
+
+inline Executor for_work(const Executor& executor, int64_t multiply_adds) {
+  return multiply_adds < kSerialWork ? serial_executor() : executor;
+}
+
+}  // namespace spfmt

@@ -1,0 +1,123 @@
+// Plan: an owned copy of a structure plus the kernels' private layouts of it, built on first use.
+#pragma once
+
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "spfmt.h"
+#include "tiles.h"
+
+namespace spfmt {
+
+// 64-byte aligned, uninitialised memory.
+class Buffer {
+ public:
+  explicit Buffer(size_t bytes);
+  ~Buffer();
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  template <class T>
+  T* as() const {
+    return static_cast<T*>(data_);
+  }
+  size_t bytes() const { return bytes_; }
+
+ private:
+  void* data_;
+  size_t bytes_;
+};
+
+// A private copy of a plan's values in some kernel's order. One entry: training alternates between
+// "new values" and "the same values again", nothing else. Readers hold the buffer they were given,
+// so a refresh from another thread never changes it under them.
+class ValueCache {
+ public:
+  std::shared_ptr<const Buffer> get(int64_t version, size_t bytes,
+                                    const std::function<void(Buffer&)>& fill) const;
+  size_t nbytes() const;
+
+ private:
+  mutable std::mutex mutex_;
+  mutable int64_t version_ = kNoVersion;
+  mutable std::shared_ptr<Buffer> buffer_;
+};
+
+// Built once, on first use, by whoever comes first.
+template <class T>
+class Lazy {
+ public:
+  const T& get(const std::function<std::unique_ptr<T>()>& make) const {
+    std::call_once(once_, [&] { value_ = make(); });
+    return *value_;
+  }
+  const T* peek() const { return value_.get(); }
+
+ private:
+  mutable std::once_flag once_;
+  mutable std::unique_ptr<T> value_;
+};
+
+// RowSlices with its storage, and where each packed value comes from (-1: padding).
+struct SlicePack {
+  std::vector<int32_t> lane_row, chunk;
+  std::vector<int64_t> slice_ptr, step_ptr;
+  std::vector<uint8_t> byte_index;
+  std::vector<int32_t> source;  // relative to the first value of the lane's row
+  RowSlices view;
+  ValueCache values;
+  int64_t packed() const { return static_cast<int64_t>(byte_index.size()); }
+  int64_t nbytes() const;
+};
+
+struct TilePack {
+  std::vector<int32_t> offset;
+  RowTiles view;
+};
+
+// The transposed matrix as RowLists: its value p is value source[p] of the original.
+struct TransposePack {
+  std::vector<int64_t> source;
+  std::shared_ptr<const Plan> plan;
+  ValueCache values;
+};
+
+struct ColumnPack {
+  std::vector<int64_t> col_ptr, entry_value;
+  std::vector<int32_t> entry_tile;
+  ColumnEntries view;
+};
+
+class Plan {
+ public:
+  explicit Plan(const RowLists& view);
+  explicit Plan(const RowGroups& view);
+
+  Layout layout() const { return layout_; }
+  int64_t rows() const { return layout_ == Layout::row_lists ? lists_.rows : groups_.rows; }
+  int64_t cols() const { return layout_ == Layout::row_lists ? lists_.cols : groups_.cols; }
+  int64_t nnz() const { return nnz_; }
+  int64_t nbytes() const;
+
+  const RowLists& lists() const { return lists_; }
+  const RowGroups& groups() const { return groups_; }
+  const SlicePack& slices() const;
+  const TilePack& tiles() const;
+  const TransposePack& transpose() const;
+  const ColumnPack& columns() const;
+
+ private:
+  Layout layout_;
+  int64_t nnz_;
+  std::vector<int64_t> pointers_;
+  std::vector<int32_t> indices_;
+  RowLists lists_{};
+  RowGroups groups_{};
+  Lazy<SlicePack> slices_;
+  Lazy<TilePack> tiles_;
+  Lazy<TransposePack> transpose_;
+  Lazy<ColumnPack> columns_;
+};
+
+}  // namespace spfmt

@@ -1,0 +1,135 @@
+// AVX2 + FMA: sixteen lanes are two registers. Interface as in scalar.h.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+#include "../spfmt.h"
+
+namespace spfmt {
+namespace {
+
+constexpr int kLanes = 16;
+
+struct Avx2Simd {
+  using T = float;
+  struct V {
+    __m256 lo, hi;
+  };
+  static constexpr int kBlockVecs = 1;  // four rows by two registers, of sixteen
+
+  // A window into this table is a mask of the first n lanes.
+  static __m256i first8(int n) noexcept {
+    alignas(32) static constexpr int32_t kMask[16] = {-1, -1, -1, -1, -1, -1, -1, -1,
+                                                      0,  0,  0,  0,  0,  0,  0,  0};
+    const int k = n < 0 ? 0 : (n > 8 ? 8 : n);
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(kMask + 8 - k));
+  }
+
+  static V zero() noexcept { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
+  static V set1(T x) noexcept {
+    const __m256 v = _mm256_set1_ps(x);
+    return {v, v};
+  }
+  static V load(const T* p) noexcept { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+  static V load(const T* p, int n) noexcept {
+    return {_mm256_maskload_ps(p, first8(n)), _mm256_maskload_ps(p + 8, first8(n - 8))};
+  }
+  static void store(T* p, V v) noexcept {
+    _mm256_storeu_ps(p, v.lo);
+    _mm256_storeu_ps(p + 8, v.hi);
+  }
+  static void store(T* p, V v, int n) noexcept {
+    _mm256_maskstore_ps(p, first8(n), v.lo);
+    _mm256_maskstore_ps(p + 8, first8(n - 8), v.hi);
+  }
+  static V add(V a, V b) noexcept {
+    return {_mm256_add_ps(a.lo, b.lo), _mm256_add_ps(a.hi, b.hi)};
+  }
+  static V fma(V a, V b, V c) noexcept {
+    return {_mm256_fmadd_ps(a.lo, b.lo, c.lo), _mm256_fmadd_ps(a.hi, b.hi, c.hi)};
+  }
+  static T sum(V v) noexcept {
+    const __m256 a = _mm256_add_ps(v.lo, v.hi);
+    __m128 s = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+  }
+
+  static __m256 sum8(const V* a) noexcept {
+    __m256 s[8];
+    for (int i = 0; i < 8; ++i) s[i] = _mm256_add_ps(a[i].lo, a[i].hi);
+    const __m256 p = _mm256_hadd_ps(_mm256_hadd_ps(s[0], s[1]), _mm256_hadd_ps(s[2], s[3]));
+    const __m256 q = _mm256_hadd_ps(_mm256_hadd_ps(s[4], s[5]), _mm256_hadd_ps(s[6], s[7]));
+    return _mm256_add_ps(_mm256_permute2f128_ps(p, q, 0x20), _mm256_permute2f128_ps(p, q, 0x31));
+  }
+  static V sum16(const V* a) noexcept { return {sum8(a), sum8(a + 8)}; }
+
+  static void transpose8(__m256* r) noexcept {
+    __m256 t[8];
+    for (int i = 0; i < 8; i += 2) {
+      t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
+      t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
+    }
+    for (int i = 0; i < 8; i += 4) {
+      for (int h = 0; h < 2; ++h) {
+        r[i + 2 * h] = _mm256_shuffle_ps(t[i + h], t[i + h + 2], 0x44);
+        r[i + 2 * h + 1] = _mm256_shuffle_ps(t[i + h], t[i + h + 2], 0xee);
+      }
+    }
+    for (int i = 0; i < 4; ++i) {
+      t[i] = _mm256_permute2f128_ps(r[i], r[i + 4], 0x20);
+      t[i + 4] = _mm256_permute2f128_ps(r[i], r[i + 4], 0x31);
+    }
+    for (int i = 0; i < 8; ++i) r[i] = t[i];
+  }
+  static void transpose(V* a) noexcept {
+    __m256 q[4][8];
+    for (int i = 0; i < 8; ++i) {
+      q[0][i] = a[i].lo;
+      q[1][i] = a[i].hi;
+      q[2][i] = a[i + 8].lo;
+      q[3][i] = a[i + 8].hi;
+    }
+    for (auto& block : q) transpose8(block);
+    for (int i = 0; i < 8; ++i) {
+      a[i] = {q[0][i], q[2][i]};
+      a[i + 8] = {q[1][i], q[3][i]};
+    }
+  }
+
+  static bool all_finite(const T* p, int64_t n) noexcept {
+    V acc = zero();  // 0 * inf and 0 * nan are nan
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) acc = fma(load(p + i), zero(), acc);
+    acc = fma(load(p + i, static_cast<int>(n - i)), zero(), acc);
+    return sum(acc) == 0.0f;
+  }
+
+  // x stays in L1 and is gathered: a register table needs four vpermps and blends at this width.
+  struct Table {
+    const T* x;
+    Table() = default;
+    Table(const T* p, int) noexcept : x(p) {}
+    static __m256i widen(const uint8_t* index) noexcept {
+      return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(index)));
+    }
+    __m256 gather(__m256i i) const noexcept {
+      return _mm256_i32gather_ps(x, _mm256_and_si256(i, _mm256_set1_epi32(31)), 4);
+    }
+    __m256 gather_masked(__m256i i) const noexcept {
+      const __m256i used = _mm256_cmpgt_epi32(_mm256_set1_epi32(0x80), i);
+      return _mm256_mask_i32gather_ps(_mm256_setzero_ps(), x, i, _mm256_castsi256_ps(used), 4);
+    }
+    V lookup(const uint8_t* index) const noexcept {
+      return {gather(widen(index)), gather(widen(index + 8))};
+    }
+    V lookup_masked(const uint8_t* index) const noexcept {
+      return {gather_masked(widen(index)), gather_masked(widen(index + 8))};
+    }
+  };
+};
+
+}  // namespace
+}  // namespace spfmt

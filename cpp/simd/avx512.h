@@ -1,0 +1,113 @@
+// AVX-512 (F, BW, DQ, VL): sixteen lanes are one register. Interface as in scalar.h.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+#include "../spfmt.h"
+
+namespace spfmt {
+namespace {
+
+constexpr int kLanes = 16;
+
+struct Avx512Simd {
+  using T = float;
+  using V = __m512;
+  static constexpr int kBlockVecs = 4;
+
+  static __mmask16 first(int n) noexcept { return static_cast<__mmask16>((1u << n) - 1u); }
+
+  static V zero() noexcept { return _mm512_setzero_ps(); }
+  static V set1(T x) noexcept { return _mm512_set1_ps(x); }
+  static V load(const T* p) noexcept { return _mm512_loadu_ps(p); }
+  static V load(const T* p, int n) noexcept { return _mm512_maskz_loadu_ps(first(n), p); }
+  static void store(T* p, V v) noexcept { _mm512_storeu_ps(p, v); }
+  static void store(T* p, V v, int n) noexcept { _mm512_mask_storeu_ps(p, first(n), v); }
+  static V add(V a, V b) noexcept { return _mm512_add_ps(a, b); }
+  static V fma(V a, V b, V c) noexcept { return _mm512_fmadd_ps(a, b, c); }
+  static T sum(V v) noexcept { return _mm512_reduce_add_ps(v); }
+
+  // Four vectors to one whose 128-bit lanes hold the four partial sums side by side.
+  static V sum4(V a, V b, V c, V d) noexcept {
+    const V ab = add(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+    const V cd = add(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+    const __m512d x = _mm512_castps_pd(ab), y = _mm512_castps_pd(cd);
+    return add(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)),
+               _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
+  }
+  static V fold128(V a, V b) noexcept {
+    return add(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+  }
+  static V sum16(const V* a) noexcept {
+    const V q0 = sum4(a[0], a[1], a[2], a[3]), q1 = sum4(a[4], a[5], a[6], a[7]);
+    const V q2 = sum4(a[8], a[9], a[10], a[11]), q3 = sum4(a[12], a[13], a[14], a[15]);
+    return fold128(fold128(q0, q1), fold128(q2, q3));
+  }
+
+  static void transpose(V* a) noexcept {
+    V t[kLanes];
+    for (int i = 0; i < 16; i += 2) {
+      t[i] = _mm512_unpacklo_ps(a[i], a[i + 1]);
+      t[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4) {
+      for (int h = 0; h < 2; ++h) {
+        const __m512d x = _mm512_castps_pd(t[i + h]), y = _mm512_castps_pd(t[i + h + 2]);
+        a[i + 2 * h] = _mm512_castpd_ps(_mm512_unpacklo_pd(x, y));
+        a[i + 2 * h + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(x, y));
+      }
+    }
+    // Now 4x4 blocks are transposed; transpose the 4x4 grid of 128-bit lanes.
+    for (int j = 0; j < 4; ++j) {
+      const V x = _mm512_shuffle_f32x4(a[j], a[j + 4], 0x88);
+      const V y = _mm512_shuffle_f32x4(a[j], a[j + 4], 0xdd);
+      const V z = _mm512_shuffle_f32x4(a[j + 8], a[j + 12], 0x88);
+      const V w = _mm512_shuffle_f32x4(a[j + 8], a[j + 12], 0xdd);
+      t[j] = _mm512_shuffle_f32x4(x, z, 0x88);
+      t[j + 8] = _mm512_shuffle_f32x4(x, z, 0xdd);
+      t[j + 4] = _mm512_shuffle_f32x4(y, w, 0x88);
+      t[j + 12] = _mm512_shuffle_f32x4(y, w, 0xdd);
+    }
+    for (int i = 0; i < 16; ++i) a[i] = t[i];
+  }
+
+  static bool all_finite(const T* p, int64_t n) noexcept {
+    V acc = zero();  // 0 * inf and 0 * nan are nan
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) acc = fma(load(p + i), zero(), acc);
+    acc = fma(load(p + i, static_cast<int>(n - i)), zero(), acc);
+    return _mm512_cmp_ps_mask(acc, acc, _CMP_UNORD_Q) == 0;
+  }
+
+  // 32 consecutive x stay in two registers; vpermi2ps looks sixteen of them up at once. That is
+  // several times faster than vgatherdps, which takes a load per lane.
+  struct Table {
+    V low, high;
+    Table() = default;
+    Table(const T* x, int n) noexcept {
+      if (n >= 32) {
+        low = Avx512Simd::load(x);
+        high = Avx512Simd::load(x + 16);
+      } else {
+        low = Avx512Simd::load(x, n < 16 ? n : 16);
+        high = n > 16 ? Avx512Simd::load(x + 16, n - 16) : Avx512Simd::zero();
+      }
+    }
+    static __m512i widen(const uint8_t* index) noexcept {
+      return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(index)));
+    }
+    V lookup(const uint8_t* index) const noexcept {
+      return _mm512_permutex2var_ps(low, widen(index), high);  // ignores bits above the fifth
+    }
+    V lookup_masked(const uint8_t* index) const noexcept {
+      const __m512i i = widen(index);
+      const __mmask16 used = _mm512_cmplt_epi32_mask(i, _mm512_set1_epi32(0x80));
+      return _mm512_maskz_permutex2var_ps(used, low, i, high);
+    }
+  };
+};
+
+}  // namespace
+}  // namespace spfmt

@@ -1,0 +1,102 @@
+// Sixteen logical lanes without vector instructions; the only level that also does float64.
+// The same interface is in avx2.h and avx512.h; kernels are written once against it.
+#pragma once
+
+#include <cstdint>
+
+#include "../spfmt.h"
+
+namespace spfmt {
+namespace {
+
+constexpr int kLanes = 16;
+
+template <class Real>
+struct ScalarSimd {
+  using T = Real;
+  struct V {
+    T lane[kLanes];
+  };
+  // Accumulator vectors per row that fit the register file next to four rows.
+  static constexpr int kBlockVecs = 1;
+
+  static V zero() noexcept { return set1(T(0)); }
+  static V set1(T x) noexcept {
+    V v;
+    for (T& lane : v.lane) lane = x;
+    return v;
+  }
+  static V load(const T* p) noexcept {
+    V v;
+    for (int i = 0; i < kLanes; ++i) v.lane[i] = p[i];
+    return v;
+  }
+  // The first n lanes from memory, zero in the rest; memory behind them is not touched.
+  static V load(const T* p, int n) noexcept {
+    V v;
+    for (int i = 0; i < kLanes; ++i) v.lane[i] = i < n ? p[i] : T(0);
+    return v;
+  }
+  static void store(T* p, const V& v) noexcept {
+    for (int i = 0; i < kLanes; ++i) p[i] = v.lane[i];
+  }
+  static void store(T* p, const V& v, int n) noexcept {
+    for (int i = 0; i < n; ++i) p[i] = v.lane[i];
+  }
+  static V add(const V& a, const V& b) noexcept {
+    V v;
+    for (int i = 0; i < kLanes; ++i) v.lane[i] = a.lane[i] + b.lane[i];
+    return v;
+  }
+  static V fma(const V& a, const V& b, const V& c) noexcept {
+    V v;
+    for (int i = 0; i < kLanes; ++i) v.lane[i] = a.lane[i] * b.lane[i] + c.lane[i];
+    return v;
+  }
+  static T sum(const V& v) noexcept {
+    T total = T(0);
+    for (T lane : v.lane) total += lane;
+    return total;
+  }
+  // Lane i of the result is the sum of the lanes of a[i].
+  static V sum16(const V* a) noexcept {
+    V v;
+    for (int i = 0; i < kLanes; ++i) v.lane[i] = sum(a[i]);
+    return v;
+  }
+  static void transpose(V* a) noexcept {
+    for (int i = 0; i < kLanes; ++i) {
+      for (int j = i + 1; j < kLanes; ++j) {
+        const T t = a[i].lane[j];
+        a[i].lane[j] = a[j].lane[i];
+        a[j].lane[i] = t;
+      }
+    }
+  }
+  static bool all_finite(const T* p, int64_t n) noexcept {
+    T acc = T(0);
+    for (int64_t i = 0; i < n; ++i) acc += p[i] * T(0);  // 0 * inf and 0 * nan are nan
+    return acc == T(0);
+  }
+
+  // Looks sixteen of 32 consecutive x up by byte index. Bit 7 of an index marks padding.
+  struct Table {
+    const T* x;
+    Table() = default;
+    Table(const T* p, int) noexcept : x(p) {}
+    V lookup(const uint8_t* index) const noexcept {
+      V v;
+      for (int i = 0; i < kLanes; ++i) v.lane[i] = x[index[i] & 31];
+      return v;
+    }
+    // Zero where the index marks padding, whatever x holds.
+    V lookup_masked(const uint8_t* index) const noexcept {
+      V v;
+      for (int i = 0; i < kLanes; ++i) v.lane[i] = index[i] & 0x80 ? T(0) : x[index[i] & 31];
+      return v;
+    }
+  };
+};
+
+}  // namespace
+}  // namespace spfmt

@@ -1,0 +1,102 @@
+// The serial pieces that an ISA level provides. Drivers split work into tiles and call these; the
+// functions hold no threads, no allocation and no checks.
+#pragma once
+
+#include <cstdint>
+
+#include "spfmt.h"
+
+namespace spfmt {
+
+// Samples per panel: four 512-bit registers of float32.
+constexpr int kPanel = 64;
+// Below this many samples lanes run over rows, from it on over samples.
+constexpr int kTokenLimit = 16;
+// Columns per chunk of a RowSlices layout: what two 512-bit registers of float32 hold.
+constexpr int kChunk = 32;
+
+// A panel holds up to 64 samples of all features, feature after feature:
+//
+//   data[f * width + b],   width = samples rounded up to a multiple of 16, zeros behind the last
+template <class T>
+struct Panel {
+  T* data;
+  int64_t features;
+  int width;    // 16, 32, 48 or 64
+  int samples;  // 1 .. width
+};
+
+// RowLists cut into slices of 16 rows and chunks of 32 columns, lanes = rows (SELL-16):
+//
+//   slice s: lane i is row lane_row[16 s + i] (-1: none), records slice_ptr[s] .. slice_ptr[s + 1]
+//   record q: columns 32 * chunk[q] .., steps step_ptr[q] .. step_ptr[q + 1]
+//   step k: byte_index[16 k + i] is lane i's column in the chunk, 0x80 where the lane is padding
+//           values[16 k + i] (a private copy) is its weight, 0 where padding
+struct RowSlices {
+  int64_t rows, cols, slices;
+  const int32_t* lane_row;
+  const int64_t* slice_ptr;
+  const int32_t* chunk;
+  const int64_t* step_ptr;
+  const uint8_t* byte_index;
+};
+
+// Where each row's list crosses tiles of `tile_cols` columns, so that the part of the panel that a
+// pass touches stays in L1: row r, tile t starts at indptr[r] + offset[r * (tiles + 1) + t].
+struct RowTiles {
+  int64_t tiles;
+  const int32_t* offset;
+};
+
+// RowGroups seen from the columns: column c occurs at entries col_ptr[c] .. col_ptr[c + 1]; entry e is
+// a column of tile entry_tile[e] whose values start at entry_value[e].
+struct ColumnEntries {
+  const int64_t* col_ptr;
+  const int32_t* entry_tile;
+  const int64_t* entry_value;
+};
+
+// Features by samples with arbitrary strides, at most one panel wide.
+template <class T>
+struct Strided {
+  T* data;
+  int64_t feature_stride, sample_stride;
+};
+
+template <class T>
+struct Tiles {
+  // Panel <-> memory for features [begin, end).
+  void (*pack)(Strided<const T> from, const Panel<T>& to, int64_t begin, int64_t end);
+  void (*unpack)(const Panel<const T>& from, Strided<T> to, int64_t begin, int64_t end);
+  bool (*all_finite)(const T* x, int64_t n);
+
+  // y[r * ldy + b] for rows [begin, end); ldy and samples as in the panel's memory or Y's own.
+  void (*lists_panel)(const RowLists&, const RowTiles&, const T* values, const Panel<const T>& x,
+                      const T* bias, T* y, int64_t ldy, int64_t begin, int64_t end);
+  // Tokens x[b * ldx + c], b < n (1..4); y with any strides; slices [begin, end).
+  void (*slices_tokens)(const RowSlices&, const T* packed, const T* x, int64_t ldx, int n, bool finite,
+                        const T* bias, Strided<T> y, int64_t begin, int64_t end);
+  // gradient[p] (+)= sum_b dY[row, b] X[col, b] over `panels` consecutive panels; rows [begin, end).
+  void (*lists_sddmm)(const RowLists&, const Panel<const T>* dy, const Panel<const T>* x, int panels,
+                      bool accumulate, T* gradient, int64_t begin, int64_t end);
+
+  void (*groups_panel)(const RowGroups&, const T* values, const Panel<const T>& x, const T* bias, T* y,
+                       int64_t ldy, int64_t begin, int64_t end);
+  void (*groups_tokens)(const RowGroups&, const T* values, const T* x, int64_t ldx, int n, const T* bias,
+                        Strided<T> y, int64_t begin, int64_t end);
+  // dx += A^T dy over all tiles, in order; dx starts as zeros.
+  void (*groups_t_panel)(const RowGroups&, const T* values, const Panel<const T>& dy,
+                         const Panel<T>& dx);
+  // dy_tiles[(b * tiles + t) * 16 + i]: dY by tile, zeros behind a short tile; columns [begin, end).
+  void (*groups_t_tokens)(const RowGroups&, const ColumnEntries&, const T* values, const T* dy_tiles,
+                          int n, Strided<T> dx, int64_t begin, int64_t end);
+  void (*groups_sddmm)(const RowGroups&, const Panel<const T>* dy, const Panel<const T>* x, int panels,
+                       bool accumulate, T* gradient, int64_t begin, int64_t end);
+};
+
+const Tiles<float>& scalar_tiles_f32();
+const Tiles<double>& scalar_tiles_f64();
+const Tiles<float>& avx2_tiles();
+const Tiles<float>& avx512_tiles();
+
+}  // namespace spfmt

@@ -1,0 +1,106 @@
+"""Builds the C++ core once and links it into the Python module and the ONNX Runtime library.
+
+Every instruction-set level is always built, each file with its own flags; the level is chosen at run
+time. Set ``SPFMT_SANITIZE=address,undefined`` for a sanitizer build of the C++ code.
+"""
+
+import os
+import platform
+import sys
+from pathlib import Path
+
+from Cython.Build import cythonize
+from pybind11 import get_include
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+CORE = sorted(str(p) for p in Path("cpp").glob("*.cpp"))
+ORT = sorted(str(p) for p in Path("cpp/ort").glob("*.cpp"))
+HEADERS = sorted(str(p) for p in Path("cpp").rglob("*.h"))
+# Some GCC releases warn about undefined registers inside their own intrinsics headers (GCC bug 105593).
+INTRINSICS = ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+ISA_FLAGS = {
+    "scalar": [],
+    "avx2": ["-mavx2", "-mfma", *INTRINSICS],
+    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", *INTRINSICS],
+}
+SANITIZE = os.environ.get("SPFMT_SANITIZE", "")
+FLAGS = ["-std=c++17", "-O3", "-Wall", "-Wextra", "-fvisibility=hidden", "-ffp-contract=off"]
+LINK: list[str] = []
+if SANITIZE:
+    FLAGS += ["-g", "-O1", "-fno-omit-frame-pointer", f"-fsanitize={SANITIZE}"]
+    LINK += [f"-fsanitize={SANITIZE}"]
+
+ORT_LIBRARY = "spfmt.onnx.libspfmt_ort"
+
+
+def check_platform() -> None:
+    """Stop with a readable message where the kernels cannot be built."""
+    if not sys.platform.startswith("linux") or platform.machine() not in ("x86_64", "AMD64"):
+        sys.exit(
+            "spfmt builds on Linux x86-64 only for now: got "
+            f"{sys.platform} on {platform.machine()}. Its kernels are AVX2 and AVX-512 code and its "
+            "build uses the GCC command line. Build inside a Linux x86-64 machine or container."
+        )
+
+
+class BuildExt(build_ext):
+    """Compiles the core to objects first, then links them into the extensions that use them."""
+
+    def build_extensions(self) -> None:
+        check_platform()
+        core = self._compile(CORE, FLAGS)
+        for isa, flags in ISA_FLAGS.items():
+            core += self._compile([f"cpp/isa/{isa}.cpp"], FLAGS + flags)
+        for ext in self.extensions:
+            if ext.name in ("spfmt._kernels", ORT_LIBRARY):
+                ext.extra_objects = core
+        super().build_extensions()
+
+    def _compile(self, sources: list[str], flags: list[str]) -> list[str]:
+        return self.compiler.compile(
+            sources, output_dir=self.build_temp, extra_postargs=flags, depends=HEADERS
+        )
+
+    def get_ext_filename(self, fullname: str) -> str:
+        if fullname in (ORT_LIBRARY, ORT_LIBRARY.rpartition(".")[2]):  # no Python module: no ABI tag
+            return fullname.replace(".", os.sep) + ".so"
+        return super().get_ext_filename(fullname)
+
+    def get_export_symbols(self, ext: Extension) -> list[str]:
+        return [] if ext.name == ORT_LIBRARY else super().get_export_symbols(ext)
+
+
+extensions = [
+    Extension(
+        "spfmt._kernels",
+        ["bindings/kernels.cpp"],
+        include_dirs=[get_include()],
+        extra_compile_args=[*FLAGS, "-fopenmp"],
+        # Plain -fopenmp links libgomp.so.1, the name torch ships its own copy under: whichever is
+        # loaded first serves both, so there is one thread pool and torch.set_num_threads counts.
+        extra_link_args=[*LINK, "-fopenmp"],
+        depends=HEADERS,
+    ),
+    *cythonize(
+        Extension(
+            "spfmt.structure._structure",
+            ["bindings/structure.pyx"],
+            extra_compile_args=["-O3", "-fvisibility=hidden"],
+        ),
+        language_level=3,
+    ),
+]
+if ORT:
+    extensions.append(
+        Extension(
+            ORT_LIBRARY,
+            ORT,
+            extra_compile_args=FLAGS,
+            extra_link_args=LINK,
+            depends=HEADERS,
+            language="c++",
+        )
+    )
+
+setup(ext_modules=extensions, cmdclass={"build_ext": BuildExt})

@@ -1,0 +1,51 @@
+"""spfmt: structured sparse weights, one structure from mask to kernel to checkpoint to ONNX.
+
+Importing needs numpy alone. ``spfmt.torch``, ``spfmt.train`` and ``spfmt.onnx`` are imported on first
+use and say what to install if it is missing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from .convert import ConversionReport, convert
+from .dispatch import Kernel, kernels, show_config
+from .errors import FormatError, KernelNotFound, MissingDependency, SpfmtError
+from .formats import CSR, HRBP, NM, Condensed, ShuffledBlock, SparseTensor, load
+from .ops import sddmm, spmm, spmm_t
+from .threads import get_num_threads, set_num_threads
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CSR",
+    "HRBP",
+    "NM",
+    "Condensed",
+    "ConversionReport",
+    "FormatError",
+    "Kernel",
+    "KernelNotFound",
+    "MissingDependency",
+    "ShuffledBlock",
+    "SparseTensor",
+    "SpfmtError",
+    "convert",
+    "get_num_threads",
+    "kernels",
+    "load",
+    "sddmm",
+    "set_num_threads",
+    "show_config",
+    "spmm",
+    "spmm_t",
+]
+
+_SUBPACKAGES = ("onnx", "structure", "torch", "train")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _SUBPACKAGES:
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

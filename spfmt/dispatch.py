@@ -1,0 +1,444 @@
+"""Which kernel runs: the table, the choice, and plans that hold a structure for the kernels.
+
+A kernel is one row (op, format, dtype, ISA) of one table. Nothing falls back in silence: a product
+without a kernel raises :class:`~spfmt.errors.KernelNotFound`, which lists what exists.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from . import _kernels, threads
+from .errors import FormatError, KernelNotFound
+from .formats._layout import RowGroups, RowLists
+
+Array = npt.NDArray[Any]
+Layout = RowLists | RowGroups
+
+OPS = ("spmm", "spmm_t", "sddmm")
+LEVELS = ("scalar", "avx2", "avx512")
+logger = logging.getLogger("spfmt")
+_versions = itertools.count()
+
+
+def new_version() -> int:
+    """Return a number that identifies one content of a values array (see :meth:`Plan.spmm`)."""
+    return next(_versions)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One row of the kernel table.
+
+    Attributes
+    ----------
+    op, format, dtype, isa : str
+        What it computes, on which structure, in which dtype, with which instructions.
+    available : bool
+        Whether this CPU can run it.
+    reason : str
+        Why not, empty if it can.
+    """
+
+    op: str
+    format: str
+    dtype: str
+    isa: str
+    available: bool
+    reason: str
+    index: int
+
+
+def _read_table() -> tuple[Kernel, ...]:
+    rows = enumerate(_kernels.kernel_table())
+    return tuple(
+        Kernel(op, fmt, dtype, isa, ok, "" if ok else f"this CPU lacks {isa}", index)
+        for index, (op, fmt, dtype, isa, ok) in rows
+    )
+
+
+_TABLE = _read_table()
+_selected: dict[tuple[str, str, str, str], Kernel] = {}
+
+
+def kernels(
+    op: str | None = None, format: str | None = None, dtype: str | None = None
+) -> list[Kernel]:
+    """List the kernel table, filtered by any of op, format and dtype."""
+    return [
+        k
+        for k in _TABLE
+        if op in (None, k.op) and format in (None, k.format) and dtype in (None, k.dtype)
+    ]
+
+
+def active_isa() -> str:
+    """Return the instruction-set level in use: the CPU's best, or what ``SPFMT_ISA`` forces.
+
+    Raises
+    ------
+    FormatError
+        If ``SPFMT_ISA`` names no level, or one that this CPU lacks.
+    """
+    try:
+        return str(_kernels.active_isa())
+    except ValueError as error:
+        raise FormatError(f"{error}. Unset SPFMT_ISA to use the best level of this CPU.") from None
+
+
+def select(op: str, format: str, dtype: str, backend: str = "auto") -> Kernel:
+    """Return the kernel that a product would run.
+
+    Parameters
+    ----------
+    op : {"spmm", "spmm_t", "sddmm"}
+    format : str
+        A format's name, e.g. ``"condensed"``.
+    dtype : str
+        numpy dtype name of values and operands, e.g. ``"float32"``.
+    backend : str
+        ``"auto"`` takes the highest level at or below :func:`active_isa` that has the dtype; a level
+        (``"scalar"``, ``"avx2"``, ``"avx512"``) takes exactly that one.
+
+    Raises
+    ------
+    KernelNotFound
+        If no row fits; the message lists the rows that came closest and the way out.
+    FormatError
+        If `backend` is no level, or ``SPFMT_ISA`` is invalid.
+    """
+    if backend == "auto":
+        wanted = LEVELS[LEVELS.index(active_isa()) :: -1]
+    elif backend in LEVELS:
+        wanted = (backend,)
+    else:
+        raise FormatError(
+            f"backend: got {backend!r}, expected 'auto', 'reference' or one of {LEVELS}."
+        )
+    rows = {k.isa: k for k in kernels(op, format, dtype)}
+    for isa in wanted:
+        if isa in rows and rows[isa].available:
+            return rows[isa]
+    raise KernelNotFound(_no_kernel(op, format, dtype, wanted))
+
+
+def _no_kernel(op: str, format: str, dtype: str, wanted: tuple[str, ...]) -> str:
+    near = kernels(op, format) or kernels(op) or list(_TABLE)
+    lines = [
+        f"  {k.op} {k.format} {k.dtype} {k.isa}: "
+        + (k.reason or ("other level" if k.dtype == dtype else "other dtype"))
+        for k in near
+    ]
+    fix = (
+        "Convert with astype('float32'), or use backend='reference' (numpy, dense, slow)."
+        if not kernels(op, format, dtype)
+        else "Use backend='auto' or unset SPFMT_ISA."
+    )
+    return (
+        f"no kernel for {op} of {format} in {dtype} at level {' or '.join(wanted)}. Existing:\n"
+        + "\n".join(lines)
+        + f"\n{fix}"
+    )
+
+
+def _cached_select(op: str, format: str, dtype: str, backend: str) -> Kernel:
+    key = (op, format, dtype, backend)
+    kernel = _selected.get(key)
+    if kernel is None:
+        kernel = _selected[key] = select(op, format, dtype, backend)
+    return kernel
+
+
+def show_config() -> str:
+    """Return a readable summary: versions, CPU level, threads, and the kernel table."""
+    from . import __version__
+
+    lines = [
+        f"spfmt {__version__}, numpy {np.__version__}",
+        f"instruction set: {active_isa()} (available: {', '.join(_available_levels())}; "
+        "force one with SPFMT_ISA)",
+        f"threads: {threads.get_num_threads()}",
+        f"{'format':<16}{'op':<9}{'dtype':<9}levels",
+    ]
+    for fmt, op, dtype in sorted({(k.format, k.op, k.dtype) for k in _TABLE}):
+        levels = [k.isa if k.available else f"({k.isa})" for k in kernels(op, fmt, dtype)]
+        lines.append(f"{fmt:<16}{op:<9}{dtype:<9}{' '.join(levels)}")
+    return "\n".join(lines)
+
+
+def _available_levels() -> list[str]:
+    return [isa for isa in LEVELS if any(k.isa == isa and k.available for k in _TABLE)]
+
+
+class Plan:
+    """A structure made ready for the kernels; their private layouts of it are built once and kept.
+
+    Parameters
+    ----------
+    format : str
+        The format's name in the kernel table.
+    layout : RowLists or RowGroups
+        The structure as kernels see it.
+
+    Notes
+    -----
+    Thread-safe. `values` arguments are contiguous arrays of any shape with at least ``layout.nnz``
+    elements; what lies behind them (spare capacity) is ignored. A `version` (see
+    :func:`new_version`) promises that equal numbers mean equal content, so packed copies of the
+    values may be reused; None never reuses.
+    """
+
+    def __init__(self, format: str, layout: Layout) -> None:
+        self.format = format
+        self.layout = layout
+        self.shape = (layout.rows, layout.cols)
+        self.nnz = int(layout.nnz)
+        self._lock = threading.Lock()
+        self._compiled: Any = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Plan, (self.format, self.layout)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Plan:
+        return self  # frozen: a copy would only build the same layouts again
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the compiled structure and of every private layout built so far."""
+        return 0 if self._compiled is None else int(self._compiled.nbytes)
+
+    def spmm(
+        self,
+        values: Array,
+        x: Array,
+        *,
+        bias: Array | None = None,
+        batch_first: bool = False,
+        out: Array | None = None,
+        backend: str = "auto",
+        version: int | None = None,
+    ) -> Array:
+        """Y = A X (+ bias); see :func:`spfmt.spmm`."""
+        if bias is not None:
+            bias = self._bias(bias, values.dtype)
+        return self._multiply("spmm", values, x, bias, batch_first, out, backend, version)
+
+    def spmm_t(
+        self,
+        values: Array,
+        dy: Array,
+        *,
+        batch_first: bool = False,
+        out: Array | None = None,
+        backend: str = "auto",
+        version: int | None = None,
+    ) -> Array:
+        """DX = Aᵀ dY; see :func:`spfmt.spmm_t`."""
+        return self._multiply("spmm_t", values, dy, None, batch_first, out, backend, version)
+
+    def sddmm(
+        self,
+        dy: Array,
+        x: Array,
+        *,
+        batch_first: bool = False,
+        out: Array | None = None,
+        backend: str = "auto",
+    ) -> Array:
+        """Gradient of the values, (nnz,) or `out` with its spare tail zeroed; see :func:`sddmm`."""
+        rows, cols = self.shape
+        dy, x = np.asarray(dy), np.asarray(x)
+        dy2 = _features_first(dy, rows, batch_first, "dY")
+        x2 = _features_first(x, cols, batch_first, "X")
+        if dy2.shape[1] != x2.shape[1]:
+            raise FormatError(
+                f"sddmm: got dY with {dy2.shape[1]} and X with {x2.shape[1]} samples, expected the "
+                "same number. Pass the X of the forward pass and the gradient of its result."
+            )
+        _same_dtype(dy.dtype, x.dtype, "dY", "X")
+        out = self._gradient_out(out, dy.dtype)
+        if backend == "reference":
+            out[: self.nnz] = self._reference_sddmm(dy2, x2)
+        else:
+            self._run("sddmm", backend, out[: self.nnz], None, dy2, x2, None, None)
+        out[self.nnz :] = 0
+        return out
+
+    def _multiply(
+        self,
+        op: str,
+        values: Array,
+        x: Array,
+        bias: Array | None,
+        batch_first: bool,
+        out: Array | None,
+        backend: str,
+        version: int | None,
+    ) -> Array:
+        x = np.asarray(x)
+        n_in, n_out = (self.shape[1], self.shape[0]) if op == "spmm" else self.shape
+        flat = self._flat_values(values)
+        _same_dtype(flat.dtype, x.dtype, "values", "X" if op == "spmm" else "dY")
+        operand = _features_first(x, n_in, batch_first, "X" if op == "spmm" else "dY")
+        out = _result(out, x, n_out, batch_first)
+        target = _features_first(out, n_out, batch_first, "out", copy=False)
+        if backend == "reference":
+            target[...] = self._reference(op, flat, operand, bias)
+        else:
+            self._run(op, backend, flat, version, operand, None, target, bias)
+        return out
+
+    def _run(
+        self,
+        op: str,
+        backend: str,
+        values: Array,
+        version: int | None,
+        a: Array,
+        b: Array | None,
+        out: Array | None,
+        bias: Array | None,
+    ) -> None:
+        kernel = _cached_select(op, self.format, values.dtype.name, backend)
+        if logger.isEnabledFor(logging.DEBUG):
+            logger.debug(
+                "%s %s %s: kernel %s, %d x %d, nnz %d, batch %d",
+                op, self.format, kernel.dtype, kernel.isa, *self.shape, self.nnz, a.shape[1],
+            )  # fmt: skip
+        _kernels.run(
+            kernel.index,
+            self._compiled or self._compile(),
+            values,
+            -1 if version is None else version,
+            a,
+            b,
+            out,
+            bias,
+            threads.get_num_threads(),
+        )
+
+    def _compile(self) -> Any:
+        with self._lock:
+            if self._compiled is None:
+                self._compiled = _compile(self.layout)
+        return self._compiled
+
+    def _flat_values(self, values: Array) -> Array:
+        values = np.asarray(values)
+        if values.size < self.nnz:
+            raise FormatError(
+                f"values: got {values.size} elements, expected at least {self.nnz}, one per position "
+                "of the structure. Use the tensor's own values or with_values()."
+            )
+        if values.ndim == 1 and values.flags.c_contiguous:
+            return values
+        return np.ascontiguousarray(values).reshape(-1)
+
+    def _bias(self, bias: Array, dtype: np.dtype[Any]) -> Array:
+        bias = np.asarray(bias)
+        if bias.shape != (self.shape[0],):
+            raise FormatError(
+                f"bias: got shape {bias.shape}, expected ({self.shape[0]},), one per row of A."
+            )
+        _same_dtype(bias.dtype, dtype, "bias", "values")
+        return np.ascontiguousarray(bias)
+
+    def _gradient_out(self, out: Array | None, dtype: np.dtype[Any]) -> Array:
+        if out is None:
+            return np.empty(self.nnz, dtype)
+        if out.ndim != 1 or out.size < self.nnz or not out.flags.c_contiguous:
+            raise FormatError(
+                f"out: got shape {out.shape}, expected a contiguous vector of at least {self.nnz} "
+                "elements, one per position of the structure."
+            )
+        _same_dtype(out.dtype, dtype, "out", "dY")
+        _check_writable(out)
+        return out
+
+    def _dense(self, values: Array) -> npt.NDArray[np.float64]:
+        dense = np.zeros(self.shape)
+        dense[self.layout.coordinates()] = values[: self.nnz].astype(np.float64)
+        return dense
+
+    def _reference(self, op: str, values: Array, x: Array, bias: Array | None) -> Array:
+        dense = self._dense(values)
+        result = (dense if op == "spmm" else dense.T) @ x.astype(np.float64)
+        if bias is not None:
+            result = result + bias.astype(np.float64)[:, None]
+        return np.asarray(result, dtype=x.dtype)
+
+    def _reference_sddmm(self, dy: Array, x: Array) -> Array:
+        full = dy.astype(np.float64) @ x.astype(np.float64).T
+        return np.asarray(full[self.layout.coordinates()], dtype=dy.dtype)
+
+
+def _compile(layout: Layout) -> Any:
+    if isinstance(layout, RowLists):
+        return _kernels.lists_plan(layout.rows, layout.cols, layout.indptr, layout.col_indices)
+    return _kernels.groups_plan(
+        layout.rows,
+        layout.cols,
+        layout.row_perm,
+        layout.row_ptr,
+        layout.col_begin,
+        layout.col_end,
+        layout.col_indices,
+        layout.value_ptr,
+    )
+
+
+def _same_dtype(got: np.dtype[Any], want: np.dtype[Any], name: str, other: str) -> None:
+    if got != want:
+        raise FormatError(
+            f"{name}: got dtype {got}, but {other} has {want}; expected the same. Convert one with "
+            "astype()."
+        )
+
+
+def _check_writable(out: Array) -> None:
+    if not out.flags.writeable:
+        raise FormatError("out: got a read-only array, expected a writable one. Pass a copy.")
+
+
+def _features_first(x: Array, features: int, batch_first: bool, name: str, copy: bool = True) -> Array:
+    """View `x` as (features, samples), checking its shape; a vector is one sample."""
+    if x.ndim == 1:
+        view = x[:, None]
+    elif x.ndim == 2:
+        view = x.T if batch_first else x
+    else:
+        raise FormatError(
+            f"{name}: got {x.ndim} dimensions, expected 1 or 2. Flatten leading dimensions first."
+        )
+    if view.shape[0] != features:
+        layout = "(batch, features)" if batch_first else "(features, batch)"
+        raise FormatError(
+            f"{name}: got shape {x.shape}, expected {layout} with {features} features. "
+            f"Pass batch_first={not batch_first} if samples run along the other axis."
+        )
+    if copy and any(s % x.itemsize for s in x.strides):  # e.g. a field of a packed record
+        return np.ascontiguousarray(view)
+    return view
+
+
+def _result(out: Array | None, x: Array, features: int, batch_first: bool) -> Array:
+    """Return the array that receives the result, in the layout that `x` came in."""
+    shape: tuple[int, ...] = (features,)
+    if x.ndim == 2:
+        shape = (x.shape[0], features) if batch_first else (features, x.shape[1])
+    if out is None:
+        return np.empty(shape, x.dtype)
+    if out.shape != shape:
+        raise FormatError(f"out: got shape {out.shape}, expected {shape}.")
+    _same_dtype(out.dtype, x.dtype, "out", "the operand")
+    _check_writable(out)
+    if any(s % out.itemsize for s in out.strides) or np.may_share_memory(out, x):
+        raise FormatError("out: expected memory of its own that is not shared with the operand.")
+    return out

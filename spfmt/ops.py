@@ -1,0 +1,148 @@
+"""The three products of a sparse weight.
+
+==========  =====================  ============================================
+spmm        Y = A X                forward pass
+spmm_t      dX = Aᵀ dY             gradient of the input
+sddmm       d(values) = dY Xᵀ      gradient of the weight, at the structure only
+==========  =====================  ============================================
+
+Operands are numpy arrays with samples along the last axis, ``(features, batch)``, or along the first
+with ``batch_first=True``; strides are free.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy.typing as npt
+
+from .errors import FormatError
+from .formats import SparseTensor
+
+Array = npt.NDArray[Any]
+
+
+def spmm(
+    a: SparseTensor,
+    x: Array,
+    *,
+    bias: Array | None = None,
+    batch_first: bool = False,
+    out: Array | None = None,
+    backend: str = "auto",
+) -> Array:
+    """Multiply a sparse weight with a dense matrix: Y = A X + bias.
+
+    Parameters
+    ----------
+    a : SparseTensor
+        Weight with matrix shape (R, C).
+    x : ndarray
+        (C, B), (B, C) with ``batch_first=True``, or one sample (C,); dtype of `a`, any strides,
+        B from 0 up.
+    bias : ndarray, optional
+        (R,), added to every sample.
+    batch_first : bool
+        Whether samples run along the first axis.
+    out : ndarray, optional
+        Receives the result; any strides, must not overlap `x`.
+    backend : {"auto", "reference", "scalar", "avx2", "avx512"}
+        ``"auto"`` takes the best kernel; ``"reference"`` is numpy on the dense matrix in float64.
+
+    Returns
+    -------
+    ndarray
+        (R, B), (B, R) or (R,), dtype of `x`. The number of threads does not change a bit of it.
+
+    Raises
+    ------
+    FormatError
+        If shapes or dtypes do not fit.
+    KernelNotFound
+        If no kernel exists for the format, dtype and backend.
+
+    Examples
+    --------
+    >>> import numpy as np, spfmt
+    >>> a = spfmt.NM.from_dense(np.array([[1., 0., 0., 2.], [0., 3., 4., 0.]]), n=2, m=4)
+    >>> spfmt.spmm(a, np.array([1., 1., 1., 1.]))
+    array([3., 7.])
+    """
+    _check(a)
+    return a.plan.spmm(
+        a.values,
+        x,
+        bias=bias,
+        batch_first=batch_first,
+        out=out,
+        backend=backend,
+        version=a.version,
+    )
+
+
+def spmm_t(
+    a: SparseTensor,
+    dy: Array,
+    *,
+    batch_first: bool = False,
+    out: Array | None = None,
+    backend: str = "auto",
+) -> Array:
+    """Multiply the transposed weight: dX = Aᵀ dY.
+
+    Parameters are those of :func:`spmm` with dY (R, B), (B, R) or (R,) in place of X; the result is
+    (C, B), (B, C) or (C,).
+
+    Raises
+    ------
+    FormatError, KernelNotFound
+        As :func:`spmm`.
+    """
+    _check(a)
+    return a.plan.spmm_t(
+        a.values, dy, batch_first=batch_first, out=out, backend=backend, version=a.version
+    )
+
+
+def sddmm(
+    a: SparseTensor,
+    dy: Array,
+    x: Array,
+    *,
+    batch_first: bool = False,
+    backend: str = "auto",
+) -> Array:
+    """Sampled dense-dense product: the gradient of the stored values, (dY Xᵀ) at the structure.
+
+    Parameters
+    ----------
+    a : SparseTensor
+        Supplies the structure; its values are not used.
+    dy : ndarray
+        (R, B), (B, R) with ``batch_first=True``, or (R,).
+    x : ndarray
+        (C, B), (B, C) or (C,), dtype of `dy`.
+    batch_first, backend
+        As in :func:`spmm`.
+
+    Returns
+    -------
+    ndarray
+        Shape of ``a.values``, dtype of `dy`.
+
+    Raises
+    ------
+    FormatError, KernelNotFound
+        As :func:`spmm`.
+    """
+    _check(a)
+    gradient = a.plan.sddmm(dy, x, batch_first=batch_first, backend=backend)
+    return gradient.reshape(a.values.shape)
+
+
+def _check(a: object) -> None:
+    if not isinstance(a, SparseTensor):
+        raise FormatError(
+            f"A: got {type(a).__name__}, expected a spfmt tensor. Convert with spfmt.convert(), or "
+            "with a format's from_dense()."
+        )
