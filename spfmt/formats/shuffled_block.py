@@ -1,0 +1,299 @@
+"""`ShuffledBlock`: dense blocks on shuffled rows and columns (DSB, section 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from spfmt.errors import format_error
+from spfmt.formats._base import SparseTensor, Structure, scores_budget
+from spfmt.formats._checks import (
+    Array,
+    Shape,
+    as_int,
+    check_permutation,
+    check_pointer,
+    check_range,
+    matrix_shape,
+)
+from spfmt.formats._coords import Coordinates, group_by_support
+from spfmt.formats._layout import RowGroups, lower_groups
+
+__all__ = ["ShuffledBlock"]
+
+BLOCK_SHAPE = (16, 16)
+
+
+class ShuffledBlock(SparseTensor):
+    """Blocks of S1 shuffled rows by S2 shuffled columns.
+
+    A permutation cuts the rows into groups of S1 (the last may be short); blocks of a group share
+    its rows, and a column occurs at most once per group.
+
+    Parameters
+    ----------
+    shape : tuple of int
+        (R, C) or (C_out, C_in, Kh, Kw).
+    block_shape : tuple of int
+        (S1, S2), both at least 1.
+    row_perm : array_like of int, shape (R,)
+        Group g owns the rows ``row_perm[g*S1:(g+1)*S1]``.
+    group_ptr : array_like of int, shape (ceil(R / S1) + 1,)
+        Group g owns the columns ``col_indices[group_ptr[g]:group_ptr[g+1]]``; consecutive runs of
+        S2 are its blocks, the last run may be short.
+    col_indices : array_like of int, shape (T,)
+    values : array_like of float, shape (nnz,)
+        Each group is cut into tiles of at most 16 consecutive rows; tile after tile, and in a tile
+        column after column.
+
+    Raises
+    ------
+    FormatError
+        Names the first group with a bad column, or the first row that the permutation lacks.
+    """
+
+    __slots__ = ()
+    format = "shuffled_block"
+    FORMAT_ID = 3
+    STRUCTURE = ("row_perm", "group_ptr", "col_indices")
+    NDIMS = (1, 1, 1)
+    POINTERS = ("group_ptr",)
+    PARAMS = ("block_rows", "block_cols")
+
+    def __init__(
+        self,
+        shape: Any,
+        block_shape: Any,
+        row_perm: Any,
+        group_ptr: Any,
+        col_indices: Any,
+        values: Any,
+    ) -> None:
+        block_rows, block_cols = _check_block(block_shape)
+        arrays = {"row_perm": row_perm, "group_ptr": group_ptr, "col_indices": col_indices}
+        self._init(shape, arrays, {"block_rows": block_rows, "block_cols": block_cols}, values)
+
+    @property
+    def block_shape(self) -> tuple[int, int]:
+        """(S1, S2)."""
+        params = self._structure.params
+        return params["block_rows"], params["block_cols"]
+
+    @property
+    def row_perm(self) -> Array:
+        """int32 (R,): rows, group after group."""
+        return self._structure["row_perm"]
+
+    @property
+    def group_ptr(self) -> Array:
+        """int64 (G + 1,): where each group's columns start."""
+        return self._structure["group_ptr"]
+
+    @property
+    def col_indices(self) -> Array:
+        """int32 (T,): columns, group after group."""
+        return self._structure["col_indices"]
+
+    @property
+    def n_blocks(self) -> int:
+        """Number of blocks, short ones included."""
+        return int((-(-np.diff(self.group_ptr) // self.block_shape[1])).sum())
+
+    def blocks(self) -> Iterator[tuple[Array, Array, Array]]:
+        """Yield (row_indices, col_indices, block) for every block, group after group.
+
+        A block is an array of shape (len(row_indices), len(col_indices)): S1 x S2, or smaller in a
+        short group or at the end of a group's columns.
+        """
+        layout = self.layout()
+        assert isinstance(layout, RowGroups)
+        flat, width = self.values, self.block_shape[1]
+        tile = 0
+        for group, begin in enumerate(self.group_ptr[:-1]):
+            columns = self.col_indices[begin : self.group_ptr[group + 1]]
+            rows = self.row_perm[group * self.block_shape[0] :][: self.block_shape[0]]
+            parts, placed = [], 0
+            while placed < rows.size:
+                part = flat[layout.value_ptr[tile] : layout.value_ptr[tile + 1]]
+                height = int(layout.row_ptr[tile + 1] - layout.row_ptr[tile])
+                parts.append(part.reshape(columns.size, height).T)
+                placed, tile = placed + height, tile + 1
+            dense = np.concatenate(parts)
+            for start in range(0, columns.size, width):
+                run = slice(start, start + width)
+                yield rows, columns[run], dense[:, run]
+
+    @classmethod
+    def _check(cls, s: Structure) -> None:
+        rows, cols = s.matrix_shape
+        block_rows, _ = _check_block((s.params["block_rows"], s.params["block_cols"]))
+        columns, pointer = s["col_indices"], s["group_ptr"]
+        check_permutation("row_perm", s["row_perm"], rows)
+        check_pointer("group_ptr", pointer, -(-rows // block_rows), columns.size)
+        check_range("col_indices", columns, cols, "columns")
+        group = np.repeat(np.arange(pointer.size - 1, dtype=np.int64), np.diff(pointer))
+        keys = np.sort(group * cols + columns)
+        twice = np.flatnonzero(keys[1:] == keys[:-1])
+        if twice.size:
+            where, col = divmod(int(keys[twice[0]]), cols)
+            raise format_error(
+                f"column {col} twice in group {where} (a duplicate)",
+                "each column at most once in a group",
+                "merge the two columns and their values",
+            )
+
+    @classmethod
+    def _values_shape(cls, s: Structure) -> Shape:
+        heights = np.diff(_group_rows(s.matrix_shape[0], s.params["block_rows"]))
+        return (int((heights * np.diff(s["group_ptr"])).sum()),)
+
+    @classmethod
+    def _lower(cls, s: Structure) -> RowGroups:
+        groups = _group_rows(s.matrix_shape[0], s.params["block_rows"])
+        return lower_groups(s.matrix_shape, s["row_perm"], groups, s["group_ptr"], s["col_indices"])
+
+    @classmethod
+    def _most_words(cls, shape: Shape, nnz: int, params: Mapping[str, int]) -> int:
+        rows, cols = matrix_shape(shape)
+        block_rows = params.get("block_rows", 1)
+        groups = -(-rows // block_rows)
+        # Columns of full groups cost S1 values each; those of a short last group are at most C.
+        columns = min(nnz // block_rows + cols, groups * cols, nnz)
+        return rows + groups + columns
+
+    def _unit_of_rows(self) -> tuple[str, Array]:
+        group = np.empty(self.row_perm.size, np.int64)
+        group[self.row_perm] = np.arange(self.row_perm.size) // self.block_shape[0]
+        return "group", group
+
+    @classmethod
+    def _from_coordinates(
+        cls, coords: Coordinates, *, block_shape: Any = BLOCK_SHAPE, row_perm: Any = None
+    ) -> ShuffledBlock:
+        block_rows, block_cols = _check_block(block_shape)
+        rows, cols = coords.matrix_shape
+        if row_perm is None:
+            perm = _rows_by_support(coords, block_rows)
+        else:
+            perm = np.asarray(row_perm)
+            check_permutation("row_perm", perm, rows)
+        group = np.empty(rows, np.int64)
+        group[perm] = np.arange(rows) // block_rows
+        # A group's columns are the union of its rows' columns.
+        keys = np.unique(group[coords.rows] * cols + coords.cols)
+        pointer = np.searchsorted(keys, np.arange(-(-rows // block_rows) + 1) * cols)
+        arrays = {"row_perm": perm, "group_ptr": pointer, "col_indices": keys % max(1, cols)}
+        params = {"block_rows": block_rows, "block_cols": block_cols}
+        return cls._fill(coords, arrays, params)
+
+    @classmethod
+    def from_dense(
+        cls,
+        w: Any,
+        mask: Any = None,
+        *,
+        block_shape: tuple[int, int] = BLOCK_SHAPE,
+        row_perm: Any = None,
+    ) -> ShuffledBlock:
+        """Cover the nonzeros of `w`, or the positions of `mask`, with blocks.
+
+        Rows with equal column sets are grouped first, so a pattern of whole groups is recovered
+        without padding; the other rows are grouped by likeness (DSB, section 4). A group stores
+        the union of its rows' columns, zeros where a row lacks one.
+
+        Parameters
+        ----------
+        w : array_like of float, shape (R, C) or (C_out, C_in, Kh, Kw)
+            A NaN is a nonzero.
+        mask : array_like of bool, same shape, optional
+        block_shape : tuple of int
+            (S1, S2).
+        row_perm : array_like of int, shape (R,), optional
+            Row groups to use instead of searching them.
+        """
+        coords = Coordinates.of_dense(w, mask)
+        return cls._from_coordinates(coords, block_shape=block_shape, row_perm=row_perm)
+
+    @classmethod
+    def from_scores(
+        cls,
+        scores: Any,
+        density: float,
+        *,
+        block_shape: tuple[int, int] = BLOCK_SHAPE,
+        row_perm: Any = None,
+        values: Any = None,
+        **clustering: Any,
+    ) -> ShuffledBlock:
+        """Choose row groups and blocks by the shuffled blocking procedure (DSB, section 4).
+
+        The best round(density * R * C) scores make a mask, its rows are ordered by likeness and
+        cut into groups of S1; in each group columns are sorted by score and cut into chunks of S2,
+        and the globally best ceil(budget / (S1 * S2)) chunks win.
+
+        Parameters
+        ----------
+        scores : array_like, shape (R, C) or (C_out, C_in, Kh, Kw)
+        density : float
+        block_shape : tuple of int
+            (S1, S2).
+        row_perm : array_like of int, shape (R,), optional
+            Row groups to use instead of searching them.
+        values : array_like of the same shape, optional
+            Dense array to take the values from; zeros by default.
+        **clustering
+            Options of `spfmt.structure.rows.order_rows`: metric, linkage, min_overlap, ….
+        """
+        from spfmt.structure.blocks import select_blocks
+        from spfmt.structure.rows import order_rows
+        from spfmt.structure.unstructured import topk_mask
+
+        matrix, shape, budget = scores_budget(scores, density)
+        block_rows, block_cols = _check_block(block_shape)
+        if row_perm is None:
+            perm = order_rows(topk_mask(matrix, budget), **clustering)
+        else:
+            perm = np.asarray(row_perm)
+            check_permutation("row_perm", perm, matrix.shape[0])
+        n_blocks = -(-budget // (block_rows * block_cols))
+        pointer, columns = select_blocks(matrix, perm, (block_rows, block_cols), n_blocks)
+        arrays = {"row_perm": perm, "group_ptr": pointer, "col_indices": columns}
+        params = {"block_rows": block_rows, "block_cols": block_cols}
+        return cls._found(matrix, shape, arrays, params, values)
+
+    def _summary(self) -> str:
+        block_rows, block_cols = self.block_shape
+        return f"block_shape=({block_rows}, {block_cols}), blocks {self.n_blocks}"
+
+
+def _check_block(block_shape: Any) -> tuple[int, int]:
+    try:
+        block_rows, block_cols = block_shape
+    except (TypeError, ValueError):
+        raise format_error(
+            f"block_shape={block_shape!r}", "two integers (S1, S2)", "pass e.g. (16, 16)"
+        ) from None
+    return as_int("block_rows", block_rows, 1), as_int("block_cols", block_cols, 1)
+
+
+def _group_rows(rows: int, block_rows: int) -> Array:
+    """Pointer to each group's rows: every S1 places, the last group may be short."""
+    starts = np.arange(-(-rows // block_rows) + 1, dtype=np.int64) * block_rows
+    return np.minimum(starts, rows)
+
+
+def _rows_by_support(coords: Coordinates, block_rows: int) -> Array:
+    """Permutation whose groups are rows with equal columns first, then like rows."""
+    label = group_by_support(coords)
+    order = np.argsort(label, kind="stable")
+    sizes = np.bincount(label)
+    place = np.arange(order.size) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    whole = place < np.repeat(sizes // block_rows * block_rows, sizes)
+    rest = np.sort(order[~whole])
+    if rest.size > block_rows:
+        from spfmt.structure.rows import order_rows
+
+        rest = rest[order_rows(coords.support(rest))]
+    return np.concatenate([order[whole], rest])
