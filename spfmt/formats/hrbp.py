@@ -61,6 +61,7 @@ class HRBP(SparseTensor):
     STRUCTURE = ("row_perm", "row_ptr", "channel_indices", "pattern_indices")
     NDIMS = (1, 1, 2, 2)
     POINTERS = ("row_ptr",)
+    PARAMS = ("groups",)
 
     def __init__(
         self,
@@ -77,7 +78,8 @@ class HRBP(SparseTensor):
             "channel_indices": channel_indices,
             "pattern_indices": pattern_indices,
         }
-        self._init(shape, arrays, {}, values)
+        groups = max(0, np.size(row_ptr) - 1)
+        self._init(shape, arrays, {"groups": groups}, values)
 
     @property
     def row_perm(self) -> Array:
@@ -102,20 +104,20 @@ class HRBP(SparseTensor):
     @property
     def groups(self) -> int:
         """Number of row groups."""
-        return int(self.row_ptr.size) - 1
+        return self._structure.params["groups"]
 
     @classmethod
     def _check(cls, s: Structure) -> None:
         rows, cols = s.matrix_shape
         pointer, channels, cells = s["row_ptr"], s["channel_indices"], s["pattern_indices"]
-        groups = channels.shape[0]
+        groups = s.params["groups"]
         check_permutation("row_perm", s["row_perm"], rows)
         check_pointer("row_ptr", pointer, groups, rows)
         _check_group_sizes(np.diff(pointer))
-        if cells.shape[0] != groups or (channels.size > 0) != (cells.size > 0):
+        if {channels.shape[0], cells.shape[0]} != {groups} or (channels.size > 0) != (cells.size > 0):
             raise format_error(
                 f"channel_indices of shape {channels.shape} and pattern_indices of {cells.shape}",
-                "one row per group in both, and both empty or neither",
+                f"one row for each of {groups} groups in both, and both empty or neither",
                 "give every group its channels and its cells",
             )
         check_range("channel_indices", channels, cols // max(1, s.cells), "input channels")
@@ -140,12 +142,14 @@ class HRBP(SparseTensor):
 
     @classmethod
     def _most_words(cls, shape: Shape, nnz: int, params: Mapping[str, int]) -> int:
-        # Groups hold at least one row, so their lists are no longer than the values.
         rows, cols = matrix_shape(shape)
         cells = kernel_cells(shape)
-        channels = min(nnz, rows * (cols // max(1, cells)))
-        idle = cols + cells if rows == 0 else 0  # lists of the one group of an empty matrix
-        return 2 * rows + 1 + channels + min(nnz, rows * cells) + idle
+        if rows == 0:  # at most one group, whose lists stand for nothing
+            return 1 + cols + cells
+        # Every row holds n_channels * n_cells values, both at least one.
+        groups, per_row = params.get("groups", rows), nnz // rows
+        lists = min(per_row, cols // max(1, cells)) + min(per_row, cells)
+        return rows + groups * (1 + lists)
 
     def _unit_of_rows(self) -> tuple[str, Array]:
         group = np.empty(self.row_perm.size, np.int64)
@@ -168,7 +172,7 @@ class HRBP(SparseTensor):
             "channel_indices": _union(mine, channel, pointer.size - 1, length),
             "pattern_indices": _union(mine, cell, pointer.size - 1, cells),
         }
-        return cls._fill(coords, arrays, {})
+        return cls._fill(coords, arrays, {"groups": pointer.size - 1})
 
     @classmethod
     def from_dense(cls, w: Any, mask: Any = None, *, groups: int | None = None) -> HRBP:
@@ -223,7 +227,8 @@ class HRBP(SparseTensor):
             mask, matrix, shape, float(density), block_density=block_density, groups=groups
         )
         arrays = dict(zip(cls.STRUCTURE, found, strict=True))
-        return cls._found(matrix, shape, arrays, {}, values)
+        params = {"groups": arrays["channel_indices"].shape[0]}
+        return cls._found(matrix, shape, arrays, params, values)
 
     def _summary(self) -> str:
         channels, cells = self.channel_indices.shape[1], self.pattern_indices.shape[1]
