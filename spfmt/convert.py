@@ -160,9 +160,9 @@ def _to_format(
     if result.nnz > coords.nnz and not _few(coords, result.nnz, max_padding):
         unit, of_row = result._unit_of_rows()
         stored, _ = result.layout().coordinates()
-        added = np.bincount(of_row[stored]) - np.bincount(
-            of_row[coords.rows], minlength=int(of_row.max()) + 1
-        )
+        units = int(of_row.max()) + 1
+        added = np.bincount(of_row[stored], minlength=units)
+        added -= np.bincount(of_row[coords.rows], minlength=units)
         worst = int(added.argmax())
         where = f"{cls.format}, most of them ({int(added[worst])}) in {unit} {worst}"
         _check_padding(coords, result.nnz, max_padding, where)
@@ -206,8 +206,8 @@ def _read_scipy(a: Any) -> Coordinates:
     if a.ndim != 2:
         raise format_error(f"a scipy array of shape {a.shape}", "two axes", "reshape it")
     float_array("values", np.zeros(0, a.dtype))
-    matrix = a.copy()  # the checks and the sum below work in place
     try:
+        matrix = a.copy()  # the checks and the sum below work in place
         if hasattr(matrix, "check_format"):
             matrix.check_format(full_check=True)
         coo = matrix.tocoo(copy=False)
