@@ -1,0 +1,178 @@
+"""Input checks shared by the structure search: one place that turns user arrays into plain ones."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import FormatError, format_error
+
+BoolArray: TypeAlias = npt.NDArray[np.bool_]
+FloatArray: TypeAlias = npt.NDArray[np.float32] | npt.NDArray[np.float64]
+Int32Array: TypeAlias = npt.NDArray[np.int32]
+Int64Array: TypeAlias = npt.NDArray[np.int64]
+
+_INT32_MAX = 2**31 - 1
+
+
+def as_scores(scores: npt.ArrayLike, *, ndim: int | None = None) -> FloatArray:
+    """Scores as a C-contiguous float32 or float64 array without NaN.
+
+    Parameters
+    ----------
+    scores : array_like
+        Real numbers, larger is better. float32 stays, float16 and bfloat16 become float32 and every
+        other real type float64; strides and byte order may be any.
+    ndim : int, optional
+        Required number of dimensions.
+
+    Returns
+    -------
+    ndarray of float32 or float64
+        The input itself where it already has that form.
+
+    Raises
+    ------
+    FormatError
+        Not real numbers, the wrong number of dimensions, more than 2**31 - 1 columns, or a NaN.
+    """
+    array = np.asarray(scores)
+    _check_ndim(array, "scores", ndim)
+    small = array.dtype.kind == "f" and array.dtype.itemsize <= 4
+    if array.dtype.name == "bfloat16" or small:
+        dtype: Any = np.float32
+    elif array.dtype.kind in "fiub":
+        dtype = np.float64
+    else:
+        raise format_error(
+            f"scores of dtype {array.dtype}", "real numbers", "pass the magnitudes as floats"
+        )
+    plain: FloatArray = np.ascontiguousarray(array, dtype=dtype).reshape(array.shape)
+    # min() hands a NaN on and needs no temporary array.
+    if plain.size and np.isnan(plain.min()):
+        where = tuple(int(i) for i in np.argwhere(np.isnan(plain))[0])
+        raise format_error(
+            f"NaN in scores at {where}",
+            "scores that can be ranked",
+            "replace NaN first, e.g. by numpy.nan_to_num(scores)",
+        )
+    return plain
+
+
+def as_mask(mask: npt.ArrayLike) -> BoolArray:
+    """A (R, C) C-contiguous bool array; other dtypes count as nonzero (a NaN is a nonzero).
+
+    Raises
+    ------
+    FormatError
+        Not two-dimensional, or more than 2**31 - 1 rows or columns.
+    """
+    array = np.asarray(mask)
+    _check_ndim(array, "mask", 2)
+    return np.ascontiguousarray(array if array.dtype == np.bool_ else array != 0)
+
+
+def check_finite(scores: FloatArray, what: str) -> None:
+    """Raise FormatError where a score is infinite."""
+    if scores.size and not (np.isfinite(scores.min()) and np.isfinite(scores.max())):
+        where = tuple(int(i) for i in np.argwhere(~np.isfinite(scores))[0])
+        raise format_error(
+            f"an infinite score at {where}",
+            f"finite scores for {what}",
+            "use a large finite score to force a position and 0 to avoid one",
+        )
+
+
+def as_count(value: Any, name: str, low: int, high: int | None = None) -> int:
+    """Check that value is a whole number in [low, high] and return it as an int.
+
+    Raises
+    ------
+    FormatError
+        Not a whole number or out of range.
+    """
+    try:
+        number = int(value)
+        whole = number == value
+    except (TypeError, ValueError, OverflowError):
+        number, whole = low, False
+    if not whole or number < low or (high is not None and number > high):
+        allowed = f"at least {low}" if high is None else f"in [{low}, {high}]"
+        raise format_error(
+            f"{name} = {value!r}", f"a whole number {allowed}", f"choose {name} {allowed}"
+        )
+    return number
+
+
+def as_density(value: Any, name: str = "density") -> float:
+    """Check that value is a real number in [0, 1] and return it as a float.
+
+    Raises
+    ------
+    FormatError
+        Not a number, NaN, or out of range.
+    """
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not 0.0 <= number <= 1.0:
+        raise format_error(
+            f"{name} = {value!r}",
+            "a number in [0, 1]",
+            f"pass {name} as a fraction (density = 1 - sparsity)",
+        )
+    return number
+
+
+def as_choice(value: str, name: str, choices: tuple[str, ...]) -> str:
+    """Check that value is one of the choices and return it.
+
+    Raises
+    ------
+    FormatError
+        Any other value.
+    """
+    if value not in choices:
+        expected = " or ".join(repr(c) for c in choices)
+        raise format_error(f"{name} = {value!r}", expected, f"pass {name}={choices[0]!r}")
+    return value
+
+
+def as_row_perm(row_perm: npt.ArrayLike, rows: int) -> Int32Array:
+    """Check that row_perm is a permutation of range(rows) and return it as int32.
+
+    Raises
+    ------
+    FormatError
+        Wrong length, not integers, or not a permutation.
+    """
+    array = np.asarray(row_perm)
+    legal = array.shape == (rows,) and (array.dtype.kind in "iu" or rows == 0)
+    if legal and rows:
+        inside = bool((array >= 0).all() and (array < rows).all())
+        legal = inside and bool((np.bincount(array.astype(np.int64), minlength=rows) == 1).all())
+    if not legal:
+        raise FormatError(
+            f"got row_perm of shape {array.shape} and dtype {array.dtype}; expected every row in "
+            f"range({rows}) exactly once; fix: pass numpy.arange({rows}) or order_rows(mask)"
+        )
+    return np.ascontiguousarray(array, dtype=np.int32)
+
+
+def _check_ndim(array: npt.NDArray[Any], name: str, ndim: int | None) -> None:
+    if ndim is not None and array.ndim != ndim:
+        raise format_error(
+            f"{name} of shape {array.shape}",
+            f"{ndim} dimensions",
+            "reshape a convolution weight to (C_out, C_in*Kh*Kw)",
+        )
+    if array.ndim and max(array.shape) > _INT32_MAX:
+        raise format_error(
+            f"{name} of shape {array.shape}",
+            "at most 2**31 - 1 rows and columns",
+            "split the layer",
+        )

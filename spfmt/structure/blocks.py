@@ -1,0 +1,97 @@
+"""Choice of shuffled blocks (DSB, NeurIPS 2022, section 4)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import format_error
+from . import _structure
+from ._checks import Int32Array, Int64Array, as_count, as_row_perm, as_scores
+from .unstructured import topk_mask
+
+__all__ = ["select_blocks"]
+
+
+def select_blocks(
+    scores: npt.ArrayLike, row_perm: npt.ArrayLike, block_shape: Sequence[int], n_blocks: int
+) -> tuple[Int64Array, Int32Array]:
+    """Blocks of largest l1 norm over row groups that are already ordered.
+
+    Rows row_perm[g*S1:(g+1)*S1] form group g (the last may be short). In a group the columns are
+    sorted by the l1 norm of their scores over the group's rows and cut into runs of S2; the runs
+    of largest norm in the whole layer win. DSB, section 4: always the column of largest norm in a
+    group, and the block of largest norm among the groups, until there are enough.
+
+    Parameters
+    ----------
+    scores : array_like, shape (R, C), any real dtype
+        Their absolute values count; 0 where a weight is not active.
+    row_perm : array_like of int, shape (R,)
+        A permutation of the rows, see `order_rows`.
+    block_shape : (int, int)
+        S1 rows by S2 columns, both at least 1.
+    n_blocks : int
+        How many blocks to take, 0 <= n_blocks <= ceil(R/S1) * ceil(C/S2). A group's last block is
+        short where S2 does not divide C, and so are the blocks of a short last group.
+
+    Returns
+    -------
+    group_ptr : ndarray of int64, shape (G + 1,)
+        Group g owns col_indices[group_ptr[g]:group_ptr[g + 1]].
+    col_indices : ndarray of int32, shape (T,)
+        Unique in a group; consecutive runs of S2 are its blocks, of largest norm first, ascending
+        inside a block. Equal columns go to the lowest index, equal blocks to the first group.
+
+    Raises
+    ------
+    FormatError
+        NaN or -inf in scores, not two-dimensional, row_perm not a permutation, or a bad block
+        shape or number of blocks.
+    """
+    plain = as_scores(scores, ndim=2)
+    rows, cols = plain.shape
+    perm = as_row_perm(row_perm, rows)
+    block_rows, block_cols = _check_block_shape(block_shape)
+    if plain.size and plain.min() == -np.inf:
+        raise format_error(
+            "-inf in scores", "scores whose l1 norm ranks columns", "use 0 for positions to avoid"
+        )
+    groups = -(-rows // block_rows)
+    per_group = -(-cols // block_cols)
+    n_blocks = as_count(n_blocks, "n_blocks", 0, groups * per_group)
+    order = np.empty((groups, cols), np.int32)
+    norms = np.empty((groups, per_group), np.float64)
+    _structure.block_norms(plain, perm, block_rows, block_cols, order, norms)
+    # Norms fall along a group, so what is kept of a group is always its first blocks.
+    kept = topk_mask(norms, n_blocks).sum(axis=1)
+    widths = np.minimum(kept * block_cols, cols)
+    group_ptr = np.zeros(groups + 1, np.int64)
+    np.cumsum(widths, out=group_ptr[1:])
+    columns: Int32Array = order[np.arange(cols) < widths[:, None]]
+    return group_ptr, _ascending_in_blocks(columns, group_ptr, block_cols, cols)
+
+
+def _ascending_in_blocks(
+    columns: Int32Array, group_ptr: Int64Array, block_cols: int, cols: int
+) -> Int32Array:
+    """Sort every block's columns; the blocks stay in place."""
+    widths = np.diff(group_ptr)
+    group = np.repeat(np.arange(widths.size), widths)
+    in_group = np.arange(columns.size) - group_ptr[:-1][group]
+    block = group * -(-cols // block_cols) + in_group // block_cols
+    key = np.sort(block * cols + columns) if cols else block
+    ascending: Int32Array = (key - block * cols).astype(np.int32)
+    return ascending
+
+
+def _check_block_shape(block_shape: Sequence[int]) -> tuple[int, int]:
+    try:
+        block_rows, block_cols = block_shape
+    except (TypeError, ValueError):
+        raise format_error(
+            f"block_shape = {block_shape!r}", "two whole numbers (S1, S2)", "pass e.g. (16, 16)"
+        ) from None
+    return as_count(block_rows, "block rows S1", 1), as_count(block_cols, "block columns S2", 1)

@@ -1,0 +1,51 @@
+"""Constant fan-in: every row keeps the same number of weights (SRigL, ICLR 2024)."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from ._checks import Int32Array, as_count, as_scores
+from .unstructured import per_row_topk
+
+__all__ = ["constant_fan_in"]
+
+
+def constant_fan_in(scores: npt.ArrayLike, n_nonzeros: int) -> tuple[Int32Array, Int32Array]:
+    """Best constant fan-in structure for a budget, all rows active.
+
+    The fan-in k is the one whose R*k comes nearest to the budget (the smaller of two equally near
+    ones), at least 1 where the budget is not 0. Given k, the choice is the exact optimum.
+
+    Parameters
+    ----------
+    scores : array_like, shape (R, C), any real dtype
+        Larger is better.
+    n_nonzeros : int
+        The budget N, 0 <= N <= R*C.
+
+    Returns
+    -------
+    row_indices : ndarray of int32, shape (n_active,)
+        range(R), or nothing where k = 0.
+    col_indices : ndarray of int32, shape (n_active, k)
+        Ascending in each row; equal scores go to the lowest column.
+
+    Raises
+    ------
+    FormatError
+        NaN in scores, not two-dimensional, or a budget out of range.
+
+    Examples
+    --------
+    >>> rows, columns = constant_fan_in([[1, 2, 3], [5, 4, 0]], 4)
+    >>> columns.tolist()
+    [[1, 2], [0, 1]]
+    """
+    plain = as_scores(scores, ndim=2)
+    rows = plain.shape[0]
+    n_nonzeros = as_count(n_nonzeros, "n_nonzeros", 0, plain.size)
+    if n_nonzeros == 0:
+        return np.empty(0, np.int32), np.empty((0, 0), np.int32)
+    fan_in = max(1, -((rows - 2 * n_nonzeros) // (2 * rows)))  # ceil(N/R - 1/2)
+    return np.arange(rows, dtype=np.int32), per_row_topk(plain, fan_in)

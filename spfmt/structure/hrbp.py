@@ -1,0 +1,243 @@
+"""HRBP: regrouping into dense blocks that survive the backward pass of a convolution."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import format_error
+from . import _structure
+from ._checks import (
+    BoolArray,
+    FloatArray,
+    Int32Array,
+    Int64Array,
+    as_count,
+    as_density,
+    as_mask,
+    as_scores,
+)
+from .rows import order_rows
+
+__all__ = ["hrbp_block_density", "hrbp_structure"]
+
+_Counts = npt.NDArray[np.int32] | npt.NDArray[np.int64]
+
+
+def hrbp_structure(
+    mask: npt.ArrayLike,
+    scores: npt.ArrayLike,
+    shape: Sequence[int],
+    density: float,
+    block_density: float | None = None,
+    groups: int | None = None,
+    *,
+    method: str = "paper",
+) -> tuple[Int32Array, Int64Array, Int32Array, Int32Array]:
+    """Row groups, their input channels and their kernel pattern (HRBP, section 4.1).
+
+    1. The block density s is legal and at least r = density, see `hrbp_block_density`.
+    2. The fraction r/s of the kernels with the most nonzeros forms the kernel mask m'.
+    3. The rows of m' are clustered by Jaccard similarity and cut into t groups of equal size.
+    4. Each group keeps the round(r/s*C_in) channels, at least one, with the most kernels of m'
+       (ties: with the most nonzeros of m).
+    5. Each group keeps the s*Kh*Kw kernel cells with the most nonzeros of m over its kernels.
+
+    Ties that are left go to the larger l1 norm of the scores, then to the lower index.
+
+    Parameters
+    ----------
+    mask : array_like, shape (C_out, C_in*Kh*Kw)
+        The unstructured mask m.
+    scores : array_like, shape (C_out, C_in*Kh*Kw), any real dtype
+        Importance of the weights; only breaks ties.
+    shape : sequence of 2 or 4 ints
+        (C_out, C_in) or (C_out, C_in, Kh, Kw). A depthwise layer has C_in = 1.
+    density : float
+        r, the density of the result, in (0, 1]. The result's own density is
+        n_channels*n_cells / (C_in*Kh*Kw), the nearest that whole channels can hold.
+    block_density : float, optional
+        s; a multiple of 1/(Kh*Kw).
+    groups : int, optional
+        t, 1 <= t <= C_out; min(8, C_out // 8) and at least 1 by default, so that a group has at
+        least 8 rows.
+    method : {"paper", "fast"}
+        How rows are ordered, see `order_rows`.
+
+    Returns
+    -------
+    row_perm : ndarray of int32, shape (C_out,)
+        Rows, group after group, ascending in a group.
+    row_ptr : ndarray of int64, shape (t + 1,)
+        Group g owns row_perm[row_ptr[g]:row_ptr[g + 1]]; sizes differ by at most one.
+    channel_indices : ndarray of int32, shape (t, n_channels)
+        Ascending.
+    pattern_indices : ndarray of int32, shape (t, n_cells)
+        Cells kh*Kw + kw, ascending.
+
+    Raises
+    ------
+    FormatError
+        Shapes that do not fit together, NaN in scores, an illegal block density or number of
+        groups.
+    """
+    m, plain, out, channels, cells = _check_layer(mask, scores, shape)
+    r = as_density(density)
+    if out == 0 or channels * cells == 0 or r == 0.0:
+        return _nothing(out)
+    s_cells = _pattern_cells(r, channels, cells, block_density)
+    fraction = min(1.0, r * cells / s_cells)
+    per_kernel = np.empty((out, channels), np.int32)
+    _structure.kernel_counts(m.view(np.uint8), cells, per_kernel)
+    sums = np.empty((out, channels), np.float64)
+    _structure.kernel_sums(plain, cells, sums)
+    kernel_mask = _most(fraction * per_kernel.size, per_kernel, sums)
+    row_perm, row_ptr = _row_groups(kernel_mask, groups, method)
+    n_channels = max(1, _nearest(fraction * channels))
+    kept_channels = np.empty((row_ptr.size - 1, n_channels), np.int32)
+    patterns = np.empty((row_ptr.size - 1, s_cells), np.int32)
+    for g in range(row_ptr.size - 1):
+        rows = row_perm[row_ptr[g] : row_ptr[g + 1]]
+        kept_channels[g] = np.flatnonzero(
+            _most(
+                n_channels,
+                kernel_mask[rows].sum(axis=0),
+                per_kernel[rows].sum(axis=0),
+                sums[rows].sum(axis=0),
+            )
+        )
+        patterns[g] = _pattern(m, plain, rows, kept_channels[g], cells, s_cells)
+    return row_perm, row_ptr, kept_channels, patterns
+
+
+def hrbp_block_density(
+    density: float, shape: Sequence[int], block_density: float | None = None
+) -> float:
+    """The block density s that HRBP uses for a layer, a multiple of 1/(Kh*Kw).
+
+    Default 4/9 of the cells (rounded to whole cells, at least one; 1 for a single cell: HRBP,
+    section 5.1), raised to the smallest legal value >= r where it is below the density r. Where it
+    would leave less than one input channel (depthwise layers: C_in = 1) the smallest legal
+    s >= r is taken, so that the pattern alone carries the sparsity.
+
+    Parameters
+    ----------
+    density : float
+        r, in [0, 1].
+    shape : sequence of 2 or 4 ints
+        (C_out, C_in) or (C_out, C_in, Kh, Kw).
+    block_density : float, optional
+        s to start from instead of the default.
+
+    Returns
+    -------
+    float
+        s, in (0, 1].
+
+    Raises
+    ------
+    FormatError
+        block_density is not a multiple of 1/(Kh*Kw), or a bad shape.
+    """
+    _, channels, cells = _layer_shape(shape)
+    r = as_density(density)
+    return _pattern_cells(r, channels, max(1, cells), block_density) / max(1, cells)
+
+
+def _pattern_cells(r: float, channels: int, cells: int, block_density: float | None) -> int:
+    """s*Kh*Kw, see `hrbp_block_density`."""
+    smallest = max(1, math.ceil(r * cells - 1e-9))
+    if block_density is None:
+        wanted = max(1, _nearest(cells * 4 / 9)) if cells > 1 else 1
+    else:
+        exact = as_density(block_density, "block_density") * cells
+        wanted = _nearest(exact)
+        if wanted < 1 or abs(exact - wanted) > 1e-6 * cells:
+            raise format_error(
+                f"block_density = {block_density!r} for {cells} kernel cells",
+                f"i/{cells} with a whole i from 1 to {cells}",
+                f"pass block_density={max(1, wanted)}/{cells}",
+            )
+    wanted = max(wanted, smallest)
+    return smallest if r * cells * channels < wanted else wanted
+
+
+def _nearest(value: float) -> int:
+    """Round half up; the guard keeps e.g. 0.3*5 = 1.4999... on the right side."""
+    return math.floor(value + 0.5 + 1e-9)
+
+
+def _most(n: float, *keys: npt.NDArray[np.int32 | np.int64 | np.float64]) -> BoolArray:
+    """Mask of the round(n) largest by the first key, ties by the next ones, then by index."""
+    order = np.lexsort([-key.ravel() for key in reversed(keys)])
+    chosen = np.zeros(keys[0].size, np.bool_)
+    chosen[order[: _nearest(n)]] = True
+    return chosen.reshape(keys[0].shape)
+
+
+def _row_groups(
+    kernel_mask: BoolArray, groups: int | None, method: str
+) -> tuple[Int32Array, Int64Array]:
+    """Leaf order of the rows cut into t groups whose sizes differ by at most one."""
+    out = kernel_mask.shape[0]
+    t = max(1, min(8, out // 8)) if groups is None else as_count(groups, "groups", 1, out)
+    base, longer = divmod(out, t)
+    row_ptr = np.zeros(t + 1, np.int64)
+    np.cumsum(base + (np.arange(t) < longer), out=row_ptr[1:])
+    # DSB's fraction q is not part of HRBP: every row that shares a channel is clustered.
+    order = order_rows(kernel_mask, min_overlap=0.0, method=method, group_size=max(1, base))
+    for g in range(t):
+        order[row_ptr[g] : row_ptr[g + 1]].sort()
+    return order, row_ptr
+
+
+def _pattern(
+    m: BoolArray, scores: FloatArray, rows: Int32Array, channels: Int32Array, cells: int, keep: int
+) -> Int64Array:
+    """The cells with the most nonzeros over the group's kept kernels, ascending (Fig. 3)."""
+    counts = np.zeros(cells, np.int64)
+    sums = np.zeros(cells, np.float64)
+    _structure.cell_counts(m.view(np.uint8), scores, rows, channels, counts, sums)
+    return np.flatnonzero(_most(keep, counts, sums))
+
+
+def _nothing(out: int) -> tuple[Int32Array, Int64Array, Int32Array, Int32Array]:
+    """One group of all rows that holds no weight; no group where there is no row."""
+    t = min(1, out)
+    empty = np.empty((t, 0), np.int32)
+    return (
+        np.arange(out, dtype=np.int32),
+        np.array([0, out][: t + 1], np.int64),
+        empty,
+        empty.copy(),
+    )
+
+
+def _layer_shape(shape: Sequence[int]) -> tuple[int, int, int]:
+    """(C_out, C_in, Kh*Kw)."""
+    sizes = [as_count(size, "a size of shape", 0) for size in shape]
+    if len(sizes) not in (2, 4):
+        raise format_error(
+            f"shape = {tuple(sizes)}",
+            "(C_out, C_in) or (C_out, C_in, Kh, Kw)",
+            "add kernel sizes of 1 where they are missing",
+        )
+    return sizes[0], sizes[1], math.prod(sizes[2:])
+
+
+def _check_layer(
+    mask: npt.ArrayLike, scores: npt.ArrayLike, shape: Sequence[int]
+) -> tuple[BoolArray, FloatArray, int, int, int]:
+    out, channels, cells = _layer_shape(shape)
+    m = as_mask(mask)
+    plain = as_scores(scores, ndim=2)
+    if m.shape != (out, channels * cells) or plain.shape != m.shape:
+        raise format_error(
+            f"mask {m.shape} and scores {plain.shape} for a layer of shape {tuple(shape)}",
+            f"both of shape {(out, channels * cells)}",
+            "reshape the weight to (C_out, C_in*Kh*Kw)",
+        )
+    return m, plain, out, channels, cells

@@ -1,0 +1,233 @@
+"""Order of rows so that similar rows are close together (DSB, NeurIPS 2022, section 4)."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import MissingDependency
+from . import _structure
+from ._checks import Int32Array, as_choice, as_count, as_density, as_mask
+
+__all__ = ["order_rows", "order_rows_fast"]
+
+_METRICS = ("jaccard", "cosine")
+_LINKAGES = ("average", "complete")
+_METHODS = ("paper", "fast")
+
+# Above CHUNK_ROWS rows no matrix of all pairs is built: rows are cut into chunks of similar ones
+# first. Components of likely neighbours hold at most COMPONENT_ROWS so that chunks can be filled.
+CHUNK_ROWS = 4096
+COMPONENT_ROWS = 512
+_N_HASHES = 8
+
+_Words = npt.NDArray[np.uint64]
+
+
+def order_rows(
+    mask: npt.ArrayLike,
+    *,
+    metric: str = "jaccard",
+    linkage: str = "average",
+    min_overlap: float = 0.2,
+    method: str = "paper",
+    group_size: int = 16,
+) -> Int32Array:
+    """Permutation of the rows that puts rows with common nonzero columns side by side.
+
+    method="paper" is DSB's section 4: rows that share more than the fraction `min_overlap` (the
+    paper's q) of their nonzero columns with some other row are clustered by scikit-learn's
+    AgglomerativeClustering on 1 - similarity and read off the dendrogram in leaf order; the other
+    rows keep their order at the end. The paper uses the Jaccard similarity; the authors' own code
+    uses cosine with complete linkage. Both are offered, the paper's words and average linkage are
+    the default.
+
+    Up to CHUNK_ROWS = 4096 clustered rows that is done exactly. Above, where a matrix of all pairs
+    would take gigabytes, rows are first cut into chunks of at most 4096 rows that are likely to be
+    similar (pairs that are neighbours in the order of one of eight minhashes, joined from the most
+    similar pair down, at most 512 rows in one piece), and each chunk is handled as above: the
+    fraction q and the dendrogram then look inside the chunk.
+
+    method="fast" calls `order_rows_fast`, which needs neither scikit-learn nor q.
+
+    Parameters
+    ----------
+    mask : array_like, shape (R, C)
+        Nonzero where a weight is active.
+    metric : {"jaccard", "cosine"}
+        Similarity of two rows' column sets.
+    linkage : {"average", "complete"}
+        Linkage of the clustering; method="paper" only.
+    min_overlap : float, default 0.2
+        The paper's q, in [0, 1]; method="paper" only. It limits the cost of clustering.
+    method : {"paper", "fast"}
+        Which clusterer.
+    group_size : int, default 16
+        Rows per group that the caller will cut (S1); method="fast" only.
+
+    Returns
+    -------
+    ndarray of int32, shape (R,)
+        The permutation; the same input always gives the same one.
+
+    Raises
+    ------
+    FormatError
+        mask not two-dimensional, or an unknown option.
+    MissingDependency
+        scikit-learn is not installed (method="paper" with rows to cluster).
+    """
+    as_choice(method, "method", _METHODS)
+    if method == "fast":
+        return order_rows_fast(mask, group_size=group_size, metric=metric)
+    cosine = as_choice(metric, "metric", _METRICS) == "cosine"
+    as_choice(linkage, "linkage", _LINKAGES)
+    min_overlap = as_density(min_overlap, "min_overlap")
+    plain = as_mask(mask)
+    bits = _pack(plain)
+    counts = _row_counts(plain)
+    clustered: list[Int32Array] = []
+    rest: list[Int32Array] = [np.flatnonzero(counts == 0).astype(np.int32)]
+    for chunk in _chunks(bits, counts, CHUNK_ROWS, cosine):
+        similar = _overlapping(bits[chunk], counts[chunk], min_overlap)
+        clustered.append(_leaf_order(bits, counts, chunk[similar], cosine, linkage))
+        rest.append(chunk[~similar])
+    return np.concatenate([*clustered, np.sort(np.concatenate(rest))]).astype(np.int32)
+
+
+def order_rows_fast(
+    mask: npt.ArrayLike, *, group_size: int = 16, metric: str = "jaccard"
+) -> Int32Array:
+    """Row order for use during training: groups are grown greedily, one scan per group.
+
+    The first row without a group asks for the `group_size` rows most similar to it; the columns
+    that at least half of them hold become the centre, and the rows most similar to the centre form
+    the group (ties to the lowest row). Rows without nonzeros come last. Each group costs two scans
+    of the remaining rows' bit sets, so R rows cost R*R/group_size comparisons where clustering
+    needs R*R/2 and a dendrogram. Above 4096 rows, chunks as in `order_rows`.
+
+    Parameters
+    ----------
+    mask : array_like, shape (R, C)
+        Nonzero where a weight is active.
+    group_size : int, default 16
+        Rows per group that the caller will cut.
+    metric : {"jaccard", "cosine"}
+        Similarity of two column sets.
+
+    Returns
+    -------
+    ndarray of int32, shape (R,)
+        The permutation; rows ascending inside a group.
+
+    Raises
+    ------
+    FormatError
+        mask not two-dimensional, or a bad option.
+    """
+    cosine = as_choice(metric, "metric", _METRICS) == "cosine"
+    group_size = as_count(group_size, "group_size", 1)
+    plain = as_mask(mask)
+    bits = _pack(plain)
+    counts = _row_counts(plain)
+    limit = max(group_size, CHUNK_ROWS // group_size * group_size)
+    ordered = []
+    for chunk in _chunks(bits, counts, limit, cosine):
+        out = np.empty(chunk.size, np.int32)
+        _structure.greedy_groups(bits, counts, chunk, group_size, cosine, out)
+        ordered.append(out)
+    return np.concatenate([*ordered, np.flatnonzero(counts == 0)]).astype(np.int32)
+
+
+def _pack(mask: npt.NDArray[np.bool_]) -> _Words:
+    """Rows as 64-bit words, least significant bit first; at least one word."""
+    rows, cols = mask.shape
+    n_bytes = max(1, -(-cols // 64)) * 8
+    packed = np.zeros((rows, n_bytes), np.uint8)
+    packed[:, : -(-cols // 8)] = np.packbits(mask, axis=1, bitorder="little")
+    return packed.view(np.uint64)
+
+
+def _row_counts(mask: npt.NDArray[np.bool_]) -> Int32Array:
+    counts: Int32Array = np.count_nonzero(mask, axis=1).astype(np.int32)
+    return counts
+
+
+def _overlapping(bits: _Words, counts: Int32Array, min_overlap: float) -> npt.NDArray[np.bool_]:
+    """Which rows share more than the fraction min_overlap of their columns with another row."""
+    shared = np.zeros(len(bits), np.int32)
+    _structure.overlap_maxima(bits, shared)
+    return shared > min_overlap * counts
+
+
+def _leaf_order(
+    bits: _Words, counts: Int32Array, rows: Int32Array, cosine: bool, linkage: str
+) -> Int32Array:
+    """Leaves of the dendrogram over the given rows, from left to right."""
+    if rows.size < 3:
+        return rows
+    distance = np.empty((rows.size, rows.size), np.float64)
+    _structure.row_distances(bits, counts, rows, cosine, distance)
+    try:
+        from sklearn.cluster import AgglomerativeClustering
+    except ImportError as error:
+        raise MissingDependency(
+            "got no scikit-learn; expected it for clustering rows as in the paper; fix: "
+            "pip install 'spfmt[search]', or pass method='fast', which needs numpy only"
+        ) from error
+    tree = AgglomerativeClustering(n_clusters=1, metric="precomputed", linkage=linkage).fit(
+        distance
+    )
+    leaves: Int32Array = rows[_leaves(tree.children_.tolist(), rows.size)]
+    return leaves
+
+
+def _leaves(children: list[list[int]], n_leaves: int) -> list[int]:
+    """Depth-first, left child first; node n_leaves + i joins children[i]."""
+    leaves = []
+    stack = [2 * n_leaves - 2]
+    while stack:
+        node = stack.pop()
+        if node < n_leaves:
+            leaves.append(node)
+        else:
+            left, right = children[node - n_leaves]
+            stack += [right, left]
+    return leaves
+
+
+def _chunks(bits: _Words, counts: Int32Array, limit: int, cosine: bool) -> list[Int32Array]:
+    """Non-empty rows in pieces of at most `limit`, similar rows in one piece where possible."""
+    rows = np.flatnonzero(counts).astype(np.int32)
+    if rows.size <= limit:
+        return [rows] if rows.size else []
+    first, second = _likely_neighbours(bits, rows)
+    similarity = np.empty(first.size, np.float64)
+    _structure.pair_similarities(bits, counts, first, second, cosine, similarity)
+    best = np.argsort(-similarity, kind="stable")
+    best = best[similarity[best] > 0]
+    label = np.empty(len(bits), np.int32)
+    _structure.bounded_components(first[best], second[best], min(COMPONENT_ROWS, limit), label)
+    ordered = rows[np.argsort(label[rows], kind="stable")]
+    return [ordered[i : i + limit] for i in range(0, ordered.size, limit)]
+
+
+def _likely_neighbours(bits: _Words, rows: Int32Array) -> tuple[Int32Array, Int32Array]:
+    """Pairs of rows that are adjacent in the order of one of the minhashes.
+
+    Two rows agree in a minhash with the probability of their Jaccard similarity (Broder 1997).
+    """
+    columns = np.arange(bits.shape[1] * 64, dtype=np.uint64)[:, None]
+    salts = np.arange(1, _N_HASHES + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    mixed = (columns + np.uint64(1)) * np.uint64(0xBF58476D1CE4E5B9) ^ salts
+    mixed = (mixed ^ (mixed >> np.uint64(29))) * np.uint64(0x94D049BB133111EB)
+    signature = np.empty((len(bits), _N_HASHES), np.uint32)
+    _structure.minhash(bits, (mixed >> np.uint64(32)).astype(np.uint32), signature)
+    signature = signature[rows]
+    orders = [
+        rows[np.lexsort((signature[:, (h + 1) % _N_HASHES], signature[:, h]))]
+        for h in range(_N_HASHES)
+    ]
+    first = np.concatenate([order[:-1] for order in orders])
+    second = np.concatenate([order[1:] for order in orders])
+    return first, second

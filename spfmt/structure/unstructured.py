@@ -1,0 +1,80 @@
+"""Unstructured and per-row selection by score."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from . import _structure
+from ._checks import BoolArray, Int32Array, as_count, as_scores
+
+__all__ = ["per_row_topk", "topk_mask"]
+
+
+def topk_mask(scores: npt.ArrayLike, n: int) -> BoolArray:
+    """Mask of the n largest scores of a whole layer.
+
+    Parameters
+    ----------
+    scores : array_like, any shape, any real dtype
+        Larger is better.
+    n : int
+        How many positions to keep, 0 <= n <= scores.size.
+
+    Returns
+    -------
+    ndarray of bool, the shape of scores
+        Exactly n positions; equal scores go to the lowest flat index.
+
+    Raises
+    ------
+    FormatError
+        NaN in scores, or n out of range.
+
+    Examples
+    --------
+    >>> topk_mask([[1, 3], [3, 2]], 1).tolist()
+    [[False, True], [False, False]]
+    """
+    plain = as_scores(scores)
+    n = as_count(n, "n", 0, plain.size)
+    if n == 0 or n == plain.size:
+        return np.full(plain.shape, n > 0)
+    flat = plain.reshape(-1)
+    bound = np.partition(flat, flat.size - n)[flat.size - n]
+    keep: BoolArray = flat > bound
+    ties = n - np.count_nonzero(keep)
+    keep[np.flatnonzero(flat == bound)[:ties]] = True
+    return keep.reshape(plain.shape)
+
+
+def per_row_topk(scores: npt.ArrayLike, k: int) -> Int32Array:
+    """Columns of the k largest scores of each row.
+
+    Parameters
+    ----------
+    scores : array_like, shape (R, C), any real dtype
+        Larger is better.
+    k : int
+        Columns to keep in each row, 0 <= k <= C.
+
+    Returns
+    -------
+    ndarray of int32, shape (R, k)
+        Ascending in each row; equal scores go to the lowest column.
+
+    Raises
+    ------
+    FormatError
+        NaN in scores, not two-dimensional, or k out of range.
+
+    Examples
+    --------
+    >>> per_row_topk([[1, 3, 3], [0, 0, 0]], 2).tolist()
+    [[1, 2], [0, 1]]
+    """
+    plain = as_scores(scores, ndim=2)
+    k = as_count(k, "k", 0, plain.shape[1])
+    columns = np.empty((plain.shape[0], k), np.int32)
+    _structure.per_row_topk(plain, k, columns)
+    return columns
