@@ -142,11 +142,13 @@ def rewritten(path: Path, change: dict[str, Any], tensors_change: dict[str, Any]
     header = {
         "spfmt_format": "condensed",
         "spfmt_version": "1",
-        "spfmt_crc32": str(io._checksum(arrays[k] for k in names)),
         "shape": json.dumps(a.shape),
         "params": json.dumps(a.params()),
         **change,
     }
+    known = {k: v for k, v in header.items() if v is not None}
+    checksum = io._checksum(known, (arrays[k] for k in names))
+    header.setdefault("spfmt_crc32", str(checksum))
     metadata = {k: v for k, v in header.items() if v is not None}
     safetensors.numpy.save_file(arrays, path, metadata=metadata)
 

@@ -287,9 +287,8 @@ def score_matrix(scores: Any) -> tuple[Array, Shape]:
     shape = check_shape(array.shape)
     dtype = np.float32 if array.dtype.itemsize <= 4 and array.dtype.kind not in "iu" else np.float64
     matrix = np.ascontiguousarray(array, dtype=dtype).reshape(matrix_shape(shape))
-    nan = np.isnan(matrix)
-    if nan.any():
-        row, col = np.unravel_index(int(np.flatnonzero(nan)[0]), matrix.shape)
+    if matrix.size and np.isnan(matrix.min()):  # min hands a NaN on
+        row, col = np.argwhere(np.isnan(matrix))[0]
         raise format_error(
             f"scores with a NaN at row {row}, column {col}",
             "scores that can be ordered",

@@ -2,7 +2,8 @@
 
 Tensors: the structure arrays by name, as uint16 where they fit and int32 or int64 otherwise, and
 ``values``. Metadata, all strings: ``spfmt_format``, ``spfmt_version``, ``shape`` and ``params``
-(JSON), ``spfmt_crc32`` (of all tensors' bytes, structure first), and what the user adds.
+(JSON), ``spfmt_crc32`` (of format, shape and params, then the tensors in the order of the format,
+``values`` last), and what the user adds.
 """
 
 from __future__ import annotations
@@ -57,11 +58,11 @@ def save(tensor: SparseTensor, path: Path, *, metadata: Mapping[str, str] | None
     header = {
         "spfmt_format": tensor.format,
         "spfmt_version": str(VERSION),
-        "spfmt_crc32": str(_checksum(arrays.values())),
         "shape": json.dumps(tensor.shape),
         "params": json.dumps(tensor.params()),
-        **notes,
     }
+    header["spfmt_crc32"] = str(_checksum(header, arrays.values()))
+    header.update(notes)
     _write(os.path.realpath(path), _safetensors("numpy").save(arrays, metadata=header))
 
 
@@ -116,8 +117,9 @@ def _narrow(array: Array) -> Array:
     return array
 
 
-def _checksum(arrays: Iterable[Array]) -> int:
-    crc = 0
+def _checksum(header: Mapping[str, str], arrays: Iterable[Array]) -> int:
+    text = "\n".join(header.get(name, "") for name in ("spfmt_format", *RESERVED))
+    crc = zlib.crc32(text.encode())
     for array in arrays:
         crc = zlib.crc32(array.reshape(-1).view(np.uint8).data, crc)
     return crc
@@ -210,7 +212,7 @@ def _check_tensors(
     names = (*cls.STRUCTURE, "values")
     if set(tensors) != set(names):
         raise _bad_file(path, f"with tensors {sorted(tensors)}", f"{sorted(names)}")
-    if header.get("spfmt_crc32") != str(_checksum(tensors[name] for name in names)):
+    if header.get("spfmt_crc32") != str(_checksum(header, (tensors[name] for name in names))):
         raise _bad_file(path, "whose checksum is wrong (corrupt)", "the bytes that save wrote")
 
 

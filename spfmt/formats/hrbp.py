@@ -114,7 +114,9 @@ class HRBP(SparseTensor):
         check_permutation("row_perm", s["row_perm"], rows)
         check_pointer("row_ptr", pointer, groups, rows)
         _check_group_sizes(np.diff(pointer))
-        if {channels.shape[0], cells.shape[0]} != {groups} or (channels.size > 0) != (cells.size > 0):
+        if {channels.shape[0], cells.shape[0]} != {groups} or (channels.size > 0) != (
+            cells.size > 0
+        ):
             raise format_error(
                 f"channel_indices of shape {channels.shape} and pattern_indices of {cells.shape}",
                 f"one row for each of {groups} groups in both, and both empty or neither",
@@ -200,6 +202,7 @@ class HRBP(SparseTensor):
         *,
         block_density: float | None = None,
         groups: int | None = None,
+        method: str = "paper",
         values: Any = None,
     ) -> HRBP:
         """Choose groups, channels and patterns by the paper's procedure (HRBP, section 3.2).
@@ -213,6 +216,8 @@ class HRBP(SparseTensor):
             Share of kernel cells that a pattern keeps; 4/9 for 3x3 kernels and 1 otherwise.
         groups : int, optional
             Number of row groups; min(8, R // 8) and at least 1 by default.
+        method : {"paper", "fast"}
+            How rows are clustered, see `spfmt.structure.rows.order_rows`.
         values : array_like of the same shape, optional
             Dense array to take the values from; zeros by default.
         """
@@ -224,9 +229,15 @@ class HRBP(SparseTensor):
             groups = as_int("groups", groups, 1, max(1, shape[0]))
         mask = topk_mask(matrix, budget)
         found = hrbp_structure(
-            mask, matrix, shape, float(density), block_density=block_density, groups=groups
+            mask,
+            matrix,
+            shape,
+            float(density),
+            block_density=block_density,
+            groups=groups,
+            method=method,
         )
-        arrays = dict(zip(cls.STRUCTURE, found, strict=True))
+        arrays: dict[str, Array] = dict(zip(cls.STRUCTURE, found, strict=True))
         params = {"groups": arrays["channel_indices"].shape[0]}
         return cls._found(matrix, shape, arrays, params, values)
 
@@ -271,7 +282,8 @@ def _row_groups(coords: Coordinates, groups: Any) -> tuple[Array, Array]:
     if pieces is None:
         from spfmt.structure.rows import order_rows
 
-        order = order_rows(coords.support(np.arange(rows)))
+        support = coords.support(np.arange(rows))
+        order: Array = order_rows(support, method="fast", group_size=max(1, base))
         heights = base + (np.arange(count) < larger)
     else:
         order = np.argsort(label, kind="stable")

@@ -213,7 +213,7 @@ class NM(SparseTensor):
         if transposable:
             columns = _best_tiles(matrix, cells, n, m)
         else:
-            columns = nm_columns(matrix, n, m, cells)
+            columns = nm_columns(matrix, n, m, max(1, cells))
         return cls._found(matrix, shape, {"col_indices": columns}, params, values)
 
     def _summary(self) -> str:
@@ -319,20 +319,13 @@ def _choose_n(length: int, density: float | None, n: Any, m: int) -> int:
     return lowest + int(np.argmin(np.abs(kept[lowest:] - density * length)))
 
 
-def _per_cell(matrix: Array, cells: int) -> Array:
-    """(cells, R, C_in) view of a matrix: one plane per kernel cell."""
-    return matrix.reshape(matrix.shape[0], -1, max(1, cells)).transpose(2, 0, 1)
-
-
 def _best_tiles(matrix: Array, cells: int, n: int, m: int) -> Array:
-    """Columns of the best transposable pattern; every kernel cell is a problem of its own."""
+    """Columns of the transposable pattern of largest score."""
     from spfmt.structure.nm import transposable_nm_mask
 
-    if not matrix.size:
-        return np.zeros((matrix.shape[0], 0), np.int32)
-    planes = [transposable_nm_mask(np.ascontiguousarray(p), n, m) for p in _per_cell(matrix, cells)]
-    mask = np.stack(planes, axis=-1).reshape(matrix.shape)
-    return np.nonzero(mask)[1].reshape(matrix.shape[0], -1)
+    mask = transposable_nm_mask(matrix, n, m, max(1, cells))
+    per_row = int(_quotas(matrix.shape[1] // max(1, cells), n, m).sum()) * cells
+    return np.nonzero(mask)[1].reshape(matrix.shape[0], per_row)
 
 
 def _complete_tiles(coords: Coordinates, cells: int, n: int, m: int) -> Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -231,7 +232,8 @@ class ShuffledBlock(SparseTensor):
 
         The best round(density * R * C) scores make a mask, its rows are ordered by likeness and
         cut into groups of S1; in each group columns are sorted by score and cut into chunks of S2,
-        and the globally best ceil(budget / (S1 * S2)) chunks win.
+        and the globally best ceil(budget / (S1 * S2)) chunks win. Where S1 or S2 does not divide
+        the matrix, chunks win until they hold the budget.
 
         Parameters
         ----------
@@ -244,22 +246,21 @@ class ShuffledBlock(SparseTensor):
         values : array_like of the same shape, optional
             Dense array to take the values from; zeros by default.
         **clustering
-            Options of `spfmt.structure.rows.order_rows`: metric, linkage, min_overlap, ….
+            Options of `spfmt.structure.rows.order_rows`: method, metric, linkage, min_overlap.
         """
-        from spfmt.structure.blocks import select_blocks
         from spfmt.structure.rows import order_rows
         from spfmt.structure.unstructured import topk_mask
 
         matrix, shape, budget = scores_budget(scores, density)
         block_rows, block_cols = _check_block(block_shape)
         if row_perm is None:
-            perm = order_rows(topk_mask(matrix, budget), **clustering)
+            mask = topk_mask(matrix, budget)
+            perm = order_rows(mask, group_size=block_rows, **clustering)
         else:
             perm = np.asarray(row_perm)
             check_permutation("row_perm", perm, matrix.shape[0])
-        n_blocks = -(-budget // (block_rows * block_cols))
-        pointer, columns = select_blocks(matrix, perm, (block_rows, block_cols), n_blocks)
-        arrays = {"row_perm": perm, "group_ptr": pointer, "col_indices": columns}
+        pointer, columns = _best_blocks(matrix, perm, (block_rows, block_cols), budget)
+        arrays: dict[str, Array] = {"row_perm": perm, "group_ptr": pointer, "col_indices": columns}
         params = {"block_rows": block_rows, "block_cols": block_cols}
         return cls._found(matrix, shape, arrays, params, values)
 
@@ -284,6 +285,26 @@ def _group_rows(rows: int, block_rows: int) -> Array:
     return np.minimum(starts, rows)
 
 
+def _best_blocks(
+    scores: Array, perm: Array, block_shape: tuple[int, int], budget: int
+) -> tuple[Array, Array]:
+    """Fewest of the best blocks that hold at least `budget` values."""
+    from spfmt.structure.blocks import select_blocks
+
+    (rows, cols), (block_rows, block_cols) = scores.shape, block_shape
+    n_blocks = -(-budget // (block_rows * block_cols))
+    if rows % block_rows or cols % block_cols:
+        heights = np.diff(_group_rows(rows, block_rows))
+
+        def held(count: int) -> int:
+            pointer, _ = select_blocks(scores, perm, block_shape, count)
+            return int((heights * np.diff(pointer)).sum())
+
+        most = heights.size * -(-cols // block_cols)
+        n_blocks += bisect_left(range(n_blocks, most), budget, key=held)
+    return select_blocks(scores, perm, block_shape, n_blocks)
+
+
 def _rows_by_support(coords: Coordinates, block_rows: int) -> Array:
     """Permutation whose groups are rows with equal columns first, then like rows."""
     label = group_by_support(coords)
@@ -295,5 +316,5 @@ def _rows_by_support(coords: Coordinates, block_rows: int) -> Array:
     if rest.size > block_rows:
         from spfmt.structure.rows import order_rows
 
-        rest = rest[order_rows(coords.support(rest))]
+        rest = rest[order_rows(coords.support(rest), method="fast", group_size=block_rows)]
     return np.concatenate([order[whole], rest])
