@@ -299,3 +299,22 @@ def test_bad_targets_and_parameters_are_refused() -> None:
         convert(w, "dense", blocksize=(1, 1))
     with pytest.raises(FormatError, match="rank 3"):
         convert(w, "csr", shape=(3, 4, 1))
+
+
+@pytest.mark.parametrize("kernel", [(), (2, 3)])
+@given(seed=st.integers(0, 10**6), rows=st.integers(1, 40), s1=st.integers(1, 20))
+@settings(max_examples=30, deadline=None)
+def test_arbitrary_patterns_are_covered_by_groups(
+    kernel: tuple[int, ...], seed: int, rows: int, s1: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    shape = (rows, 7, *kernel)
+    w = np.where(rng.random(shape) < 0.2, rng.standard_normal(shape), 0)
+    targets: list[tuple[str, dict[str, Any]]] = [
+        ("shuffled_block", {"block_shape": (s1, 3)}),
+        ("hrbp", {}),
+        ("hrbp", {"groups": int(rng.integers(1, rows + 1))}),
+    ]
+    for target, options in targets:
+        b = convert(w, target, max_padding=None, **options)
+        np.testing.assert_array_equal(b.to_dense(), w)

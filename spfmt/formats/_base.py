@@ -305,7 +305,9 @@ class SparseTensor(ABC):
         return cls._on(structure, _gather(structure, values), copy=False)
 
     @classmethod
-    def project(cls, scores: Any, density: float, **params: Any) -> npt.NDArray[np.bool_]:
+    def project(
+        cls, scores: Any, density: float | None = None, **params: Any
+    ) -> npt.NDArray[np.bool_]:
         """Legal mask that keeps the most score.
 
         Parameters
@@ -313,7 +315,8 @@ class SparseTensor(ABC):
         scores : array_like of shape (R, C) or (C_out, C_in, Kh, Kw)
             One score per position, larger is better; NaN is refused.
         density : float
-            Wanted share of kept positions; the nearest legal budget is taken.
+            Wanted share of kept positions; the nearest legal budget is taken. Optional where other
+            parameters fix the budget (n and m).
         **params
             Those of the format's `from_scores`.
 

@@ -84,7 +84,7 @@ def plain_array(name: str, value: Any) -> Array:
         )
     try:
         return np.asarray(value)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RuntimeError) as error:  # torch raises the last one
         raise format_error(
             f"{name} that numpy cannot read ({error})", "a rectangular array", f"check {name}"
         ) from None

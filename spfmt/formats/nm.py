@@ -196,7 +196,7 @@ class NM(SparseTensor):
         scores : array_like, shape (R, C) or (C_out, C_in, Kh, Kw)
         density : float, optional
             Picks the `n` whose number of values is nearest to density * R * C, at least 1 unless
-            density is 0. Needed unless `n` is given; must agree with `n` within one per group.
+            that rounds to 0. Needed unless `n` is given; must agree with `n` within one per group.
         m, n, transposable : int
             As in `from_dense`. Transposable tiles keep the most score over rows and columns
             together (Advances in sparse training, "2:4 2D").
@@ -205,10 +205,10 @@ class NM(SparseTensor):
         """
         from spfmt.structure.nm import nm_columns
 
-        matrix, shape, _ = scores_budget(scores, 0.0 if density is None else density)
+        matrix, shape, budget = scores_budget(scores, 0.0 if density is None else density)
         cells = kernel_cells(shape)
         m = as_int("m", m, 1)
-        n = _choose_n(matrix.shape[1] // max(1, cells), density, n, m)
+        n = _choose_n(matrix.shape[1] // max(1, cells), density, n, m, budget)
         params = {"n": n, "m": m, "transposable": as_int("transposable", transposable, 0, 1)}
         if transposable:
             columns = _best_tiles(matrix, cells, n, m)
@@ -298,7 +298,7 @@ def _check_tiles(columns: Array, shape: tuple[int, int], cells: int, n: int, m: 
         )
 
 
-def _choose_n(length: int, density: float | None, n: Any, m: int) -> int:
+def _choose_n(length: int, density: float | None, n: Any, m: int, budget: int) -> int:
     """The n given, or the n whose budget is nearest to the density's."""
     if n is not None:
         n = as_int("n", n, 0, m)
@@ -315,7 +315,7 @@ def _choose_n(length: int, density: float | None, n: Any, m: int) -> int:
     choices = np.arange(m + 1)
     kept = full * choices + np.minimum(choices, rest)
     # A layer that should keep something must not vanish because its groups are small.
-    lowest = 1 if density > 0 else 0
+    lowest = 1 if budget else 0
     return lowest + int(np.argmin(np.abs(kept[lowest:] - density * length)))
 
 

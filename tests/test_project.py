@@ -1,0 +1,204 @@
+"""from_scores and project: what is kept, budgets, ties, and bad scores."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from spfmt.errors import FormatError
+from spfmt.formats import CSR, FORMATS, HRBP, NM, Condensed, ShuffledBlock, words_capacity
+
+NAMES = sorted(FORMATS)
+EMPTY = [(0, 0), (0, 5), (5, 0), (0, 2, 3, 3), (4, 0, 3, 3), (4, 2, 0, 3)]
+
+
+def scores_of(shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@given(data=st.data())
+@settings(max_examples=40, deadline=None)
+def test_a_found_structure_is_legal_and_holds_the_values(name: str, data: st.DataObject) -> None:
+    rows, cols = data.draw(st.integers(0, 40)), data.draw(st.integers(0, 40))
+    kernel = data.draw(st.sampled_from([(), (3, 3), (1, 2)]))
+    density = data.draw(st.sampled_from([0, 0.05, 0.3, 0.5, 1]))
+    scores = scores_of((rows, cols, *kernel), data.draw(st.integers(0, 99)))
+    a = FORMATS[name].from_scores(scores, density, values=scores)
+    a.validate()
+    mask = FORMATS[name].project(scores, density)
+    assert mask.shape == scores.shape
+    np.testing.assert_array_equal(mask, a.mask())
+    np.testing.assert_array_equal(a.to_dense(), np.where(mask, scores, 0))
+    assert density or not mask.any()
+    assert density < 1 or mask.all()
+    zeros = FORMATS[name].from_scores(scores, density)
+    assert not zeros.values.any()
+    assert a.encode().size <= words_capacity(name, a.shape, a.nnz, a.params())
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("shape", EMPTY)
+def test_empty_scores_are_legal(name: str, shape: tuple[int, ...]) -> None:
+    a = FORMATS[name].from_scores(np.zeros(shape), 0.5)
+    assert a.shape == shape
+    assert a.nnz == 0
+
+
+def test_unstructured_keeps_the_largest() -> None:
+    scores = np.array([[1.0, 5, 2], [4, 4, 4]])
+    assert CSR.project(scores, 0.5).tolist() == [[0, 1, 0], [1, 1, 0]]
+    scores = scores_of((20, 30))
+    mask = CSR.project(scores, 0.123)
+    assert mask.sum() == round(0.123 * 600)
+    assert scores[mask].min() > scores[~mask].max()
+
+
+def test_constant_fan_in_is_exact_per_row() -> None:
+    scores = scores_of((7, 30))
+    for density, fan_in in ((0.1, 3), (0.11, 3), (0.117, 4), (0.01, 1), (0.001, 0), (0, 0)):
+        mask = Condensed.project(scores, density)
+        assert (mask.sum(1) == fan_in).all()
+        kept = np.sort(scores, axis=1)[:, 30 - fan_in :]
+        np.testing.assert_allclose(np.sort(np.where(mask, scores, 0).sum(1)), np.sort(kept.sum(1)))
+    assert Condensed.from_scores(scores, 0.1, fan_in=12).fan_in == 12
+    with pytest.raises(FormatError, match="fan_in=31"):
+        Condensed.from_scores(scores, 0.1, fan_in=31)
+
+
+@pytest.mark.parametrize("kernel", [(), (2, 2)])
+def test_nm_is_exact_per_group(kernel: tuple[int, ...]) -> None:
+    scores = scores_of((5, 10, *kernel))
+    mask = NM.project(scores, n=2, m=4)
+    grouped = np.moveaxis(scores.reshape(5, 10, -1), 1, 2)
+    kept = np.moveaxis(mask.reshape(5, 10, -1), 1, 2)
+    for first in (0, 4, 8):
+        group, chosen = grouped[..., first : first + 4], kept[..., first : first + 4]
+        best = np.sort(group, axis=-1)[..., -2:].sum(-1)
+        assert (chosen.sum(-1) == 2).all()
+        np.testing.assert_allclose(np.where(chosen, group, 0).sum(-1), best)
+
+
+def test_n_is_the_nearest_to_the_density() -> None:
+    scores = scores_of((3, 64))
+    assert NM.from_scores(scores, 0.1).n == 3
+    assert NM.from_scores(scores, 0.1, m=16).n == 2
+    assert NM.from_scores(scores, 0.01).n == 1
+    assert NM.from_scores(scores, 0.1, n=3, m=32).n == 3
+    # The short last group counts: 40 columns as 32 + 8, n = 14 keeps 14 + 8 of 40.
+    assert NM.from_scores(scores[:, :40], 0.55).n == 14
+    with pytest.raises(FormatError, match=r"n=3, m=32 with density 0\.5"):
+        NM.from_scores(scores, 0.5, n=3)
+    with pytest.raises(FormatError, match="neither density nor n"):
+        NM.from_scores(scores)
+
+
+def test_transposable_tiles() -> None:
+    scores = np.abs(scores_of((9, 10)))
+    a = NM.from_scores(scores, n=2, m=4, transposable=1)
+    assert a.transposable
+    assert "transposable 2:4" in repr(a)
+    tiles = a.mask()[:8, :8].reshape(2, 4, 2, 4)
+    assert (tiles.sum(1) == 2).all()
+    assert (tiles.sum(3) == 2).all()
+    assert (a.mask()[:, 8:].sum(1) == 2).all()
+    again = NM.from_dense(a.mask() * scores, n=2, m=4, transposable=1)
+    np.testing.assert_array_equal(again.mask(), a.mask())
+    # A part of a legal pattern is completed; a pattern without a completion is refused.
+    part = a.mask() & (np.random.default_rng(0).random((9, 10)) < 0.7)
+    completed = NM.from_dense(part.astype(float), n=2, m=4, transposable=1)
+    assert (completed.mask() >= part).all()
+    assert completed.transposable
+    column = np.zeros((4, 4))
+    column[:3, 1] = 1
+    with pytest.raises(FormatError, match=r"row \d, column 1 has no transposable completion"):
+        NM.from_dense(column, n=2, m=4, transposable=1)
+    conv = NM.from_scores(np.abs(scores_of((4, 8, 2, 1))), n=1, m=4, transposable=1)
+    assert (conv.mask().sum(0).reshape(2, 4, 2).sum(1) == 4).all()
+
+
+@pytest.mark.parametrize("method", ["paper", "fast"])
+def test_shuffled_blocks_find_a_hidden_structure(method: str) -> None:
+    rng = np.random.default_rng(3)
+    cols = np.concatenate([rng.permutation(40)[:4] for _ in range(5)])
+    hidden = ShuffledBlock(
+        (20, 40), (4, 4), rng.permutation(20), np.arange(6) * 4, cols, np.ones(80)
+    )
+    scores = hidden.to_dense() + 1e-3 * rng.random((20, 40))
+    a = ShuffledBlock.from_scores(scores, 0.1, block_shape=(4, 4), method=method)
+    assert a.n_blocks == 5
+    np.testing.assert_array_equal(a.mask(), hidden.mask())
+
+
+def test_the_number_of_blocks_holds_the_budget() -> None:
+    scores = np.abs(scores_of((64, 64)))
+    for density in (0.05, 0.1, 0.33, 1):
+        a = ShuffledBlock.from_scores(scores, density, block_shape=(16, 4))
+        assert a.n_blocks == -(-round(density * 4096) // 64)
+        assert a.nnz == a.n_blocks * 64
+    # Neither size divides the matrix: whole blocks until the budget is held, and no more.
+    scores = np.abs(scores_of((21, 37)))
+    for density in (0.1, 0.4, 0.9, 1):
+        a = ShuffledBlock.from_scores(scores, density, block_shape=(8, 5))
+        budget = round(density * 21 * 37)
+        assert budget <= a.nnz < budget + 40
+    kept = ShuffledBlock.from_scores(scores, 0.4, block_shape=(8, 5), row_perm=np.arange(21))
+    assert kept.row_perm.tolist() == list(range(21))
+    with pytest.raises(FormatError, match="row_perm"):
+        ShuffledBlock.from_scores(scores, 0.4, row_perm=np.zeros(21, int))
+
+
+def test_hrbp_options() -> None:
+    scores = np.abs(scores_of((16, 6, 3, 3)))
+    a = HRBP.from_scores(scores, 0.2, groups=4, block_density=3 / 9)
+    assert (a.groups, a.pattern_indices.shape[1]) == (4, 3)
+    assert HRBP.from_scores(scores, 0.2).groups == 2
+    with pytest.raises(FormatError, match="groups=17"):
+        HRBP.from_scores(scores, 0.2, groups=17)
+    with pytest.raises(FormatError, match="block_density"):
+        HRBP.from_scores(scores, 0.2, block_density=0.4)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_bad_scores_are_refused(name: str) -> None:
+    cls = FORMATS[name]
+    nan = scores_of((4, 6))
+    nan[2, 3] = np.nan
+    bad: list[tuple[Any, Any, str]] = [
+        (nan, 0.5, "NaN at row 2, column 3"),
+        (scores_of((4,)), 0.5, "rank 1"),
+        (scores_of((4, 4)) * 1j, 0.5, "complex128"),
+        (np.array([["a", "b"]]), 0.5, "real numbers"),
+        (scores_of((4, 6)), 1.5, "density 1.5"),
+        (scores_of((4, 6)), -0.1, "density -0.1"),
+        (scores_of((4, 6)), float("nan"), "density nan"),
+        (scores_of((4, 6)), "many", "density 'many'"),
+    ]
+    for scores, density, message in bad:
+        with pytest.raises(FormatError, match=message):
+            cls.project(scores, density)
+    with pytest.raises(FormatError, match="a dense array of shape"):
+        cls.from_scores(scores_of((4, 6)), 0.5, values=np.zeros((6, 4)))
+    with pytest.raises(FormatError, match="values of dtype int64"):
+        cls.from_scores(scores_of((4, 6)), 0.5, values=np.zeros((4, 6), int))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_scores_of_any_real_dtype_and_stride(name: str) -> None:
+    cls = FORMATS[name]
+    base = np.round(scores_of((12, 10)) * 50)
+    expected = cls.project(base, 0.3)
+    for scores in (
+        base.astype(np.int32),
+        base.astype("float16"),
+        np.asfortranarray(base),
+        np.repeat(base, 2, axis=1)[:, ::2],
+        base.astype(">f8"),
+    ):
+        before = scores.copy()
+        np.testing.assert_array_equal(cls.project(scores, 0.3), expected)
+        np.testing.assert_array_equal(scores, before)
