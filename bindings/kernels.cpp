@@ -47,7 +47,8 @@ using Contiguous = py::array_t<T, py::array::c_style>;
 PyPlan lists_plan(int64_t rows, int64_t cols, const Contiguous<int64_t>& indptr,
                   const Contiguous<int32_t>& col_indices) {
   require(rows >= 0 && indptr.size() == rows + 1, "indptr needs rows + 1 entries");
-  require(indptr.data()[rows] == col_indices.size(), "indptr does not end at the last column index");
+  require(indptr.data()[rows] == col_indices.size(),
+          "indptr does not end at the last column index");
   const spfmt::RowLists view{rows, cols, indptr.data(), col_indices.data()};
   const std::string error = spfmt::validate(view);
   require(error.empty(), error.c_str());
@@ -62,9 +63,15 @@ PyPlan groups_plan(int64_t rows, int64_t cols, const Contiguous<int32_t>& row_pe
   require(row_perm.size() == rows, "row_perm needs one entry per row");
   require(row_ptr.size() == tiles + 1 && value_ptr.size() == tiles + 1 && col_end.size() == tiles,
           "row_ptr and value_ptr need tiles + 1 entries, col_begin and col_end one per tile");
-  const spfmt::RowGroups view{rows,           cols,           tiles,
-                              col_indices.size(), row_perm.data(), row_ptr.data(),
-                              col_begin.data(), col_end.data(), col_indices.data(),
+  const spfmt::RowGroups view{rows,
+                              cols,
+                              tiles,
+                              col_indices.size(),
+                              row_perm.data(),
+                              row_ptr.data(),
+                              col_begin.data(),
+                              col_end.data(),
+                              col_indices.data(),
                               value_ptr.data()};
   const std::string error = spfmt::validate(view);
   require(error.empty(), error.c_str());
@@ -85,15 +92,17 @@ spfmt::Matrix<T> matrix(const py::array& a, bool writable, int64_t rows, int64_t
 
 template <class T>
 T* vector(const py::array& a, int64_t least) {
-  require(holds<T>(a) && a.ndim() == 1 && a.size() >= least, "vector has the wrong dtype or length");
+  require(holds<T>(a) && a.ndim() == 1 && a.size() >= least,
+          "vector has the wrong dtype or length");
   require(a.size() <= 1 || a.strides(0) == sizeof(T), "vector is not contiguous");
   return static_cast<T*>(const_cast<void*>(a.data()));
 }
 
 template <class T>
-void run_typed(const spfmt::Kernel& kernel, const PyPlan& plan, const py::array& values, int64_t version,
-               const py::array& a, const std::optional<py::array>& b,
-               const std::optional<py::array>& out, const std::optional<py::array>& bias, int threads) {
+void run_typed(const spfmt::Kernel& kernel, const PyPlan& plan, const py::array& values,
+               int64_t version, const py::array& a, const std::optional<py::array>& b,
+               const std::optional<py::array>& out, const std::optional<py::array>& bias,
+               int threads) {
   require(a.ndim() == 2, "operand is not two-dimensional");
   const int64_t batch = a.shape(1);
   const int64_t in_rows = kernel.op == spfmt::Op::spmm ? plan.cols : plan.rows;
@@ -114,8 +123,8 @@ void run_typed(const spfmt::Kernel& kernel, const PyPlan& plan, const py::array&
   spfmt::run(kernel, *plan.plan, args, threads > 1 ? executor : spfmt::serial_executor());
 }
 
-void run(size_t index, const PyPlan& plan, const py::array& values, int64_t version, const py::array& a,
-         const std::optional<py::array>& b, const std::optional<py::array>& out,
+void run(size_t index, const PyPlan& plan, const py::array& values, int64_t version,
+         const py::array& a, const std::optional<py::array>& b, const std::optional<py::array>& out,
          const std::optional<py::array>& bias, int threads) {
   const spfmt::Kernel& kernel = spfmt::kernel_table().at(index);
   require(spfmt::isa_supported(kernel.isa), "this CPU lacks the kernel's instructions");
@@ -152,12 +161,13 @@ PYBIND11_MODULE(_kernels, m) {
       .def_property_readonly("nbytes", [](const PyPlan& p) { return spfmt::plan_nbytes(*p.plan); });
   m.def("lists_plan", &lists_plan, py::arg("rows"), py::arg("cols"), py::arg("indptr").noconvert(),
         py::arg("col_indices").noconvert());
-  m.def("groups_plan", &groups_plan, py::arg("rows"), py::arg("cols"), py::arg("row_perm").noconvert(),
-        py::arg("row_ptr").noconvert(), py::arg("col_begin").noconvert(), py::arg("col_end").noconvert(),
+  m.def("groups_plan", &groups_plan, py::arg("rows"), py::arg("cols"),
+        py::arg("row_perm").noconvert(), py::arg("row_ptr").noconvert(),
+        py::arg("col_begin").noconvert(), py::arg("col_end").noconvert(),
         py::arg("col_indices").noconvert(), py::arg("value_ptr").noconvert());
   m.def("run", &run, py::arg("kernel"), py::arg("plan"), py::arg("values"), py::arg("version"),
-        py::arg("a"), py::arg("b").none(true), py::arg("out").none(true), py::arg("bias").none(true),
-        py::arg("threads"));
+        py::arg("a"), py::arg("b").none(true), py::arg("out").none(true),
+        py::arg("bias").none(true), py::arg("threads"));
   m.def("kernel_table", &kernel_table, "Rows (op, format, dtype, isa, supported).");
   m.def("active_isa", [] { return spfmt::isa_name(spfmt::active_isa()); });
   m.def("available_threads", &available_threads);

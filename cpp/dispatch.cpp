@@ -40,7 +40,7 @@ struct Row {
 };
 
 #define SPFMT_ROW(op, layout, driver) \
-  { op, layout, drive<float, driver<float>>, drive<double, driver<double>> }
+  {op, layout, drive<float, driver<float>>, drive<double, driver<double>>}
 
 constexpr Row kRows[] = {
     SPFMT_ROW(Op::spmm, Layout::row_lists, lists_spmm),
@@ -57,8 +57,8 @@ struct Format {
   Layout layout;
 };
 constexpr Format kFormats[] = {
-    {"condensed", Layout::row_lists},       {"nm", Layout::row_lists},
-    {"csr", Layout::row_lists},             {"shuffled_block", Layout::row_groups},
+    {"condensed", Layout::row_lists}, {"nm", Layout::row_lists},
+    {"csr", Layout::row_lists},       {"shuffled_block", Layout::row_groups},
     {"hrbp", Layout::row_groups},
 };
 
@@ -137,10 +137,12 @@ Isa active_isa() {
                               " names no level; expected scalar, avx2 or avx512");
 }
 
-void run(const Kernel& kernel, const Plan& plan, const Args<float>& args, const Executor& executor) {
+void run(const Kernel& kernel, const Plan& plan, const Args<float>& args,
+         const Executor& executor) {
   kernel.run_f32(kernel, plan, args, executor);
 }
-void run(const Kernel& kernel, const Plan& plan, const Args<double>& args, const Executor& executor) {
+void run(const Kernel& kernel, const Plan& plan, const Args<double>& args,
+         const Executor& executor) {
   kernel.run_f64(kernel, plan, args, executor);
 }
 

@@ -6,36 +6,18 @@ namespace spfmt {
 namespace {
 
 template <class T>
-void spmm_panels(const Tiles<T>& tiles, const Plan& plan, const Args<T>& args, const Executor& executor) {
+void spmm_panels(const Tiles<T>& tiles, const Plan& plan, const Args<T>& args,
+                 const Executor& executor) {
+  constexpr int64_t kTiles = 16;
   const RowGroups& a = plan.groups();
-  const bool direct = args.out.col_stride == 1;
-  const int64_t step = std::min<int64_t>(16, std::max<int64_t>(1, a.tiles));
-  const int64_t chunks = (a.tiles + step - 1) / step;
-  for_strips(args.in.cols, [&](int64_t begin, int64_t end) {
-    const PanelSet<T> x(a.cols, begin, end);
-    x.pack(tiles, args.in, executor);
-    const PanelSet<T> y(direct ? 0 : a.rows, begin, end);
-    for_each(executor, x.size() * chunks, [&](int64_t k) {
-      const int64_t i = k / chunks, tile = k % chunks * step;
-      Panel<const T> panel = x.read(i);
-      if (!direct) panel.samples = panel.width;  // scratch takes whole vectors
-      T* out = direct ? args.out.data + x.sample(i) : y[i].data;
-      const int64_t ldy = direct ? args.out.row_stride : y[i].width;
-      tiles.groups_panel(a, args.values, panel, args.bias, out, ldy, tile,
-                         std::min(a.tiles, tile + step));
-    });
-    if (!direct) y.unpack(tiles, args.out, executor);
-  });
+  multiply_panels(tiles, args, executor, (a.tiles + kTiles - 1) / kTiles,
+                  [&](const Panel<const T>& x, T* y, int64_t ldy, int64_t begin, int64_t end) {
+                    tiles.groups_panel(a, args.values, x, args.bias, y, ldy, begin * kTiles,
+                                       std::min(a.tiles, end * kTiles));
+                  });
 }
 
-// A panel accumulates all tiles in order, so panels are the only parallel work. They are narrowed
-// until every thread has one; the width does not change any sum.
-int panel_width(int64_t batch, int threads) {
-  int width = kPanel;
-  while (width > kRowTile && (batch + width - 1) / width < threads) width /= 2;
-  return width;
-}
-
+// A panel accumulates all tiles in order, so panels are the only parallel work.
 template <class T>
 void spmm_t_panels(const Tiles<T>& tiles, const Plan& plan, const Args<T>& args,
                    const Executor& executor) {
@@ -76,8 +58,8 @@ void spmm_t_tokens(const Tiles<T>& tiles, const Plan& plan, const Args<T>& args,
   const auto dy = gather_tiles(a, args.in);
   for_ranges(executor, a.cols, range_step(executor, a.cols), [&](int64_t begin, int64_t end) {
     for_tokens(args.in.cols, [&](int64_t b, int n) {
-      tiles.groups_t_tokens(a, entries, args.values, dy->template as<T>() + b * a.tiles * kRowTile, n,
-                            samples_from(args.out, b), begin, end);
+      tiles.groups_t_tokens(a, entries, args.values, dy->template as<T>() + b * a.tiles * kRowTile,
+                            n, samples_from(args.out, b), begin, end);
     });
   });
 }
@@ -85,7 +67,8 @@ void spmm_t_tokens(const Tiles<T>& tiles, const Plan& plan, const Args<T>& args,
 }  // namespace
 
 template <class T>
-void groups_spmm(const Tiles<T>& tiles, const Plan& plan, const Args<T>& args, const Executor& all) {
+void groups_spmm(const Tiles<T>& tiles, const Plan& plan, const Args<T>& args,
+                 const Executor& all) {
   if (args.out.rows == 0 || args.out.cols == 0) return;
   const RowGroups& a = plan.groups();
   const Executor executor = for_work(all, plan.nnz() * args.in.cols);
@@ -100,7 +83,8 @@ void groups_spmm(const Tiles<T>& tiles, const Plan& plan, const Args<T>& args, c
 }
 
 template <class T>
-void groups_spmm_t(const Tiles<T>& tiles, const Plan& plan, const Args<T>& args, const Executor& all) {
+void groups_spmm_t(const Tiles<T>& tiles, const Plan& plan, const Args<T>& args,
+                   const Executor& all) {
   if (args.out.rows == 0 || args.out.cols == 0) return;
   const Executor executor = for_work(all, plan.nnz() * args.in.cols);
   if (args.in.cols < kTokenLimit) {
@@ -111,7 +95,8 @@ void groups_spmm_t(const Tiles<T>& tiles, const Plan& plan, const Args<T>& args,
 }
 
 template <class T>
-void groups_sddmm(const Tiles<T>& tiles, const Plan& plan, const Args<T>& args, const Executor& all) {
+void groups_sddmm(const Tiles<T>& tiles, const Plan& plan, const Args<T>& args,
+                  const Executor& all) {
   const RowGroups& a = plan.groups();
   std::fill_n(args.values, args.in.cols == 0 ? plan.nnz() : 0, T(0));
   const Executor executor = for_work(all, plan.nnz() * args.in.cols);
@@ -129,7 +114,8 @@ void groups_sddmm(const Tiles<T>& tiles, const Plan& plan, const Args<T>& args, 
 template void groups_spmm(const Tiles<float>&, const Plan&, const Args<float>&, const Executor&);
 template void groups_spmm(const Tiles<double>&, const Plan&, const Args<double>&, const Executor&);
 template void groups_spmm_t(const Tiles<float>&, const Plan&, const Args<float>&, const Executor&);
-template void groups_spmm_t(const Tiles<double>&, const Plan&, const Args<double>&, const Executor&);
+template void groups_spmm_t(const Tiles<double>&, const Plan&, const Args<double>&,
+                            const Executor&);
 template void groups_sddmm(const Tiles<float>&, const Plan&, const Args<float>&, const Executor&);
 template void groups_sddmm(const Tiles<double>&, const Plan&, const Args<double>&, const Executor&);
 

@@ -24,7 +24,8 @@ void pack_slice_values(const RowLists& a, const SlicePack& pack, const T* values
 }
 
 template <class T>
-void spmm_tokens(const Tiles<T>& tiles, const Plan& plan, const Args<T>& args, const Executor& executor) {
+void spmm_tokens(const Tiles<T>& tiles, const Plan& plan, const Args<T>& args,
+                 const Executor& executor) {
   const SlicePack& pack = plan.slices();
   const auto packed =
       pack.values.get(args.values_version, sizeof(T) * pack.packed(), [&](Buffer& buffer) {
@@ -36,36 +37,21 @@ void spmm_tokens(const Tiles<T>& tiles, const Plan& plan, const Args<T>& args, c
   for_ranges(executor, pack.view.slices, range_step(executor, pack.view.slices),
              [&](int64_t begin, int64_t end) {
                for_tokens(args.in.cols, [&](int64_t b, int n) {
-                 tiles.slices_tokens(pack.view, packed->template as<T>(), x[b], x.stride(), n, finite,
-                                     args.bias, samples_from(args.out, b), begin, end);
+                 tiles.slices_tokens(pack.view, packed->template as<T>(), x[b], x.stride(), n,
+                                     finite, args.bias, samples_from(args.out, b), begin, end);
                });
              });
 }
 
-// Row chunks per task: their part of Y stays in L2 while the column tiles pass by.
-constexpr int64_t kRowChunk = 256;
-
 template <class T>
-void spmm_panels(const Tiles<T>& tiles, const Plan& plan, const Args<T>& args, const Executor& executor) {
+void spmm_panels(const Tiles<T>& tiles, const Plan& plan, const Args<T>& args,
+                 const Executor& executor) {
   const RowLists& a = plan.lists();
-  const RowTiles& columns = plan.tiles().view;
-  const bool direct = args.out.col_stride == 1;
-  const int64_t chunks = (a.rows + kRowChunk - 1) / kRowChunk;
-  for_strips(args.in.cols, [&](int64_t begin, int64_t end) {
-    const PanelSet<T> x(a.cols, begin, end);
-    x.pack(tiles, args.in, executor);
-    const PanelSet<T> y(direct ? 0 : a.rows, begin, end);
-    for_each(executor, x.size() * chunks, [&](int64_t k) {
-      const int64_t i = k / chunks, row = k % chunks * kRowChunk;
-      Panel<const T> panel = x.read(i);
-      if (!direct) panel.samples = panel.width;  // scratch takes whole vectors
-      T* out = direct ? args.out.data + x.sample(i) : y[i].data;
-      const int64_t ldy = direct ? args.out.row_stride : y[i].width;
-      tiles.lists_panel(a, columns, args.values, panel, args.bias, out, ldy, row,
-                        std::min(a.rows, row + kRowChunk));
-    });
-    if (!direct) y.unpack(tiles, args.out, executor);
-  });
+  const RowTiles& pieces = plan.tiles().view;
+  multiply_panels(tiles, args, executor, (a.rows + kRowChunk - 1) / kRowChunk,
+                  [&](const Panel<const T>& x, T* y, int64_t ldy, int64_t begin, int64_t end) {
+                    tiles.lists_panel(a, pieces, args.values, x, args.bias, y, ldy, begin, end);
+                  });
 }
 
 }  // namespace
@@ -83,7 +69,8 @@ void lists_spmm(const Tiles<T>& tiles, const Plan& plan, const Args<T>& args, co
 
 // The transposed matrix is RowLists too: bring the values into its order, then multiply.
 template <class T>
-void lists_spmm_t(const Tiles<T>& tiles, const Plan& plan, const Args<T>& args, const Executor& all) {
+void lists_spmm_t(const Tiles<T>& tiles, const Plan& plan, const Args<T>& args,
+                  const Executor& all) {
   if (args.out.rows == 0 || args.out.cols == 0) return;
   const Executor executor = for_work(all, plan.nnz() * args.in.cols);
   const TransposePack& pack = plan.transpose();
@@ -102,7 +89,8 @@ void lists_spmm_t(const Tiles<T>& tiles, const Plan& plan, const Args<T>& args, 
 }
 
 template <class T>
-void lists_sddmm(const Tiles<T>& tiles, const Plan& plan, const Args<T>& args, const Executor& all) {
+void lists_sddmm(const Tiles<T>& tiles, const Plan& plan, const Args<T>& args,
+                 const Executor& all) {
   const RowLists& a = plan.lists();
   std::fill_n(args.values, args.in.cols == 0 ? plan.nnz() : 0, T(0));
   const Executor executor = for_work(all, plan.nnz() * args.in.cols);

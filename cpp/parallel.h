@@ -18,8 +18,8 @@ void for_each(const Executor& executor, int64_t n, const Body& body) {
     return;
   }
   executor.for_each(
-      executor.context, n,
-      [](void* arg, int64_t i) { (*static_cast<const Body*>(arg))(i); }, const_cast<Body*>(&body));
+      executor.context, n, [](void* arg, int64_t i) { (*static_cast<const Body*>(arg))(i); },
+      const_cast<Body*>(&body));
 }
 
 // body(begin, end) over [0, n) in pieces of at most `step`.

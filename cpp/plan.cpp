@@ -1,8 +1,10 @@
 #include "plan.h"
 
 #include <algorithm>
+#include <climits>
 #include <cstdlib>
 #include <new>
+#include <stdexcept>
 
 namespace spfmt {
 
@@ -52,14 +54,16 @@ Plan::Plan(const RowGroups& v) : layout_(Layout::row_groups), nnz_(v.value_ptr[v
   indices_.insert(indices_.end(), v.row_perm, v.row_perm + v.rows);
   indices_.insert(indices_.end(), v.col_indices, v.col_indices + v.col_count);
   const int64_t* p = pointers_.data();
-  groups_ = {v.rows, v.cols,          n,         v.col_count,              indices_.data(),
-             p,      p + 2 * (n + 1), p + 3 * n + 2, indices_.data() + v.rows, p + n + 1};
+  groups_ = {v.rows,          v.cols,          n,
+             v.col_count,     indices_.data(), p,
+             p + 2 * (n + 1), p + 3 * n + 2,   indices_.data() + v.rows,
+             p + n + 1};
 }
 
 int64_t Plan::nbytes() const {
   int64_t total = 8 * pointers_.size() + 4 * indices_.size();
   if (const auto* s = slices_.peek()) total += s->nbytes();
-  if (const auto* t = tiles_.peek()) total += 4 * t->offset.size();
+  if (const auto* t = tiles_.peek()) total += 8 * (t->base.size() + t->piece.size());
   if (const auto* t = transpose_.peek()) {
     total += 8 * t->source.size() + t->values.nbytes() + t->plan->nbytes();
   }
@@ -167,25 +171,43 @@ std::unique_ptr<SlicePack> make_slices(const RowLists& a) {
   return pack;
 }
 
-// Tiles of about 128 columns (32 KiB of a panel), fewer when rows are too sparse to profit.
+// Appends the pieces of one chunk, tile after tile, longest first, padded to kRowChunk of them.
+void append_pieces(const RowLists& a, int64_t row, int64_t tiles, int64_t width, TilePack& pack) {
+  const int64_t rows = std::min(kRowChunk, a.rows - row);
+  const int64_t base = a.indptr[row];
+  if (a.indptr[row + rows] - base > INT32_MAX)
+    throw std::length_error("rows too long for one chunk");
+  std::vector<int64_t> at(a.indptr + row, a.indptr + row + rows);
+  for (int64_t t = 0; t < tiles; ++t) {
+    const int64_t column = t == tiles - 1 ? a.cols : (t + 1) * width;
+    const size_t first = pack.piece.size();
+    for (int64_t i = 0; i < rows; ++i) {
+      const int64_t start = at[i];
+      while (at[i] < a.indptr[row + i + 1] && a.col_indices[at[i]] < column) ++at[i];
+      pack.piece.push_back({static_cast<int32_t>(start - base), static_cast<uint16_t>(i),
+                            static_cast<uint16_t>(at[i] - start)});
+    }
+    std::stable_sort(pack.piece.begin() + first, pack.piece.end(),
+                     [](const RowPiece& p, const RowPiece& q) { return p.count > q.count; });
+    pack.piece.resize(first + kRowChunk);
+  }
+  pack.base.push_back(base);
+}
+
+// Tiles of about 256 columns (64 KiB of a panel, of which a pass reuses a part in L1), fewer when
+// rows are too sparse to profit; never so wide that a piece's length or start outgrows its field.
 std::unique_ptr<TilePack> make_tiles(const RowLists& a) {
-  constexpr int64_t kTileCols = 128, kLeastPerTile = 8;
+  constexpr int64_t kTileCols = 256, kLeastPerTile = 8, kMostCols = 65535;
   auto pack = std::make_unique<TilePack>();
   const int64_t mean = a.rows > 0 ? a.indptr[a.rows] / a.rows : 0;
   const int64_t wanted = (a.cols + kTileCols - 1) / kTileCols;
-  const int64_t tiles = std::max<int64_t>(1, std::min(wanted, mean / kLeastPerTile));
+  const int64_t least = (a.cols + kMostCols - 1) / kMostCols;
+  const int64_t tiles = std::max({int64_t{1}, least, std::min(wanted, mean / kLeastPerTile)});
   const int64_t width = std::max<int64_t>(1, (a.cols + tiles - 1) / tiles);
-  pack->offset.resize(a.rows * (tiles + 1));
-  for (int64_t r = 0; r < a.rows; ++r) {
-    const int32_t* begin = a.col_indices + a.indptr[r];
-    const int32_t* end = a.col_indices + a.indptr[r + 1];
-    for (int64_t t = 0; t <= tiles; ++t) {
-      const int64_t column = t == tiles ? a.cols : t * width;
-      const auto* at = std::lower_bound(begin, end, column);
-      pack->offset[r * (tiles + 1) + t] = static_cast<int32_t>(at - begin);
-    }
+  for (int64_t row = 0; row < a.rows; row += kRowChunk) {
+    append_pieces(a, row, tiles, width, *pack);
   }
-  pack->view = {tiles, pack->offset.data()};
+  pack->view = {tiles, pack->base.data(), pack->piece.data()};
   return pack;
 }
 

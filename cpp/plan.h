@@ -72,7 +72,8 @@ struct SlicePack {
 };
 
 struct TilePack {
-  std::vector<int32_t> offset;
+  std::vector<int64_t> base;
+  std::vector<RowPiece> piece;
   RowTiles view;
 };
 

@@ -19,10 +19,11 @@ int64_t growth(const uint8_t* counts, const uint8_t* top, int64_t chunks) {
   return extra;
 }
 
-// Fills one slice: the fullest row of the window first (it decides most maxima), then always the row
-// that adds the fewest steps; among equals the one that wastes least, then the first.
+// Fills one slice: the fullest row of the window first (it decides most maxima), then always the
+// row that adds the fewest steps; among equals the one that wastes least, then the first.
 void fill_slice(const uint8_t* counts, int64_t chunks, const std::vector<int64_t>& total,
-                std::vector<int32_t>& window, std::vector<uint8_t>& top, std::vector<int32_t>& order) {
+                std::vector<int32_t>& window, std::vector<uint8_t>& top,
+                std::vector<int32_t>& order) {
   std::fill(top.begin(), top.end(), uint8_t{0});
   for (int lane = 0; lane < kRowTile && !window.empty(); ++lane) {
     size_t best = 0;

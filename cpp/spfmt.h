@@ -34,8 +34,8 @@ struct RowLists {
 // Tiles of 1..16 rows share one column list; shuffled block and HRBP lower to this.
 //
 //   tile t: rows    row_perm[row_ptr[t] .. row_ptr[t + 1]]           (n rows)
-//           columns col_indices[col_begin[t] .. col_end[t]]          (several tiles may share a list)
-//           values[value_ptr[t] + j * n + i]   is column j, row i: column after column
+//           columns col_indices[col_begin[t] .. col_end[t]]          (several tiles may share a
+//           list) values[value_ptr[t] + j * n + i]   is column j, row i: column after column
 //
 // Every row of the matrix is in exactly one tile, so products write each output exactly once.
 struct RowGroups {

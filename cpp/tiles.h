@@ -41,15 +41,27 @@ struct RowSlices {
   const uint8_t* byte_index;
 };
 
-// Where each row's list crosses tiles of `tile_cols` columns, so that the part of the panel that a
-// pass touches stays in L1: row r, tile t starts at indptr[r] + offset[r * (tiles + 1) + t].
+// RowLists cut into chunks of kRowChunk rows and tiles of columns, so that the parts of X and Y
+// that a pass touches stay in cache. Inside a (chunk, tile) the pieces of rows are sorted by
+// length, longest first: pieces of one length follow each other, so their loops end where the
+// branch predictor expects, and two of them run side by side.
+//
+//   chunk q, tile t: pieces piece[(q * tiles + t) * kRowChunk + ...], one per row of the chunk
+//   a piece: `count` nonzeros of row `row` from position base[q] + start
+struct RowPiece {
+  int32_t start;
+  uint16_t row;  // within the chunk
+  uint16_t count;
+};
 struct RowTiles {
   int64_t tiles;
-  const int32_t* offset;
+  const int64_t* base;
+  const RowPiece* piece;
 };
+constexpr int64_t kRowChunk = 256;
 
-// RowGroups seen from the columns: column c occurs at entries col_ptr[c] .. col_ptr[c + 1]; entry e is
-// a column of tile entry_tile[e] whose values start at entry_value[e].
+// RowGroups seen from the columns: column c occurs at entries col_ptr[c] .. col_ptr[c + 1]; entry e
+// is a column of tile entry_tile[e] whose values start at entry_value[e].
 struct ColumnEntries {
   const int64_t* col_ptr;
   const int32_t* entry_tile;
@@ -70,28 +82,30 @@ struct Tiles {
   void (*unpack)(const Panel<const T>& from, Strided<T> to, int64_t begin, int64_t end);
   bool (*all_finite)(const T* x, int64_t n);
 
-  // y[r * ldy + b] for rows [begin, end); ldy and samples as in the panel's memory or Y's own.
+  // y[r * ldy + b] for the rows of chunks [begin, end); x.samples of y are written.
   void (*lists_panel)(const RowLists&, const RowTiles&, const T* values, const Panel<const T>& x,
                       const T* bias, T* y, int64_t ldy, int64_t begin, int64_t end);
   // Tokens x[b * ldx + c], b < n (1..4); y with any strides; slices [begin, end).
-  void (*slices_tokens)(const RowSlices&, const T* packed, const T* x, int64_t ldx, int n, bool finite,
-                        const T* bias, Strided<T> y, int64_t begin, int64_t end);
-  // gradient[p] (+)= sum_b dY[row, b] X[col, b] over `panels` consecutive panels; rows [begin, end).
-  void (*lists_sddmm)(const RowLists&, const Panel<const T>* dy, const Panel<const T>* x, int panels,
-                      bool accumulate, T* gradient, int64_t begin, int64_t end);
+  void (*slices_tokens)(const RowSlices&, const T* packed, const T* x, int64_t ldx, int n,
+                        bool finite, const T* bias, Strided<T> y, int64_t begin, int64_t end);
+  // gradient[p] (+)= sum_b dY[row, b] X[col, b] over `panels` consecutive panels; rows [begin,
+  // end).
+  void (*lists_sddmm)(const RowLists&, const Panel<const T>* dy, const Panel<const T>* x,
+                      int panels, bool accumulate, T* gradient, int64_t begin, int64_t end);
 
-  void (*groups_panel)(const RowGroups&, const T* values, const Panel<const T>& x, const T* bias, T* y,
-                       int64_t ldy, int64_t begin, int64_t end);
-  void (*groups_tokens)(const RowGroups&, const T* values, const T* x, int64_t ldx, int n, const T* bias,
-                        Strided<T> y, int64_t begin, int64_t end);
+  void (*groups_panel)(const RowGroups&, const T* values, const Panel<const T>& x, const T* bias,
+                       T* y, int64_t ldy, int64_t begin, int64_t end);
+  void (*groups_tokens)(const RowGroups&, const T* values, const T* x, int64_t ldx, int n,
+                        const T* bias, Strided<T> y, int64_t begin, int64_t end);
   // dx += A^T dy over all tiles, in order; dx starts as zeros.
   void (*groups_t_panel)(const RowGroups&, const T* values, const Panel<const T>& dy,
                          const Panel<T>& dx);
-  // dy_tiles[(b * tiles + t) * 16 + i]: dY by tile, zeros behind a short tile; columns [begin, end).
-  void (*groups_t_tokens)(const RowGroups&, const ColumnEntries&, const T* values, const T* dy_tiles,
-                          int n, Strided<T> dx, int64_t begin, int64_t end);
-  void (*groups_sddmm)(const RowGroups&, const Panel<const T>* dy, const Panel<const T>* x, int panels,
-                       bool accumulate, T* gradient, int64_t begin, int64_t end);
+  // dy_tiles[(b * tiles + t) * 16 + i]: dY by tile, zeros behind a short tile; columns [begin,
+  // end).
+  void (*groups_t_tokens)(const RowGroups&, const ColumnEntries&, const T* values,
+                          const T* dy_tiles, int n, Strided<T> dx, int64_t begin, int64_t end);
+  void (*groups_sddmm)(const RowGroups&, const Panel<const T>* dy, const Panel<const T>* x,
+                       int panels, bool accumulate, T* gradient, int64_t begin, int64_t end);
 };
 
 const Tiles<float>& scalar_tiles_f32();

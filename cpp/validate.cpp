@@ -33,7 +33,8 @@ std::string check_tile(const RowGroups& v, int64_t t, std::vector<int64_t>& seen
     return at("column range out of bounds in tile", t);
   }
   const int64_t cols = v.col_end[t] - v.col_begin[t];
-  if (v.value_ptr[t + 1] - v.value_ptr[t] != n * cols) return at("wrong number of values in tile", t);
+  if (v.value_ptr[t + 1] - v.value_ptr[t] != n * cols)
+    return at("wrong number of values in tile", t);
   for (int64_t j = v.col_begin[t]; j < v.col_end[t]; ++j) {
     const int32_t c = v.col_indices[j];
     if (c < 0 || c >= v.cols) return at("column index out of range", j);

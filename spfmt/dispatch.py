@@ -6,7 +6,6 @@ without a kernel raises :class:`~spfmt.errors.KernelNotFound`, which lists what 
 
 from __future__ import annotations
 
-import itertools
 import logging
 import threading
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import numpy.typing as npt
 
 from . import _kernels, threads
 from .errors import FormatError, KernelNotFound
+from .formats._base import _versions
 from .formats._layout import RowGroups, RowLists
 
 Array = npt.NDArray[Any]
@@ -25,7 +25,6 @@ Layout = RowLists | RowGroups
 OPS = ("spmm", "spmm_t", "sddmm")
 LEVELS = ("scalar", "avx2", "avx512")
 logger = logging.getLogger("spfmt")
-_versions = itertools.count()
 
 
 def new_version() -> int:

@@ -21,7 +21,8 @@ void pack_rows(Strided<const T> from, const Panel<T>& to, int64_t begin, int64_t
 
 // Features are contiguous: transpose 16 x 16 tiles in registers.
 template <class S, class T = typename S::T>
-void pack_transpose(Strided<const T> from, const Panel<T>& to, int64_t begin, int64_t end) noexcept {
+void pack_transpose(Strided<const T> from, const Panel<T>& to, int64_t begin,
+                    int64_t end) noexcept {
   for (int b = 0; b < to.width; b += kLanes) {
     for (int64_t f = begin; f < end; f += kLanes) {
       const int nf = end - f < kLanes ? static_cast<int>(end - f) : kLanes;
@@ -64,24 +65,32 @@ void unpack_rows(const Panel<const T>& from, Strided<T> to, int64_t begin, int64
   }
 }
 
+// Features are contiguous: transpose through a small buffer, so that each sample is written in long
+// runs. Sixteen samples side by side would meet in one cache set whenever their stride is a large
+// power of two, and lines that a vector straddles would be evicted half written.
 template <class S, class T = typename S::T>
-void unpack_transpose(const Panel<const T>& from, Strided<T> to, int64_t begin, int64_t end) noexcept {
-  for (int64_t f = begin; f < end; f += kLanes) {
-    const int nf = end - f < kLanes ? static_cast<int>(end - f) : kLanes;
-    for (int b = 0; b < from.samples; b += kLanes) {
-      typename S::V tile[kLanes];
-      for (int i = 0; i < kLanes; ++i) {
-        tile[i] = i < nf ? S::load(from.data + (f + i) * from.width + b) : S::zero();
-      }
-      S::transpose(tile);
-      const int nb = from.samples - b < kLanes ? from.samples - b : kLanes;
-      for (int i = 0; i < nb; ++i) {
-        T* dst = to.data + (b + i) * to.sample_stride + f;
-        if (nf == kLanes) {
-          S::store(dst, tile[i]);
-        } else {
-          S::store(dst, tile[i], nf);
+void unpack_transpose(const Panel<const T>& from, Strided<T> to, int64_t begin,
+                      int64_t end) noexcept {
+  constexpr int kRun = 128;
+  alignas(64) T run[kLanes][kRun];
+  for (int b = 0; b < from.samples; b += kLanes) {
+    const int samples = from.samples - b < kLanes ? from.samples - b : kLanes;
+    for (int64_t f = begin; f < end; f += kRun) {
+      const int features = end - f < kRun ? static_cast<int>(end - f) : kRun;
+      for (int g = 0; g < features; g += kLanes) {
+        typename S::V tile[kLanes];
+        for (int i = 0; i < kLanes; ++i) {
+          tile[i] =
+              g + i < features ? S::load(from.data + (f + g + i) * from.width + b) : S::zero();
         }
+        S::transpose(tile);
+        for (int i = 0; i < kLanes; ++i) S::store(&run[i][g], tile[i]);
+      }
+      for (int i = 0; i < samples; ++i) {
+        T* dst = to.data + (b + i) * to.sample_stride + f;
+        int g = 0;
+        for (; g + kLanes <= features; g += kLanes) S::store(dst + g, S::load(&run[i][g]));
+        if (g < features) S::store(dst + g, S::load(&run[i][g]), features - g);
       }
     }
   }

@@ -148,8 +148,8 @@ void groups_tokens_n(const RowGroups& a, const T* values, const T* x, int64_t ld
 }
 
 template <class S, class T = typename S::T>
-void groups_tokens(const RowGroups& a, const T* values, const T* x, int64_t ldx, int n, const T* bias,
-                   Strided<T> y, int64_t begin, int64_t end) noexcept {
+void groups_tokens(const RowGroups& a, const T* values, const T* x, int64_t ldx, int n,
+                   const T* bias, Strided<T> y, int64_t begin, int64_t end) noexcept {
   const auto call = [&](auto body) { body(a, values, x, ldx, bias, y, begin, end); };
   n == 1   ? call(groups_tokens_n<S, 1>)
   : n == 2 ? call(groups_tokens_n<S, 2>)
@@ -159,8 +159,8 @@ void groups_tokens(const RowGroups& a, const T* values, const T* x, int64_t ldx,
 
 // CB columns of dX by NV vectors stay in registers while the tile's rows of dY pass by.
 template <class S, int CB, int NV, class T = typename S::T>
-inline void tile_t_panel(const GroupTile& g, const T* w, const int32_t* col, const T* dy, int64_t width,
-                         T* dx) noexcept {
+inline void tile_t_panel(const GroupTile& g, const T* w, const int32_t* col, const T* dy,
+                         int64_t width, T* dx) noexcept {
   typename S::V acc[CB][NV];
   for (int c = 0; c < CB; ++c) {
     for (int v = 0; v < NV; ++v) acc[c][v] = S::load(dx + col[c] * width + v * kLanes);
@@ -180,7 +180,8 @@ inline void tile_t_panel(const GroupTile& g, const T* w, const int32_t* col, con
 }
 
 template <class S, int NV, class T = typename S::T>
-void groups_t_panel_nv(const RowGroups& a, const T* values, const T* dy, int64_t width, T* dx) noexcept {
+void groups_t_panel_nv(const RowGroups& a, const T* values, const T* dy, int64_t width,
+                       T* dx) noexcept {
   for (int64_t t = 0; t < a.tiles; ++t) {
     const GroupTile g = group_tile(a, t);
     const T* w = values + g.value;
@@ -243,8 +244,8 @@ void groups_t_tokens(const RowGroups& a, const ColumnEntries& entries, const T* 
 
 // A 4 x 4 block of the gradient: dots of 4 columns of X with 4 rows of dY, 8 loads for 16 FMAs.
 template <class S, class T = typename S::T>
-inline void dots4x4(const Panel<const T>* dy, const Panel<const T>* x, int panels, const int32_t* row,
-                    const int32_t* col, T* sums) noexcept {
+inline void dots4x4(const Panel<const T>* dy, const Panel<const T>* x, int panels,
+                    const int32_t* row, const int32_t* col, T* sums) noexcept {
   typename S::V acc[16];
   for (auto& v : acc) v = S::zero();
   for (int q = 0; q < panels; ++q) {

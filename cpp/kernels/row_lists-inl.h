@@ -6,54 +6,86 @@
 namespace spfmt {
 namespace {
 
-// acc += w[k] * x[col[k]] over n nonzeros of one row. Two accumulator sets: a single row offers only
-// NV independent chains, fewer than the FMA units' latency needs.
+// The last vector of a row of Y: scratch panels take all lanes, the caller's memory `last` of them.
+template <class S, class T = typename S::T>
+inline typename S::V load_last(const T* p, int last) noexcept {
+  return last == kLanes ? S::load(p) : S::load(p, last);
+}
+template <class S, class T = typename S::T>
+inline void store_last(T* p, typename S::V v, int last) noexcept {
+  if (last == kLanes) {
+    S::store(p, v);
+  } else {
+    S::store(p, v, last);
+  }
+}
+
+// N pieces of equal length against NV vectors of samples: y[i] (+)= sum_k w[i][k] * x[col[i][k]].
+// One row alone offers only NV independent chains, fewer than the FMA units' latency needs.
+template <class S, int N, int NV, class T = typename S::T>
+inline void pieces_panel(const T* const* w, const int32_t* const* col, int count, const T* x,
+                         int64_t width, const T* start, T* const* y, int last) noexcept {
+  typename S::V acc[N][NV];
+  for (int i = 0; i < N; ++i) {
+    for (int v = 0; v < NV; ++v) {
+      acc[i][v] = start        ? S::set1(start[i])
+                  : v < NV - 1 ? S::load(y[i] + v * kLanes)
+                               : load_last<S>(y[i] + v * kLanes, last);
+    }
+  }
+  for (int k = 0; k < count; ++k) {
+    for (int i = 0; i < N; ++i) {
+      const auto weight = S::set1(w[i][k]);
+      const T* xk = x + col[i][k] * width;
+      for (int v = 0; v < NV; ++v) acc[i][v] = S::fma(weight, S::load(xk + v * kLanes), acc[i][v]);
+    }
+  }
+  for (int i = 0; i < N; ++i) {
+    for (int v = 0; v < NV - 1; ++v) S::store(y[i] + v * kLanes, acc[i][v]);
+    store_last<S>(y[i] + (NV - 1) * kLanes, acc[i][NV - 1], last);
+  }
+}
+
+// One (chunk, tile): pieces sorted by length, in pairs where two lengths agree.
 template <class S, int NV, class T = typename S::T>
-inline void row_panel(const T* w, const int32_t* col, int64_t n, const T* x, int64_t width,
-                      typename S::V* acc) noexcept {
-  typename S::V odd[NV];
-  for (int v = 0; v < NV; ++v) odd[v] = S::zero();
-  int64_t k = 0;
-  for (; k + 2 <= n; k += 2) {
-    const auto w0 = S::set1(w[k]), w1 = S::set1(w[k + 1]);
-    const T* x0 = x + col[k] * width;
-    const T* x1 = x + col[k + 1] * width;
-    for (int v = 0; v < NV; ++v) acc[v] = S::fma(w0, S::load(x0 + v * kLanes), acc[v]);
-    for (int v = 0; v < NV; ++v) odd[v] = S::fma(w1, S::load(x1 + v * kLanes), odd[v]);
+void tile_pieces(const RowPiece* piece, int64_t pieces, bool first, const T* w, const int32_t* col,
+                 const T* x, int64_t width, const T* bias, T* y, int64_t ldy, int last) noexcept {
+  for (int64_t j = 0; j < pieces && (first || piece[j].count > 0);) {
+    const int n = j + 1 < pieces && piece[j].count == piece[j + 1].count ? 2 : 1;
+    const T* weights[2];
+    const int32_t* columns[2];
+    T start[2], *out[2];
+    for (int i = 0; i < n; ++i) {
+      const RowPiece& q = piece[j + i];
+      weights[i] = w + q.start;
+      columns[i] = col + q.start;
+      out[i] = y + q.row * ldy;
+      start[i] = bias ? bias[q.row] : T(0);
+    }
+    const T* init = first ? start : nullptr;
+    if (n == 2) {
+      pieces_panel<S, 2, NV>(weights, columns, piece[j].count, x, width, init, out, last);
+    } else {
+      pieces_panel<S, 1, NV>(weights, columns, piece[j].count, x, width, init, out, last);
+    }
+    j += n;
   }
-  if (k < n) {
-    const auto w0 = S::set1(w[k]);
-    const T* x0 = x + col[k] * width;
-    for (int v = 0; v < NV; ++v) acc[v] = S::fma(w0, S::load(x0 + v * kLanes), acc[v]);
-  }
-  for (int v = 0; v < NV; ++v) acc[v] = S::add(acc[v], odd[v]);
 }
 
 template <class S, int NV, class T = typename S::T>
-void lists_panel_nv(const RowLists& a, const RowTiles& tiles, const T* values, const Panel<const T>& x,
-                    const T* bias, T* y, int64_t ldy, int64_t begin, int64_t end) noexcept {
-  // Lanes that y holds of the last vector: scratch panels take all, the caller's memory its own.
+void lists_panel_nv(const RowLists& a, const RowTiles& tiles, const T* values,
+                    const Panel<const T>& x, const T* bias, T* y, int64_t ldy, int64_t begin,
+                    int64_t end) noexcept {
   const int last = x.samples - (NV - 1) * kLanes;
-  for (int64_t t = 0; t < tiles.tiles; ++t) {
-    for (int64_t r = begin; r < end; ++r) {
-      const int32_t* offset = tiles.offset + r * (tiles.tiles + 1) + t;
-      if (t > 0 && offset[0] == offset[1]) continue;
-      T* out = y + r * ldy;
-      typename S::V acc[NV];
-      for (int v = 0; v < NV; ++v) {
-        const bool whole = v < NV - 1 || last == kLanes;
-        acc[v] = t == 0  ? S::set1(bias ? bias[r] : T(0))
-                 : whole ? S::load(out + v * kLanes)
-                         : S::load(out + v * kLanes, last);
-      }
-      const int64_t p = a.indptr[r] + offset[0];
-      row_panel<S, NV>(values + p, a.col_indices + p, offset[1] - offset[0], x.data, x.width, acc);
-      for (int v = 0; v < NV - 1; ++v) S::store(out + v * kLanes, acc[v]);
-      if (last == kLanes) {
-        S::store(out + (NV - 1) * kLanes, acc[NV - 1]);
-      } else {
-        S::store(out + (NV - 1) * kLanes, acc[NV - 1], last);
-      }
+  for (int64_t chunk = begin; chunk < end; ++chunk) {
+    const int64_t row = chunk * kRowChunk;
+    const int64_t rows = a.rows - row < kRowChunk ? a.rows - row : kRowChunk;
+    const T* w = values + tiles.base[chunk];
+    const int32_t* col = a.col_indices + tiles.base[chunk];
+    for (int64_t t = 0; t < tiles.tiles; ++t) {
+      const RowPiece* piece = tiles.piece + (chunk * tiles.tiles + t) * kRowChunk;
+      tile_pieces<S, NV>(piece, rows, t == 0, w, col, x.data, x.width, bias ? bias + row : nullptr,
+                         y + row * ldy, ldy, last);
     }
   }
 }
@@ -61,22 +93,23 @@ void lists_panel_nv(const RowLists& a, const RowTiles& tiles, const T* values, c
 template <class S, class T = typename S::T>
 void lists_panel(const RowLists& a, const RowTiles& tiles, const T* values, const Panel<const T>& x,
                  const T* bias, T* y, int64_t ldy, int64_t begin, int64_t end) noexcept {
+  const auto call = [&](auto body) { body(a, tiles, values, x, bias, y, ldy, begin, end); };
   switch (x.width / kLanes) {
     case 1:
-      return lists_panel_nv<S, 1>(a, tiles, values, x, bias, y, ldy, begin, end);
+      return call(lists_panel_nv<S, 1>);
     case 2:
-      return lists_panel_nv<S, 2>(a, tiles, values, x, bias, y, ldy, begin, end);
+      return call(lists_panel_nv<S, 2>);
     case 3:
-      return lists_panel_nv<S, 3>(a, tiles, values, x, bias, y, ldy, begin, end);
+      return call(lists_panel_nv<S, 3>);
     default:
-      return lists_panel_nv<S, 4>(a, tiles, values, x, bias, y, ldy, begin, end);
+      return call(lists_panel_nv<S, 4>);
   }
 }
 
 // One slice of 16 rows against N tokens. Two chains per token hide the FMA latency.
 template <class S, int N, bool kFinite, class T = typename S::T>
-inline void slice_tokens(const RowSlices& a, const T* packed, const T* x, int64_t ldx, int64_t slice,
-                         typename S::V* acc) noexcept {
+inline void slice_tokens(const RowSlices& a, const T* packed, const T* x, int64_t ldx,
+                         int64_t slice, typename S::V* acc) noexcept {
   typename S::V odd[N];
   for (int b = 0; b < N; ++b) acc[b] = odd[b] = S::zero();
   for (int64_t q = a.slice_ptr[slice]; q < a.slice_ptr[slice + 1]; ++q) {
@@ -84,7 +117,8 @@ inline void slice_tokens(const RowSlices& a, const T* packed, const T* x, int64_
     const int64_t left = a.cols - column;
     typename S::Table table[N];
     for (int b = 0; b < N; ++b) {
-      table[b] = typename S::Table(x + b * ldx + column, left < kChunk ? static_cast<int>(left) : kChunk);
+      table[b] =
+          typename S::Table(x + b * ldx + column, left < kChunk ? static_cast<int>(left) : kChunk);
     }
     const auto pick = [&](int b, int64_t k) {
       const uint8_t* index = a.byte_index + k * kLanes;

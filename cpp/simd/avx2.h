@@ -44,9 +44,7 @@ struct Avx2Simd {
     _mm256_maskstore_ps(p, first8(n), v.lo);
     _mm256_maskstore_ps(p + 8, first8(n - 8), v.hi);
   }
-  static V add(V a, V b) noexcept {
-    return {_mm256_add_ps(a.lo, b.lo), _mm256_add_ps(a.hi, b.hi)};
-  }
+  static V add(V a, V b) noexcept { return {_mm256_add_ps(a.lo, b.lo), _mm256_add_ps(a.hi, b.hi)}; }
   static V fma(V a, V b, V c) noexcept {
     return {_mm256_fmadd_ps(a.lo, b.lo, c.lo), _mm256_fmadd_ps(a.hi, b.hi, c.hi)};
   }

@@ -1,0 +1,183 @@
+"""Every row of the kernel table against float64, at odd sizes, strides and batches."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import spfmt
+from format_cases import MAKERS
+
+SHAPES = [(1, 1), (15, 31), (16, 32), (17, 33), (5, 70), (100, 257), (33, 300), (0, 5), (5, 0)]
+CONV_SHAPES = [(7, 5, 3, 3), (20, 33, 1, 2)]
+BATCHES = [0, 1, 2, 3, 5, 15, 16, 17, 48, 63, 65, 130]
+FORMATS = sorted(MAKERS)
+
+ROWS = [
+    pytest.param(
+        k,
+        id=f"{k.op}-{k.format}-{k.dtype}-{k.isa}",
+        marks=[] if k.available else pytest.mark.skip(reason=k.reason),
+    )
+    for k in spfmt.kernels()
+]
+
+
+def tensor(name: str, shape: tuple[int, ...], dtype: str, seed: int = 0) -> spfmt.SparseTensor:
+    rng = np.random.default_rng([seed, *shape])
+    return MAKERS[name](shape, rng).astype(dtype)
+
+
+def guarded(rows: int, cols: int, order: str, dtype: str) -> tuple[np.ndarray, np.ndarray]:
+    """A NaN-filled frame and the (rows, cols) window in it that a kernel may write."""
+    if order == "batch_first":
+        frame = np.full((cols + 2, rows + 2), np.nan, dtype)
+        return frame, frame[1:-1, 1:-1].T
+    if order == "features_first":
+        frame = np.full((rows + 2, cols + 2), np.nan, dtype)
+        return frame, frame[1:-1, 1:-1]
+    frame = np.full((2 * rows + 1, 2 * cols + 1), np.nan, dtype)
+    window = frame[: 2 * rows : 2, : 2 * cols : 2]
+    return frame, window[::-1] if order == "reversed" else window
+
+
+def operand(rows: int, cols: int, order: str, dtype: str, rng: np.random.Generator) -> np.ndarray:
+    _, window = guarded(rows, cols, order, dtype)
+    window[...] = rng.standard_normal((rows, cols))
+    return window
+
+
+def check(got: np.ndarray, want: np.ndarray, size: np.ndarray, terms: int) -> None:
+    """|got - want| within the rounding bound of a sum of `terms` products of total size `size`."""
+    bound = (terms + 2) * np.finfo(got.dtype).eps * size
+    assert (np.abs(got - want) <= bound).all()
+    assert got.shape == want.shape
+
+
+ORDERS = ["features_first", "batch_first", "strided", "reversed"]
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, *CONV_SHAPES], ids=str)
+@pytest.mark.parametrize("kernel", ROWS)
+def test_against_float64(kernel: spfmt.Kernel, shape: tuple[int, ...]) -> None:
+    a = tensor(kernel.format, shape, kernel.dtype)
+    dense = a.to_dense().reshape(a.matrix_shape).astype(np.float64)
+    rng = np.random.default_rng(1)
+    for i, batch in enumerate(BATCHES):
+        order, out_order = ORDERS[i % 4], ORDERS[(i + i // 4) % 4]
+        x = operand(dense.shape[1], batch, order, kernel.dtype, rng)
+        dy = operand(dense.shape[0], batch, order, kernel.dtype, rng)
+        if kernel.op == "sddmm":
+            got = spfmt.sddmm(a, dy, x, backend=kernel.isa).reshape(-1)
+            at = a.layout().coordinates()
+            want, size = (dy.astype(float) @ x.T.astype(float))[at], (abs(dy) @ abs(x).T)[at]
+            check(got, want, size, batch)
+            continue
+        weight, right = (dense, x) if kernel.op == "spmm" else (dense.T, dy)
+        frame, out = guarded(weight.shape[0], batch, out_order, kernel.dtype)
+        product = spfmt.spmm if kernel.op == "spmm" else spfmt.spmm_t
+        assert product(a, right, out=out, backend=kernel.isa) is out
+        check(out, weight @ right, abs(weight) @ abs(right), weight.shape[1])
+        assert np.isnan(frame).sum() == frame.size - out.size, "wrote outside of the output"
+
+
+@pytest.mark.parametrize("kernel", [p for p in ROWS if p.values[0].op == "spmm"])
+def test_bias_vector_and_batch_first(kernel: spfmt.Kernel) -> None:
+    a = tensor(kernel.format, (37, 45), kernel.dtype, 3)
+    rng = np.random.default_rng(2)
+    bias = rng.standard_normal(37).astype(kernel.dtype)
+    for batch in (1, 4, 20, 70):
+        x = rng.standard_normal((batch, 45)).astype(kernel.dtype)
+        want = spfmt.spmm(a, x.T, bias=bias, backend="reference").T
+        got = spfmt.spmm(a, x, bias=bias, batch_first=True, backend=kernel.isa)
+        assert got.flags.c_contiguous
+        size = abs(x) @ abs(a.to_dense()).T + abs(bias)
+        check(got, want, size, 46)
+        single = spfmt.spmm(a, x[0], bias=bias, backend=kernel.isa)
+        check(single, want[0], size[0], 46)
+
+
+@pytest.mark.parametrize("kernel", [p for p in ROWS if p.values[0].dtype == "float32"])
+def test_threads_do_not_change_a_bit(kernel: spfmt.Kernel) -> None:
+    a = tensor(kernel.format, (300, 280), "float32", 4)
+    rng = np.random.default_rng(5)
+    for batch in (3, 40, 150, 700):
+        x = rng.standard_normal((batch, 280)).astype("float32")
+        dy = rng.standard_normal((batch, 300)).astype("float32")
+        results = []
+        for n in (1, 2, 3, 8):
+            spfmt.set_num_threads(n)
+            if kernel.op == "sddmm":
+                results.append(spfmt.sddmm(a, dy, x, batch_first=True, backend=kernel.isa))
+            else:
+                product, right = (
+                    (spfmt.spmm, x) if kernel.op == "spmm" else (spfmt.spmm_t, dy)
+                )  # fmt: skip
+                results.append(product(a, right, batch_first=True, backend=kernel.isa))
+        for other in results[1:]:
+            np.testing.assert_array_equal(results[0], other)
+
+
+@pytest.fixture(autouse=True)
+def _default_threads():
+    yield
+    spfmt.set_num_threads(None)
+
+
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
+@pytest.mark.parametrize("kernel", [p for p in ROWS if p.values[0].op != "sddmm"])
+def test_padding_never_meets_infinities(kernel: spfmt.Kernel, value: float) -> None:
+    """An output depends only on the inputs that its structure names: 0 * inf must not appear."""
+    a = tensor(kernel.format, (50, 90), kernel.dtype, 6)
+    mask = a.mask() if kernel.op == "spmm" else a.mask().T
+    product = spfmt.spmm if kernel.op == "spmm" else spfmt.spmm_t
+    for batch in (1, 3, 20):
+        x = np.ones((mask.shape[1], batch), kernel.dtype)
+        x[7] = value
+        got = product(a, x, backend=kernel.isa)
+        np.testing.assert_array_equal(np.isfinite(got).all(1), ~mask[:, 7])
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_values_may_have_spare_capacity(name: str) -> None:
+    a = tensor(name, (40, 30), "float32", 7)
+    rng = np.random.default_rng(8)
+    x, dy = (rng.standard_normal((n, 5)).astype("float32") for n in (30, 40))
+    longer = np.append(a.values.reshape(-1), np.full(9, np.nan, "float32"))
+    np.testing.assert_array_equal(a.plan.spmm(longer, x), spfmt.spmm(a, x))
+    np.testing.assert_array_equal(a.plan.spmm_t(longer, dy), spfmt.spmm_t(a, dy))
+    gradient = a.plan.sddmm(dy, x, out=np.full(a.nnz + 9, np.nan, "float32"))
+    np.testing.assert_array_equal(gradient[: a.nnz], spfmt.sddmm(a, dy, x).reshape(-1))
+    assert (gradient[a.nnz :] == 0).all()
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_new_values_on_the_same_structure(name: str) -> None:
+    """Packed copies of values belong to the tensor they were made from."""
+    a = tensor(name, (40, 30), "float32", 9)
+    b = a.with_values(2 * a.values)
+    x, dy = np.ones((30, 2), "float32"), np.ones((40, 2), "float32")
+    for _ in range(2):
+        np.testing.assert_array_equal(2 * spfmt.spmm(a, x), spfmt.spmm(b, x))
+        np.testing.assert_array_equal(2 * spfmt.spmm_t(a, dy), spfmt.spmm_t(b, dy))
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_operators(name: str) -> None:
+    a = tensor(name, (40, 30), "float64", 10)
+    rng = np.random.default_rng(11)
+    x, y = rng.standard_normal((30, 4)), rng.standard_normal((40, 4))
+    np.testing.assert_array_equal(a @ x, spfmt.spmm(a, x))
+    np.testing.assert_array_equal(a.T @ y, spfmt.spmm_t(a, y))
+    np.testing.assert_array_equal(x.T @ a.T, spfmt.spmm(a, x.T, batch_first=True))
+
+
+def test_every_format_has_every_product_at_every_level() -> None:
+    rows = {(k.format, k.op, k.isa) for k in spfmt.kernels(dtype="float32")}
+    wanted = {
+        (f, op, isa)
+        for f in FORMATS
+        for op in ("spmm", "spmm_t", "sddmm")
+        for isa in ("scalar", "avx2", "avx512")
+    }
+    assert rows == wanted
