@@ -1,0 +1,393 @@
+// The custom-op library: one ONNX operator per format on top of the core, running on ONNX Runtime's
+// own threads. No exception leaves a callback: every one becomes an OrtStatus.
+#include <climits>
+#include <map>
+#include <mutex>
+#include <stdexcept>
+#include <thread>
+
+#include "ort_api.h"
+#include "structure.h"
+
+namespace spfmt::ort {
+namespace {
+
+constexpr const char* kDomain = "spfmt";
+constexpr int kDomainVersion = 1;
+// A kernel's values never change: packed copies of them are made once.
+constexpr int64_t kConstantValues = 0;
+
+// A failure that ONNX Runtime reported, on its way back to it.
+struct Failure {
+  Status* status;
+};
+
+void check(Status* status) {
+  if (status != nullptr) throw Failure{status};
+}
+
+// Runs `body` and turns whatever it throws into a status that starts with `where`.
+template <class Body>
+Status* guarded(const Api& api, const std::string& where, const Body& body) noexcept {
+  try {
+    body();
+    return nullptr;
+  } catch (const Failure& failure) {
+    return failure.status;
+  } catch (const std::invalid_argument& error) {
+    return api.CreateStatus(ErrorCode::invalid_argument, (where + ": " + error.what()).c_str());
+  } catch (const std::bad_alloc&) {
+    return api.CreateStatus(ErrorCode::runtime_exception, "spfmt: out of memory");
+  } catch (const std::exception& error) {
+    return api.CreateStatus(ErrorCode::fail, error.what());
+  } catch (...) {
+    return api.CreateStatus(ErrorCode::fail, "spfmt: unknown error");
+  }
+}
+
+// ONNX Runtime's description of a tensor; released on leaving where we own it.
+class Info {
+ public:
+  static Info of(const Api& api, const Value* value) {
+    TensorInfo* info = nullptr;
+    check(api.GetTensorTypeAndShape(value, &info));
+    return Info(api, info, true);
+  }
+  static Info input(const Api& api, const ShapeInferContext* context, size_t index) {
+    TensorInfo* info = nullptr;
+    check(api.ShapeInferContext_GetInputTypeShape(context, index, &info));
+    return Info(api, info, false);
+  }
+  static Info create(const Api& api) {
+    TensorInfo* info = nullptr;
+    check(api.CreateTensorTypeAndShapeInfo(&info));
+    return Info(api, info, true);
+  }
+  Info(const Info&) = delete;
+  Info& operator=(const Info&) = delete;
+  ~Info() {
+    if (owned_) api_.ReleaseTensorTypeAndShapeInfo(info_);
+  }
+
+  TensorInfo* get() const { return info_; }
+  ElementType type() const {
+    ElementType type = ElementType::undefined;
+    check(api_.GetTensorElementType(info_, &type));
+    return type;
+  }
+  std::vector<int64_t> shape() const {
+    size_t rank = 0;
+    check(api_.GetDimensionsCount(info_, &rank));
+    std::vector<int64_t> shape(rank);
+    check(api_.GetDimensions(info_, shape.data(), rank));
+    return shape;
+  }
+
+ private:
+  Info(const Api& api, TensorInfo* info, bool owned) : api_(api), info_(info), owned_(owned) {}
+
+  const Api& api_;
+  TensorInfo* info_;
+  bool owned_;
+};
+
+// The C API lacks a way to read a const tensor; nothing here writes through the result.
+const void* data_of(const Api& api, const Value* value) {
+  void* data = nullptr;
+  check(api.GetTensorMutableData(const_cast<Value*>(value), &data));
+  return data;
+}
+
+Tensor constant_input(const Api& api, const KernelInfo* node, size_t index, const char* name) {
+  int is_constant = 0;
+  const Value* value = nullptr;
+  check(api.KernelInfoGetConstantInput_tensor(node, index, &is_constant, &value));
+  if (is_constant == 0 || value == nullptr) {
+    throw std::invalid_argument(std::string(name) +
+                                ": expected a constant (an initializer of the model)");
+  }
+  const Info info = Info::of(api, value);
+  return {info.type(), info.shape(), data_of(api, value)};
+}
+
+int64_t attribute(const Api& api, const KernelInfo* node, const char* name) {
+  int64_t value = 0;
+  if (Status* status = api.KernelInfoGetAttribute_int64(node, name, &value)) {
+    api.ReleaseStatus(status);
+    throw std::invalid_argument(std::string("got no integer attribute ") + name);
+  }
+  return value;
+}
+
+int64_t extent(const Api& api, const KernelInfo* node, const char* name) {
+  const int64_t value = attribute(api, node, name);
+  if (value < 0 || value > INT32_MAX) {
+    throw std::invalid_argument(std::string(name) + ": got " + std::to_string(value) +
+                                ", expected a size in [0, 2^31)");
+  }
+  return value;
+}
+
+// One run of a node: lends ONNX Runtime's threads to the core.
+struct Pool {
+  const Api& api;
+  const KernelContext* context;
+  Status* failure = nullptr;
+
+  Executor executor() {
+    const int threads = static_cast<int>(std::thread::hardware_concurrency());
+    return {threads > 0 ? threads : 1, this, for_each};
+  }
+
+  static void for_each(void* self, int64_t n, void (*body)(void*, int64_t), void* arg) {
+    struct Call {
+      void (*body)(void*, int64_t);
+      void* arg;
+    } call{body, arg};
+    const auto one = [](void* user, size_t i) {
+      const Call& c = *static_cast<Call*>(user);
+      c.body(c.arg, static_cast<int64_t>(i));
+    };
+    Pool& pool = *static_cast<Pool*>(self);
+    if (pool.failure != nullptr) return;
+    pool.failure =
+        pool.api.KernelContext_ParallelFor(pool.context, one, static_cast<size_t>(n), 0, &call);
+  }
+};
+
+// A node of a session. Thread-safe: ONNX Runtime may run it from several threads at once.
+class Linear {
+ public:
+  Linear(const Api& api, const Operator& op, const KernelInfo* node) : api_(api), op_(op) {
+    Constants constants{
+        extent(api, node, "out_features"), extent(api, node, "in_features"), {}, {}};
+    rows_ = constants.rows;
+    cols_ = constants.cols;
+    for (const char* name : op.attributes) {
+      constants.attributes.push_back(attribute(api, node, name));
+    }
+    for (size_t i = 0; i < op.inputs.size(); ++i) {
+      constants.inputs.push_back(constant_input(api, node, i + 1, op.inputs[i]));
+    }
+    const Tensor& values = constants.inputs[0];
+    const Tensor bias = constant_input(api, node, bias_index(), "bias");
+    if (bias.shape != std::vector<int64_t>{rows_} || bias.type != values.type) {
+      throw std::invalid_argument("bias: expected " + std::to_string(rows_) +
+                                  " elements of the type of values");
+    }
+    choose_kernel(values.type);
+    structure_ = op.read(constants);
+    if (values.type == ElementType::f32) {
+      prepare<float>(values, bias);
+    } else {
+      prepare<double>(values, bias);
+    }
+  }
+
+  void compute(KernelContext* context) const {
+    if (kernel_->dtype == DType::f32) {
+      run_on<float>(context, ElementType::f32);
+    } else {
+      run_on<double>(context, ElementType::f64);
+    }
+  }
+
+  const Api& api() const { return api_; }
+  const char* name() const { return op_.name; }
+
+ private:
+  size_t bias_index() const { return op_.inputs.size() + 1; }
+
+  // float64 has one level only, the scalar one.
+  void choose_kernel(ElementType type) {
+    if (type != ElementType::f32 && type != ElementType::f64) {
+      throw std::invalid_argument(
+          "values: expected float32 or float64; open the model without this library to run its "
+          "standard operators");
+    }
+    const bool single = type == ElementType::f32;
+    kernel_ = find_kernel(Op::spmm, op_.format, single ? DType::f32 : DType::f64,
+                          single ? active_isa() : Isa::scalar);
+    if (kernel_ == nullptr) throw std::invalid_argument("no kernel for this type of values");
+  }
+
+  // Values in the core's order, then one sample, which makes the kernel pack them: the first
+  // request should not pay for it.
+  template <class T>
+  void prepare(const Tensor& values, const Tensor& bias) {
+    const T* stored = static_cast<const T*>(values.data);
+    reordered_.resize(structure_.source.size() * sizeof(T));
+    T* reordered = reinterpret_cast<T*>(reordered_.data());
+    for (size_t p = 0; p < structure_.source.size(); ++p)
+      reordered[p] = stored[structure_.source[p]];
+    is_reordered_ = !structure_.source.empty();
+    structure_.source = {};
+    const std::vector<T> x(cols_);
+    std::vector<T> y(rows_);
+    multiply(stored, x.data(), static_cast<const T*>(bias.data), y.data(), 1, serial_executor());
+  }
+
+  template <class T>
+  void multiply(const T* stored, const T* x, const T* bias, T* y, int64_t batch,
+                const Executor& executor) const {
+    const T* values = is_reordered_ ? reinterpret_cast<const T*>(reordered_.data()) : stored;
+    Args<T> args{};
+    args.values = const_cast<T*>(values);  // only sddmm writes them
+    args.values_version = kConstantValues;
+    args.in = {x, cols_, batch, 1, cols_};
+    args.out = {y, rows_, batch, 1, rows_};
+    args.bias = bias;
+    run(*kernel_, *structure_.plan, args, executor);
+  }
+
+  // The leading dimensions of X and their product.
+  int64_t batch_of(const std::vector<int64_t>& shape) const {
+    if (shape.empty() || shape.back() != cols_) {
+      throw std::invalid_argument("X: expected a last dimension of " + std::to_string(cols_));
+    }
+    int64_t batch = 1;
+    for (size_t i = 0; i + 1 < shape.size(); ++i) batch *= shape[i];
+    return batch;
+  }
+
+  template <class T>
+  const T* input(const KernelContext* context, size_t index) const {
+    const Value* value = nullptr;
+    check(api_.KernelContext_GetInput(context, index, &value));
+    return static_cast<const T*>(data_of(api_, value));
+  }
+
+  template <class T>
+  void run_on(KernelContext* context, ElementType type) const {
+    const Value* x = nullptr;
+    check(api_.KernelContext_GetInput(context, 0, &x));
+    const Info info = Info::of(api_, x);
+    if (info.type() != type) throw std::invalid_argument("X: expected the type of values");
+    std::vector<int64_t> shape = info.shape();
+    const int64_t batch = batch_of(shape);
+    shape.back() = rows_;
+    Value* y = nullptr;
+    check(api_.KernelContext_GetOutput(context, 0, shape.data(), shape.size(), &y));
+    if (batch == 0 || rows_ == 0) return;
+    Pool pool{api_, context};
+    multiply(input<T>(context, 1), static_cast<const T*>(data_of(api_, x)),
+             input<T>(context, bias_index()), static_cast<T*>(const_cast<void*>(data_of(api_, y))),
+             batch, pool.executor());
+    check(pool.failure);
+  }
+
+  const Api& api_;
+  const Operator& op_;
+  int64_t rows_ = 0, cols_ = 0;
+  const Kernel* kernel_ = nullptr;
+  Structure structure_;
+  std::vector<char> reordered_;  // of float or double: operator new aligns for both
+  bool is_reordered_ = false;
+};
+
+// An operator as ONNX Runtime sees it, for one type of X, values, bias and Y.
+struct LinearOp : CustomOp {
+  const Api* api;
+  const Operator* op;
+  ElementType type;
+
+  LinearOp(const Api& runtime, const Operator& described, ElementType element_type);
+};
+
+const LinearOp& self(const CustomOp* op) { return *static_cast<const LinearOp*>(op); }
+
+Status* create(const CustomOp* op, const Api* api, const KernelInfo* node, void** kernel) noexcept {
+  return guarded(*api, std::string("spfmt::") + self(op).op->name,
+                 [&] { *kernel = new Linear(*api, *self(op).op, node); });
+}
+
+Status* compute(void* kernel, KernelContext* context) noexcept {
+  const Linear& linear = *static_cast<const Linear*>(kernel);
+  return guarded(linear.api(), std::string("spfmt::") + linear.name(),
+                 [&] { linear.compute(context); });
+}
+
+// Y is X with its last dimension replaced by the length of the bias; symbolic names are kept.
+Status* infer_shape(const CustomOp* op, ShapeInferContext* context) noexcept {
+  const Api& api = *self(op).api;
+  return guarded(api, std::string("spfmt::") + self(op).op->name, [&] {
+    const Info x = Info::input(api, context, 0);
+    const Info bias = Info::input(api, context, self(op).op->inputs.size() + 1);
+    std::vector<int64_t> shape = x.shape();
+    if (shape.empty()) return;  // X of unknown rank: so is Y
+    std::vector<const char*> names(shape.size());
+    check(api.GetSymbolicDimensions(x.get(), names.data(), names.size()));
+    const std::vector<int64_t> rows = bias.shape();
+    shape.back() = rows.size() == 1 ? rows[0] : -1;
+    names.back() = "";
+    const Info y = Info::create(api);
+    check(api.SetTensorElementType(y.get(), x.type()));
+    check(api.SetDimensions(y.get(), shape.data(), shape.size()));
+    check(api.SetSymbolicDimensions(y.get(), names.data(), names.size()));
+    check(api.ShapeInferContext_SetOutputTypeShape(context, 0, y.get()));
+  });
+}
+
+// Indices of any type match here: the kernel says which it expected when it is created. (All inputs
+// of any type would need no variant per type, but ONNX Runtime before 1.21 cannot infer Y's then.)
+ElementType input_type(const CustomOp* op, size_t index) {
+  const bool indices = index > 1 && index <= self(op).op->inputs.size();
+  return indices ? ElementType::undefined : self(op).type;
+}
+
+LinearOp::LinearOp(const Api& runtime, const Operator& described, ElementType element_type)
+    : api(&runtime), op(&described), type(element_type) {
+  GetName = [](const CustomOp* o) { return self(o).op->name; };
+  GetExecutionProviderType = [](const CustomOp*) -> const char* { return nullptr; };
+  GetInputType = input_type;
+  GetInputTypeCount = [](const CustomOp* o) { return self(o).op->inputs.size() + 2; };
+  GetOutputType = [](const CustomOp* o, size_t) { return self(o).type; };
+  GetOutputTypeCount = [](const CustomOp*) -> size_t { return 1; };
+  GetInputCharacteristic = [](const CustomOp*, size_t) { return Characteristic::required; };
+  GetOutputCharacteristic = [](const CustomOp*, size_t) { return Characteristic::required; };
+  GetInputMemoryType = [](const CustomOp*, size_t) { return MemoryType::standard; };
+  GetVariadicInputMinArity = [](const CustomOp*) { return 0; };
+  GetVariadicInputHomogeneity = [](const CustomOp*) { return 0; };
+  GetVariadicOutputMinArity = [](const CustomOp*) { return 0; };
+  GetVariadicOutputHomogeneity = [](const CustomOp*) { return 0; };
+  CreateKernelV2 = create;
+  KernelComputeV2 = compute;
+  KernelDestroy = [](void* kernel) { delete static_cast<Linear*>(kernel); };
+  InferOutputShapeFn = infer_shape;
+  GetStartVersion = [](const CustomOp*) { return kDomainVersion; };
+  GetEndVersion = [](const CustomOp*) { return kDomainVersion; };
+}
+
+// One domain per ONNX Runtime in the process. Sessions refer to it until they end, and nobody says
+// when that is, so it is never released.
+CustomOpDomain* domain_of(const Api& api) {
+  static std::mutex mutex;
+  static auto& domains = *new std::map<const Api*, CustomOpDomain*>;
+  const std::lock_guard<std::mutex> lock(mutex);
+  CustomOpDomain*& domain = domains[&api];
+  if (domain != nullptr) return domain;
+  CustomOpDomain* fresh = nullptr;
+  check(api.CreateCustomOpDomain(kDomain, &fresh));
+  for (const Operator& op : operators()) {
+    for (const ElementType type : {ElementType::f32, ElementType::f64}) {
+      check(api.CustomOpDomain_Add(fresh, new LinearOp(api, op, type)));
+    }
+  }
+  return domain = fresh;
+}
+
+}  // namespace
+}  // namespace spfmt::ort
+
+// The library's only symbol: ONNX Runtime calls it when the library is registered.
+extern "C" __attribute__((visibility("default"))) spfmt::ort::Status* RegisterCustomOps(
+    spfmt::ort::SessionOptions* options, const spfmt::ort::ApiBase* base) {
+  using namespace spfmt::ort;
+  const Api* api = base->GetApi(kApiVersion);
+  if (api == nullptr) {
+    // CreateStatus has been the first function since the first release.
+    return base->GetApi(1)->CreateStatus(
+        ErrorCode::fail, "spfmt: expected ONNX Runtime 1.17 or later; upgrade onnxruntime");
+  }
+  return guarded(*api, "spfmt", [&] { check(api->AddCustomOpDomain(options, domain_of(*api))); });
+}

@@ -1,0 +1,47 @@
+// From an operator's constant inputs to a checked structure: the only place where numbers from a
+// file become addresses. It knows no functions of ONNX Runtime, so it can be tested without one.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "../spfmt.h"
+#include "ort_api.h"
+
+namespace spfmt::ort {
+
+// A tensor of the file, row-major. Shape and data agree: ONNX Runtime guarantees that.
+struct Tensor {
+  ElementType type;
+  std::vector<int64_t> shape;
+  const void* data;
+};
+
+// What a node holds besides X and bias, in the order that its Operator names.
+struct Constants {
+  int64_t rows, cols;  // out_features, in_features
+  std::vector<Tensor> inputs;
+  std::vector<int64_t> attributes;
+};
+
+struct Structure {
+  std::shared_ptr<const Plan> plan;
+  // Value p of the plan is value source[p] of the input `values`; empty: the same order.
+  std::vector<int64_t> source;
+};
+
+// One operator of the domain: its signature between X and bias, and how to read it.
+struct Operator {
+  const char* name;
+  const char* format;
+  std::vector<const char*> inputs;      // values first
+  std::vector<const char*> attributes;  // behind in_features and out_features
+  // Throws std::invalid_argument, naming what is wrong, for anything but a sound structure.
+  Structure (*read)(const Constants&);
+};
+
+const std::vector<Operator>& operators();
+
+}  // namespace spfmt::ort

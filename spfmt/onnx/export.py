@@ -1,0 +1,382 @@
+"""torch model to ONNX file: sparse layers become nodes of the domain ``spfmt``.
+
+The model goes through ``torch.onnx.export``, where every sparse product becomes a placeholder that
+still holds capacity and structure words. Then each placeholder is replaced by its format's
+operator with just the arrays that it needs (see `spfmt.onnx.functions`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import logging
+import os
+import secrets
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+
+from spfmt.errors import SpfmtError, format_error
+from spfmt.formats import decode_structure
+from spfmt.onnx._deps import require
+from spfmt.onnx.functions import DOMAIN, MIN_OPSET, VERSION, function, make_node
+
+if TYPE_CHECKING:
+    import onnx
+    import torch
+
+    from spfmt.formats import SparseTensor
+
+__all__ = ["ExportError", "export"]
+
+_PLACEHOLDER = "SparseProduct"
+_FLOATS = ("float", "double", "float16", "bfloat16")  # narrow ones are refused when lowered
+_MAX_BYTES = 2**31 - 1  # of a protobuf message
+
+
+class ExportError(SpfmtError, RuntimeError):
+    """A model cannot be written as an ONNX file."""
+
+
+def export(
+    model: torch.nn.Module,
+    args: Any,
+    path: str | os.PathLike[str],
+    *,
+    kwargs: Mapping[str, Any] | None = None,
+    dynamic_batch: bool = True,
+    dynamic_shapes: Any = None,
+    input_names: Sequence[str] | None = None,
+    output_names: Sequence[str] | None = None,
+    opset: int = MIN_OPSET,
+    inline: bool = False,
+) -> Path:
+    """Write a model of `SparseLinear` and ordinary layers as one ONNX file.
+
+    The file runs in any ONNX Runtime from 1.16 on, at dense speed; where our library is registered
+    (`spfmt.onnx.session`), from 1.17 on, the sparse kernels run. The model is exported in
+    evaluation mode; its own mode is left as it is. The file appears whole or not at all.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        On the CPU, float32 or float64.
+    args : Tensor or tuple
+        Example inputs, as the model is called.
+    path : path
+        The file to write.
+    kwargs : mapping, optional
+        Example keyword inputs.
+    dynamic_batch : bool
+        The first dimension of every input tensor is the batch and may have any size. False fixes
+        all sizes to those of the example.
+    dynamic_shapes : optional
+        As in ``torch.export``; replaces `dynamic_batch`.
+    input_names, output_names : sequence of str, optional
+        Names in the file; torch's by default.
+    opset : int
+        Version of ONNX's standard operators, 18 or later.
+    inline : bool
+        True writes the standard operators in place of our nodes: a plain file for runtimes that do
+        not know model-local functions, such as OpenVINO. Our kernels cannot run it.
+
+    Returns
+    -------
+    pathlib.Path
+        The path.
+
+    Raises
+    ------
+    ExportError
+        When torch cannot translate a layer, a sparse weight is not a constant, or the file would
+        be larger than 2 GiB.
+    FormatError
+        When a sparse weight has no operator (see `lower`) or `opset` is below 18.
+    MissingDependency
+        When torch, onnx or onnxscript is missing.
+    """
+    for module in ("torch", "onnx", "onnxscript"):
+        require(module)
+    if opset < MIN_OPSET:
+        raise format_error(f"opset={opset}", f"{MIN_OPSET} or later", "leave it out")
+    arguments = args if isinstance(args, tuple) else (args,)
+    keywords = dict(kwargs or {})
+    if dynamic_shapes is None and dynamic_batch:
+        arguments, keywords = _at_least_two((arguments, keywords))
+        dynamic_shapes = _batch_shapes(model, arguments, keywords)
+    proto = _translate(
+        model,
+        arguments,
+        kwargs=keywords,
+        dynamic_shapes=dynamic_shapes,
+        input_names=input_names,
+        output_names=output_names,
+        opset_version=opset,
+    )
+    _replace_placeholders(proto, opset)
+    return _write(_finish(proto, inline).SerializeToString(), Path(path))
+
+
+def _at_least_two(inputs: Any) -> Any:
+    """Double examples of batch size one: torch takes sizes 0 and 1 for constants."""
+    torch = require("torch")
+    pytree = require("torch.utils._pytree")
+
+    def has_batch(value: Any) -> bool:
+        return isinstance(value, torch.Tensor) and value.ndim > 0
+
+    def double(value: Any) -> Any:
+        if not has_batch(value):
+            return value
+        example = value if len(value) else value.new_zeros((1, *value.shape[1:]))
+        return example.repeat_interleave(2, 0)
+
+    if any(has_batch(leaf) and len(leaf) > 1 for leaf in pytree.tree_leaves(inputs)):
+        return inputs
+    return pytree.tree_map(double, inputs)
+
+
+def _batch_shapes(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``dynamic_shapes`` that call the first dimension of every tensor ``batch``."""
+    torch = require("torch")
+    pytree = require("torch.utils._pytree")
+
+    def shape(value: Any) -> dict[int, str] | None:
+        return {0: "batch"} if isinstance(value, torch.Tensor) and value.ndim else None
+
+    if not kwargs:
+        return pytree.tree_map(shape, args)
+    bound = inspect.signature(model.forward).bind(*args, **kwargs)
+    return pytree.tree_map(shape, dict(bound.arguments))
+
+
+def _translate(model: Any, args: tuple[Any, ...], **options: Any) -> onnx.ModelProto:
+    """``torch.onnx.export`` with placeholders for the sparse products."""
+    torch = require("torch")
+    require("spfmt.torch")  # defines the operator
+    table = {torch.ops.spfmt.spmm.default: _placeholder()}
+    with _evaluating(model), _quiet():
+        try:
+            program = torch.onnx.export(
+                model,
+                args,
+                dynamo=True,
+                verbose=False,
+                custom_translation_table=table,
+                **options,
+            )
+            return cast("onnx.ModelProto", program.model_proto)
+        except Exception as error:
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+            raise ExportError(
+                f"got a {type(model).__name__} that torch.onnx.export cannot translate "
+                f"({type(error).__name__}: {' | '.join(lines[:6])}); expected SparseLinear and "
+                "ordinary layers; rewrite or leave out the layer that is named, or export it apart"
+            ) from error
+
+
+@contextlib.contextmanager
+def _evaluating(model: Any) -> Iterator[None]:
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Leave errors alone, hold back the exporter's remarks on torch's own internals."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _placeholder() -> Any:
+    """Translation of ``torch.ops.spfmt.spmm``: one node with the operator's own arguments."""
+    onnx = require("onnx")
+    values = require("onnxscript").values
+    schema = onnx.defs.OpSchema
+    formal, attribute = schema.FormalParameter, schema.Attribute
+    optional = schema.FormalParameterOption.Optional
+    inputs = [
+        formal("values", "T"),
+        formal("structure", "tensor(int32)"),
+        formal("x", "T"),
+        formal("bias", "T", param_option=optional),
+    ]
+    operator = values.Op(
+        values.Opset(DOMAIN, VERSION),
+        _PLACEHOLDER,
+        schema(
+            _PLACEHOLDER,
+            DOMAIN,
+            VERSION,
+            inputs=inputs,
+            outputs=[formal("y", "T")],
+            type_constraints=[("T", [f"tensor({name})" for name in _FLOATS], "floating")],
+            attributes=[attribute("format", schema.AttrType.STRING, required=True)],
+        ),
+    )
+
+    def translate(
+        values: Any, structure: Any, x: Any, bias: Any, shape: Sequence[int], format: str
+    ) -> Any:
+        return operator(values, structure, x, bias, format=format)
+
+    return translate
+
+
+def _replace_placeholders(proto: onnx.ModelProto, opset: int) -> None:
+    """Turn placeholders into the formats' operators and add those operators' functions."""
+    nodes = list(_nodes(proto.graph))
+    replace = _Replacer(proto.graph)
+    for node in nodes:
+        if node.domain == DOMAIN and node.op_type == _PLACEHOLDER:
+            replace(node)
+    if any(node.domain == DOMAIN for f in proto.functions for node in f.node):
+        raise ExportError(
+            "got a sparse layer inside a function of the graph; expected it in the graph itself; "
+            "call the layer outside of torch.cond and loops"
+        )
+    replace.drop_unused()
+    proto.functions.extend(function(name, opset) for name in sorted(replace.formats))
+
+
+def _nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+    """All nodes of a graph and of the graphs in its attributes."""
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            for inner in (attribute.g, *attribute.graphs):
+                yield from _nodes(inner)
+
+
+class _Replacer:
+    """Replaces placeholders in place; layers that share a weight share its initializers."""
+
+    def __init__(self, graph: onnx.GraphProto) -> None:
+        self.graph = graph
+        self.initializers = {tensor.name: tensor for tensor in graph.initializer}
+        self.taken = set(self.initializers)
+        self.lowered: dict[tuple[str, str], onnx.NodeProto] = {}
+        self.zeros: dict[tuple[int, int], str] = {}
+        self.formats: set[str] = set()
+
+    def __call__(self, node: onnx.NodeProto) -> None:
+        values, structure, x, *rest = node.input
+        if (values, structure) not in self.lowered:
+            tensor = self._tensor(values, structure, node.name)
+            self.lowered[values, structure] = self._lower(tensor, structure)
+        template = self.lowered[values, structure]
+        bias = rest[0] if rest and rest[0] else self._zero_bias(values, template)
+        layer = template.name.removesuffix(".sparse")
+        name, output = f"{layer}/{node.name}", node.output[0]
+        node.CopyFrom(template)
+        node.name = name
+        node.input[0], node.input[-1], node.output[0] = x, bias, output
+
+    def _array(self, name: str, node: str) -> Any:
+        if name not in self.initializers:
+            raise ExportError(
+                f"got a sparse layer ({node}) whose weight the graph computes ({name}); expected "
+                "parameters of the model; export a model whose weights do not depend on its input"
+            )
+        return require("onnx.numpy_helper").to_array(self.initializers[name])
+
+    def _tensor(self, values: str, structure: str, node: str) -> SparseTensor:
+        found = decode_structure(self._array(structure, node))
+        self.formats.add(found.cls.format)
+        # Behind nnz lies unused capacity of the training, which no file needs.
+        used = self._array(values, node)[: found.nnz]
+        return found.cls._on(found, np.ascontiguousarray(used), reshape=True)
+
+    def _lower(self, tensor: SparseTensor, structure: str) -> onnx.NodeProto:
+        prefix = structure.removesuffix(".structure").removesuffix("structure") or "sparse"
+        name, number = prefix, 1
+        while any(taken.startswith(f"{name}.sparse.") for taken in self.taken):
+            number += 1
+            name = f"{prefix}_{number}"
+        node, tensors = make_node(tensor, "", "", "", name=f"{name}.sparse")
+        self.graph.initializer.extend(tensors)
+        self.taken.update(tensor.name for tensor in tensors)
+        return node
+
+    def _zero_bias(self, values: str, node: onnx.NodeProto) -> str:
+        rows = next(a.i for a in node.attribute if a.name == "out_features")
+        dtype = self.initializers[values].data_type
+        if (rows, dtype) not in self.zeros:
+            onnx = require("onnx")
+            name = f"spfmt.no_bias.{len(self.zeros)}"
+            array = np.zeros(rows, onnx.helper.tensor_dtype_to_np_dtype(dtype))
+            self.graph.initializer.append(onnx.numpy_helper.from_array(array, name))
+            self.zeros[rows, dtype] = name
+        return self.zeros[rows, dtype]
+
+    def drop_unused(self) -> None:
+        """Remove capacity and structure words that nothing refers to any more."""
+        used = {name for node in _nodes(self.graph) for name in node.input}
+        used.update(output.name for output in self.graph.output)
+        replaced = {name for pair in self.lowered for name in pair}
+        for field in (self.graph.initializer, self.graph.value_info):
+            kept = [item for item in field if item.name in used or item.name not in replaced]
+            del field[:]
+            field.extend(kept)
+
+
+def _finish(proto: onnx.ModelProto, inline: bool) -> onnx.ModelProto:
+    """Strip what only debugging needs, lower the IR version, inline, check."""
+    onnx = require("onnx")
+    # torch's notes hold paths of the machine that exported, and need a newer IR version.
+    for item in (proto.graph, *proto.graph.value_info, *_nodes(proto.graph)):
+        item.ClearField("metadata_props")
+    if inline:
+        proto = require("onnx.inliner").inline_local_functions(proto)
+        kept = [opset for opset in proto.opset_import if opset.domain != DOMAIN]
+        del proto.opset_import[:]
+        proto.opset_import.extend(kept)
+    elif all(opset.domain != DOMAIN for opset in proto.opset_import):
+        proto.opset_import.append(onnx.helper.make_opsetid(DOMAIN, VERSION))
+    known = [opset for opset in proto.opset_import if opset.domain != DOMAIN]
+    proto.ir_version = max(8, onnx.helper.find_min_ir_version_for(known, ignore_unknown=True))
+    if proto.ByteSize() > _MAX_BYTES:
+        raise ExportError(
+            f"got a model of {proto.ByteSize() / 2**30:.1f} GiB; expected at most 2 GiB, all that one "
+            "ONNX file can hold; raise the sparsity or export the model in parts"
+        )
+    try:
+        onnx.checker.check_model(proto, full_check=True)
+    except Exception as error:
+        raise ExportError(
+            f"got a graph that onnx refuses ({error}); expected a sound one; please report this "
+            "model to spfmt"
+        ) from error
+    return proto
+
+
+def _write(data: bytes, path: Path) -> Path:
+    """Write through a temporary file beside `path`, so that no one sees half a model."""
+    temporary = path.with_name(f".{path.name[:100]}.{secrets.token_hex(8)}.tmp")
+    try:
+        # "x" obeys the umask, which tempfile's own files would not.
+        with open(temporary, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+    return path

@@ -1,0 +1,233 @@
+"""ONNX Runtime with the kernels of spfmt: find the library, register it, see what ran."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from spfmt.errors import MissingDependency, SpfmtError
+from spfmt.onnx._deps import require
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+__all__ = ["KernelRun", "kernels_run", "library_path", "read_profile", "register", "session"]
+
+_LIBRARY = "libspfmt_ort.so"
+# ONNX Runtime refuses a library that was registered before on the same options.
+_registered: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def library_path() -> str:
+    """Path of the custom-op library, for any language that ONNX Runtime speaks.
+
+    C, C++, C#, Java and Python register it with ``RegisterCustomOpsLibrary(path)``; ONNX Runtime
+    1.17 or later is needed.
+
+    Returns
+    -------
+    str
+
+    Raises
+    ------
+    MissingDependency
+        When spfmt was built without it.
+    """
+    path = Path(__file__).with_name(_LIBRARY)
+    if not path.is_file():
+        raise MissingDependency(
+            f"got no file {path}; expected the library that the build of spfmt makes; run: "
+            "pip install --force-reinstall spfmt, or in a checkout: python setup.py build_ext "
+            "--inplace"
+        )
+    return str(path)
+
+
+def register(session_options: onnxruntime.SessionOptions) -> onnxruntime.SessionOptions:
+    """Make ONNX Runtime run our kernels in every session that is created with these options.
+
+    Calling it again for the same options changes nothing.
+
+    Parameters
+    ----------
+    session_options : onnxruntime.SessionOptions
+
+    Returns
+    -------
+    onnxruntime.SessionOptions
+        The same object.
+
+    Raises
+    ------
+    MissingDependency
+        When onnxruntime or the library is missing.
+    SpfmtError
+        When ONNX Runtime cannot load the library, as one older than 1.17.
+    """
+    require("onnxruntime")
+    if session_options in _registered:
+        return session_options
+    try:
+        session_options.register_custom_ops_library(library_path())
+    except MissingDependency:
+        raise
+    except Exception as error:
+        raise SpfmtError(
+            f"got an error from ONNX Runtime while it loaded {_LIBRARY}: {error}; expected ONNX "
+            "Runtime 1.17 or later; run: pip install --upgrade onnxruntime"
+        ) from error
+    _registered.add(session_options)
+    return session_options
+
+
+def session(
+    model: str | os.PathLike[str] | bytes,
+    *,
+    threads: int | None = None,
+    library: bool = True,
+    session_options: onnxruntime.SessionOptions | None = None,
+    providers: Sequence[str] = ("CPUExecutionProvider",),
+) -> onnxruntime.InferenceSession:
+    """Open a model in ONNX Runtime with our kernels.
+
+    Parameters
+    ----------
+    model : path or bytes
+        An ONNX file or its content.
+    threads : int, optional
+        Size of ONNX Runtime's pool (``intra_op_num_threads``); None leaves it as it is.
+    library : bool
+        False leaves our library out: the standard-operator bodies run.
+    session_options : onnxruntime.SessionOptions, optional
+        Options to use; they are changed by `threads` and by registering the library.
+    providers : sequence of str
+        Execution providers; our kernels belong to the CPU's.
+
+    Returns
+    -------
+    onnxruntime.InferenceSession
+
+    Raises
+    ------
+    MissingDependency
+        When onnxruntime or the library is missing.
+    SpfmtError
+        When the model cannot be opened: no such file, truncated, or a structure that is broken.
+    """
+    ort = require("onnxruntime")
+    options = ort.SessionOptions() if session_options is None else session_options
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    if library:
+        register(options)
+    source = model if isinstance(model, bytes) else os.fspath(model)
+    name = f"{len(model)} bytes" if isinstance(model, bytes) else repr(source)
+    try:
+        return ort.InferenceSession(source, options, providers=list(providers))
+    except Exception as error:
+        raise SpfmtError(
+            f"got a model that ONNX Runtime cannot open ({name}): {error}; expected a sound ONNX "
+            "file; export it again with spfmt.onnx.export"
+        ) from error
+
+
+@dataclass(frozen=True)
+class KernelRun:
+    """One line of a profile: a kernel that ran.
+
+    Attributes
+    ----------
+    op_type : str
+        Operator, such as ``"NMLinear"`` for ours or ``"Gemm"`` for its standard body.
+    node : str
+        Name of the node.
+    provider : str
+        Execution provider.
+    microseconds : float
+        Wall time of this run.
+    """
+
+    op_type: str
+    node: str
+    provider: str
+    microseconds: float
+
+
+def read_profile(path: str | os.PathLike[str]) -> list[KernelRun]:
+    """List the kernels in a profile that ONNX Runtime wrote.
+
+    Parameters
+    ----------
+    path : path
+        What ``InferenceSession.end_profiling()`` returned.
+
+    Returns
+    -------
+    list of KernelRun
+        In the order they ran.
+
+    Raises
+    ------
+    SpfmtError
+        When the file is no profile.
+    """
+    try:
+        events = json.loads(Path(path).read_text(encoding="utf-8"))
+        return [
+            KernelRun(
+                event["args"]["op_name"],
+                event["name"].removesuffix("_kernel_time"),
+                event["args"].get("provider", ""),
+                float(event["dur"]),
+            )
+            for event in events
+            if event.get("cat") == "Node" and event["name"].endswith("_kernel_time")
+        ]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise SpfmtError(
+            f"got {os.fspath(path)!r}, which is no profile of ONNX Runtime ({error}); expected the "
+            "file that end_profiling() names"
+        ) from error
+
+
+def kernels_run(
+    model: str | os.PathLike[str] | bytes,
+    feeds: Mapping[str, Any],
+    *,
+    library: bool = True,
+    threads: int | None = None,
+) -> list[KernelRun]:
+    """Run a model once under ONNX Runtime's profiler and list the kernels.
+
+    Parameters
+    ----------
+    model : path or bytes
+        An ONNX file or its content.
+    feeds : mapping of str to ndarray
+        The model's inputs.
+    library, threads
+        As in `session`.
+
+    Returns
+    -------
+    list of KernelRun
+
+    Raises
+    ------
+    MissingDependency, SpfmtError
+        As in `session`.
+    """
+    ort = require("onnxruntime")
+    with tempfile.TemporaryDirectory(prefix="spfmt-profile-") as folder:
+        options = ort.SessionOptions()
+        options.enable_profiling = True
+        options.profile_file_prefix = str(Path(folder) / "run")
+        opened = session(model, threads=threads, library=library, session_options=options)
+        opened.run(None, dict(feeds))
+        return read_profile(opened.end_profiling())
