@@ -132,6 +132,14 @@ def test_foreign_bytes_are_refused(blob: bytes, tmp_path_factory: Any) -> None:
         load(path)
 
 
+def test_safetensors_of_another_program_are_refused(tmp_path: Path) -> None:
+    safetensors.numpy.save_file({"weight": np.ones((2, 2), np.float32)}, tmp_path / "a")
+    with pytest.raises(FormatError, match="a foreign file"):
+        load(tmp_path / "a")
+    with pytest.raises(FormatError, match="a foreign file"):
+        read_metadata(tmp_path / "a")
+
+
 def rewritten(path: Path, change: dict[str, Any], tensors_change: dict[str, Any]) -> None:
     """Write the sample's file again with other metadata and tensors, and a right checksum."""
     a = sample()

@@ -76,8 +76,9 @@ def load(path: Path) -> SparseTensor:
     OSError
         For a file that cannot be opened.
     """
-    tensors, header = _read(path)
+    entries, header = _read(path)
     cls = _format_of(header, path)
+    tensors = {name: _tensor(path, name, entry) for name, entry in entries}
     _check_tensors(cls, tensors, header, path)
     try:
         shape, params = json.loads(header["shape"]), json.loads(header["params"])
@@ -163,8 +164,8 @@ def _write(path: str, data: bytes) -> None:
             os.close(handle)
 
 
-def _read(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
-    """All tensors of a safetensors file, and its metadata."""
+def _read(path: Path) -> tuple[list[tuple[str, Any]], dict[str, str]]:
+    """Names and raw tensors of a safetensors file, and its metadata."""
     package = _safetensors("package")
     with open(path, "rb") as file:
         data = file.read()
@@ -174,7 +175,7 @@ def _read(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
         header = json.loads(data[8 : 8 + length]).get("__metadata__") or {}
     except (package.SafetensorError, ValueError) as error:
         raise _bad_file(path, f"truncated, corrupt or foreign: {error}", "safetensors") from error
-    return {name: _tensor(path, name, entry) for name, entry in entries}, dict(header)
+    return entries, dict(header)
 
 
 def _tensor(path: Path, name: str, entry: Mapping[str, Any]) -> Array:
