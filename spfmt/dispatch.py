@@ -284,7 +284,7 @@ class Plan:
         x = np.asarray(x)
         n_in, n_out = (self.shape[1], self.shape[0]) if op == "spmm" else self.shape
         flat = self._flat_values(values)
-        _same_dtype(flat.dtype, x.dtype, "values", "X" if op == "spmm" else "dY")
+        _same_dtype(x.dtype, flat.dtype, "X" if op == "spmm" else "dY", "A")
         operand = _features_first(x, n_in, batch_first, "X" if op == "spmm" else "dY")
         out = _result(out, x, n_out, batch_first)
         target = _features_first(out, n_out, batch_first, "out", copy=False)

@@ -1,0 +1,188 @@
+"""Choice of kernels, threads, forks, and who may import whom."""
+
+from __future__ import annotations
+
+import ast
+import logging
+import multiprocessing
+import os
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import spfmt
+from spfmt import dispatch
+
+PACKAGE = Path(spfmt.__file__).parent
+
+
+def python(code: str, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **env}, capture_output=True, text=True
+    )
+
+
+@pytest.mark.parametrize("isa", dispatch.LEVELS)
+def test_environment_forces_a_level(isa: str) -> None:
+    if isa not in dispatch._available_levels():
+        pytest.skip(f"this CPU lacks {isa}")
+    code = "import spfmt; print(spfmt.dispatch.select('spmm', 'nm', 'float32').isa)"
+    assert python(code, SPFMT_ISA=isa).stdout.strip() == isa
+
+
+def test_unknown_level_in_the_environment() -> None:
+    result = python("import spfmt; spfmt.show_config()", SPFMT_ISA="sse9")
+    assert "SPFMT_ISA=sse9 names no level; expected scalar, avx2 or avx512" in result.stderr
+
+
+def test_import_needs_numpy_alone() -> None:
+    code = (
+        "import sys, spfmt\n"
+        "bad = {'torch', 'scipy', 'sklearn', 'onnx', 'onnxruntime', 'safetensors', 'rich'}\n"
+        "print(sorted(bad & set(sys.modules)))"
+    )
+    assert python(code).stdout.strip() == "[]"
+
+
+def test_show_config_lists_every_row() -> None:
+    text = spfmt.show_config()
+    for kernel in spfmt.kernels():
+        assert kernel.format in text
+        assert kernel.op in text
+    assert f"threads: {spfmt.get_num_threads()}" in text
+
+
+def test_debug_log_names_the_kernel(caplog: pytest.LogCaptureFixture) -> None:
+    a = spfmt.CSR.from_dense(np.eye(3, dtype="float32"))
+    with caplog.at_level(logging.DEBUG, logger="spfmt"):
+        spfmt.spmm(a, np.ones((3, 2), "float32"), backend="scalar")
+    assert "spmm csr float32: kernel scalar, 3 x 3, nnz 3, batch 2" in caplog.text
+
+
+def _product(a: spfmt.CSR, x: np.ndarray) -> np.ndarray:
+    spfmt.set_num_threads(2)
+    return spfmt.spmm(a, x)
+
+
+def _in_child(queue: multiprocessing.Queue, a: spfmt.CSR, x: np.ndarray) -> None:  # type: ignore[type-arg]
+    queue.put(_product(a, x))
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_forked_child_computes_after_parallel_parent() -> None:
+    rng = np.random.default_rng(0)
+    a = spfmt.CSR.from_dense(rng.standard_normal((200, 200)).astype("float32"))
+    x = rng.standard_normal((200, 256)).astype("float32")
+    want = _product(a, x)  # starts the parent's threads, which the child does not inherit
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    child = context.Process(target=_in_child, args=(queue, a, x))
+    child.start()
+    np.testing.assert_array_equal(queue.get(timeout=60), want)
+    child.join(60)
+    spfmt.set_num_threads(None)
+    assert child.exitcode == 0
+
+
+def test_gil_is_released_inside_kernels() -> None:
+    """A sleeping thread gets the interpreter although this one never gives it up by itself."""
+    a = spfmt.CSR.from_dense(np.ones((600, 600), "float32"))
+    x = np.ones((600, 64), "float32")
+    spfmt.spmm(a, x)
+    awake = []
+    thread = threading.Thread(target=lambda: (time.sleep(0.02), awake.append(True)))
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1000)
+    try:
+        thread.start()
+        stop = time.perf_counter() + 20
+        while not awake and time.perf_counter() < stop:
+            spfmt.spmm(a, x)
+    finally:
+        sys.setswitchinterval(interval)
+    thread.join()
+    assert time.perf_counter() < stop
+
+
+def test_one_plan_from_many_threads() -> None:
+    """Concurrent products with different values on one structure do not see each other's copies."""
+    rng = np.random.default_rng(1)
+    a = spfmt.Condensed.from_scores(rng.random((128, 96)).astype("float32"), 0.2)
+    tensors = [a.with_values(np.full(a.values.shape, i, "float32")) for i in range(4)]
+    x = rng.standard_normal((96, 2)).astype("float32")
+    want = [spfmt.spmm(t, x, backend="reference") for t in tensors]
+
+    def work(i: int) -> float:
+        return max(np.abs(spfmt.spmm(tensors[i], x) - want[i]).max() for _ in range(200))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert max(pool.map(work, range(4))) < 1e-3
+
+
+# errors <- structure <- formats <- convert <- dispatch <- ops <- torch <- train; onnx beside train
+ORDER = {
+    "errors": set(),
+    "threads": {"errors"},
+    "structure": {"errors"},
+    "formats": {"errors", "structure"},
+    "convert": {"errors", "formats"},
+    "dispatch": {"errors", "formats", "threads"},
+    "ops": {"errors", "formats", "dispatch"},
+    "torch": {"errors", "structure", "formats", "convert", "dispatch", "ops", "threads"},
+    "train": {"errors", "structure", "formats", "convert", "dispatch", "ops", "torch"},
+    "onnx": {"errors", "structure", "formats", "convert", "dispatch", "ops", "torch"},
+}
+LAZY = {"formats": {"ops", "dispatch"}}  # operators and plans call up, from inside functions
+
+
+def _module_imports(path: Path, top_level: bool) -> set[str]:
+    """Rooms of spfmt that a file imports, at module level only or anywhere."""
+    tree = ast.parse(path.read_text())
+    guarded = {
+        id(n)
+        for branch in ast.walk(tree)
+        if isinstance(branch, ast.If) and "TYPE_CHECKING" in ast.unparse(branch.test)
+        for n in ast.walk(branch)
+    }
+    nodes = [n for n in (tree.body if top_level else ast.walk(tree)) if id(n) not in guarded]
+    package = ["spfmt", *path.relative_to(PACKAGE).parts[:-1]]
+    rooms = set()
+    for node in nodes:
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) + 1 - node.level] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            names = [f"{module}.{alias.name}" for alias in node.names]
+        rooms |= {name.split(".")[1] for name in names if name.startswith("spfmt.")}
+    return rooms & set(ORDER)
+
+
+@pytest.mark.parametrize("room", ORDER)
+def test_imports_follow_the_design(room: str) -> None:
+    root = PACKAGE / room
+    files = sorted(root.rglob("*.py")) if root.is_dir() else [root.with_suffix(".py")]
+    assert files
+    for path in files:
+        allowed = ORDER[room] | {room}
+        assert _module_imports(path, top_level=True) <= allowed, path
+        assert _module_imports(path, top_level=False) <= allowed | LAZY.get(room, set()), path
+
+
+def test_only_torch_train_and_export_import_torch() -> None:
+    for path in PACKAGE.rglob("*.py"):
+        room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        if room in ("torch", "train", "onnx", "cli"):
+            continue
+        tree = ast.parse(path.read_text())
+        for node in tree.body:
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                names = [a.name for a in node.names] + [getattr(node, "module", "") or ""]
+                assert not any(n.split(".")[0] == "torch" for n in names), path

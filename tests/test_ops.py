@@ -1,0 +1,104 @@
+"""What the products say to bad input, and that nothing is touched before they say it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+import spfmt
+from spfmt import FormatError, KernelNotFound
+
+
+@pytest.fixture
+def a() -> spfmt.SparseTensor:
+    weight = np.arange(12, dtype="float32").reshape(3, 4)
+    return spfmt.CSR.from_dense(weight)
+
+
+def f32(*shape: int) -> np.ndarray:
+    return np.ones(shape, "float32")
+
+
+@pytest.mark.parametrize(
+    ("x", "kwargs", "message"),
+    [
+        (f32(3, 2), {}, "X: got shape .* expected .features, batch. with 4 features"),
+        (f32(2, 3), {"batch_first": True}, "expected .batch, features. with 4 features"),
+        (f32(4, 2, 2), {}, "got 3 dimensions, expected 1 or 2"),
+        (f32(4, 2).astype("float64"), {}, "X: got dtype float64, but A has float32"),
+        (f32(4, 2).astype("int32"), {}, "X: got dtype int32"),
+        (f32(4, 2), {"bias": f32(4)}, "bias: got shape"),
+        (f32(4, 2), {"bias": np.ones(3)}, "bias: got dtype float64"),
+        (f32(4, 2), {"out": f32(4, 2)}, "out: got shape"),
+        (f32(4, 2), {"out": np.ones((3, 2))}, "out: got dtype float64"),
+        (f32(4, 2), {"backend": "gpu"}, "backend: got 'gpu'"),
+    ],
+)
+def test_spmm_refuses(a: spfmt.CSR, x: np.ndarray, kwargs: dict[str, Any], message: str) -> None:
+    with pytest.raises(FormatError, match=message):
+        spfmt.spmm(a, x, **kwargs)
+
+
+def test_read_only_and_shared_outputs_are_refused(a: spfmt.CSR) -> None:
+    out = f32(3, 2)
+    out.flags.writeable = False
+    with pytest.raises(FormatError, match="read-only"):
+        spfmt.spmm(a, f32(4, 2), out=out)
+    memory = f32(4, 4)
+    with pytest.raises(FormatError, match="not shared"):
+        spfmt.spmm(a, memory[:, :2], out=memory[:3, 1:3])
+    assert (memory == 1).all()
+
+
+def test_sddmm_refuses(a: spfmt.CSR) -> None:
+    with pytest.raises(FormatError, match="dY with 2 and X with 3 samples"):
+        spfmt.sddmm(a, f32(3, 2), f32(4, 3))
+    with pytest.raises(FormatError, match="dY: got shape"):
+        spfmt.sddmm(a, f32(4, 2), f32(4, 2))
+    with pytest.raises(FormatError, match="dY: got dtype"):
+        spfmt.sddmm(a, f32(3, 2).astype("float64"), f32(4, 2))
+
+
+@pytest.mark.parametrize("product", [spfmt.spmm, spfmt.spmm_t])
+def test_dense_weights_are_refused(product: Any) -> None:
+    with pytest.raises(FormatError, match="A: got ndarray, expected a spfmt tensor"):
+        product(f32(3, 4), f32(4, 1))
+
+
+def test_plan_refuses_short_values_and_outputs(a: spfmt.CSR) -> None:
+    with pytest.raises(FormatError, match="values: got 2 elements, expected at least 11"):
+        a.plan.spmm(f32(2), f32(4, 1))
+    with pytest.raises(FormatError, match="out: got shape"):
+        a.plan.sddmm(f32(3, 1), f32(4, 1), out=f32(3))
+
+
+def test_missing_kernel_names_what_exists(a: spfmt.CSR) -> None:
+    half = a.astype("float16")
+    x = np.ones((4, 1), "float16")
+    with pytest.raises(KernelNotFound, match=r"(?s)spmm of csr in float16.*float32.*astype"):
+        spfmt.spmm(half, x)
+    with pytest.raises(KernelNotFound, match=r"(?s)float64 at level avx2.*backend='auto'"):
+        spfmt.spmm(a.astype("float64"), x.astype("float64"), backend="avx2")
+    np.testing.assert_allclose(spfmt.spmm(half, x, backend="reference"), half.to_dense() @ x)
+
+
+def test_operands_of_packed_records_are_copied(a: spfmt.CSR) -> None:
+    record = np.zeros((4, 3), dtype=np.dtype([("pad", "u1"), ("x", "f4")]))
+    record["x"] = np.arange(12).reshape(4, 3)
+    plain = np.ascontiguousarray(record["x"])
+    np.testing.assert_array_equal(spfmt.spmm(a, record["x"]), spfmt.spmm(a, plain))
+
+
+def test_broadcast_operand(a: spfmt.CSR) -> None:
+    x = np.broadcast_to(np.arange(4, dtype="float32")[:, None], (4, 40))
+    np.testing.assert_array_equal(spfmt.spmm(a, x), spfmt.spmm(a, x.copy()))
+
+
+@pytest.mark.parametrize("threads", [0, -1, 2.0, True, "2", 5000])
+def test_thread_numbers_are_checked(threads: Any) -> None:
+    before = spfmt.get_num_threads()
+    with pytest.raises(FormatError, match="threads: got"):
+        spfmt.set_num_threads(threads)
+    assert spfmt.get_num_threads() == before
