@@ -1,0 +1,32 @@
+"""Sparse layers for torch: operators with autograd, `SparseLinear`, `sparsify` and `densify`."""
+
+from __future__ import annotations
+
+from spfmt.errors import MissingDependency
+
+try:
+    import torch as _torch  # noqa: F401
+except ImportError as error:
+    raise MissingDependency(
+        "spfmt.torch needs torch, which is not installed; fix: pip install 'spfmt[torch]' (or pip "
+        "install torch)"
+    ) from error
+
+from spfmt.torch.functional import sddmm, spmm, spmm_t
+from spfmt.torch.linear import SparseLinear, follow, resolve_density
+from spfmt.torch.report import LayerReport, ModelReport
+from spfmt.torch.sparsify import densify, layer_densities, sparsify
+
+__all__ = [
+    "LayerReport",
+    "ModelReport",
+    "SparseLinear",
+    "densify",
+    "follow",
+    "layer_densities",
+    "resolve_density",
+    "sddmm",
+    "sparsify",
+    "spmm",
+    "spmm_t",
+]

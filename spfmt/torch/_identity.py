@@ -1,0 +1,154 @@
+"""From a tensor's identity to its compiled structure and to the version of its values.
+
+A compiled structure (a :class:`spfmt.dispatch.Plan`) is expensive to build and packed values are
+expensive to place, so both are reused for as long as the tensors they came from are unchanged.
+"Unchanged" is decided from what a tensor *is*, never from what a module promises:
+
+1. the storage object, held by a weak reference so that its address cannot be given to another
+   storage while it is remembered here (no ABA), with data pointer, length and dtype;
+2. the version counter, which every in-place operation advances: ``optimizer.step()``,
+   ``load_state_dict``, ``add_`` under ``no_grad`` and under ``inference_mode``;
+3. a fingerprint, because writes through ``.data``, through ``.numpy()`` or by another process do
+   not advance the counter: about 256 evenly spread elements of the values, and of the structure
+   its header, in which structure words carry a checksum of their content.
+
+The fingerprint of the values sees every write of the whole array (an EMA swap, ``.data.copy_``,
+``.data.mul_``). A write through ``.data`` to a *few* elements can slip between the samples; write
+under ``torch.no_grad()`` without ``.data`` instead, or call :func:`invalidate` afterwards.
+Inference tensors have no counter: their structure is compared in full, and their values are never
+taken for unchanged. Reading all values instead would double the time of a batch-1 product.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from spfmt.dispatch import Plan, new_version
+from spfmt.formats import Structure, decode_structure
+
+__all__ = ["CompiledStructure", "compiled_structure", "invalidate"]
+
+_SAMPLES = 256
+_HEADER = 4  # magic, version, length and checksum of structure words
+_Key = tuple[Any, ...]
+
+
+def _key(tensor: torch.Tensor, fingerprint: bytes) -> _Key | None:
+    """Return what identifies the content of a tensor; None for an inference tensor."""
+    if tensor.is_inference():
+        return None
+    storage = tensor.untyped_storage()._cdata
+    return storage, tensor.data_ptr(), tensor.shape[0], tensor.dtype, tensor._version, fingerprint
+
+
+def _weak(tensor: torch.Tensor) -> StorageWeakRef:
+    return StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
+
+
+def _samples(array: NDArray[Any]) -> bytes:
+    """Return evenly spread elements of a 1-D array, its last one included, as bytes."""
+    return array[:: -max(1, array.size // _SAMPLES)].tobytes()
+
+
+class CompiledStructure:
+    """A decoded structure, its plan, and the version of the values last seen with it.
+
+    Attributes
+    ----------
+    format : str
+        Name of the format.
+    shape : tuple of int
+        (R, C), the shape of the weight.
+    nnz : int
+        Number of stored positions: the first ``nnz`` elements of the values are in use.
+    plan : spfmt.dispatch.Plan
+        The compiled structure.
+    structure : spfmt.formats.Structure
+        The decoded structure.
+    """
+
+    __slots__ = ("_key", "_ref", "_seen", "_words", "format", "nnz", "plan", "shape", "structure")
+
+    def __init__(self, structure: torch.Tensor, words: NDArray[np.int32], key: _Key | None) -> None:
+        self.structure: Structure = decode_structure(words)
+        self.format = self.structure.cls.format
+        self.shape = self.structure.shape
+        self.plan: Plan = self.structure.plan
+        self.nnz = self.structure.nnz
+        self._ref = _weak(structure)
+        self._key = key
+        self._words = words.copy() if key is None else None
+        self._seen: tuple[_Key | None, StorageWeakRef | None, int] = (None, None, 0)
+
+    def is_current(self, key: _Key | None, words: NDArray[np.int32]) -> bool:
+        """Tell whether the structure buffer still holds what was compiled."""
+        if key is None:
+            return self._words is not None and np.array_equal(self._words, words)
+        return self._key == key
+
+    def is_dead(self) -> bool:
+        """Tell whether the structure buffer no longer exists."""
+        return bool(self._ref.expired())  # type: ignore[no-untyped-call]
+
+    def version(self, values: torch.Tensor, array: NDArray[Any]) -> int | None:
+        """Return a number that stands for the content of `values`; None: do not reuse anything.
+
+        Parameters
+        ----------
+        values : Tensor
+            The values, as the operator got them.
+        array : ndarray
+            The numpy view of `values`.
+        """
+        key = _key(values, _samples(array))
+        if key is None:
+            return None
+        seen, _, version = self._seen
+        if seen == key:
+            return version
+        version = new_version()
+        # One assignment: another thread sees the old triple or the new one, never a mixture.
+        self._seen = (key, _weak(values), version)
+        return version
+
+
+_compiled: dict[tuple[int, int], CompiledStructure] = {}
+
+
+def compiled_structure(structure: torch.Tensor) -> CompiledStructure:
+    """Return the compiled form of a structure buffer, built at most once per content.
+
+    Parameters
+    ----------
+    structure : Tensor, shape (n_words,), int32, on the CPU
+
+    Raises
+    ------
+    FormatError
+        Where the words are corrupt.
+    """
+    words = structure.numpy()
+    key = _key(structure, words[:_HEADER].tobytes())
+    place = (structure.untyped_storage()._cdata, structure.data_ptr())
+    known = _compiled.get(place)
+    if known is not None and known.is_current(key, words):
+        return known
+    for other, entry in list(_compiled.items()):
+        if entry.is_dead():
+            _compiled.pop(other, None)
+    fresh = _compiled[place] = CompiledStructure(structure, words, key)
+    return fresh
+
+
+def invalidate(structure: torch.Tensor) -> None:
+    """Forget what is known about a structure buffer and the values that were used with it.
+
+    Needed only after a write to a few elements through ``.data`` or ``.numpy()``.
+    """
+    if structure.device.type == "cpu":
+        _compiled.pop((structure.untyped_storage()._cdata, structure.data_ptr()), None)

@@ -1,0 +1,504 @@
+"""The three products as torch operators: ``spfmt::spmm``, ``spfmt::spmm_t``, ``spfmt::sddmm``.
+
+A sparse weight is two tensors here: ``values``, flat and floating, and ``structure``, an int32
+buffer of self-describing words (see :func:`spfmt.formats.encode`). Of the two only ``values`` is
+differentiable, so autograd, ``torch.compile`` and ``torch.export`` see plain tensors.
+
+========  =============================  ========================================
+operator  computes                       gradients (each only when asked for)
+========  =============================  ========================================
+spmm      ``y = x @ A.T + bias``         ``x``: spmm_t, ``values``: sddmm, ``bias``: sum
+spmm_t    ``dx = dy @ A``                ``dy``: spmm, ``values``: sddmm
+sddmm     ``(dy.T @ x)`` at the places   ``dy``: spmm, ``x``: spmm_t
+========  =============================  ========================================
+
+Gradients are differentiable once: differentiating a gradient again raises a ``RuntimeError``. Under
+``torch.autocast`` the operators cast to float32, compute and return float32, and say so once in the
+log; low-precision tensors outside autocast raise :class:`spfmt.KernelNotFound`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from spfmt.errors import KernelNotFound, format_error
+from spfmt.torch._identity import CompiledStructure, compiled_structure
+
+__all__ = ["sddmm", "spmm", "spmm_t"]
+
+_log = logging.getLogger("spfmt.torch")
+_library = torch.library.Library("spfmt", "FRAGMENT")  # type: ignore[no-untyped-call]
+_COMPUTE_DTYPES = (torch.float32, torch.float64)
+
+
+# ------------------------------------------------------------------------------------ checks
+
+
+def _check_matrix(name: str, x: Tensor, columns: int, like: Tensor) -> None:
+    """Check that x is (B, columns) and has the dtype of `like`."""
+    if x.dim() != 2 or x.shape[1] != columns:
+        raise format_error(
+            f"{name} of shape {tuple(x.shape)}",
+            f"(B, {columns})",
+            "pass a 2-D batch whose last size is the weight's",
+        )
+    if x.dtype != like.dtype:
+        raise format_error(
+            f"{name} of {x.dtype} beside {like.dtype}",
+            "one dtype for all operands",
+            f"cast with {name}.to({like.dtype}), or the module with .to({x.dtype})",
+        )
+
+
+def _check_weight(values: Tensor, structure: Tensor) -> None:
+    if values.dim() != 1 or structure.dim() != 1 or structure.dtype != torch.int32:
+        raise format_error(
+            f"values of shape {tuple(values.shape)} and structure of shape "
+            f"{tuple(structure.shape)} and dtype {structure.dtype}",
+            "1-D values and 1-D int32 structure words",
+            "take both from one SparseLinear",
+        )
+
+
+def _check_dtype(op: str, x: Tensor) -> None:
+    if x.dtype not in _COMPUTE_DTYPES:
+        raise KernelNotFound(
+            f"got {op} of {x.dtype}; kernels exist for float32 and float64 on CPU; fix: cast the "
+            f"module and its input with .float(), or use torch.autocast, which computes in float32"
+        )
+
+
+def _check_bias(bias: Tensor | None, rows: int, like: Tensor) -> None:
+    if bias is not None and (bias.shape != (rows,) or bias.dtype != like.dtype):
+        raise format_error(
+            f"bias of shape {tuple(bias.shape)} and dtype {bias.dtype}",
+            f"({rows},) and {like.dtype}",
+            "pass one bias per output feature, in the dtype of values",
+        )
+
+
+def _check_devices(op: str, *tensors: Tensor) -> None:
+    """Check that all tensors lie on one device that has kernels (or on meta, which needs none)."""
+    device = tensors[0].device
+    for t in tensors:
+        if t.device != device:
+            places = ", ".join(str(t.device) for t in tensors)
+            raise format_error(
+                f"tensors on {places} for {op}",
+                "one device",
+                "move the input or the module with .to()",
+            )
+    kind = device.type
+    if kind not in ("cpu", "meta"):
+        raise KernelNotFound(
+            f"got {op} on {device}; kernels exist for cpu; fix: move the module and its input with "
+            f".cpu(), or densify(model) to stay on {kind}"
+        )
+    _announce_autocast(kind)
+
+
+# --------------------------------------------------------------------- the operators on the CPU
+
+
+def _compiled(structure: Tensor, shape: Sequence[int], format: str) -> CompiledStructure:
+    compiled = compiled_structure(structure)
+    if compiled.format != format or compiled.shape != (shape[0], shape[1]):
+        raise format_error(
+            f"a structure of format {compiled.format} and shape {compiled.shape}",
+            f"format {format} and shape {tuple(shape)}",
+            "use the structure of the module that the values come from",
+        )
+    return compiled
+
+
+def _check_capacity(values: Tensor, compiled: CompiledStructure) -> None:
+    if values.numel() < compiled.nnz or not values.is_contiguous():
+        raise format_error(
+            f"{values.numel()} values (contiguous: {values.is_contiguous()})",
+            f"at least {compiled.nnz}, contiguous",
+            "use the structure of the module that the values come from",
+        )
+
+
+def _array(tensor: Tensor) -> NDArray[Any]:
+    """Return a tensor's memory as a numpy array."""
+    return (tensor.detach() if tensor.requires_grad else tensor).numpy()
+
+
+def _spmm_cpu(
+    values: Tensor,
+    structure: Tensor,
+    x: Tensor,
+    bias: Tensor | None,
+    shape: Sequence[int],
+    format: str,
+) -> Tensor:
+    y = _spmm_fake(values, structure, x, bias, shape, format)
+    compiled = _compiled(structure, shape, format)
+    _check_capacity(values, compiled)
+    v = _array(values)
+    compiled.plan.spmm(
+        v,
+        _array(x),
+        bias=None if bias is None else _array(bias),
+        batch_first=True,
+        out=y.numpy(),
+        version=compiled.version(values, v),
+    )
+    return y
+
+
+def _spmm_t_cpu(
+    values: Tensor, structure: Tensor, dy: Tensor, shape: Sequence[int], format: str
+) -> Tensor:
+    dx = _spmm_t_fake(values, structure, dy, shape, format)
+    compiled = _compiled(structure, shape, format)
+    _check_capacity(values, compiled)
+    v = _array(values)
+    compiled.plan.spmm_t(
+        v,
+        _array(dy),
+        batch_first=True,
+        out=dx.numpy(),
+        version=compiled.version(values, v),
+    )
+    return dx
+
+
+def _sddmm_cpu(
+    structure: Tensor, dy: Tensor, x: Tensor, shape: Sequence[int], format: str, capacity: int
+) -> Tensor:
+    grad = _sddmm_fake(structure, dy, x, shape, format, capacity)
+    compiled = _compiled(structure, shape, format)
+    _check_capacity(grad, compiled)
+    compiled.plan.sddmm(_array(dy), _array(x), batch_first=True, out=grad.numpy())
+    return grad
+
+
+def _spmm_fake(
+    values: Tensor,
+    structure: Tensor,
+    x: Tensor,
+    bias: Tensor | None,
+    shape: Sequence[int],
+    format: str,
+) -> Tensor:
+    _check_weight(values, structure)
+    _check_matrix("x", x, shape[1], values)
+    _check_bias(bias, shape[0], values)
+    _check_dtype("spmm", x)
+    return x.new_empty((x.shape[0], shape[0]))
+
+
+def _spmm_t_fake(
+    values: Tensor, structure: Tensor, dy: Tensor, shape: Sequence[int], format: str
+) -> Tensor:
+    _check_weight(values, structure)
+    _check_matrix("dy", dy, shape[0], values)
+    _check_dtype("spmm_t", dy)
+    return dy.new_empty((dy.shape[0], shape[1]))
+
+
+def _sddmm_fake(
+    structure: Tensor, dy: Tensor, x: Tensor, shape: Sequence[int], format: str, capacity: int
+) -> Tensor:
+    _check_matrix("dy", dy, shape[0], x)
+    _check_matrix("x", x, shape[1], dy)
+    if dy.shape[0] != x.shape[0]:
+        raise format_error(
+            f"dy with {dy.shape[0]} rows and x with {x.shape[0]}",
+            "one batch size",
+            "pass the x that this dy belongs to",
+        )
+    _check_dtype("sddmm", x)
+    return x.new_empty((capacity,))
+
+
+# --------------------------------------------------------------------------------- autograd
+
+
+class _DifferentiableOnce(torch.autograd.Function):
+    """The identity on a gradient; differentiating through it raises.
+
+    Unlike ``torch.autograd.function.once_differentiable`` it also notices sources that the gradient
+    depends on without their being inputs of the backward pass (the saved ``values`` and ``x``).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, *sources: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> Any:
+        raise RuntimeError(
+            "got a double backward through a sparse product; expected first derivatives only; "
+            "call densify(model) for second derivatives (gradient penalties, Hessians)"
+        )
+
+
+def _once(gradient: Tensor, *sources: Tensor) -> Tensor:
+    if not torch.is_grad_enabled():  # the usual case: no create_graph
+        return gradient
+    once = _DifferentiableOnce.apply(gradient, *sources)  # type: ignore[no-untyped-call]
+    return cast(Tensor, once)
+
+
+def _spmm_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    values, structure, x, _, shape, format = inputs
+    needs_values, _, needs_x, *_ = ctx.needs_input_grad
+    ctx.shape, ctx.format, ctx.capacity = shape, format, values.shape[0]
+    # x is the large one: keep it alive only when the gradient of the values will ask for it.
+    ctx.save_for_backward(values if needs_x else None, structure, x if needs_values else None)
+
+
+def _spmm_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    values, structure, x = ctx.saved_tensors
+    needs_values, _, needs_x, needs_bias, *_ = ctx.needs_input_grad
+    dvalues = dx = dbias = None
+    with torch.no_grad():
+        if needs_values:
+            dvalues = _sddmm(structure, dy, x, ctx.shape, ctx.format, ctx.capacity)
+        if needs_x:
+            dx = _spmm_t(values, structure, dy, ctx.shape, ctx.format)
+        if needs_bias:
+            dbias = dy.sum(0)
+    return (
+        None if dvalues is None else _once(dvalues, dy, x),
+        None,
+        None if dx is None else _once(dx, dy, values),
+        None if dbias is None else _once(dbias, dy),
+        None,
+        None,
+    )
+
+
+def _spmm_t_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    values, structure, dy, shape, format = inputs
+    needs_values, _, needs_dy, *_ = ctx.needs_input_grad
+    ctx.shape, ctx.format, ctx.capacity = shape, format, values.shape[0]
+    ctx.save_for_backward(values if needs_dy else None, structure, dy if needs_values else None)
+
+
+def _spmm_t_backward(ctx: Any, ddx: Tensor) -> tuple[Tensor | None, ...]:
+    values, structure, dy = ctx.saved_tensors
+    needs_values, _, needs_dy, *_ = ctx.needs_input_grad
+    dvalues = ddy = None
+    with torch.no_grad():
+        if needs_values:
+            dvalues = _sddmm(structure, dy, ddx, ctx.shape, ctx.format, ctx.capacity)
+        if needs_dy:
+            ddy = _spmm(values, structure, ddx, None, ctx.shape, ctx.format)
+    return (
+        None if dvalues is None else _once(dvalues, ddx, dy),
+        None,
+        None if ddy is None else _once(ddy, ddx, values),
+        None,
+        None,
+    )
+
+
+def _sddmm_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    structure, dy, x, shape, format, _ = inputs
+    _, needs_dy, needs_x, *_ = ctx.needs_input_grad
+    ctx.shape, ctx.format = shape, format
+    ctx.save_for_backward(structure, dy if needs_x else None, x if needs_dy else None)
+
+
+def _sddmm_backward(ctx: Any, dvalues: Tensor) -> tuple[Tensor | None, ...]:
+    structure, dy, x = ctx.saved_tensors
+    _, needs_dy, needs_x, *_ = ctx.needs_input_grad
+    ddy = dx = None
+    with torch.no_grad():
+        weights = dvalues.contiguous()
+        if needs_dy:
+            ddy = _spmm(weights, structure, x, None, ctx.shape, ctx.format)
+        if needs_x:
+            dx = _spmm_t(weights, structure, dy, ctx.shape, ctx.format)
+    return (
+        None,
+        None if ddy is None else _once(ddy, dvalues, x),
+        None if dx is None else _once(dx, dvalues, dy),
+        None,
+        None,
+        None,
+    )
+
+
+# ----------------------------------------------------------------------------- registration
+
+
+def _register(schema: str, cpu: Any, fake: Any, backward: Any, context: Any) -> Any:
+    """Define one operator: schema, CPU kernel, fake kernel, autograd, autocast to float32."""
+    # pt2_compliant: checked by opcheck in the tests; needs no graph break.
+    tags = [torch.Tag.pt2_compliant_tag]
+    _library.define(f"{schema} -> Tensor", tags=tags)  # type: ignore[no-untyped-call]
+    name = schema.partition("(")[0]
+    qualified = f"spfmt::{name}"
+    torch.library.impl(qualified, "cpu", cpu, lib=_library)
+    torch.library.register_fake(qualified, fake, lib=_library)
+    torch.library.register_autograd(qualified, backward, setup_context=context, lib=_library)
+    for device in ("cpu", "cuda"):
+        torch.library.register_autocast(qualified, device, torch.float32, lib=_library)
+    return getattr(torch.ops.spfmt, name).default
+
+
+_spmm = _register(
+    "spmm(Tensor values, Tensor structure, Tensor x, Tensor? bias, int[] shape, str format)",
+    _spmm_cpu,
+    _spmm_fake,
+    _spmm_backward,
+    _spmm_context,
+)
+_spmm_t = _register(
+    "spmm_t(Tensor values, Tensor structure, Tensor dy, int[] shape, str format)",
+    _spmm_t_cpu,
+    _spmm_t_fake,
+    _spmm_t_backward,
+    _spmm_t_context,
+)
+_sddmm = _register(
+    "sddmm(Tensor structure, Tensor dy, Tensor x, int[] shape, str format, SymInt capacity)",
+    _sddmm_cpu,
+    _sddmm_fake,
+    _sddmm_backward,
+    _sddmm_context,
+)
+
+_autocast_announced = False
+
+
+def _announce_autocast(device: str) -> None:
+    """Say once that autocast does not lower the precision of sparse products."""
+    global _autocast_announced
+    if (
+        _autocast_announced
+        or torch.compiler.is_compiling()
+        or not torch.is_autocast_enabled(device)
+    ):
+        return
+    _autocast_announced = True
+    _log.warning(
+        "autocast: sparse products compute in float32 and return float32; "
+        "there are no low-precision kernels yet"
+    )
+
+
+def _call(op: Any, *operands: Any) -> Tensor:
+    """Call an operator, past its autograd kernel where nothing can be recorded.
+
+    That kernel is Python and costs 4 µs, a quarter of a batch-1 product.
+    """
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+        return cast(Tensor, op(*operands))
+    with torch._C._AutoDispatchBelowAutograd():
+        return cast(Tensor, op(*operands))
+
+
+# ------------------------------------------------------------------------- public functions
+
+
+def spmm(
+    values: Tensor,
+    structure: Tensor,
+    x: Tensor,
+    bias: Tensor | None = None,
+    *,
+    shape: Sequence[int],
+    format: str,
+) -> Tensor:
+    """Multiply a batch by a sparse weight: ``y = x @ A.T + bias``.
+
+    Parameters
+    ----------
+    values : Tensor, shape (capacity,), float32 or float64
+        The weight's values; the first ``nnz`` are in use.
+    structure : Tensor, shape (n_words,), int32
+        Structure words of the weight (:func:`spfmt.formats.encode`).
+    x : Tensor, shape (B, C)
+        Inputs, any strides, dtype of `values`; ``B`` may be zero.
+    bias : Tensor, shape (R,), optional
+        Added to every row of the result.
+    shape : (int, int)
+        (R, C), the shape of the weight.
+    format : str
+        The format's name, for instance ``"condensed"``.
+
+    Returns
+    -------
+    Tensor, shape (B, R)
+
+    Raises
+    ------
+    FormatError
+        Where shapes, dtypes or devices do not fit together, or the structure is corrupt.
+    KernelNotFound
+        Where no kernel exists for the dtype or the device.
+    """
+    _check_devices("spmm", values, structure, x, values if bias is None else bias)
+    return _call(_spmm, values, structure, x, bias, shape, format)
+
+
+def spmm_t(
+    values: Tensor, structure: Tensor, dy: Tensor, *, shape: Sequence[int], format: str
+) -> Tensor:
+    """Multiply a batch by the transposed weight: ``dx = dy @ A``.
+
+    Parameters
+    ----------
+    values, structure, shape, format
+        The weight, as for :func:`spmm`.
+    dy : Tensor, shape (B, R)
+        Gradients of the outputs, any strides.
+
+    Returns
+    -------
+    Tensor, shape (B, C)
+
+    Raises
+    ------
+    FormatError, KernelNotFound
+        As for :func:`spmm`.
+    """
+    _check_devices("spmm_t", values, structure, dy)
+    return _call(_spmm_t, values, structure, dy, shape, format)
+
+
+def sddmm(
+    structure: Tensor,
+    dy: Tensor,
+    x: Tensor,
+    *,
+    shape: Sequence[int],
+    format: str,
+    capacity: int,
+) -> Tensor:
+    """Compute the entries of ``dy.T @ x`` that a structure stores: the gradient of its values.
+
+    Parameters
+    ----------
+    structure, shape, format
+        The structure, as for :func:`spmm`.
+    dy : Tensor, shape (B, R)
+        Gradients of the outputs, any strides.
+    x : Tensor, shape (B, C)
+        Inputs, any strides.
+    capacity : int
+        Length of the result, at least the structure's nnz; what lies behind nnz is zero.
+
+    Returns
+    -------
+    Tensor, shape (capacity,)
+
+    Raises
+    ------
+    FormatError, KernelNotFound
+        As for :func:`spmm`.
+    """
+    _check_devices("sddmm", structure, dy, x)
+    return _call(_sddmm, structure, dy, x, shape, format, capacity)

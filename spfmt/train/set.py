@@ -1,0 +1,107 @@
+"""SET: sparse evolutionary training (Mocanu et al., Nat. Commun. 2018), for every format."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from spfmt.formats import SparseTensor
+from spfmt.torch.linear import SparseLinear
+from spfmt.train.base import SparseTrainer
+
+__all__ = ["SET"]
+
+# Ranks positions that are neither kept nor drawn: far below any weight, yet above zero in float32.
+_FAINT = 1e-30
+
+
+class SET(SparseTrainer):
+    """Drop the smallest magnitudes, regrow as many weights at random.
+
+    Every `delta_t` steps, per layer with N weights (algorithm 1 of the paper, with the cosine decay
+    of the later methods for its constant share):
+
+    1. **Drop** the ``k = α·N/2·(1 + cos(t·π/T_end))`` smallest ``|w|``.
+    2. **Grow** k of the positions that hold no weight now, drawn at random *through the format*:
+       the format projects random scores to a legal structure of k positions (single positions of
+       CSR, one more in some rows of a constant fan-in, whole blocks of shuffled blocks).
+    3. **Project**: kept weights score ``|w|``, drawn positions score the largest ``|w|``, and the
+       format takes the legal structure of its budget with the most score.
+
+    Kept weights keep value and optimizer state; grown ones start with zero in both. On CSR this is
+    SET itself. On a coarser format, a dropped weight stays as it was where the structure keeps its
+    position anyway (a block stays or goes as a whole), unless it was drawn to grow again.
+
+    Parameters are those of :class:`SparseTrainer`.
+
+    Examples
+    --------
+    >>> report = sparsify(model, "condensed", density=0.1, scores="random", reset=True)
+    >>> optimizer = torch.optim.AdamW(model.parameters())
+    >>> method = SET(model, optimizer, total_steps=10_000)
+    >>> for x, y in data:
+    ...     optimizer.zero_grad()
+    ...     loss(model(x), y).backward()
+    ...     optimizer.step()
+    ...     method.step()
+    """
+
+    def rewire(self, layer: SparseLinear, n_drop: int) -> tuple[SparseTensor, NDArray[np.int64]]:
+        """Choose the next structure of a layer; see :meth:`SparseTrainer.rewire`."""
+        tensor, positions = layer.tensor(), layer.positions()
+        magnitudes = layer.values[: layer.nnz].abs().to("cpu", torch.float32).numpy()
+        dropped = np.argsort(magnitudes, kind="stable")[:n_drop]
+        kept = np.ones(layer.nnz, np.bool_)
+        kept[dropped] = False
+
+        grow_scores = self.grow_scores(layer, tensor)
+        grown = self._draw(layer, tensor, grow_scores, positions[kept], n_drop)
+
+        # Where a format must take more than was kept and drawn, the grow scores go on deciding.
+        scores = grow_scores * np.float32(_FAINT)
+        scores[positions[kept]] = np.maximum(magnitudes[kept], 2 * _FAINT)
+        scores[grown] = max(magnitudes.max(), 2 * _FAINT)
+        forgotten = dropped[np.isin(positions[dropped], grown)]
+        return self.fitting(layer, scores.reshape(layer.shape)), forgotten
+
+    def grow_scores(self, layer: SparseLinear, tensor: SparseTensor) -> NDArray[np.float32]:
+        """Return a score in [0, 1) for growing each position, (R·C,): random numbers.
+
+        Rows that a format keeps on common columns (a group of shuffled blocks) get common numbers,
+        so that what is drawn is as large as what the format can change. A method that differs from
+        SET only in what it grows overrides this.
+        """
+        unit = _units(tensor)
+        drawn = torch.rand((int(unit.max()) + 1, layer.in_features), generator=self.generator)
+        return drawn.numpy()[unit].reshape(-1)
+
+    def _draw(
+        self,
+        layer: SparseLinear,
+        tensor: SparseTensor,
+        grow_scores: NDArray[np.float32],
+        taken: NDArray[np.int64],
+        count: int,
+    ) -> NDArray[np.int64]:
+        """Return about `count` free positions that score high and lie as the format needs them."""
+        scores = grow_scores.copy()
+        scores[taken] = 0.0
+        wanted: NDArray[np.bool_] = type(tensor).project(
+            scores.reshape(layer.shape), count / scores.size, **layer.format_params
+        )
+        wanted.reshape(-1)[taken] = False
+        drawn = np.flatnonzero(wanted)
+        if drawn.size <= count:
+            return drawn
+        # A format whose smallest legal change is larger (one more per row, say) changes some units.
+        unit = _units(tensor)[drawn // layer.in_features]
+        sizes = np.bincount(unit)
+        order = torch.randperm(sizes.size, generator=self.generator).numpy()
+        before = np.cumsum(sizes[order]) - sizes[order]
+        return drawn[np.isin(unit, order[before < count])]
+
+
+def _units(tensor: SparseTensor) -> NDArray[np.int64]:
+    """Return, for every row, the number of the group of rows that shares its columns."""
+    return np.asarray(tensor._unit_of_rows()[1], np.int64)

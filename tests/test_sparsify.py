@@ -1,0 +1,248 @@
+"""`sparsify` and `densify`: what is taken, what is left and why, and that results agree."""
+
+from __future__ import annotations
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from torch import nn  # noqa: E402
+from torch.nn.utils import prune  # noqa: E402
+
+from spfmt.errors import FormatError  # noqa: E402
+from spfmt.torch import SparseLinear, densify, layer_densities, sparsify  # noqa: E402
+
+FORMATS = {
+    "condensed": {},
+    "nm": {"m": 8},
+    "shuffled_block": {"block_shape": (4, 4)},
+    "hrbp": {"groups": 2},
+    "csr": {},
+}
+
+
+def mlp() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Linear(32, 64), nn.ReLU(), nn.Sequential(nn.Linear(64, 64), nn.ReLU()), nn.Linear(64, 8)
+    )
+
+
+class Tied(nn.Module):
+    """An embedding whose weight is the head's, and a shared block."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(32, 16)
+        self.block = nn.Linear(16, 16)
+        self.again = self.block
+        self.head = nn.Linear(16, 32, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, tokens):
+        return self.head(self.again(self.block(self.embed(tokens))))
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_sparsify_then_densify(format):
+    model, x = mlp(), torch.randn(5, 32)
+    report = sparsify(model, format, density=0.25, **FORMATS[format])
+    assert [r.name for r in report.taken] == ["0", "2.0", "3"]
+    assert not report.left
+    assert all(isinstance(model.get_submodule(r.name), SparseLinear) for r in report)
+    assert report.density == pytest.approx(0.25, abs=0.02)
+    y = model(x)
+    back = densify(model)
+    assert [r.name for r in back.taken] == ["0", "2.0", "3"]
+    assert type(model[0]) is nn.Linear
+    assert model[0].weight.count_nonzero() == report["0"].nnz
+    torch.testing.assert_close(model(x), y)
+
+
+def test_report_prints_every_weight():
+    model = nn.Sequential(
+        nn.Embedding(9, 32), nn.Linear(32, 64), nn.Conv1d(4, 4, 3), nn.Linear(64, 4)
+    )
+    report = sparsify(model, "csr", density=0.1, exclude="3")
+    assert report["0"].reason == "Embedding is not an nn.Linear"
+    assert report["2"].reason == "Conv1d is not an nn.Linear"
+    assert report["3"].reason == "excluded"
+    text = str(report)
+    for part in ("0.1", "32", "64x32", "taken", "left", "excluded", "1 taken at density", "3 left"):
+        assert part in text
+    again = sparsify(model, "csr", density=0.1, include="1")
+    assert again["1"].reason == "already sparse (csr)"
+    assert again["3"].reason == "not included"
+
+
+@pytest.mark.parametrize(
+    ("include", "exclude", "taken"),
+    [
+        ("2.*", None, ["2.0"]),
+        (None, ["0", "2.*"], ["3"]),
+        (lambda name, module: module.out_features == 64, lambda name, module: name == "0", ["2.0"]),
+        (nn.Linear, ["3"], ["0", "2.0"]),
+    ],
+)
+def test_include_and_exclude(include, exclude, taken):
+    report = sparsify(mlp(), "csr", density=0.1, include=include, exclude=exclude)
+    assert [r.name for r in report.taken] == taken
+
+
+def test_shared_modules_once_and_tied_weights_left():
+    model = Tied()
+    report = sparsify(model, "condensed", density=0.25)
+    assert [r.name for r in report.taken] == ["block"]
+    assert report["again"] is report["block"]
+    assert model.block is model.again
+    assert isinstance(model.block, SparseLinear)
+    assert "tied to embed.weight" in report["head"].reason
+    assert model.head.weight is model.embed.weight
+    assert model(torch.arange(4)).shape == (4, 32)
+
+
+def test_density_or_sparsity_never_both():
+    assert sparsify(mlp(), "csr", sparsity=0.9).density == pytest.approx(0.1, abs=0.001)
+    for wrong in ({}, {"density": 0.1, "sparsity": 0.9}, {"density": "keep", "sparsity": 0.1},
+                  {"density": "most"}, {"density": 2.0}):  # fmt: skip
+        with pytest.raises(FormatError):
+            sparsify(mlp(), "csr", **wrong)
+
+
+def test_densities_by_name():
+    model = mlp()
+    report = sparsify(model, "csr", {"0": 0.5, "3": 0.25})
+    assert [(r.name, r.density) for r in report.taken] == [("0", 0.5), ("3", 0.25)]
+    assert report["2.0"].reason == "not named in density"
+    with pytest.raises(FormatError, match="nowhere"):
+        sparsify(mlp(), "csr", {"nowhere": 0.5})
+
+
+def test_erk_spreads_the_same_budget():
+    report = sparsify(mlp(), "csr", density=0.2, distribution="erk")
+    assert report.density == pytest.approx(0.2, abs=0.002)
+    assert report["3"].density > report["0"].density > report["2.0"].density
+    shapes = {"a": (64, 64), "b": (64, 8)}
+    assert layer_densities(shapes, 0.1) == pytest.approx({"a": 0.1, "b": 0.1}, abs=1 / 512)
+    with pytest.raises(FormatError, match="distribution"):
+        layer_densities(shapes, 0.1, "even")
+
+
+@pytest.mark.parametrize("format", ["csr", "condensed", "nm"])
+def test_keep_keeps_exactly_the_zeros_that_are_there(format):
+    model, x = mlp(), torch.randn(3, 32)
+    first = sparsify(model, format, density=0.25, include=["0", "2.0"], **FORMATS[format])
+    densify(model)
+    expected = model(x)
+    report = sparsify(model, format, density="keep", **FORMATS[format])
+    assert [(r.name, r.nnz) for r in report.taken] == [(r.name, r.nnz) for r in first.taken]
+    assert "no zeros" in report["3"].reason
+    torch.testing.assert_close(model(x), expected)
+
+
+def test_keep_reports_padding_and_what_a_format_cannot_hold():
+    model = nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 8))
+    with torch.no_grad():
+        model[0].weight[0, :5] = 0
+        model[1].weight[:, 0] = 0
+    report = sparsify(model, "nm", density="keep", n=3, m=4)
+    assert not report["0"].taken
+    assert "n" in report["0"].reason
+    assert report["1"].taken
+    assert report["1"].nnz == 24
+    model = nn.Sequential(nn.Linear(8, 4))
+    with torch.no_grad():
+        model[0].weight[0, :5] = 0
+    report = sparsify(model, "condensed", density="keep")
+    assert report["0"].reason == "5 padding zeros"
+
+
+def test_pruning_hooks_and_parametrizations_are_reported():
+    model = mlp()
+    prune.l1_unstructured(model[0], "weight", 0.5)
+    torch.nn.utils.parametrizations.weight_norm(model[3])
+    report = sparsify(model, "csr", density=0.5)
+    assert "prune.remove" in report["0"].reason
+    assert "ParametrizedLinear" in report["3"].reason or "3" not in [r.name for r in report.taken]
+    prune.remove(model[0], "weight")
+    assert sparsify(model, "csr", density="keep", include="0")["0"].density == 0.5
+
+
+def test_hooks_dtype_mode_and_bias_come_along():
+    model = mlp().eval().bfloat16()
+    calls = []
+    model[0].register_forward_hook(lambda *_: calls.append(1))
+    bias = model[0].bias
+    sparsify(model, "condensed", density=0.25)
+    assert model[0].values.dtype == torch.bfloat16
+    assert model[0].bias is bias
+    assert not model[0].training
+    model.float()(torch.zeros(1, 32))
+    assert calls == [1]
+
+
+def test_from_scratch_with_random_structure_and_new_values():
+    runs = []
+    for _ in range(2):
+        model = mlp()
+        sparsify(model, "condensed", density=0.125, scores="random", reset=True,
+                 generator=torch.Generator().manual_seed(3))  # fmt: skip
+        runs.append(model[0].tensor())
+    assert runs[0] == runs[1]
+    assert runs[0].values.max() > 0.45 * 0.5  # bound 1/sqrt(4), not 1/sqrt(32)
+
+
+def test_callable_scores():
+    model = mlp()
+    sparsify(model, "csr", density=0.5, scores=lambda name, linear: -linear.weight.abs())
+    assert model[0].tensor().values.__abs__().max() < mlp()[0].weight.abs().max()
+
+
+def test_an_error_leaves_the_model_as_it_was():
+    model = mlp()
+    with pytest.raises(ZeroDivisionError):
+        sparsify(
+            model, "csr", density=0.5, scores=lambda name, _: 1 / 0 if name == "3" else _.weight
+        )
+    assert all(not isinstance(m, SparseLinear) for m in model.modules())
+
+
+def test_a_bare_linear_is_reported():
+    report = sparsify(nn.Linear(8, 8), "csr", density=0.5)
+    assert not report.taken
+    assert "from_linear" in report.left[0].reason
+
+
+def test_attention_is_reported():
+    report = sparsify(nn.Sequential(nn.MultiheadAttention(16, 2)), "csr", density=0.5)
+    assert not report.taken
+    assert all("MultiheadAttention" in r.reason for r in report.left)
+    assert [r.name for r in report.left] == ["0", "0.out_proj"]
+
+
+def encoder(**kwargs) -> nn.TransformerEncoder:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True, **kwargs)
+    return nn.TransformerEncoder(layer, 2).eval()
+
+
+@pytest.mark.parametrize("exclude", [None, "layers.0.*"])
+def test_transformer_encoder_fast_path(exclude):
+    """The fast path would read `linear1.weight`; results must be those of the dense model."""
+    model, x = encoder(), torch.randn(3, 5, 16)
+    padding = torch.tensor([[False] * 5, [False] * 3 + [True] * 2, [False] * 4 + [True]])
+    sparsify(model, "condensed", density=0.25, exclude=exclude)
+    with torch.no_grad():
+        fast = model(x), model(x, src_key_padding_mask=padding)
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            slow = model(x), model(x, src_key_padding_mask=padding)
+        finally:
+            torch.backends.mha.set_fastpath_enabled(True)
+        for a, b in zip(fast, slow, strict=True):
+            torch.testing.assert_close(a, b)
+        densify(model)
+        torch.testing.assert_close(model(x), slow[0])
+    assert model.use_nested_tensor
+    assert model.layers[0].activation_relu_or_gelu == 1
+    assert not hasattr(model.layers[1], "_dense_fast_path")

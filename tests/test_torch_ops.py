@@ -1,0 +1,371 @@
+"""The torch operators: products and gradients, fakes, compile, export, errors, caching."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import weakref
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from spfmt.errors import FormatError, KernelNotFound  # noqa: E402
+from spfmt.formats import get_format  # noqa: E402
+from spfmt.torch import SparseLinear, _identity, functional, sddmm, spmm, spmm_t  # noqa: E402  # noqa: E402
+
+# torch.compile imports parts of torch that use its own deprecated torch.jit.
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+
+FORMATS = {
+    "condensed": {},
+    "nm": {"m": 4},
+    "shuffled_block": {"block_shape": (4, 2)},
+    "hrbp": {"groups": 2},
+    "csr": {},
+}
+R, C = 12, 16
+
+
+def make(format: str, *, dtype=torch.float64, extra: int = 3, density: float = 0.25):
+    """Return values (with spare capacity), structure words and the dense weight."""
+    rng = np.random.default_rng(0)
+    scores = rng.random((R, C))
+    tensor = get_format(format).from_scores(scores, density, values=scores, **FORMATS[format])
+    layer = SparseLinear.from_tensor(tensor, capacity=tensor.nnz + extra, dtype=dtype)
+    return layer.values, layer.structure, torch.from_numpy(tensor.to_dense()).to(dtype)
+
+
+@pytest.fixture(params=FORMATS)
+def format(request) -> str:
+    return request.param
+
+
+# ---------------------------------------------------------------------------------- products
+
+
+def test_products_match_dense(format):
+    values, structure, dense = make(format)
+    x, dy, bias = (torch.randn(s, dtype=torch.float64) for s in ((5, C), (5, R), (R,)))
+    weight = {"shape": (R, C), "format": format}
+    torch.testing.assert_close(spmm(values, structure, x, bias, **weight), x @ dense.T + bias)
+    torch.testing.assert_close(spmm(values, structure, x, **weight), x @ dense.T)
+    torch.testing.assert_close(spmm_t(values, structure, dy, **weight), dy @ dense)
+    got = sddmm(structure, dy, x, capacity=values.numel(), **weight)
+    rows, cols = np.nonzero(dense.numpy())
+    full = dy.T @ x
+    assert torch.count_nonzero(got[-3:]) == 0
+    torch.testing.assert_close(got.sum(), full[rows, cols].sum())
+
+
+@pytest.mark.parametrize("batch", [0, 1, 7])
+def test_any_strides_and_batch(format, batch):
+    values, structure, dense = make(format)
+    weight = {"shape": (R, C), "format": format}
+    column_major = torch.randn(C, batch, dtype=torch.float64).T
+    strided = torch.randn(batch, 2 * C, dtype=torch.float64)[:, ::2]
+    expanded = torch.randn(1, C, dtype=torch.float64).expand(batch, C)
+    for x in (column_major, strided, expanded):
+        torch.testing.assert_close(spmm(values, structure, x, **weight), x @ dense.T)
+
+
+# --------------------------------------------------------------------------------- gradients
+
+
+def test_gradcheck(format):
+    values, structure, _ = make(format, extra=0)
+    x, dy = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((3, C), (3, R)))
+    bias = torch.randn(R, dtype=torch.float64, requires_grad=True)
+    weight = {"shape": (R, C), "format": format}
+    check = torch.autograd.gradcheck
+    assert check(lambda v, x, b: spmm(v, structure, x, b, **weight), (values, x, bias))
+    assert check(lambda v, dy: spmm_t(v, structure, dy, **weight), (values, dy))
+    capacity = values.numel()
+    assert check(lambda dy, x: sddmm(structure, dy, x, capacity=capacity, **weight), (dy, x))
+
+
+def test_unused_capacity_has_zero_gradient():
+    values, structure, _ = make("csr", extra=5)
+    x = torch.randn(4, C, dtype=torch.float64)
+    spmm(values, structure, x, shape=(R, C), format="csr").sum().backward()
+    assert torch.count_nonzero(values.grad[-5:]) == 0
+    assert torch.count_nonzero(values.grad[:-5]) > 0
+
+
+@pytest.mark.parametrize("wants", ["values", "x", "bias"])
+def test_backward_computes_only_what_is_asked(wants, monkeypatch):
+    values, structure, _ = make("csr")
+    operands = {
+        "values": values.detach(),
+        "x": torch.randn(3, C, dtype=torch.float64),
+        "bias": torch.randn(R, dtype=torch.float64),
+    }
+    operands[wants].requires_grad_()
+    called = []
+    for name in ("_sddmm", "_spmm_t"):
+        op = getattr(functional, name)
+        monkeypatch.setattr(
+            functional, name, lambda *a, op=op, name=name: (called.append(name), op(*a))[1]
+        )
+    y = spmm(
+        operands["values"], structure, operands["x"], operands["bias"], shape=(R, C), format="csr"
+    )
+    y.sum().backward()
+    assert called == {"values": ["_sddmm"], "x": ["_spmm_t"], "bias": []}[wants]
+    assert operands[wants].grad is not None
+
+
+def test_saves_only_what_backward_needs():
+    values, structure, _ = make("csr")
+    x = torch.randn(3, C, dtype=torch.float64)
+    alive = weakref.ref(x)
+    y = spmm(values.detach(), structure, x, torch.zeros(R, dtype=x.dtype, requires_grad=True),
+             shape=(R, C), format="csr")  # fmt: skip
+    del x
+    gc.collect()
+    assert alive() is None
+    assert y.requires_grad
+
+
+@pytest.mark.parametrize("wrt", ["x", "values"])
+def test_double_backward_raises(wrt):
+    values, structure, _ = make("condensed")
+    x = torch.randn(3, C, dtype=torch.float64, requires_grad=True)
+    y = spmm(values, structure, x, shape=(R, C), format="condensed")
+    (gradient,) = torch.autograd.grad(y.sum(), x if wrt == "x" else values, create_graph=True)
+    with pytest.raises(RuntimeError, match="double backward"):
+        gradient.square().sum().backward()
+
+
+# ------------------------------------------------------------------- opcheck, compile, export
+
+
+def test_opcheck(format):
+    values, structure, _ = make(format)
+    x, dy = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((3, C), (3, R)))
+    bias = torch.randn(R, dtype=torch.float64, requires_grad=True)
+    ops, shape = torch.ops.spfmt, [R, C]
+    torch.library.opcheck(ops.spmm.default, (values, structure, x, bias, shape, format))
+    torch.library.opcheck(ops.spmm.default, (values.detach(), structure, x, None, shape, format))
+    torch.library.opcheck(ops.spmm_t.default, (values, structure, dy, shape, format))
+    torch.library.opcheck(ops.sddmm.default, (structure, dy, x, shape, format, values.numel()))
+
+
+def test_compile_forward_and_backward():
+    layers = torch.nn.Sequential(
+        SparseLinear(16, 24, format="nm", density=0.25, m=4),
+        torch.nn.GELU(),
+        SparseLinear(24, 8, format="shuffled_block", density=0.3, block_shape=(4, 4)),
+    )
+    compiled = torch.compile(layers, fullgraph=True)
+    x = torch.randn(5, 16, requires_grad=True)
+    expected = torch.autograd.grad(layers(x).square().sum(), [x, *layers.parameters()])
+    got = torch.autograd.grad(compiled(x).square().sum(), [x, *layers.parameters()])
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_export_with_dynamic_batch():
+    model = torch.nn.Sequential(SparseLinear(16, 8, density=0.25), torch.nn.ReLU())
+    batch = torch.export.Dim("batch", min=1, max=64)
+    program = torch.export.export(model, (torch.randn(4, 3, 16),), dynamic_shapes=({0: batch},))
+    assert "spfmt.spmm" in program.graph_module.code
+    for size in (1, 9):
+        x = torch.randn(size, 3, 16)
+        torch.testing.assert_close(program.module()(x), model(x))
+
+
+# ------------------------------------------------------------------------------------ errors
+
+
+def test_errors_are_clear():
+    values, structure, _ = make("csr")
+    weight = {"shape": (R, C), "format": "csr"}
+    good = torch.randn(3, C, dtype=torch.float64)
+    cases = [
+        ((values, structure, good[:, 1:]), r"\(3, 15\).*\(B, 16\)"),
+        ((values, structure, good[None]), r"\(1, 3, 16\)"),
+        ((values, structure, good.float()), "float32"),
+        ((values, structure, good, torch.zeros(R + 1, dtype=torch.float64)), "bias"),
+        ((values[:3], structure, good), "3 values"),
+        ((values, structure.long(), good), "int64"),
+        ((values, torch.zeros(40, dtype=torch.int32), good), "magic"),
+    ]
+    for operands, message in cases:
+        with pytest.raises(FormatError, match=message):
+            spmm(*operands, **weight)
+    with pytest.raises(FormatError, match="format csr"):
+        spmm(values, structure, good, shape=(R, C), format="nm")
+    with pytest.raises(FormatError, match="one batch size"):
+        sddmm(structure, good[:2, :R], good, capacity=values.numel(), **weight)
+    with pytest.raises(FormatError, match="one device"):
+        spmm(values, structure, good.to("meta"), **weight)
+
+
+def test_corrupt_words_are_refused():
+    values, structure, _ = make("csr")
+    broken = structure.clone()
+    broken[-1] ^= 1
+    with pytest.raises(FormatError):
+        spmm(values, broken, torch.zeros(1, C, dtype=torch.float64), shape=(R, C), format="csr")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_low_precision_has_no_kernel(dtype):
+    values, structure, _ = make("csr", dtype=dtype)
+    with pytest.raises(KernelNotFound, match="autocast"):
+        spmm(values, structure, torch.zeros(1, C, dtype=dtype), shape=(R, C), format="csr")
+
+
+def test_autocast_computes_in_float32_and_says_so_once(caplog, monkeypatch):
+    monkeypatch.setattr(functional, "_autocast_announced", False)
+    values, structure, dense = make("csr", dtype=torch.float32)
+    x = torch.randn(3, C).bfloat16().requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16), caplog.at_level(logging.WARNING):
+        y = spmm(values, structure, x, shape=(R, C), format="csr")
+        spmm(values, structure, x, shape=(R, C), format="csr")
+    assert y.dtype == torch.float32
+    assert [r.message for r in caplog.records if "autocast" in r.message] == [
+        "autocast: sparse products compute in float32 and return float32; "
+        "there are no low-precision kernels yet"
+    ]
+    torch.testing.assert_close(y, x.float() @ dense.T)
+    y.sum().backward()
+    assert x.grad.dtype == torch.bfloat16
+    assert values.grad.dtype == torch.float32
+
+
+# -------------------------------------------------------------------------- identity, caching
+
+
+def forward(layer: SparseLinear) -> torch.Tensor:
+    """Return the layer's dense weight as its own product sees it."""
+    return layer(torch.eye(layer.in_features, dtype=layer.values.dtype)).T
+
+
+def optimizer_step(layer):
+    layer.values.grad = torch.ones_like(layer.values)
+    torch.optim.SGD([layer.values], lr=0.5).step()
+
+
+def fused_step(layer):
+    layer.values.grad = torch.ones_like(layer.values)
+    torch.optim.AdamW([layer.values], lr=0.5, fused=True).step()
+
+
+def no_grad_add(layer):
+    with torch.no_grad():
+        layer.values[3] += 1.0
+
+
+def inference_add(layer):
+    with torch.inference_mode():
+        layer.values[3].add_(1.0)
+
+
+def data_copy(layer):
+    layer.values.data.copy_(torch.randn_like(layer.values))
+
+
+def data_mul(layer):
+    layer.values.data.mul_(0.5)
+
+
+def data_swap(layer):
+    layer.values.data = torch.randn_like(layer.values)
+
+
+def numpy_write(layer):
+    layer.values.detach().numpy()[:] *= 2
+
+
+def load(layer):
+    state = {k: v.clone() for k, v in layer.state_dict().items()}
+    state["values"] += 1
+    layer.load_state_dict(state)
+
+
+def one_data_write(layer):
+    layer.values.data[1] += 7.0
+    layer.invalidate()
+
+
+WRITES = [optimizer_step, fused_step, no_grad_add, inference_add, data_copy, data_mul, data_swap,
+          numpy_write, load, one_data_write]  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("write", WRITES, ids=lambda w: w.__name__)
+def test_every_write_is_seen(write, mode):
+    layer = SparseLinear(
+        40, 30, format="shuffled_block", density=0.3, bias=False, block_shape=(8, 4)
+    )
+    for _ in range(2):
+        with mode():
+            before = forward(layer).clone()
+        write(layer)
+        with mode():
+            after = forward(layer)
+        assert not torch.equal(before, after)
+        expected = torch.from_numpy(layer.tensor().to_dense())
+        torch.testing.assert_close(after, expected)
+
+
+def test_packed_values_are_reused_while_nothing_changes(monkeypatch):
+    layer = SparseLinear(40, 30, density=0.3)
+    seen = []
+    compiled = _identity.compiled_structure(layer.structure)
+    run = compiled.plan.spmm
+
+    def spy(*args, version, **kwargs):
+        seen.append(version)
+        return run(*args, version=version, **kwargs)
+
+    monkeypatch.setattr(compiled.plan, "spmm", spy)
+    with torch.no_grad():
+        for _ in range(3):
+            layer(torch.zeros(1, 40))
+        layer.values.mul_(2)
+        layer(torch.zeros(1, 40))
+    assert seen[0] is not None
+    assert seen[0] == seen[1] == seen[2] != seen[3]
+    assert _identity.compiled_structure(layer.structure) is compiled
+
+
+def test_a_reused_address_is_not_mistaken_for_the_old_tensor():
+    """Free and allocate values and structures of one size until addresses come back (ABA)."""
+    x = torch.eye(32)
+    generator = torch.Generator().manual_seed(0)
+    addresses = set()
+    with torch.no_grad():
+        for _ in range(50):
+            layer = SparseLinear(32, 24, density=0.25, bias=False, generator=generator)
+            addresses.add((layer.values.data_ptr(), layer.structure.data_ptr()))
+            torch.testing.assert_close(layer(x).T, torch.from_numpy(layer.tensor().to_dense()))
+            del layer
+    assert len(addresses) < 50  # otherwise this test has tested nothing
+
+
+def test_plans_of_dead_structures_are_dropped():
+    layers = [SparseLinear(8, 8, density=0.5) for _ in range(5)]
+    for layer in layers:
+        layer(torch.zeros(1, 8))
+    del layer, layers
+    gc.collect()
+    keep = SparseLinear(8, 8, density=0.5)
+    keep(torch.zeros(1, 8))
+    assert all(not entry.is_dead() for entry in _identity._compiled.values())
+
+
+def test_inference_tensors_work_and_are_never_stale():
+    with torch.inference_mode():
+        layer = SparseLinear(16, 12, density=0.25, bias=False)
+        for _ in range(2):
+            layer.values.mul_(2)
+            dense = torch.from_numpy(layer.tensor().to_dense())
+            torch.testing.assert_close(forward(layer), dense)
+        other = SparseLinear(16, 12, density=0.25, bias=False)
+        layer.structure.copy_(other.structure)
+        layer.values.copy_(other.values)
+        torch.testing.assert_close(forward(layer), forward(other))
