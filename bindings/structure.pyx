@@ -21,31 +21,49 @@ cdef extern from *:
     """
     #include <stdint.h>
 
-    /* One row against many: the loop under every row similarity. GCC builds it three times and picks
-       at load time, because the baseline x86-64 has no popcount instruction. */
-    #if defined(__x86_64__) && defined(__linux__) && defined(__GLIBC__) && defined(__GNUC__) \
-        && !defined(__clang__) && __GNUC__ >= 9
-    #define SPFMT_CLONES \
-        __attribute__((target_clones("default", "popcnt", "arch=icelake-server"), optimize("O3")))
-    #else
-    #define SPFMT_CLONES
+    /* One row against many: the loop under every row similarity. The baseline x86-64 has no
+       popcount instruction, so GCC and clang compile the body for three levels and the machine
+       is asked once per call. */
+    #define SPFMT_INTERSECTIONS(NAME, TARGET)                                                  \
+    TARGET static void NAME(const uint64_t *one, const uint64_t *many, const int32_t *rows,    \
+                            int64_t n_rows, int64_t n_words, int32_t *out)                     \
+    {                                                                                          \
+        for (int64_t i = 0; i < n_rows; ++i) {                                                 \
+            const uint64_t *other = many + (int64_t)rows[i] * n_words;                         \
+            int64_t common = 0;                                                                \
+            for (int64_t w = 0; w < n_words; ++w)                                              \
+                common += __builtin_popcountll(one[w] & other[w]);                             \
+            out[i] = (int32_t)common;                                                          \
+        }                                                                                      \
+    }
+    SPFMT_INTERSECTIONS(spfmt_intersections_any, )
+    #if defined(__x86_64__)
+    SPFMT_INTERSECTIONS(spfmt_intersections_popcnt, __attribute__((target("popcnt"))))
+    SPFMT_INTERSECTIONS(spfmt_intersections_avx512,
+                        __attribute__((target("popcnt,avx512vl,avx512vpopcntdq"))))
     #endif
 
-    SPFMT_CLONES static void spfmt_intersections(
-        const uint64_t *one, const uint64_t *many, const int32_t *rows, int64_t n_rows,
-        int64_t n_words, int32_t *out)
+    static void spfmt_intersections(const uint64_t *one, const uint64_t *many,
+                                    const int32_t *rows, int64_t n_rows, int64_t n_words,
+                                    int32_t *out)
     {
-        for (int64_t i = 0; i < n_rows; ++i) {
-            const uint64_t *other = many + (int64_t)rows[i] * n_words;
-            int64_t common = 0;
-            for (int64_t w = 0; w < n_words; ++w)
-                common += __builtin_popcountll(one[w] & other[w]);
-            out[i] = (int32_t)common;
+    #if defined(__x86_64__)
+        if (n_words >= 8 && __builtin_cpu_supports("avx512vl")
+            && __builtin_cpu_supports("avx512vpopcntdq")) {
+            spfmt_intersections_avx512(one, many, rows, n_rows, n_words, out);
+            return;
         }
+        if (__builtin_cpu_supports("popcnt")) {
+            spfmt_intersections_popcnt(one, many, rows, n_rows, n_words, out);
+            return;
+        }
+    #endif
+        spfmt_intersections_any(one, many, rows, n_rows, n_words, out);
     }
     """
     void spfmt_intersections(const uint64_t *one, const uint64_t *many, const int32_t *rows,
                              int64_t n_rows, int64_t n_words, int32_t *out) noexcept nogil
+    int popcount "__builtin_popcountll"(uint64_t word) noexcept nogil
     int count_trailing_zeros "__builtin_ctzll"(uint64_t word) noexcept nogil
 
 
@@ -72,10 +90,19 @@ cdef void _sort_descending(real *a, Py_ssize_t n) noexcept nogil:
         a[j] = v
 
 
-cdef inline real _median(real a, real b, real c) noexcept nogil:
-    if a < b:
-        return b if b < c else (c if a < c else a)
-    return a if a < c else (c if b < c else b)
+cdef real _pivot(const real *a, Py_ssize_t n, Py_ssize_t target, uint64_t *state) noexcept nogil:
+    """A sampled value whose rank in a[:n] is about target.
+
+    Near the target most elements fall on one side, which is both less work and, because branches
+    become predictable, faster than a median.
+    """
+    cdef real sample[31]
+    cdef Py_ssize_t i, size = 31 if n >= 256 else 3
+    for i in range(size):
+        state[0] = state[0] * 6364136223846793005ULL + 1442695040888963407ULL
+        sample[i] = a[(state[0] >> 33) % <uint64_t> n]
+    _sort_descending(sample, size)
+    return sample[target * size // n]
 
 
 cdef real _kth_largest(real *a, Py_ssize_t n, Py_ssize_t k) noexcept nogil:
@@ -88,9 +115,7 @@ cdef real _kth_largest(real *a, Py_ssize_t n, Py_ssize_t k) noexcept nogil:
     cdef uint64_t state = 0x9E3779B97F4A7C15ULL
     cdef real pivot, v
     while hi - lo >= 16:
-        state = state * 6364136223846793005ULL + 1442695040888963407ULL
-        i = lo + <Py_ssize_t> ((state >> 33) % <uint64_t> (hi - lo + 1))
-        pivot = _median(a[i], a[lo + (hi - lo) // 2], a[hi])
+        pivot = _pivot(a + lo, hi - lo + 1, target - lo, &state)
         above, below, i = lo, hi, lo
         while i <= below:  # [lo, above) > pivot, [above, i) == pivot, (below, hi] < pivot
             v = a[i]
@@ -444,6 +469,18 @@ cdef inline double _similarity(int32_t common, int32_t a, int32_t b, bint cosine
     return <double> common / (<double> a + <double> b - common)
 
 
+def row_counts(const uint64_t[:, ::1] bits, int32_t[::1] out):
+    """out[i] = nonzeros of row i."""
+    cdef Py_ssize_t i, w
+    cdef int32_t count
+    with nogil:
+        for i in range(bits.shape[0]):
+            count = 0
+            for w in range(bits.shape[1]):
+                count += popcount(bits[i, w])
+            out[i] = count
+
+
 def row_distances(const uint64_t[:, ::1] bits, const int32_t[::1] counts,
                   const int32_t[::1] chosen, bint cosine, double[:, ::1] out):
     """Square matrix of 1 - similarity over the chosen (non-empty) rows."""
@@ -480,23 +517,32 @@ def pair_similarities(const uint64_t[:, ::1] bits, const int32_t[::1] counts,
             out[i] = _similarity(common, counts[first[i]], counts[second[i]], cosine)
 
 
-def minhash(const uint64_t[:, ::1] bits, const uint32_t[:, ::1] hashes, uint32_t[:, ::1] out):
-    """out[i, h] = the smallest hashes[c, h] over the columns c of row i (all ones if empty)."""
-    cdef Py_ssize_t rows = bits.shape[0], words = bits.shape[1], n = hashes.shape[1], i, w, h
+def likely_neighbours(const uint64_t[:, ::1] bits, const int32_t[::1] rank,
+                      const int32_t[::1] rows, int32_t[::1] last, int32_t[:, ::1] out):
+    """out[i, h] = the row before rows[i] that agrees with it in hash h, or -1.
+
+    rank is a random permutation of the columns; hash h of a row is its smallest rank among those
+    with the remainder h modulo 8. last (one entry per column, all -1) is workspace.
+    """
+    cdef Py_ssize_t words = bits.shape[1], i, w, h
+    cdef int32_t smallest[8]
+    cdef int32_t key
     cdef uint64_t word
-    cdef const uint32_t *column
     with nogil:
-        for i in range(rows):
-            for h in range(n):
-                out[i, h] = 0xFFFFFFFF
+        for i in range(rows.shape[0]):
+            for h in range(8):
+                smallest[h] = 0x7FFFFFFF
             for w in range(words):
-                word = bits[i, w]
+                word = bits[rows[i], w]
                 while word:
-                    column = &hashes[64 * w + count_trailing_zeros(word), 0]
+                    key = rank[64 * w + count_trailing_zeros(word)]
                     word &= word - 1
-                    for h in range(n):
-                        if column[h] < out[i, h]:
-                            out[i, h] = column[h]
+                    smallest[key & 7] = min(smallest[key & 7], key)
+            for h in range(8):
+                out[i, h] = -1
+                if smallest[h] != 0x7FFFFFFF:
+                    out[i, h] = last[smallest[h]]
+                    last[smallest[h]] = rows[i]
 
 
 cdef inline int32_t _root(int32_t *parent, int32_t i) noexcept nogil:
@@ -542,102 +588,171 @@ cdef struct Grower:
     bint cosine
     const uint64_t *bits
     const int32_t *counts
-    int32_t *alive       # (n,) rows not yet in a group
+    int32_t *alive       # (n,) rows not yet in a group, best seeds first
     Py_ssize_t n_alive
-    int32_t *common      # (n,)
-    uint8_t *taken       # (n,)
-    int32_t *votes       # (64 words,)
+    int32_t *common      # (n,) columns shared with the centre
+    float *similarity    # (n,) to the centre
+    int32_t *picked      # (group_size,) heap of positions in alive, weakest on top
+    Py_ssize_t n_picked
+    float runner_up      # the largest similarity that was not picked
+    int32_t *votes       # (64 words,) picked rows that hold a column
+    int32_t *histogram   # (group_size + 1,)
     uint64_t *centre     # (words,)
-    float *similarity    # (n,)
-    float *work          # (n,)
+
+
+cdef inline bint _weaker(const float *similarity, int32_t a, int32_t b) noexcept nogil:
+    """Whether position a ranks behind b; equal similarities go to the first position."""
+    return similarity[a] < similarity[b] or (similarity[a] == similarity[b] and a > b)
+
+
+cdef void _sift_down(const float *similarity, int32_t *heap, Py_ssize_t n,
+                     int32_t item) noexcept nogil:
+    """Put item at the top of a heap whose top is free."""
+    cdef Py_ssize_t at = 0, child = 1
+    while child < n:
+        if child + 1 < n and _weaker(similarity, heap[child + 1], heap[child]):
+            child += 1
+        if not _weaker(similarity, heap[child], item):
+            break
+        heap[at] = heap[child]
+        at = child
+        child = 2 * at + 1
+    heap[at] = item
+
+
+cdef void _sift_up(const float *similarity, int32_t *heap, Py_ssize_t at,
+                   int32_t item) noexcept nogil:
+    """Put item at the free end of a heap."""
+    while at > 0 and _weaker(similarity, item, heap[(at - 1) // 2]):
+        heap[at] = heap[(at - 1) // 2]
+        at = (at - 1) // 2
+    heap[at] = item
 
 
 cdef void _grower_pick(Grower *g, int32_t centre_count) noexcept nogil:
-    """Mark the group_size alive rows most similar to the centre; ties to the lowest row."""
+    """Pick the group_size alive rows that are most similar to the centre."""
     cdef Py_ssize_t i
     spfmt_intersections(g.centre, g.bits, g.alive, g.n_alive, g.words, g.common)
     for i in range(g.n_alive):
         g.similarity[i] = <float> _similarity(g.common[i], centre_count, g.counts[g.alive[i]],
                                               g.cosine)
-    memset(g.taken, 0, g.n_alive)
-    _mark_group(<const float *> g.similarity, g.n_alive, 1, g.group_size, g.work, g.taken)
+    g.n_picked = 0
+    g.runner_up = 0.0
+    for i in range(g.n_alive):
+        if g.n_picked < g.group_size:
+            _sift_up(g.similarity, g.picked, g.n_picked, <int32_t> i)
+            g.n_picked += 1
+        elif g.similarity[i] > g.similarity[g.picked[0]]:
+            g.runner_up = max(g.runner_up, g.similarity[g.picked[0]])
+            _sift_down(g.similarity, g.picked, g.n_picked, <int32_t> i)
+        else:
+            g.runner_up = max(g.runner_up, g.similarity[i])
+
+
+cdef inline bint _grower_is_sure(const Grower *g) noexcept nogil:
+    """Whether a clear gap parts the picked rows from the others, so that a new centre finds them."""
+    return g.similarity[g.picked[0]] > 1.5 * g.runner_up
+
+
+cdef int32_t _grower_threshold(Grower *g, Py_ssize_t wanted) noexcept nogil:
+    """The number of votes that as near as possible to `wanted` columns reach."""
+    cdef Py_ssize_t votes = g.n_picked, reached = 0, c
+    memset(g.histogram, 0, (g.n_picked + 1) * sizeof(int32_t))
+    for c in range(64 * g.words):
+        g.histogram[g.votes[c]] += 1
+    while votes > 1 and reached + g.histogram[votes] <= wanted:
+        reached += g.histogram[votes]
+        votes -= 1
+    if reached > 0 and wanted - reached < reached + g.histogram[votes] - wanted:
+        votes += 1
+    return <int32_t> votes
 
 
 cdef int32_t _grower_recentre(Grower *g) noexcept nogil:
-    """Centre = columns that at least half of the marked rows hold; returns their number."""
-    cdef Py_ssize_t i, w, c
+    """Centre = the columns that most picked rows hold; returns their number.
+
+    About half as many as a row has: what a group's rows agree on is the part that blocks can use.
+    Half keeps more l1 mass on random masks than the whole, a third or a quarter do.
+    """
+    cdef Py_ssize_t i, w, c, total = 0
     cdef uint64_t word
-    cdef int32_t count = 0
+    cdef int32_t count = 0, threshold
     memset(g.votes, 0, 64 * g.words * sizeof(int32_t))
-    for i in range(g.n_alive):
-        if not g.taken[i]:
-            continue
+    for i in range(g.n_picked):
+        total += g.counts[g.alive[g.picked[i]]]
         for w in range(g.words):
-            word = g.bits[g.alive[i] * g.words + w]
+            word = g.bits[g.alive[g.picked[i]] * g.words + w]
             while word:
                 g.votes[64 * w + count_trailing_zeros(word)] += 1
                 word &= word - 1
-    memset(g.centre, 0, g.words * sizeof(uint64_t))
-    for c in range(64 * g.words):
-        if 2 * g.votes[c] >= g.group_size:
-            g.centre[c >> 6] |= (<uint64_t> 1) << (c & 63)
-            count += 1
+    threshold = _grower_threshold(g, total // (2 * g.n_picked))
+    for w in range(g.words):
+        word = 0
+        for c in range(64):
+            word |= (<uint64_t> (g.votes[64 * w + c] >= threshold)) << c
+        g.centre[w] = word
+        count += popcount(word)
     return count
 
 
 cdef Py_ssize_t _grower_emit(Grower *g, int32_t *out) noexcept nogil:
-    """Move the marked rows to out, keep the others alive; returns how many moved."""
-    cdef Py_ssize_t i, moved = 0, kept = 0
+    """Move the picked rows to out, keep the others alive; returns how many moved."""
+    cdef Py_ssize_t i, kept = 0
+    for i in range(g.n_picked):
+        out[i] = g.alive[g.picked[i]]
+        g.alive[g.picked[i]] = -1
     for i in range(g.n_alive):
-        if g.taken[i]:
-            out[moved] = g.alive[i]
-            moved += 1
-        else:
+        if g.alive[i] >= 0:
             g.alive[kept] = g.alive[i]
             kept += 1
     g.n_alive = kept
-    return moved
+    return g.n_picked
 
 
-cdef void _grow(Grower *g, int32_t *out) noexcept nogil:
-    cdef Py_ssize_t w, at = 0
+cdef void _grow(Grower *g, Py_ssize_t passes, int32_t *out) noexcept nogil:
+    cdef Py_ssize_t w, i, at = 0
     cdef int32_t count
     while g.n_alive > 0:
         count = g.counts[g.alive[0]]
         for w in range(g.words):
             g.centre[w] = g.bits[g.alive[0] * g.words + w]
         _grower_pick(g, count)
-        count = _grower_recentre(g)
-        if count > 0:
+        for i in range(passes):
+            if _grower_is_sure(g):
+                break
+            count = _grower_recentre(g)
             _grower_pick(g, count)
         at += _grower_emit(g, out + at)
 
 
 def greedy_groups(const uint64_t[:, ::1] bits, const int32_t[::1] counts,
-                  const int32_t[::1] chosen, Py_ssize_t group_size, bint cosine,
-                  int32_t[::1] out):
-    """Order of the chosen (non-empty) rows whose consecutive runs of group_size are similar."""
+                  const int32_t[::1] chosen, Py_ssize_t group_size, Py_ssize_t passes,
+                  bint cosine, int32_t[::1] out):
+    """Order of the chosen (non-empty) rows whose consecutive runs of group_size are similar.
+
+    Groups are seeded by the first row of `chosen` that is left and moved to their centre up to
+    `passes` times.
+    """
     cdef Py_ssize_t n = chosen.shape[0], words = bits.shape[1], i
     cdef Grower g
-    cdef void *block
     if n == 0:
         return
-    block = _allocate(words * sizeof(uint64_t) + 64 * words * sizeof(int32_t)
-                      + n * (2 * sizeof(int32_t) + 2 * sizeof(float) + 1))
-    g.centre = <uint64_t *> block
+    group_size = min(group_size, n)
+    g.centre = <uint64_t *> _allocate(words * sizeof(uint64_t) + sizeof(int32_t) * (
+        64 * words + 2 * n + 2 * group_size + 1) + n * sizeof(float))
     g.votes = <int32_t *> (g.centre + words)
     g.alive = g.votes + 64 * words
     g.common = g.alive + n
-    g.similarity = <float *> (g.common + n)
-    g.work = g.similarity + n
-    g.taken = <uint8_t *> (g.work + n)
+    g.picked = g.common + n
+    g.histogram = g.picked + group_size
+    g.similarity = <float *> (g.histogram + group_size + 1)
     g.words, g.n_alive, g.group_size, g.cosine = words, n, group_size, cosine
     g.bits, g.counts = &bits[0, 0], &counts[0]
     with nogil:
         for i in range(n):
             g.alive[i] = chosen[i]
-        _grow(&g, &out[0])
-    free(block)
+        _grow(&g, passes, &out[0])
+    free(g.centre)
 
 
 # ---- shuffled blocks -------------------------------------------------------------------------

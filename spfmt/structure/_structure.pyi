@@ -19,10 +19,19 @@ def row_distances(
 def pair_similarities(
     bits: _Words, counts: _Int32, first: _Int32, second: _Int32, cosine: bool, out: _Double
 ) -> None: ...
-def minhash(bits: _Words, hashes: npt.NDArray[np.uint32], out: npt.NDArray[np.uint32]) -> None: ...
+def row_counts(bits: _Words, out: _Int32) -> None: ...
+def likely_neighbours(
+    bits: _Words, rank: _Int32, rows: _Int32, last: _Int32, out: _Int32
+) -> None: ...
 def bounded_components(first: _Int32, second: _Int32, limit: int, label: _Int32) -> None: ...
 def greedy_groups(
-    bits: _Words, counts: _Int32, chosen: _Int32, group_size: int, cosine: bool, out: _Int32
+    bits: _Words,
+    counts: _Int32,
+    chosen: _Int32,
+    group_size: int,
+    passes: int,
+    cosine: bool,
+    out: _Int32,
 ) -> None: ...
 def block_norms(
     scores: _Float,

@@ -172,9 +172,18 @@ def _nearest(value: float) -> int:
 
 def _most(n: float, *keys: npt.NDArray[np.int32 | np.int64 | np.float64]) -> BoolArray:
     """Mask of the round(n) largest by the first key, ties by the next ones, then by index."""
-    order = np.lexsort([-key.ravel() for key in reversed(keys)])
+    count = _nearest(n)
     chosen = np.zeros(keys[0].size, np.bool_)
-    chosen[order[: _nearest(n)]] = True
+    among = np.arange(keys[0].size)
+    for key in keys:
+        if not 0 < count < among.size:
+            break
+        value = key.reshape(-1)[among]
+        bound = np.partition(value, among.size - count)[among.size - count]
+        chosen[among[value > bound]] = True
+        count -= np.count_nonzero(value > bound)
+        among = among[value == bound]
+    chosen[among[:count]] = True
     return chosen.reshape(keys[0].shape)
 
 

@@ -83,9 +83,8 @@ def order_rows(
     cosine = as_choice(metric, "metric", _METRICS) == "cosine"
     as_choice(linkage, "linkage", _LINKAGES)
     min_overlap = as_density(min_overlap, "min_overlap")
-    plain = as_mask(mask)
-    bits = _pack(plain)
-    counts = _row_counts(plain)
+    bits = _pack(as_mask(mask))
+    counts = _row_counts(bits)
     clustered: list[Int32Array] = []
     rest: list[Int32Array] = [np.flatnonzero(counts == 0).astype(np.int32)]
     for chunk in _chunks(bits, counts, CHUNK_ROWS, cosine):
@@ -100,11 +99,12 @@ def order_rows_fast(
 ) -> Int32Array:
     """Row order for use during training: groups are grown greedily, one scan per group.
 
-    The first row without a group asks for the `group_size` rows most similar to it; the columns
-    that at least half of them hold become the centre, and the rows most similar to the centre form
-    the group (ties to the lowest row). Rows without nonzeros come last. Each group costs two scans
-    of the remaining rows' bit sets, so R rows cost R*R/group_size comparisons where clustering
-    needs R*R/2 and a dendrogram. Above 4096 rows, chunks as in `order_rows`.
+    Rows are taken as seeds from the one with the most similar likely neighbour (rows that agree in
+    a minhash) down. A seed asks for the `group_size` rows most similar to it; unless a clear gap
+    sets those apart, the columns that most of them hold become the centre, and the rows most
+    similar to the centre form the group. Rows without nonzeros come last. Each group costs one or
+    two scans of the remaining rows' bit sets: R*R/group_size comparisons where clustering needs
+    R*R/2 and a dendrogram. Above 4096 rows, chunks as in `order_rows`.
 
     Parameters
     ----------
@@ -118,7 +118,7 @@ def order_rows_fast(
     Returns
     -------
     ndarray of int32, shape (R,)
-        The permutation; rows ascending inside a group.
+        The permutation; the same input always gives the same one.
 
     Raises
     ------
@@ -127,14 +127,15 @@ def order_rows_fast(
     """
     cosine = as_choice(metric, "metric", _METRICS) == "cosine"
     group_size = as_count(group_size, "group_size", 1)
-    plain = as_mask(mask)
-    bits = _pack(plain)
-    counts = _row_counts(plain)
+    bits = _pack(as_mask(mask))
+    counts = _row_counts(bits)
     limit = max(group_size, CHUNK_ROWS // group_size * group_size)
+    passes = int(group_size >= 8)  # a centre of fewer rows is hardly better than the seed
     ordered = []
     for chunk in _chunks(bits, counts, limit, cosine):
+        seeds = _seeds_first(bits, counts, chunk, cosine)
         out = np.empty(chunk.size, np.int32)
-        _structure.greedy_groups(bits, counts, chunk, group_size, cosine, out)
+        _structure.greedy_groups(bits, counts, seeds, group_size, passes, cosine, out)
         ordered.append(out)
     return np.concatenate([*ordered, np.flatnonzero(counts == 0)]).astype(np.int32)
 
@@ -148,8 +149,9 @@ def _pack(mask: npt.NDArray[np.bool_]) -> _Words:
     return packed.view(np.uint64)
 
 
-def _row_counts(mask: npt.NDArray[np.bool_]) -> Int32Array:
-    counts: Int32Array = np.count_nonzero(mask, axis=1).astype(np.int32)
+def _row_counts(bits: _Words) -> Int32Array:
+    counts = np.empty(len(bits), np.int32)
+    _structure.row_counts(bits, counts)
     return counts
 
 
@@ -201,33 +203,38 @@ def _chunks(bits: _Words, counts: Int32Array, limit: int, cosine: bool) -> list[
     rows = np.flatnonzero(counts).astype(np.int32)
     if rows.size <= limit:
         return [rows] if rows.size else []
-    first, second = _likely_neighbours(bits, rows)
-    similarity = np.empty(first.size, np.float64)
-    _structure.pair_similarities(bits, counts, first, second, cosine, similarity)
+    first, second, similarity = _likely_neighbours(bits, counts, rows, cosine)
     best = np.argsort(-similarity, kind="stable")
-    best = best[similarity[best] > 0]
     label = np.empty(len(bits), np.int32)
     _structure.bounded_components(first[best], second[best], min(COMPONENT_ROWS, limit), label)
     ordered = rows[np.argsort(label[rows], kind="stable")]
     return [ordered[i : i + limit] for i in range(0, ordered.size, limit)]
 
 
-def _likely_neighbours(bits: _Words, rows: Int32Array) -> tuple[Int32Array, Int32Array]:
-    """Pairs of rows that are adjacent in the order of one of the minhashes.
+def _seeds_first(bits: _Words, counts: Int32Array, rows: Int32Array, cosine: bool) -> Int32Array:
+    """Rows by the similarity to their most similar likely neighbour, descending, ties in order."""
+    first, second, similarity = _likely_neighbours(bits, counts, rows, cosine)
+    best = np.zeros(len(bits), np.float64)
+    np.maximum.at(best, first, similarity)
+    np.maximum.at(best, second, similarity)
+    return rows[np.argsort(-best[rows], kind="stable")]
 
-    Two rows agree in a minhash with the probability of their Jaccard similarity (Broder 1997).
+
+def _likely_neighbours(
+    bits: _Words, counts: Int32Array, rows: Int32Array, cosine: bool
+) -> tuple[Int32Array, Int32Array, npt.NDArray[np.float64]]:
+    """Pairs of rows that agree in one of eight minhashes, and their similarity.
+
+    Two rows agree in a minhash with about the probability of their Jaccard similarity (Broder
+    1997). The hashes come from one permutation of the columns dealt into eight bins (Li, Owen and
+    Zhang 2012), so each nonzero is looked at once.
     """
-    columns = np.arange(bits.shape[1] * 64, dtype=np.uint64)[:, None]
-    salts = np.arange(1, _N_HASHES + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    mixed = (columns + np.uint64(1)) * np.uint64(0xBF58476D1CE4E5B9) ^ salts
-    mixed = (mixed ^ (mixed >> np.uint64(29))) * np.uint64(0x94D049BB133111EB)
-    signature = np.empty((len(bits), _N_HASHES), np.uint32)
-    _structure.minhash(bits, (mixed >> np.uint64(32)).astype(np.uint32), signature)
-    signature = signature[rows]
-    orders = [
-        rows[np.lexsort((signature[:, (h + 1) % _N_HASHES], signature[:, h]))]
-        for h in range(_N_HASHES)
-    ]
-    first = np.concatenate([order[:-1] for order in orders])
-    second = np.concatenate([order[1:] for order in orders])
-    return first, second
+    n_columns = bits.shape[1] * 64
+    rank = np.random.default_rng(0).permutation(n_columns).astype(np.int32)
+    before = np.empty((rows.size, _N_HASHES), np.int32)
+    _structure.likely_neighbours(bits, rank, rows, np.full(n_columns, -1, np.int32), before)
+    first = np.repeat(rows, _N_HASHES)[before.reshape(-1) >= 0]
+    second = before[before >= 0]
+    similarity = np.empty(first.size, np.float64)
+    _structure.pair_similarities(bits, counts, first, second, cosine, similarity)
+    return first, second, similarity
