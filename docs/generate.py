@@ -1,0 +1,70 @@
+"""Generated parts of the documentation: ``python docs/generate.py`` rewrites what is out of date.
+
+- the support table of README.md, from ``spfmt.kernels()``
+- the speed table of README.md, from docs/linear-zen5.json (``python -m benchmarks.linear --json``)
+- docs/patterns.png, the formats' patterns
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import spfmt
+
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+SPEED = ROOT / "docs" / "linear-zen5.json"
+
+
+def support_table() -> str:
+    """Markdown table: for each format and dtype the levels of each product."""
+    ops = list(dict.fromkeys(k.op for k in spfmt.kernels()))
+    lines = [f"| format | dtype | {' | '.join(f'`{op}`' for op in ops)} |", "|---" * 5 + "|"]
+    for fmt, dtype in dict.fromkeys((k.format, k.dtype) for k in spfmt.kernels()):
+        cells = [", ".join(k.isa for k in spfmt.kernels(op, fmt, dtype)) for op in ops]
+        lines.append(f"| `{fmt}` | {dtype} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def speed_table() -> str:
+    """Markdown table: time and speed-up over the best dense layer per format and batch size."""
+    record = json.loads(SPEED.read_text())
+    batches = list(dict.fromkeys(r["batch"] for r in record["results"]))
+    names = list(dict.fromkeys(r["name"] for r in record["results"]))
+    cell = {(r["name"], r["batch"]): r for r in record["results"]}
+    lines = ["| | " + " | ".join(f"batch {b}" for b in batches) + " |"]
+    lines.append("|---" * (1 + len(batches)) + "|")
+    for name in names:
+        entries = [cell.get((name, b)) for b in batches]
+        texts = [f"{e['us']:,.0f} µs ({e['speedup']:.1f}×)" if e else "" for e in entries]
+        lines.append(f"| {name} | " + " | ".join(texts) + " |")
+    return "\n".join(lines)
+
+
+def insert(text: str, title: str, table: str) -> str:
+    """Replace what stands between the markers of one table."""
+    before, start, rest = text.partition(f"<!-- {title}: ")
+    note, arrow, rest = rest.partition("-->\n")
+    _, end, after = rest.partition(f"<!-- end of {title} -->")
+    if not (start and arrow and end):
+        raise SystemExit(f"README.md lacks the markers of the {title}")
+    return f"{before}{start}{note}{arrow}{table}\n{end}{after}"
+
+
+def readme() -> str:
+    """README.md with up-to-date tables."""
+    text = insert(README.read_text(), "support table", support_table())
+    return insert(text, "speed table", speed_table())
+
+
+def main() -> None:
+    """Rewrite README.md and the figure."""
+    from spfmt.cli.figures import draw_formats
+
+    README.write_text(readme())
+    draw_formats(ROOT / "docs" / "patterns.png")
+
+
+if __name__ == "__main__":
+    main()
