@@ -109,6 +109,20 @@ def test_density_or_sparsity_never_both():
             sparsify(mlp(), "csr", **wrong)
 
 
+@pytest.mark.parametrize(
+    ("format", "params", "nnz"),
+    [("nm", {"n": 2, "m": 4}, [1024, 2048, 256]), ("condensed", {"fan_in": 3}, [192, 192, 24])],
+)
+def test_a_ratio_says_the_density(format, params, nnz):
+    model = mlp()
+    report = sparsify(model, format, **params)
+    assert [layer.nnz for layer in report] == nnz
+    again = SparseLinear(32, 64, format=format, **params)
+    assert again.nnz == nnz[0]
+    # A ratio that is not the nearest to the density is the one that later searches keep.
+    assert model[0].target_density == model[0].density == again.density
+
+
 def test_densities_by_name():
     model = mlp()
     report = sparsify(model, "csr", {"0": 0.5, "3": 0.25})

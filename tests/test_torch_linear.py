@@ -215,8 +215,7 @@ def test_set_structure_refuses_what_does_not_fit():
         with pytest.raises(FormatError, match=message):
             layer.set_structure(wrong)
     assert all(
-        torch.equal(a, b)
-        for a, b in zip(before.values(), layer.state_dict().values(), strict=True)
+        torch.equal(a, b) for a, b in zip(before.values(), layer.state_dict().values(), strict=True)
     )
 
 
@@ -248,9 +247,14 @@ def test_state_dict_round_trip_into_another_structure(format):
 
 def test_load_with_assign_and_from_meta():
     source = make("nm", 1)
-    target = make("nm", 2).to("meta")
-    target.load_state_dict(source.state_dict(), assign=True)
-    assert target.tensor() == source.tensor()
+    with torch.device("meta"):
+        inside = make("nm", 3)
+    for target in (make("nm", 2).to("meta"), make("nm", 2, device="meta"), inside):
+        assert target.values.is_meta
+        assert target.structure.is_meta
+        assert target(torch.zeros(3, 16, device="meta")).shape == (3, 12)
+        target.load_state_dict(source.state_dict(), assign=True)
+        assert target.tensor() == source.tensor()
 
 
 def test_save_and_load_through_a_file(format):

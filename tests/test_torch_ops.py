@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import logging
+import subprocess
+import sys
 import weakref
 
 import numpy as np
@@ -333,6 +335,15 @@ def test_packed_values_are_reused_while_nothing_changes(monkeypatch):
     assert _identity.compiled_structure(layer.structure) is compiled
 
 
+def test_writing_the_same_structure_again_keeps_what_was_compiled():
+    """DDP broadcasts buffers before every forward pass."""
+    layer = SparseLinear(16, 12, density=0.25)
+    layer(torch.zeros(1, 16))
+    compiled = _identity.compiled_structure(layer.structure)
+    layer.structure.copy_(layer.structure.clone())
+    assert _identity.compiled_structure(layer.structure) is compiled
+
+
 def test_a_reused_address_is_not_mistaken_for_the_old_tensor():
     """Free and allocate values and structures of one size until addresses come back (ABA)."""
     x = torch.eye(32)
@@ -369,3 +380,15 @@ def test_inference_tensors_work_and_are_never_stale():
         layer.structure.copy_(other.structure)
         layer.values.copy_(other.values)
         torch.testing.assert_close(forward(layer), forward(other))
+
+
+def test_without_torch_the_import_says_what_to_install():
+    code = (
+        "import sys; sys.modules['torch'] = None\n"
+        "import spfmt\n"
+        "for name in ('torch', 'train'):\n"
+        "    try: getattr(spfmt, name)\n"
+        "    except spfmt.MissingDependency as error: assert 'pip install' in str(error), error\n"
+        "    else: raise AssertionError(name)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -82,14 +82,21 @@ class CompiledStructure:
         self.nnz = self.structure.nnz
         self._ref = _weak(structure)
         self._key = key
-        self._words = words.copy() if key is None else None
+        self._words = words.copy()
         self._seen: tuple[_Key | None, StorageWeakRef | None, int] = (None, None, 0)
 
     def is_current(self, key: _Key | None, words: NDArray[np.int32]) -> bool:
-        """Tell whether the structure buffer still holds what was compiled."""
-        if key is None:
-            return self._words is not None and np.array_equal(self._words, words)
-        return self._key == key
+        """Tell whether the structure buffer still holds what was compiled.
+
+        A write of the same content (DDP broadcasts buffers before every forward pass) changes the
+        key; the words are compared then, which is far cheaper than compiling them again.
+        """
+        if key is not None and self._key == key:
+            return True
+        if not np.array_equal(self._words, words):
+            return False
+        self._key = key
+        return True
 
     def is_dead(self) -> bool:
         """Tell whether the structure buffer no longer exists."""

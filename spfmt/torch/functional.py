@@ -100,7 +100,8 @@ def _check_devices(op: str, *tensors: Tensor) -> None:
             f"got {op} on {device}; kernels exist for cpu; fix: move the module and its input with "
             f".cpu(), or densify(model) to stay on {kind}"
         )
-    _announce_autocast(kind)
+    if kind == "cpu":
+        _announce_autocast()
 
 
 # --------------------------------------------------------------------- the operators on the CPU
@@ -373,14 +374,10 @@ _sddmm = _register(
 _autocast_announced = False
 
 
-def _announce_autocast(device: str) -> None:
+def _announce_autocast() -> None:
     """Say once that autocast does not lower the precision of sparse products."""
     global _autocast_announced
-    if (
-        _autocast_announced
-        or torch.compiler.is_compiling()
-        or not torch.is_autocast_enabled(device)
-    ):
+    if _autocast_announced or torch.compiler.is_compiling() or not torch.is_autocast_enabled("cpu"):
         return
     _autocast_announced = True
     _log.warning(

@@ -52,6 +52,15 @@ def resolve_density(density: float | None, sparsity: float | None) -> float:
     return resolved
 
 
+def implied_density(params: Mapping[str, Any], columns: int) -> float | None:
+    """Return the density that an N:M ratio or a fan-in among a format's parameters stands for."""
+    if "fan_in" in params:
+        return float(params["fan_in"] / max(1, columns))
+    if "n" in params and "m" in params:
+        return float(params["n"] / params["m"])
+    return None
+
+
 def _search_params(tensor: SparseTensor, given: Mapping[str, Any]) -> dict[str, Any]:
     """Return the keywords with which the tensor's format searches another structure like it.
 
@@ -96,8 +105,8 @@ class SparseLinear(nn.Module):
     format : str
         Name of the format, for instance ``"condensed"`` or ``"shuffled_block"``.
     density, sparsity : float, optional
-        Share of stored, or of absent, positions: exactly one of the two. The nearest legal budget
-        of the format is taken.
+        Share of stored, or of absent, positions: exactly one of the two, unless ``n`` and ``m`` or
+        ``fan_in`` say it. The nearest legal budget of the format is taken.
     capacity : int, optional
         Length of `values`; the first structure's nnz by default.
     generator : torch.Generator, optional
@@ -157,12 +166,15 @@ class SparseLinear(nn.Module):
         **params: Any,
     ) -> None:
         super().__init__()
+        if density is None and sparsity is None:
+            density = implied_density(params, in_features)
         target = resolve_density(density, sparsity)
-        scores = torch.rand((out_features, in_features), generator=generator).numpy()
-        tensor = get_format(format).from_scores(scores, target, **params)
+        device = torch.get_default_device() if device is None else torch.device(device)
+        drawn = torch.rand((out_features, in_features), generator=generator, device="cpu")
+        tensor = get_format(format).from_scores(drawn.numpy(), target, **params)
         dtype = dtype or torch.get_default_dtype()
         offset = torch.empty(out_features, device=device, dtype=dtype) if bias else None
-        values = torch.zeros(tensor.nnz, dtype=dtype)
+        values = torch.zeros(tensor.nnz, dtype=dtype, device=device)
         self._install(tensor, values, offset, capacity, device, target, params)
         self.reset_parameters(generator)
 
@@ -172,7 +184,7 @@ class SparseLinear(nn.Module):
         values: Tensor,
         bias: Tensor | None,
         capacity: int | None,
-        device: torch.device | str | None,
+        device: torch.device,
         target_density: float | None,
         params: Mapping[str, Any],
     ) -> None:
@@ -186,7 +198,9 @@ class SparseLinear(nn.Module):
         self.out_features, self.in_features = tensor.matrix_shape
         self.format = tensor.format
         self.format_params = _search_params(tensor, params)
-        self.target_density = tensor.density if target_density is None else float(target_density)
+        if target_density is None or not _BUDGET_PARAMS.isdisjoint(params):
+            target_density = tensor.density
+        self.target_density = float(target_density)
         capacity = tensor.nnz if capacity is None else int(capacity)
         if capacity < tensor.nnz:
             raise format_error(
@@ -199,7 +213,7 @@ class SparseLinear(nn.Module):
         flat = torch.zeros(capacity, dtype=values.dtype, device=device)
         flat[: tensor.nnz] = values.detach().reshape(-1)
         self.values = nn.Parameter(flat)
-        self.register_buffer("structure", words.to(device) if device is not None else words)
+        self.register_buffer("structure", words.to(device))
         if bias is not None and not isinstance(bias, nn.Parameter):
             bias = nn.Parameter(bias)
         self.register_parameter("bias", bias)
@@ -227,7 +241,7 @@ class SparseLinear(nn.Module):
         capacity : int, optional
             Length of `values`; the tensor's nnz by default.
         device, dtype
-            Of the values; the tensor's dtype by default.
+            Of the values; the CPU and the tensor's dtype by default.
         target_density : float, optional
             What later structures aim at; the tensor's density by default.
         **params
@@ -246,6 +260,7 @@ class SparseLinear(nn.Module):
         nn.Module.__init__(layer)
         values = to_torch_values(tensor.values)
         values = values if dtype is None else values.to(dtype)
+        device = values.device if device is None else torch.device(device)
         layer._install(tensor, values, bias, capacity, device, target_density, params)
         return layer
 
@@ -277,6 +292,8 @@ class SparseLinear(nn.Module):
         FormatError
             Where the format cannot hold the layer at this density.
         """
+        if density is None and sparsity is None:
+            density = implied_density(params, linear.in_features)
         target = resolve_density(density, sparsity)
         ranked = linear.weight if scores is None else scores
         ranked = ranked.detach().to("cpu", torch.float32)
@@ -384,10 +401,10 @@ class SparseLinear(nn.Module):
         fan_in = np.bincount(rows, minlength=self.out_features)
         bound = 1.0 / np.sqrt(np.where(fan_in > 0, fan_in, max(1, self.in_features)))
         self.values.zero_()
-        drawn = torch.rand(structure.nnz, generator=generator, dtype=torch.float64) * 2 - 1
+        drawn = _symmetric(structure.nnz, generator)
         self.values[: structure.nnz] = (drawn * torch.from_numpy(bound[rows])).to(self.values)
         if self.bias is not None:
-            drawn = torch.rand(self.out_features, generator=generator, dtype=torch.float64) * 2 - 1
+            drawn = _symmetric(self.out_features, generator)
             self.bias.copy_(drawn * torch.from_numpy(bound))
 
     # ------------------------------------------------------------------------------- structure
@@ -561,6 +578,11 @@ class SparseLinear(nn.Module):
                 f"{self.format} of shape {self.shape}; build the layer in the checkpoint's format"
             )
         return None
+
+
+def _symmetric(size: int, generator: torch.Generator | None) -> Tensor:
+    """Draw from U(-1, 1) on the CPU, whatever the default device is."""
+    return torch.rand(size, generator=generator, dtype=torch.float64, device="cpu") * 2 - 1
 
 
 def follow(state: Tensor, source: Tensor) -> Tensor:

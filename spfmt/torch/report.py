@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -58,10 +59,7 @@ class LayerReport:
     @property
     def size(self) -> int:
         """Number of weights of the dense layer."""
-        total = 1
-        for length in self.shape:
-            total *= length
-        return total
+        return math.prod(self.shape) if self.shape else 0
 
     def cells(self) -> tuple[str, ...]:
         """Return the row of the printed table."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -15,7 +16,7 @@ from spfmt.convert import convert
 from spfmt.errors import FormatError, format_error
 from spfmt.formats import SparseTensor, get_format
 from spfmt.structure.distribution import erk_densities, uniform_densities
-from spfmt.torch.linear import SparseLinear, resolve_density
+from spfmt.torch.linear import SparseLinear, implied_density, resolve_density
 from spfmt.torch.report import LayerReport, ModelReport
 
 __all__ = ["densify", "layer_densities", "sparsify"]
@@ -64,6 +65,11 @@ class _Found:
         sizes = [tuple(p.shape) for p in self.weights.values() if not nn.parameter.is_lazy(p)]
         weight = getattr(self.module, "weight", None)
         return sizes[0] if sizes else tuple(getattr(weight, "shape", ()))
+
+    @property
+    def size(self) -> int:
+        """Number of weights; zero where a lazy module does not know it yet."""
+        return math.prod(self.shape) if self.shape else 0
 
 
 def _survey(model: nn.Module) -> list[_Found]:
@@ -213,7 +219,7 @@ class _Recipe:
         if callable(self.scores):
             return self.scores(name, linear)
         if self.scores == "random":
-            return torch.rand(linear.weight.shape, generator=self.generator)
+            return torch.rand(linear.weight.shape, generator=self.generator, device="cpu")
         return linear.weight.abs()
 
     def _finish(
@@ -252,9 +258,9 @@ def sparsify(
     format : str or type of SparseTensor
         The format, for instance ``"shuffled_block"``.
     density, sparsity : float, optional
-        Share of weights that stay, or that go: exactly one of the two. ``density="keep"`` keeps the
-        zeros that a pruned model already has, and no others. A mapping from layer names to
-        densities takes exactly those layers.
+        Share of weights that stay, or that go: exactly one of the two, unless ``n`` and ``m`` or
+        ``fan_in`` say it. ``density="keep"`` keeps the zeros that a pruned model already has, and
+        no others. A mapping from layer names to densities takes exactly those layers.
     include, exclude : str, type, callable, or several of them, optional
         Globs on the qualified name (``"encoder.*"``), module classes, or predicates
         ``(name, module) -> bool``. By default every ``nn.Linear`` is included and none excluded.
@@ -287,7 +293,7 @@ def sparsify(
     path that reads the weights of its linear layers; it is switched off for layers that were
     changed, and :func:`densify` switches it on again.
     """
-    targets = _Targets.of(density, sparsity, distribution)
+    targets = _Targets.of(density, sparsity, distribution, params)
     found = _survey(model)
     _decide(found, targets, _selectors(include), _selectors(exclude))
     shapes = {entry.name: entry.shape for entry in found if not entry.reason}
@@ -307,14 +313,21 @@ def sparsify(
 
 @dataclass(frozen=True)
 class _Targets:
-    """The densities that were asked for: one for all, one per layer, or those the model has."""
+    """The densities asked for: one for all, one by name, implied by n:m, or those the model has."""
 
     density: float | None
     by_name: Mapping[str, float] | None
     distribution: Distribution
+    params: Mapping[str, Any] | None = None
 
     @classmethod
-    def of(cls, density: Any, sparsity: float | None, distribution: Distribution) -> _Targets:
+    def of(
+        cls,
+        density: Any,
+        sparsity: float | None,
+        distribution: Distribution,
+        params: Mapping[str, Any],
+    ) -> _Targets:
         if isinstance(density, str | Mapping):
             if sparsity is not None or (isinstance(density, str) and density != "keep"):
                 raise format_error(
@@ -323,12 +336,17 @@ class _Targets:
                     "pass density=0.1, for example",
                 )
             return cls(None, None if isinstance(density, str) else density, distribution)
+        if density is None and sparsity is None and implied_density(params, 1) is not None:
+            return cls(None, None, distribution, params)
         return cls(resolve_density(density, sparsity), None, distribution)
 
     def spread(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, float] | None:
         """Return the density of every layer by name; None keeps what the weights have."""
         if self.by_name is not None:
             return {name: resolve_density(self.by_name[name], None) for name in shapes}
+        if self.params is not None:
+            implied = {name: implied_density(self.params, s[1]) for name, s in shapes.items()}
+            return {name: resolve_density(density, None) for name, density in implied.items()}
         if self.density is None:
             return None
         return layer_densities(shapes, self.density, self.distribution)
@@ -385,7 +403,7 @@ def _row(entry: _Found, layer: SparseLinear | None, remark: str) -> LayerReport:
     if isinstance(now, SparseLinear):
         sparse = (now.format, now.target_density, now.density, now.nnz)
     else:
-        sparse = ("", 1.0, 1.0, int(np.prod(entry.shape)))
+        sparse = ("", 1.0, 1.0, entry.size)
     return LayerReport(
         entry.name, kind, entry.shape, layer is not None, remark, *sparse, aliases=aliases
     )
@@ -449,7 +467,7 @@ def densify(model: nn.Module) -> ModelReport:
                 entry.shape,
                 sparse,
                 reason,
-                nnz=int(np.prod(entry.shape)),
+                nnz=entry.size,
                 aliases=tuple(entry.names[1:]),
             )
         )

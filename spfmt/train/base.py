@@ -170,7 +170,7 @@ class SparseTrainer(ABC):
         self.optimizer = optimizer
         self.layers: dict[str, SparseLinear] = {
             name: module
-            for name, module in model.named_modules()
+            for name, module in _unwrapped(model).named_modules()
             if isinstance(module, SparseLinear)
         }
         self.generator = torch.Generator().manual_seed(_SEED_OFFSET + seed)
@@ -356,6 +356,17 @@ class SparseTrainer(ABC):
         self.steps, self.updates = int(state["steps"]), int(state["updates"])
         self.generator.set_state(state["generator"].cpu())
         self._explored = explored
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """Return the model inside DDP and ``torch.compile``, so that names are the same everywhere."""
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            model = model.module
+        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            model = model._orig_mod  # type: ignore[assignment]
+        else:
+            return model
 
 
 def _packed_mask(layer: SparseLinear) -> NDArray[np.uint8]:

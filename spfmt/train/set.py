@@ -73,7 +73,8 @@ class SET(SparseTrainer):
         SET only in what it grows overrides this.
         """
         unit = _units(tensor)
-        drawn = torch.rand((int(unit.max()) + 1, layer.in_features), generator=self.generator)
+        size = (int(unit.max()) + 1, layer.in_features)
+        drawn = torch.rand(size, generator=self.generator, device="cpu")
         return drawn.numpy()[unit].reshape(-1)
 
     def _draw(
@@ -97,7 +98,7 @@ class SET(SparseTrainer):
         # A format whose smallest legal change is larger (one more per row, say) changes some units.
         unit = _units(tensor)[drawn // layer.in_features]
         sizes = np.bincount(unit)
-        order = torch.randperm(sizes.size, generator=self.generator).numpy()
+        order = torch.randperm(sizes.size, generator=self.generator, device="cpu").numpy()
         before = np.cumsum(sizes[order]) - sizes[order]
         return drawn[np.isin(unit, order[before < count])]
 
