@@ -19,7 +19,7 @@ from spfmt.formats import CSR, FORMATS, HRBP, NM, Condensed, ShuffledBlock, Spar
 onnx = pytest.importorskip("onnx")
 ort = pytest.importorskip("onnxruntime")
 
-from onnx import TensorProto, helper, numpy_helper  # noqa: E402
+from onnx import helper, numpy_helper  # noqa: E402
 from onnx.reference import ReferenceEvaluator  # noqa: E402
 
 import spfmt.onnx as sonnx  # noqa: E402
@@ -232,7 +232,7 @@ def test_block_heights(block_rows: int) -> None:
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_wide_layers_use_32_bit_indices(format: str) -> None:
-    tensor = weight(format, 40, 70_000)
+    tensor = weight(format, 6, 70_000)
     lowered = sonnx.lower(tensor)
     wide = lowered.inputs["channel_indices" if format == "hrbp" else "col_indices"]
     assert wide.dtype == np.int32
@@ -439,6 +439,13 @@ def test_broken_structures_are_refused(
     model = one_layer(tensor, bias_of(tensor), change=change).SerializeToString()
     with pytest.raises(SpfmtError, match=message):
         sonnx.session(model)
+
+
+def test_a_refusal_prints_nothing_to_stdout(capfd: pytest.CaptureFixture[str]) -> None:
+    tensor = weight("csr", 13, 21)
+    with pytest.raises(SpfmtError):
+        sonnx.session(one_layer(tensor, bias_of(tensor), change=cut("bias")).SerializeToString())
+    assert capfd.readouterr().out == ""
 
 
 @pytest.mark.parametrize(
@@ -733,6 +740,24 @@ def test_keyword_inputs(tmp_path: Path) -> None:
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
 
 
+class Branches(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = layer("nm", 13, 21), layer("csr", 13, 21)
+
+    def forward(self, x: Any) -> Any:
+        return torch.cond(x.sum() > 0, lambda x: self.one(x), lambda x: self.two(x), (x,))
+
+
+def test_layers_inside_branches(tmp_path: Path) -> None:
+    path = sonnx.export(Branches(), torch.randn(2, 21), tmp_path / "net.onnx")
+    for sign, op_type in [(1, "NMLinear"), (-1, "CSRLinear")]:
+        feeds = {only_input(path): np.full((3, 21), sign, np.float32)}
+        assert op_type in {run.op_type for run in sonnx.kernels_run(path, feeds)}
+        fast, body = (sonnx.session(path, library=lib).run(None, feeds)[0] for lib in (True, False))
+        np.testing.assert_allclose(fast, body, rtol=1e-5, atol=1e-5)
+
+
 class Untranslatable(nn.Module):
     def forward(self, x: Any) -> Any:
         return x if x.sum() > 0 else -x  # a branch that only running the model tells
@@ -781,4 +806,3 @@ def test_public_names() -> None:
     assert spfmt.onnx is sonnx
     for name in sonnx.__all__:
         assert hasattr(sonnx, name)
-    assert TensorProto.FLOAT == 1  # what the C++ side calls f32

@@ -1,8 +1,10 @@
 // The custom-op library: one ONNX operator per format on top of the core, running on ONNX Runtime's
 // own threads. No exception leaves a callback: every one becomes an OrtStatus.
 #include <climits>
+#include <cstdio>
 #include <map>
 #include <mutex>
+#include <new>
 #include <stdexcept>
 #include <thread>
 
@@ -26,22 +28,29 @@ void check(Status* status) {
   if (status != nullptr) throw Failure{status};
 }
 
-// Runs `body` and turns whatever it throws into a status that starts with `where`.
+// Without allocating: this also reports that memory ran out.
+Status* report(const Api& api, ErrorCode code, const char* op, const char* what) noexcept {
+  char message[512];
+  std::snprintf(message, sizeof(message), "spfmt::%s: %s", op, what);
+  return api.CreateStatus(code, message);
+}
+
+// Runs `body` for the operator `op` and turns whatever it throws into a status.
 template <class Body>
-Status* guarded(const Api& api, const std::string& where, const Body& body) noexcept {
+Status* guarded(const Api& api, const char* op, const Body& body) noexcept {
   try {
     body();
     return nullptr;
   } catch (const Failure& failure) {
     return failure.status;
   } catch (const std::invalid_argument& error) {
-    return api.CreateStatus(ErrorCode::invalid_argument, (where + ": " + error.what()).c_str());
+    return report(api, ErrorCode::invalid_argument, op, error.what());
   } catch (const std::bad_alloc&) {
-    return api.CreateStatus(ErrorCode::runtime_exception, "spfmt: out of memory");
+    return report(api, ErrorCode::runtime_exception, op, "out of memory");
   } catch (const std::exception& error) {
-    return api.CreateStatus(ErrorCode::fail, error.what());
+    return report(api, ErrorCode::fail, op, error.what());
   } catch (...) {
-    return api.CreateStatus(ErrorCode::fail, "spfmt: unknown error");
+    return report(api, ErrorCode::fail, op, "unknown error");
   }
 }
 
@@ -297,20 +306,18 @@ struct LinearOp : CustomOp {
 const LinearOp& self(const CustomOp* op) { return *static_cast<const LinearOp*>(op); }
 
 Status* create(const CustomOp* op, const Api* api, const KernelInfo* node, void** kernel) noexcept {
-  return guarded(*api, std::string("spfmt::") + self(op).op->name,
-                 [&] { *kernel = new Linear(*api, *self(op).op, node); });
+  return guarded(*api, self(op).op->name, [&] { *kernel = new Linear(*api, *self(op).op, node); });
 }
 
 Status* compute(void* kernel, KernelContext* context) noexcept {
   const Linear& linear = *static_cast<const Linear*>(kernel);
-  return guarded(linear.api(), std::string("spfmt::") + linear.name(),
-                 [&] { linear.compute(context); });
+  return guarded(linear.api(), linear.name(), [&] { linear.compute(context); });
 }
 
 // Y is X with its last dimension replaced by the length of the bias; symbolic names are kept.
 Status* infer_shape(const CustomOp* op, ShapeInferContext* context) noexcept {
   const Api& api = *self(op).api;
-  return guarded(api, std::string("spfmt::") + self(op).op->name, [&] {
+  return guarded(api, self(op).op->name, [&] {
     const Info x = Info::input(api, context, 0);
     const Info bias = Info::input(api, context, self(op).op->inputs.size() + 1);
     std::vector<int64_t> shape = x.shape();
@@ -389,5 +396,6 @@ extern "C" __attribute__((visibility("default"))) spfmt::ort::Status* RegisterCu
     return base->GetApi(1)->CreateStatus(
         ErrorCode::fail, "spfmt: expected ONNX Runtime 1.17 or later; upgrade onnxruntime");
   }
-  return guarded(*api, "spfmt", [&] { check(api->AddCustomOpDomain(options, domain_of(*api))); });
+  return guarded(*api, "RegisterCustomOps",
+                 [&] { check(api->AddCustomOpDomain(options, domain_of(*api))); });
 }

@@ -30,9 +30,7 @@ enum class MemoryType : int { standard = 0 };
 // OrtApi: the functions in use, each at its place in the table.
 struct Api {
   Status* (*CreateStatus)(ErrorCode code, const char* message);
-  void* unused_1;
-  const char* (*GetErrorMessage)(const Status*);
-  void* unused_3[23];
+  void* unused_1[25];
   Status* (*CreateCustomOpDomain)(const char* domain, CustomOpDomain** out);
   Status* (*CustomOpDomain_Add)(CustomOpDomain*, const struct CustomOp*);
   Status* (*AddCustomOpDomain)(SessionOptions*, CustomOpDomain*);
@@ -58,9 +56,7 @@ struct Api {
   void (*ReleaseStatus)(Status*);
   void* unused_94[5];
   void (*ReleaseTensorTypeAndShapeInfo)(TensorInfo*);
-  void* unused_100;
-  void (*ReleaseCustomOpDomain)(CustomOpDomain*);
-  void* unused_102[147];
+  void* unused_100[149];
   Status* (*KernelInfoGetConstantInput_tensor)(const KernelInfo*, size_t index, int* is_constant,
                                                const Value** out);
   void* unused_250[18];
@@ -113,7 +109,6 @@ struct CustomOp {
 // X(function, slot): the places in OrtApi.
 #define SPFMT_ORT_API_SLOTS(X)                 \
   X(CreateStatus, 0)                           \
-  X(GetErrorMessage, 2)                        \
   X(CreateCustomOpDomain, 26)                  \
   X(CustomOpDomain_Add, 27)                    \
   X(AddCustomOpDomain, 28)                     \
@@ -131,7 +126,6 @@ struct CustomOp {
   X(KernelContext_GetOutput, 91)               \
   X(ReleaseStatus, 93)                         \
   X(ReleaseTensorTypeAndShapeInfo, 99)         \
-  X(ReleaseCustomOpDomain, 101)                \
   X(KernelInfoGetConstantInput_tensor, 249)    \
   X(ShapeInferContext_GetInputTypeShape, 268)  \
   X(ShapeInferContext_SetOutputTypeShape, 270) \

@@ -2,7 +2,11 @@
 
 `export` writes a torch model, `session` opens it with our kernels, `register` and `library_path`
 serve applications that make their sessions themselves, `kernels_run` shows what ran. Running needs
-onnxruntime alone; exporting needs torch, onnx and onnxscript.
+onnxruntime alone; exporting needs torch, onnx and onnxscript::
+
+    spfmt.onnx.export(model, example, "model.onnx")
+    session = spfmt.onnx.session("model.onnx")
+    (y,) = session.run(None, {"x": x})
 """
 
 from __future__ import annotations

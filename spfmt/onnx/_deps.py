@@ -27,10 +27,11 @@ def require(module: str) -> Any:
     MissingDependency
         When it cannot be imported; the message names the pip command.
     """
+    package = module.partition(".")[0]
     try:
+        importlib.import_module(package)
         return importlib.import_module(module)
     except ImportError as error:
-        package = module.partition(".")[0]
         raise MissingDependency(
             f"got no module {package!r} ({error}); spfmt.onnx needs it here; "
             "run: pip install 'spfmt[onnx]'"

@@ -350,10 +350,11 @@ def _finish(proto: onnx.ModelProto, inline: bool) -> onnx.ModelProto:
         proto.opset_import.append(onnx.helper.make_opsetid(DOMAIN, VERSION))
     known = [opset for opset in proto.opset_import if opset.domain != DOMAIN]
     proto.ir_version = max(8, onnx.helper.find_min_ir_version_for(known, ignore_unknown=True))
-    if proto.ByteSize() > _MAX_BYTES:
+    size = proto.ByteSize()
+    if size > _MAX_BYTES:
         raise ExportError(
-            f"got a model of {proto.ByteSize() / 2**30:.1f} GiB; expected at most 2 GiB, all that one "
-            "ONNX file can hold; raise the sparsity or export the model in parts"
+            f"got a model of {size / 2**30:.1f} GiB; expected at most 2 GiB, all that one ONNX "
+            "file can hold; raise the sparsity or export the model in parts"
         )
     try:
         onnx.checker.check_model(proto, full_check=True)

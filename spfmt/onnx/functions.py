@@ -6,9 +6,24 @@ with our library) runs the sparse kernel; any other one runs the function. Every
 values in a zero matrix and multiplies: all of it but the product is constant, so ONNX Runtime
 folds it into one dense ``Gemm`` while it loads the file.
 
-Common to all operators: ``X`` (..., in_features), ``bias`` (out_features,), ``Y`` (...,
-out_features); ``X``, ``values`` and ``bias`` have one type, float32 or float64. Every input but
-``X`` must be constant. Index inputs are uint16 when all of them fit, else int32.
+Version 1 of the domain; an operator whose meaning has to change will get a new name, because ONNX
+Runtime runs the kernels of version 1 for later versions too. All operators have the inputs ``X``
+(..., in_features), then those below, then ``bias`` (out_features,); the output ``Y`` (...,
+out_features); the attributes ``in_features`` and ``out_features``. ``X``, ``values``, ``bias`` and
+``Y`` have one type, float32 or float64. Every input but ``X`` must be constant. Indices are uint16
+when all of one input fit, else int32; pointers are int32. With R = out_features::
+
+    CondensedLinear      values (n_active, k)  row_indices (n_active,)  col_indices (n_active, k)
+    NMLinear             values (R, K)  col_indices (R, K)                      attributes n, m
+    CSRLinear            values (nnz,)  indptr (R + 1,)  col_indices (nnz,)
+    ShuffledBlockLinear  values (T, S)  group_ptr (G + 1,)  col_indices (T,)  row_positions (R,)
+    HRBPLinear           values (G, K, S)  channel_indices (G, n_channels)
+                         pattern_indices (G, n_cells)  row_positions (R,)       attribute cells
+
+The last two have G groups of at most S rows. A row of their values belongs to one column of one
+group and holds one value per row of the group, zeros behind the rows of a short group. Row r of the
+matrix is row ``row_positions[r] % S`` of group ``row_positions[r] // S``. The columns of a group of
+HRBP are ``channel * cells + cell``, channel after channel.
 """
 
 from __future__ import annotations
@@ -77,96 +92,80 @@ class Operator:
     lower: Callable[[Any], tuple[dict[str, Array], dict[str, int]]]
 
 
-# The bodies share a beginning (sizes as vectors of length one) and an end (the product). In
-# between each computes `weight`, the dense matrix turned to (in_features, out_features).
+# Every body computes `weight`, the dense matrix turned to (in_features, out_features), from zeros
+# and `places`. What is as large as the dense matrix is written as seldom as possible: ONNX Runtime
+# keeps all of it while it loads a file.
 _BEGIN = """
     zero = Constant <value = int64[1] {0}> ()
     one = Constant <value = int64[1] {1}> ()
     minus_one = Constant <value = int64[1] {-1}> ()
+    first = Constant <value_int = 0> ()
+    step = Constant <value_int = 1> ()
+    zero_float = Constant <value_float = 0.0> ()
+    zero_value = CastLike (zero_float, values)
     c_scalar = Constant <value_int: int = @in_features> ()
     r_scalar = Constant <value_int: int = @out_features> ()
     c = Reshape (c_scalar, one)
     r = Reshape (r_scalar, one)
-    c_r = Concat <axis = 0> (c, r)
 """
 _END = """
     product = MatMul (X, weight)
     Y = Add (product, bias)
 """
-# Values at flat positions `row * in_features + column` of the matrix.
-_PLACE_FLAT = """
-    size = Mul (r, c)
-    zeros_f = ConstantOfShape <value = float[1] {0}> (size)
-    zeros = CastLike (zeros_f, values)
-    flat_positions = Reshape (positions, minus_one)
-    flat_values = Reshape (values, minus_one)
-    flat = ScatterElements <axis = 0> (zeros, flat_positions, flat_values)
-    r_c = Concat <axis = 0> (r, c)
-    matrix = Reshape <allowzero = 1> (flat, r_c)
-    weight = Transpose <perm = [1, 0]> (matrix)
+# Value i goes to column columns[i] of a row: row_column[i], broadcast to the shape of the values.
+_PLACE_ROWS = """
+    values_shape = Shape (values)
+    rows = Expand (row_column, values_shape)
+    row_places = Unsqueeze (rows, minus_one)
+    column_places = Unsqueeze (columns, minus_one)
+    places = Concat <axis = -1> (column_places, row_places)
+    c_r = Concat <axis = 0> (c, r)
+    zeros = Expand (zero_value, c_r)
+    weight = ScatterND (zeros, places, values)
 """
-# Row i of `entries` is column `columns[i]` of group `group[i]`: S values, one per row of the group.
-# Groups are laid side by side, then `row_positions` picks every row of the matrix from them.
+# Run i of S values is column columns[i] of the S rows of group group[i]. Groups lie side by side,
+# short ones padded to S rows; row_positions picks every row of the matrix from them.
 _PLACE_GROUPS = """
-    group_start = Mul (group, c)
-    places = Add (group_start, columns)
-    places_1 = Unsqueeze (places, minus_one)
-    size = Mul (groups, c)
-    zeros_shape = Concat <axis = 0> (size, s)
-    zeros_f = ConstantOfShape <value = float[1] {0}> (zeros_shape)
-    zeros = CastLike (zeros_f, values)
-    tall = ScatterND (zeros, places_1, entries)
-    g_c_s = Concat <axis = 0> (groups, c, s)
-    by_group = Reshape <allowzero = 1> (tall, g_c_s)
-    by_column = Transpose <perm = [1, 0, 2]> (by_group)
+    column_places = Unsqueeze (columns, minus_one)
+    group_places = Unsqueeze (group, minus_one)
+    places = Concat <axis = -1> (column_places, group_places)
+    s = Shape <start = -1> (values)
+    c_g_s = Concat <axis = 0> (c, groups, s)
+    zeros = Expand (zero_value, c_g_s)
+    grouped = ScatterND (zeros, places, values)
     g_s = Mul (groups, s)
     c_gs = Concat <axis = 0> (c, g_s)
-    wide = Reshape <allowzero = 1> (by_column, c_gs)
+    wide = Reshape <allowzero = 1> (grouped, c_gs)
     rows = Cast <to = 7> (row_positions)
     weight = Gather <axis = 1> (wide, rows)
 """
-# From pointers (n + 1,) to the list each of the `count` entries belongs to: a step at every start.
+# From pointers (n + 1,) to the list that each entry belongs to: one step up at every start.
 _EXPAND_POINTERS = """
     pointers = Cast <to = 7> ({pointers})
     starts = Slice (pointers, one, minus_one)
     starts_shape = Shape (starts)
-    steps = ConstantOfShape <value = int64[1] {{1}}> (starts_shape)
+    steps = Expand (step, starts_shape)
     count = Shape <start = 0, end = 1> (values)
     count_1 = Add (count, one)
-    flats = ConstantOfShape <value = int64[1] {{0}}> (count_1)
-    jumps = ScatterElements <axis = 0, reduction = "add"> (flats, starts, steps)
-    axis = Constant <value_int = 0> ()
-    all_owners = CumSum (jumps, axis)
+    flat = Expand (first, count_1)
+    jumps = ScatterElements <axis = 0, reduction = "add"> (flat, starts, steps)
+    all_owners = CumSum (jumps, first)
     {owner} = Slice (all_owners, zero, count)
+    columns = Cast <to = 7> (col_indices)
 """
-
 _CONDENSED = """
     row_ids = Cast <to = 7> (row_indices)
-    row_starts = Mul (row_ids, c)
-    column = Unsqueeze (row_starts, minus_one)
+    row_column = Unsqueeze (row_ids, minus_one)
     columns = Cast <to = 7> (col_indices)
-    positions = Add (column, columns)
 """
 _NM = """
-    first = Constant <value_int = 0> ()
-    step = Constant <value_int = 1> ()
     row_ids = Range (first, r_scalar, step)
-    row_starts = Mul (row_ids, c)
-    column = Unsqueeze (row_starts, minus_one)
+    row_column = Unsqueeze (row_ids, minus_one)
     columns = Cast <to = 7> (col_indices)
-    positions = Add (column, columns)
 """
-_CSR = """
-    row_starts = Mul (row_ids, c)
-    columns = Cast <to = 7> (col_indices)
-    positions = Add (row_starts, columns)
-"""
-_SHUFFLED_BLOCK = """
-    columns = Cast <to = 7> (col_indices)
-    s = Shape <start = 1, end = 2> (values)
+_GROUP_COUNT = """
     n_pointers = Shape (group_ptr)
     groups = Sub (n_pointers, one)
-    entries = Identity (values)
 """
 _HRBP = """
     channels = Cast <to = 7> (channel_indices)
@@ -176,21 +175,13 @@ _HRBP = """
     channel_column = Unsqueeze (channel_starts, minus_one)
     pattern_row = Unsqueeze (patterns, one)
     grid = Add (channel_column, pattern_row)
-    columns = Reshape (grid, minus_one)
     groups = Shape <start = 0, end = 1> (values)
-    n_columns = Shape <start = 1, end = 2> (values)
-    s = Shape <start = 2, end = 3> (values)
-    first = Constant <value_int = 0> ()
-    step = Constant <value_int = 1> ()
+    groups_columns = Shape <start = 0, end = 2> (values)
+    columns = Reshape <allowzero = 1> (grid, groups_columns)
     groups_scalar = Squeeze (groups)
     group_ids = Range (first, groups_scalar, step)
     group_column = Unsqueeze (group_ids, minus_one)
-    g_k = Concat <axis = 0> (groups, n_columns)
-    group_grid = Expand (group_column, g_k)
-    group = Reshape (group_grid, minus_one)
-    count = Shape (columns)
-    entries_shape = Concat <axis = 0> (count, s)
-    entries = Reshape <allowzero = 1> (values, entries_shape)
+    group = Expand (group_column, groups_columns)
 """
 
 
@@ -411,8 +402,8 @@ def _row_positions(row_perm: Array, row_starts: Array, width: int) -> Array:
     return _indices(positions)
 
 
-_GROUP_ENDS = _EXPAND_POINTERS.format(pointers="group_ptr", owner="group")
-_ROW_ENDS = _EXPAND_POINTERS.format(pointers="indptr", owner="row_ids")
+_ROW_OWNERS = _EXPAND_POINTERS.format(pointers="indptr", owner="row_column")
+_GROUP_OWNERS = _EXPAND_POINTERS.format(pointers="group_ptr", owner="group")
 _SIZES = ("in_features", "out_features")
 
 OPERATORS: dict[str, Operator] = {
@@ -420,17 +411,17 @@ OPERATORS: dict[str, Operator] = {
         "CondensedLinear",
         ("values", "row_indices", "col_indices"),
         _SIZES,
-        _CONDENSED + _PLACE_FLAT,
+        _CONDENSED + _PLACE_ROWS,
         _lower_condensed,
     ),
     "nm": Operator(
-        "NMLinear", ("values", "col_indices"), (*_SIZES, "n", "m"), _NM + _PLACE_FLAT, _lower_nm
+        "NMLinear", ("values", "col_indices"), (*_SIZES, "n", "m"), _NM + _PLACE_ROWS, _lower_nm
     ),
     "shuffled_block": Operator(
         "ShuffledBlockLinear",
         ("values", "group_ptr", "col_indices", "row_positions"),
         _SIZES,
-        _SHUFFLED_BLOCK + _GROUP_ENDS + _PLACE_GROUPS,
+        _GROUP_COUNT + _GROUP_OWNERS + _PLACE_GROUPS,
         _lower_shuffled_block,
     ),
     "hrbp": Operator(
@@ -444,7 +435,8 @@ OPERATORS: dict[str, Operator] = {
         "CSRLinear",
         ("values", "indptr", "col_indices"),
         _SIZES,
-        _ROW_ENDS + _CSR + _PLACE_FLAT,
+        _ROW_OWNERS + _PLACE_ROWS,
         _lower_csr,
     ),
 }
+"""Every operator by the name of its format."""

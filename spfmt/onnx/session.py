@@ -129,7 +129,8 @@ def session(
     source = model if isinstance(model, bytes) else os.fspath(model)
     name = f"{len(model)} bytes" if isinstance(model, bytes) else repr(source)
     try:
-        return ort.InferenceSession(source, options, providers=list(providers))
+        # Without the fallback: it prints, and tries the same providers once more.
+        return ort.InferenceSession(source, options, providers=list(providers), enable_fallback=0)
     except Exception as error:
         raise SpfmtError(
             f"got a model that ONNX Runtime cannot open ({name}): {error}; expected a sound ONNX "
