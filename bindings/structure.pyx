@@ -9,7 +9,7 @@ first.
 """
 
 from libc.math cimport fabs, sqrt
-from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memset
 
@@ -517,32 +517,23 @@ def pair_similarities(const uint64_t[:, ::1] bits, const int32_t[::1] counts,
             out[i] = _similarity(common, counts[first[i]], counts[second[i]], cosine)
 
 
-def likely_neighbours(const uint64_t[:, ::1] bits, const int32_t[::1] rank,
-                      const int32_t[::1] rows, int32_t[::1] last, int32_t[:, ::1] out):
-    """out[i, h] = the row before rows[i] that agrees with it in hash h, or -1.
-
-    rank is a random permutation of the columns; hash h of a row is its smallest rank among those
-    with the remainder h modulo 8. last (one entry per column, all -1) is workspace.
-    """
-    cdef Py_ssize_t words = bits.shape[1], i, w, h
-    cdef int32_t smallest[8]
-    cdef int32_t key
+def minhash(const uint64_t[:, ::1] bits, const uint16_t[::1] hashes, const int32_t[::1] rows,
+            uint16_t[:, ::1] out):
+    """out[i, h] = the smallest hash of the columns of rows[i] whose hash is h modulo 8."""
+    cdef Py_ssize_t words = bits.shape[1], i, w
+    cdef uint16_t *smallest
+    cdef uint16_t key
     cdef uint64_t word
     with nogil:
         for i in range(rows.shape[0]):
-            for h in range(8):
-                smallest[h] = 0x7FFFFFFF
+            smallest = &out[i, 0]
+            memset(smallest, 0xFF, 8 * sizeof(uint16_t))
             for w in range(words):
                 word = bits[rows[i], w]
                 while word:
-                    key = rank[64 * w + count_trailing_zeros(word)]
+                    key = hashes[64 * w + count_trailing_zeros(word)]
                     word &= word - 1
                     smallest[key & 7] = min(smallest[key & 7], key)
-            for h in range(8):
-                out[i, h] = -1
-                if smallest[h] != 0x7FFFFFFF:
-                    out[i, h] = last[smallest[h]]
-                    last[smallest[h]] = rows[i]
 
 
 cdef inline int32_t _root(int32_t *parent, int32_t i) noexcept nogil:

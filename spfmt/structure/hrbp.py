@@ -57,7 +57,7 @@ def hrbp_structure(
     shape : sequence of 2 or 4 ints
         (C_out, C_in) or (C_out, C_in, Kh, Kw). A depthwise layer has C_in = 1.
     density : float
-        r, the density of the result, in (0, 1]. The result's own density is
+        r, the density of the result, in [0, 1]. The result's own density is
         n_channels*n_cells / (C_in*Kh*Kw), the nearest that whole channels can hold.
     block_density : float, optional
         s; a multiple of 1/(Kh*Kw).
@@ -87,7 +87,7 @@ def hrbp_structure(
     m, plain, out, channels, cells = _check_layer(mask, scores, shape)
     r = as_density(density)
     if out == 0 or channels * cells == 0 or r == 0.0:
-        return _nothing(out)
+        return _nothing(out, groups)
     s_cells = _pattern_cells(r, channels, cells, block_density)
     fraction = min(1.0, r * cells / s_cells)
     per_kernel = np.empty((out, channels), np.int32)
@@ -181,7 +181,7 @@ def _most(n: float, *keys: npt.NDArray[np.int32 | np.int64 | np.float64]) -> Boo
         value = key.reshape(-1)[among]
         bound = np.partition(value, among.size - count)[among.size - count]
         chosen[among[value > bound]] = True
-        count -= np.count_nonzero(value > bound)
+        count -= int(np.count_nonzero(value > bound))
         among = among[value == bound]
     chosen[among[:count]] = True
     return chosen.reshape(keys[0].shape)
@@ -191,16 +191,23 @@ def _row_groups(
     kernel_mask: BoolArray, groups: int | None, method: str
 ) -> tuple[Int32Array, Int64Array]:
     """Leaf order of the rows cut into t groups whose sizes differ by at most one."""
-    out = kernel_mask.shape[0]
+    row_ptr = _group_ptr(kernel_mask.shape[0], groups)
+    # DSB's fraction q is not part of HRBP: every row that shares a channel is clustered.
+    order = order_rows(
+        kernel_mask, min_overlap=0.0, method=method, group_size=max(1, int(row_ptr[1]))
+    )
+    for g in range(row_ptr.size - 1):
+        order[row_ptr[g] : row_ptr[g + 1]].sort()
+    return order, row_ptr
+
+
+def _group_ptr(out: int, groups: int | None) -> Int64Array:
+    """Bounds of t groups whose sizes differ by at most one, the larger ones first."""
     t = max(1, min(8, out // 8)) if groups is None else as_count(groups, "groups", 1, out)
     base, longer = divmod(out, t)
     row_ptr = np.zeros(t + 1, np.int64)
     np.cumsum(base + (np.arange(t) < longer), out=row_ptr[1:])
-    # DSB's fraction q is not part of HRBP: every row that shares a channel is clustered.
-    order = order_rows(kernel_mask, min_overlap=0.0, method=method, group_size=max(1, base))
-    for g in range(t):
-        order[row_ptr[g] : row_ptr[g + 1]].sort()
-    return order, row_ptr
+    return row_ptr
 
 
 def _pattern(
@@ -213,16 +220,11 @@ def _pattern(
     return np.flatnonzero(_most(keep, counts, sums))
 
 
-def _nothing(out: int) -> tuple[Int32Array, Int64Array, Int32Array, Int32Array]:
-    """One group of all rows that holds no weight; no group where there is no row."""
-    t = min(1, out)
-    empty = np.empty((t, 0), np.int32)
-    return (
-        np.arange(out, dtype=np.int32),
-        np.array([0, out][: t + 1], np.int64),
-        empty,
-        empty.copy(),
-    )
+def _nothing(out: int, groups: int | None) -> tuple[Int32Array, Int64Array, Int32Array, Int32Array]:
+    """Groups without a weight; no group where there is no row."""
+    row_ptr = _group_ptr(out, groups) if out else np.zeros(1, np.int64)
+    empty = np.empty((row_ptr.size - 1, 0), np.int32)
+    return np.arange(out, dtype=np.int32), row_ptr, empty, empty.copy()
 
 
 def _layer_shape(shape: Sequence[int]) -> tuple[int, int, int]:

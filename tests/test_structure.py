@@ -1,0 +1,677 @@
+"""Structure search against hand-made cases and against brute force on tiny matrices."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import sys
+
+import numpy as np
+import pytest
+
+from spfmt.errors import FormatError, MissingDependency
+from spfmt.structure import (
+    constant_fan_in,
+    erk_densities,
+    hrbp_block_density,
+    hrbp_structure,
+    nm_columns,
+    order_rows,
+    order_rows_fast,
+    per_row_topk,
+    rows,
+    select_blocks,
+    topk_mask,
+    transposable_nm_mask,
+    transposable_patterns,
+    uniform_densities,
+)
+
+REAL_DTYPES = ["f2", "f4", "f8", ">f4", "i2", "u1", "?"]
+
+
+def mask_of(columns: np.ndarray, cols: int) -> np.ndarray:
+    mask = np.zeros((len(columns), cols), bool)
+    np.put_along_axis(mask, columns.astype(np.int64), True, axis=1)
+    return mask
+
+
+def planted(rng: np.random.Generator, groups: int, group_size: int, cols: int, width: int):
+    """Rows of `groups` groups with `width` own columns each, shuffled; returns mask and labels."""
+    label = rng.permutation(np.repeat(np.arange(groups), group_size))
+    owned = np.array([rng.choice(cols, width, replace=False) for _ in range(groups)])
+    return mask_of(owned[label], cols), label
+
+
+# ---- inputs ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", REAL_DTYPES)
+def test_every_real_dtype_and_stride_is_read_alike(dtype):
+    wide = np.random.default_rng(0).integers(0, 2 if dtype == "?" else 50, (12, 16))
+    scores = wide.astype(dtype)[::-2, ::2]
+    plain = wide[::-2, ::2].astype(np.float64)
+    assert not scores.flags.c_contiguous
+    np.testing.assert_array_equal(topk_mask(scores, 13), topk_mask(plain, 13))
+    np.testing.assert_array_equal(per_row_topk(scores, 3), per_row_topk(plain, 3))
+    np.testing.assert_array_equal(nm_columns(scores, 2, 4), nm_columns(plain, 2, 4))
+    np.testing.assert_array_equal(
+        transposable_nm_mask(scores, 1, 3), transposable_nm_mask(plain, 1, 3)
+    )
+    perm = np.arange(6)
+    for got, want in zip(
+        select_blocks(scores, perm, (2, 2), 5), select_blocks(plain, perm, (2, 2), 5), strict=True
+    ):
+        np.testing.assert_array_equal(got, want)
+
+
+def test_read_only_scores_are_accepted_and_untouched():
+    scores = np.random.default_rng(0).random((8, 8))
+    before = scores.copy()
+    scores.flags.writeable = False
+    topk_mask(scores, 5)
+    per_row_topk(scores, 2)
+    nm_columns(scores, 2, 4)
+    transposable_nm_mask(scores, 2, 4)
+    select_blocks(scores, np.arange(8), (2, 2), 3)
+    hrbp_structure(scores > 0.5, scores, (8, 8), 0.5, method="fast")
+    np.testing.assert_array_equal(scores, before)
+
+
+def test_bfloat16_scores():
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    scores = np.array([[1, 3, 2]], ml_dtypes.bfloat16)
+    assert per_row_topk(scores, 2).tolist() == [[1, 2]]
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda s: topk_mask(s, 1),
+        lambda s: per_row_topk(s, 1),
+        lambda s: constant_fan_in(s, 2),
+        lambda s: nm_columns(s, 1, 2),
+        lambda s: transposable_nm_mask(s, 1, 2),
+        lambda s: select_blocks(s, np.arange(4), (2, 2), 1),
+        lambda s: hrbp_structure(np.ones((4, 4)), s, (4, 4), 0.5),
+    ],
+)
+def test_nan_scores_are_refused(call):
+    scores = np.ones((4, 4))
+    scores[2, 3] = np.nan
+    with pytest.raises(FormatError, match=r"got NaN in scores at \(2, 3\); expected .*; fix: "):
+        call(scores)
+    with pytest.raises(FormatError, match="got scores of dtype"):
+        call(np.ones((4, 4), complex))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: topk_mask(np.ones(3), 4), r"got n = 4; expected a whole number in \[0, 3\]"),
+        (lambda: topk_mask(np.ones(3), -1), "got n = -1"),
+        (lambda: topk_mask(np.ones(3), 1.5), "got n = 1.5"),
+        (lambda: per_row_topk(np.ones((2, 3)), 4), "got k = 4"),
+        (lambda: per_row_topk(np.ones(3), 1), r"got scores of shape \(3,\); expected 2 dimensions"),
+        (lambda: constant_fan_in(np.ones((2, 3)), 7), "got n_nonzeros = 7"),
+        (lambda: nm_columns(np.ones((2, 4)), 3, 2), "got n = 3"),
+        (lambda: nm_columns(np.ones((2, 4)), 0, 0), "got m = 0"),
+        (lambda: nm_columns(np.ones((2, 4)), 1, 2, 3), "4 columns for 3 cells"),
+        (lambda: transposable_nm_mask(np.full((2, 2), np.inf), 1, 2), "an infinite score at"),
+        (lambda: select_blocks(np.ones((2, 2)), [0, 0], (1, 1), 1), "row_perm"),
+        (lambda: select_blocks(np.ones((2, 2)), [0, 2], (1, 1), 1), "row_perm"),
+        (lambda: select_blocks(np.ones((2, 2)), [0.0, 1.0], (1, 1), 1), "row_perm"),
+        (lambda: select_blocks(np.ones((2, 2)), [0, 1], (0, 1), 1), "block rows S1 = 0"),
+        (lambda: select_blocks(np.ones((2, 2)), [0, 1], 2, 1), "block_shape = 2"),
+        (lambda: select_blocks(np.ones((2, 2)), [0, 1], (1, 1), 5), "n_blocks = 5"),
+        (lambda: select_blocks(np.full((1, 1), -np.inf), [0], (1, 1), 1), "-inf in scores"),
+        (lambda: order_rows(np.ones((2, 2)), metric="hamming"), "metric = 'hamming'"),
+        (lambda: order_rows(np.ones((2, 2)), linkage="single"), "linkage = 'single'"),
+        (lambda: order_rows(np.ones((2, 2)), method="best"), "method = 'best'"),
+        (lambda: order_rows(np.ones((2, 2)), min_overlap=2), "min_overlap = 2"),
+        (lambda: order_rows(np.ones(4)), "mask of shape"),
+        (lambda: order_rows_fast(np.ones((2, 2)), group_size=0), "group_size = 0"),
+        (lambda: hrbp_structure(np.ones((2, 4)), np.ones((2, 4)), (2, 5), 0.5), "a layer of shape"),
+        (lambda: hrbp_structure(np.ones((2, 4)), np.ones((2, 4)), (2, 4, 1), 0.5), "shape ="),
+        (lambda: hrbp_block_density(0.1, (2, 4, 3, 3), 0.5), "block_density = 0.5"),
+        (lambda: hrbp_structure(np.ones((2, 2)), np.ones((2, 2)), (2, 2), 0.5, groups=3), "groups"),
+        (lambda: erk_densities([(2, 2)], 1.5), "density = 1.5"),
+        (lambda: erk_densities([(2, 2)], math.nan), "density = nan"),
+        (lambda: erk_densities([(2,)], 0.5), "a weight shape"),
+        (lambda: erk_densities([(2, 2)], 0.5, [1]), "an excluded index = 1"),
+        (lambda: erk_densities([(9, 9), (9, 9)], 0.3, [0], count_excluded=True), "excluded"),
+    ],
+)
+def test_bad_arguments_say_got_expected_fix(call, message):
+    with pytest.raises(FormatError, match=message) as error:
+        call()
+    assert all(word in str(error.value) for word in ("got ", "expected ", "fix: "))
+
+
+# ---- selection -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(7,), (5, 9), (2, 3, 3, 3), (0,), (3, 0)])
+def test_topk_mask_is_exact_with_ties_to_the_lowest_index(shape):
+    scores = np.random.default_rng(1).integers(-3, 4, shape).astype(np.float32)
+    order = np.argsort(-scores.ravel(), kind="stable")
+    for n in range(scores.size + 1):
+        want = np.zeros(scores.size, bool)
+        want[order[:n]] = True
+        got = topk_mask(scores, n)
+        assert got.dtype == np.bool_
+        np.testing.assert_array_equal(got, want.reshape(shape))
+
+
+def test_infinite_scores_rank_first_and_last():
+    scores = np.array([[0.0, -np.inf, np.inf, 1.0]])
+    assert topk_mask(scores, 1).tolist() == [[False, False, True, False]]
+    assert per_row_topk(scores, 3).tolist() == [[0, 2, 3]]
+
+
+@pytest.mark.parametrize("cols", [0, 1, 5, 40, 700])
+@pytest.mark.parametrize("levels", [1, 3, 10**6])
+def test_per_row_topk_equals_a_stable_sort(cols, levels):
+    scores = np.random.default_rng(cols).integers(0, levels, (6, cols)).astype(np.float64)
+    order = np.argsort(-scores, axis=1, kind="stable")
+    for k in {0, 1, cols // 10, cols // 2, max(0, cols - 1), cols} & set(range(cols + 1)):
+        got = per_row_topk(scores, k)
+        assert got.dtype == np.int32
+        np.testing.assert_array_equal(got, np.sort(order[:, :k], axis=1))
+
+
+@pytest.mark.parametrize("pattern", ["ascending", "descending", "organ pipe", "sawtooth"])
+def test_selection_handles_ordered_rows(pattern):
+    n = np.arange(3000)
+    row = {
+        "ascending": n,
+        "descending": -n,
+        "organ pipe": np.minimum(n, 3000 - n),
+        "sawtooth": n % 7,
+    }[pattern].astype(np.float32)[None]
+    want = np.sort(np.argsort(-row[0], kind="stable")[:301])
+    np.testing.assert_array_equal(per_row_topk(row, 301)[0], want)
+
+
+@pytest.mark.parametrize(
+    ("n", "fan_in"), [(0, 0), (1, 1), (5, 1), (6, 1), (7, 2), (8, 2), (15, 4), (16, 4)]
+)
+def test_constant_fan_in_takes_the_nearest_legal_budget(n, fan_in):
+    scores = np.random.default_rng(2).random((4, 4))
+    row_indices, columns = constant_fan_in(scores, n)
+    assert columns.shape == ((4, fan_in) if n else (0, 0))
+    assert row_indices.tolist() == (list(range(4)) if n else [])
+    if n:
+        np.testing.assert_array_equal(columns, per_row_topk(scores, fan_in))
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (5, 0), (0, 0)])
+def test_constant_fan_in_of_empty_matrices(shape):
+    row_indices, columns = constant_fan_in(np.empty(shape), 0)
+    assert row_indices.size == columns.size == 0
+
+
+# ---- n:m -------------------------------------------------------------------------------------
+
+
+def best_group(values: np.ndarray, n: int) -> list[int]:
+    """Brute force: first of the best n-subsets in lexicographic order."""
+    subsets = list(itertools.combinations(range(len(values)), min(n, len(values))))
+    return list(subsets[int(np.argmax([values[list(s)].sum() for s in subsets]))])
+
+
+@pytest.mark.parametrize("cells", [1, 4])
+@pytest.mark.parametrize(("n", "m"), [(0, 3), (1, 2), (2, 4), (3, 5), (4, 4), (2, 7), (3, 100)])
+def test_nm_columns_are_the_optimum_of_each_group(n, m, cells):
+    channels = 10
+    scores = np.random.default_rng(n).integers(-4, 5, (3, channels * cells)).astype(np.float32)
+    got = nm_columns(scores, n, m, cells)
+    want = []
+    for row in scores:
+        columns = []
+        for begin in range(0, channels, m):
+            group = np.arange(begin, min(channels, begin + m))
+            for cell in range(cells):
+                columns += [
+                    int(group[i]) * cells + cell for i in best_group(row[group * cells + cell], n)
+                ]
+        want.append(sorted(columns))
+    assert got.dtype == np.int32
+    np.testing.assert_array_equal(got, np.array(want, np.int32).reshape(got.shape))
+
+
+@pytest.mark.parametrize("shape", [(0, 8), (8, 0), (0, 0)])
+def test_nm_of_empty_matrices(shape):
+    assert nm_columns(np.empty(shape), 2, 4).size == 0
+    assert transposable_nm_mask(np.empty(shape), 2, 4).shape == shape
+
+
+def test_there_are_90_patterns_and_the_first_wins_ties():
+    patterns = transposable_patterns(2, 4)
+    assert patterns.shape == (90, 4, 4)
+    assert len({p.tobytes() for p in patterns}) == 90
+    assert patterns[0].astype(int).tolist() == [
+        [1, 1, 0, 0],
+        [1, 1, 0, 0],
+        [0, 0, 1, 1],
+        [0, 0, 1, 1],
+    ]
+    np.testing.assert_array_equal(transposable_nm_mask(np.zeros((4, 4)), 2, 4), patterns[0])
+    assert len(transposable_patterns(1, 3)) == 6
+    assert len(transposable_patterns(2, 3)) == 6
+    assert len(transposable_patterns(0, 2)) == len(transposable_patterns(2, 2)) == 1
+
+
+def test_transposable_2_4_is_the_first_best_of_the_90_patterns():
+    rng = np.random.default_rng(3)
+    patterns = transposable_patterns(2, 4)
+    for scores in (rng.random((8, 12), np.float32), rng.integers(0, 3, (8, 12)).astype(float)):
+        got = transposable_nm_mask(scores, 2, 4)
+        for r, c in itertools.product(range(0, 8, 4), range(0, 12, 4)):
+            tile = scores[r : r + 4, c : c + 4].astype(float)
+            totals = (patterns * tile).sum(axis=(1, 2))
+            best = int(np.flatnonzero(totals >= totals.max() - 1e-12)[0])
+            np.testing.assert_array_equal(got[r : r + 4, c : c + 4], patterns[best])
+
+
+@pytest.mark.parametrize(("n", "m"), [(1, 1), (1, 2), (1, 3), (2, 3), (1, 4), (3, 4), (1, 5)])
+@pytest.mark.parametrize("levels", [2, 1000])
+def test_transposable_tiles_are_optimal_by_brute_force(n, m, levels):
+    patterns = transposable_patterns(n, m)
+    scores = np.random.default_rng(m).integers(-levels, levels, (4 * m, 5 * m)).astype(np.float64)
+    got = transposable_nm_mask(scores, n, m)
+    tiles = got.reshape(4, m, 5, m)
+    assert (tiles.sum(axis=1) == n).all()
+    assert (tiles.sum(axis=3) == n).all()
+    values = scores.reshape(4, m, 5, m).transpose(0, 2, 1, 3)
+    best = np.einsum("abij,pij->abp", values, patterns.astype(float)).max(axis=2)
+    np.testing.assert_allclose((values * tiles.transpose(0, 2, 1, 3)).sum(axis=(2, 3)), best)
+
+
+@pytest.mark.parametrize(("n", "m"), [(4, 8), (5, 16), (16, 32)])
+def test_transposable_tiles_are_optimal_by_linear_programming(n, m):
+    optimize = pytest.importorskip("scipy.optimize")
+    rng = np.random.default_rng(n)
+    scores = rng.standard_normal((m, m)) * (rng.random((m, m)) < 0.5)
+    got = transposable_nm_mask(scores, n, m)
+    assert (got.sum(axis=0) == n).all()
+    assert (got.sum(axis=1) == n).all()
+    lines = np.vstack([np.kron(np.eye(m), np.ones(m)), np.kron(np.ones(m), np.eye(m))])
+    best = optimize.linprog(-scores.ravel(), A_eq=lines, b_eq=np.full(2 * m, n), bounds=(0, 1))
+    assert scores[got].sum() == pytest.approx(-best.fun, rel=1e-9)
+
+
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (3, 8)])
+def test_transposable_convolution_groups_run_along_the_channels(n, m):
+    cells, rng = 9, np.random.default_rng(4)
+    scores = rng.random((2 * m, 3 * m * cells))
+    got = transposable_nm_mask(scores, n, m, cells).reshape(2 * m, 3 * m, cells)
+    for cell in range(cells):
+        alone = transposable_nm_mask(scores.reshape(2 * m, 3 * m, cells)[:, :, cell], n, m)
+        np.testing.assert_array_equal(got[:, :, cell], alone)
+
+
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (2, 5)])
+@pytest.mark.parametrize(("more_rows", "more_cols"), [(0, 1), (1, 0), (3, 2)])
+def test_transposable_rest_is_plain_nm(n, m, more_rows, more_cols):
+    scores = np.random.default_rng(5).random((2 * m + more_rows, 3 * m + more_cols))
+    got = transposable_nm_mask(scores, n, m)
+    np.testing.assert_array_equal(
+        got[: 2 * m, : 3 * m], transposable_nm_mask(scores[: 2 * m, : 3 * m], n, m)
+    )
+    plain = mask_of(nm_columns(scores, n, m), scores.shape[1])
+    np.testing.assert_array_equal(got[2 * m :], plain[2 * m :])
+    np.testing.assert_array_equal(got[:, 3 * m :], plain[:, 3 * m :])
+
+
+def test_a_matrix_smaller_than_a_tile_is_plain_nm():
+    scores = np.random.default_rng(6).random((3, 10))
+    plain = mask_of(nm_columns(scores, 2, 8), 10)
+    np.testing.assert_array_equal(transposable_nm_mask(scores, 2, 8), plain)
+
+
+# ---- row order -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"metric": "cosine"}, {"linkage": "complete"}])
+def test_rows_of_the_paper_figure_are_paired(options):
+    # DSB, Fig. 4: rows 0 and 2 are alike, and rows 1 and 3.
+    mask = np.array([[1, 0, 1, 0, 1], [0, 1, 0, 1, 0], [1, 0, 1, 0, 0], [0, 1, 0, 1, 1]])
+    order = order_rows(mask, **options)
+    assert order.dtype == np.int32
+    assert {frozenset(order[:2].tolist()), frozenset(order[2:].tolist())} == {
+        frozenset({0, 2}),
+        frozenset({1, 3}),
+    }
+
+
+def test_leaf_order_is_the_dendrogram_by_hand():
+    # Distances: 0-2 equal rows, 1 shares two of four columns with them, 3 one of five with 1.
+    mask = np.array(
+        [[1, 1, 1, 0, 0, 0], [0, 1, 1, 1, 0, 0], [1, 1, 1, 0, 0, 0], [0, 0, 0, 1, 1, 1]]
+    )
+    order = order_rows(mask, min_overlap=0.0).tolist()
+    assert order in ([3, 1, 0, 2], [3, 0, 2, 1], [1, 0, 2, 3], [0, 2, 1, 3])
+
+
+def test_rows_without_similar_rows_keep_their_order_at_the_end():
+    # Rows 0, 4 share nothing, 3 is empty, 5 shares 1 of its 5 columns: exactly q, not more.
+    mask = np.zeros((6, 20), bool)
+    mask[0, [0, 1]] = mask[4, [2, 3]] = True
+    mask[1, 4:8] = mask[2, 4:8] = True
+    mask[5, [7, 10, 11, 12, 13]] = True
+    assert order_rows(mask).tolist() == [1, 2, 0, 3, 4, 5]
+    assert order_rows(mask, min_overlap=0.19).tolist()[-3:] == [0, 3, 4]
+    assert order_rows(mask, min_overlap=1.0).tolist() == list(range(6))
+
+
+@pytest.mark.parametrize("method", ["paper", "fast"])
+@pytest.mark.parametrize("metric", ["jaccard", "cosine"])
+@pytest.mark.parametrize("group_size", [2, 5, 16])
+def test_planted_groups_are_found(method, metric, group_size):
+    rng = np.random.default_rng(group_size)
+    mask, label = planted(rng, 9, group_size, 130, 13)
+    mask &= rng.random(mask.shape) < 0.9
+    order = order_rows(mask, method=method, metric=metric, group_size=group_size)
+    assert sorted(order.tolist()) == list(range(len(mask)))
+    assert (label[order][::group_size] == label[order].reshape(9, group_size).T).all()
+    again = order_rows(mask, method=method, metric=metric, group_size=group_size)
+    np.testing.assert_array_equal(order, again)
+
+
+@pytest.mark.parametrize("method", ["paper", "fast"])
+@pytest.mark.parametrize("shape", [(0, 0), (0, 5), (5, 0), (1, 1), (1, 70), (2, 64), (7, 65)])
+@pytest.mark.parametrize("value", [0, 1])
+def test_degenerate_masks_are_permuted(method, shape, value):
+    order = order_rows(np.full(shape, value), method=method)
+    assert order.dtype == np.int32
+    assert sorted(order.tolist()) == list(range(shape[0]))
+
+
+@pytest.mark.parametrize("method", ["paper", "fast"])
+def test_many_rows_are_ordered_in_chunks_of_similar_rows(method, monkeypatch):
+    monkeypatch.setattr(rows, "CHUNK_ROWS", 64)
+    monkeypatch.setattr(rows, "FAST_CHUNK_ROWS", 64)
+    monkeypatch.setattr(rows, "COMPONENT_ROWS", 32)
+    rng = np.random.default_rng(8)
+    mask, label = planted(rng, 40, 8, 300, 20)
+    mask &= rng.random(mask.shape) < 0.9
+    mask[[3, 77]] = False
+    order = order_rows(mask, method=method, group_size=8)
+    assert sorted(order.tolist()) == list(range(320))
+    assert {3, 77} <= set(order[-8:].tolist())  # nothing in common with any row
+    together = (label[order][1:] == label[order][:-1]).mean()
+    assert together > 0.8  # 7/8 at best
+    np.testing.assert_array_equal(order, order_rows(mask, method=method, group_size=8))
+
+
+def test_no_matrix_of_all_pairs_above_the_limit(monkeypatch):
+    monkeypatch.setattr(rows, "CHUNK_ROWS", 50)
+    seen = []
+    original = rows._structure.row_distances
+
+    class Spy:
+        def __getattr__(self, name):
+            return getattr(original_module, name)
+
+        def row_distances(self, bits, counts, chosen, cosine, out):
+            seen.append(out.shape[0])
+            original(bits, counts, chosen, cosine, out)
+
+    original_module = rows._structure
+    monkeypatch.setattr(rows, "_structure", Spy())
+    order_rows(np.random.default_rng(9).random((400, 40)) < 0.3, min_overlap=0.0)
+    assert seen
+    assert max(seen) <= 50
+
+
+@pytest.mark.parametrize("kind", ["random", "blocks"])
+def test_the_fast_route_keeps_the_mass_of_the_paper_route(kind):
+    rng = np.random.default_rng(10)
+    weights = rng.random((384, 256)).astype(np.float32)
+    mask = rng.random(weights.shape) < 0.1
+    if kind == "blocks":
+        mask = planted(rng, 24, 16, 256, 32)[0] & (rng.random(weights.shape) < 0.7) | (
+            mask & (rng.random(weights.shape) < 0.3)
+        )
+    scores = weights * mask
+
+    def kept(order: np.ndarray) -> float:
+        pointer, columns = select_blocks(scores, order, (16, 16), 38)
+        groups = order.reshape(24, 16)
+        return sum(
+            float(scores[np.ix_(group, columns[begin:end])].sum())
+            for group, begin, end in zip(groups, pointer, pointer[1:], strict=False)
+        )
+
+    assert kept(order_rows(mask, method="fast")) >= 0.99 * kept(order_rows(mask))
+
+
+def test_missing_scikit_learn_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.cluster", None)
+    with pytest.raises(MissingDependency, match=r"pip install 'spfmt\[search\]'"):
+        order_rows(np.ones((4, 4)))
+    assert sorted(order_rows(np.ones((4, 4)), method="fast").tolist()) == [0, 1, 2, 3]
+
+
+# ---- shuffled blocks -------------------------------------------------------------------------
+
+
+def paper_blocks(scores, perm, block_shape, n_blocks):
+    """DSB section 4 word by word: repeatedly the best block of the columns that are left."""
+    (s1, s2), (n_rows, cols) = block_shape, scores.shape
+    groups = [perm[i : i + s1] for i in range(0, n_rows, s1)]
+    norm = np.array([np.abs(scores[g]).sum(axis=0) for g in groups])
+    left = [list(range(cols)) for _ in groups]
+    taken: list[list[int]] = [[] for _ in groups]
+    for _ in range(n_blocks):
+        best, total = -1, -1.0
+        for g, free in enumerate(left):
+            block = sorted(free, key=lambda c, g=g: (-norm[g, c], c))[:s2]
+            if free and norm[g, block].sum() > total:
+                best, total = g, norm[g, block].sum()
+        block = sorted(left[best], key=lambda c: (-norm[best, c], c))[:s2]
+        taken[best] += sorted(block)
+        left[best] = [c for c in left[best] if c not in block]
+    return taken
+
+
+@pytest.mark.parametrize("block_shape", [(1, 1), (2, 2), (2, 3), (4, 1), (3, 4), (7, 8), (20, 20)])
+@pytest.mark.parametrize("levels", [1, 3, 1000])
+def test_blocks_follow_the_papers_procedure(block_shape, levels):
+    rng = np.random.default_rng(levels)
+    scores = rng.integers(-levels, levels + 1, (7, 9)).astype(np.float32)
+    scores *= rng.random((7, 9)) < 0.6
+    perm = rng.permutation(7)
+    groups, per_group = -(-7 // block_shape[0]), -(-9 // block_shape[1])
+    for n_blocks in range(groups * per_group + 1):
+        pointer, columns = select_blocks(scores, perm, block_shape, n_blocks)
+        assert pointer.dtype == np.int64
+        assert columns.dtype == np.int32
+        got = [columns[a:b].tolist() for a, b in itertools.pairwise(pointer)]
+        assert got == paper_blocks(scores, perm, block_shape, n_blocks)
+
+
+def test_blocks_by_hand():
+    scores = np.array([[5, 0, 1, 0], [0, 0, 9, 2], [4, 0, 1, 0], [0, 1, 8, 3]])
+    pointer, columns = select_blocks(scores, [0, 2, 1, 3], (2, 2), 2)
+    assert pointer.tolist() == [0, 2, 4]
+    assert columns.tolist() == [0, 2, 2, 3]  # norms 9, 2 and 17, 5
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (4, 0), (0, 0)])
+def test_blocks_of_empty_matrices(shape):
+    pointer, columns = select_blocks(np.empty(shape), np.arange(shape[0]), (2, 2), 0)
+    assert pointer.tolist() == [0] * (-(-shape[0] // 2) + 1)
+    assert columns.size == 0
+
+
+# ---- HRBP ------------------------------------------------------------------------------------
+
+
+def test_pattern_of_the_papers_figure():
+    # HRBP, Fig. 3: six 2 x 2 kernels with 5, 4, 5, 2 nonzeros per cell; s = 3/4 keeps cells 0 1 2.
+    cells = np.array(
+        [[1, 1, 1, 0], [1, 0, 1, 1], [1, 1, 1, 0], [1, 1, 0, 0], [1, 0, 1, 1], [0, 1, 1, 0]]
+    )
+    assert cells.sum(axis=0).tolist() == [5, 4, 5, 2]
+    mask = cells.reshape(2, 12)
+    got = hrbp_structure(mask, mask, (2, 3, 2, 2), 0.75, block_density=0.75, groups=1)
+    row_perm, row_ptr, channels, pattern = (a.tolist() for a in got)
+    assert (row_perm, row_ptr) == ([0, 1], [0, 2])
+    assert channels == [[0, 1, 2]]
+    assert pattern == [[0, 1, 2]]
+
+
+def test_groups_channels_and_patterns_are_recovered():
+    # Rows 0, 2 use channels 0, 1 and cells 0, 1; rows 1, 3 use channels 2, 3 and cells 2, 3.
+    mask = np.zeros((4, 4, 4), bool)
+    mask[[0, 2], :2, :2] = True
+    mask[[1, 3], 2:, 2:] = True
+    got = hrbp_structure(mask.reshape(4, 16), mask.reshape(4, 16), (4, 4, 2, 2), 0.25, 0.5, 2)
+    found = {
+        tuple(got[0][a:b].tolist()): (got[2][g].tolist(), got[3][g].tolist())
+        for g, (a, b) in enumerate(itertools.pairwise(got[1]))
+    }
+    assert found == {(0, 2): ([0, 1], [0, 1]), (1, 3): ([2, 3], [2, 3])}
+
+
+@pytest.mark.parametrize(
+    ("density", "shape", "given", "want"),
+    [
+        (0.1, (8, 16, 3, 3), None, 4 / 9),
+        (0.5, (8, 16, 3, 3), None, 5 / 9),
+        (4 / 9, (8, 16, 3, 3), None, 4 / 9),
+        (1.0, (8, 16, 3, 3), None, 1.0),
+        (0.1, (8, 16), None, 1.0),
+        (0.1, (8, 16, 1, 1), None, 1.0),
+        (0.1, (8, 16, 3, 3), 1 / 9, 1 / 9),
+        (0.2, (8, 16, 3, 3), 1 / 9, 2 / 9),
+        (0.1, (8, 1, 3, 3), None, 1 / 9),  # depthwise: the pattern alone
+        (0.3, (8, 1, 3, 3), None, 3 / 9),
+        (0.1, (8, 2, 3, 3), None, 1 / 9),  # 0.45 channels at 4/9
+        (0.0, (8, 16, 3, 3), None, 1 / 9),
+    ],
+)
+def test_block_density_rules(density, shape, given, want):
+    assert hrbp_block_density(density, shape, given) == pytest.approx(want)
+
+
+@pytest.mark.parametrize("method", ["paper", "fast"])
+@pytest.mark.parametrize(
+    ("shape", "density"),
+    [
+        ((64, 32, 3, 3), 0.1),
+        ((30, 5, 3, 3), 0.3),
+        ((7, 6), 0.4),
+        ((100, 40), 0.1),
+        ((24, 1, 3, 3), 0.2),
+        ((16, 3, 5, 5), 1.0),
+        ((9, 4, 1, 1), 0.01),
+    ],
+)
+def test_hrbp_is_legal_and_meets_its_budget(method, shape, density):
+    out, channels, cells = shape[0], shape[1], math.prod(shape[2:])
+    scores = np.random.default_rng(11).random((out, channels * cells))
+    mask = topk_mask(scores, round(density * scores.size))
+    row_perm, row_ptr, kept, pattern = hrbp_structure(mask, scores, shape, density, method=method)
+    t = max(1, min(8, out // 8))
+    assert (row_perm.dtype, row_ptr.dtype, kept.dtype, pattern.dtype) == (
+        np.int32,
+        np.int64,
+        np.int32,
+        np.int32,
+    )
+    assert sorted(row_perm.tolist()) == list(range(out))
+    assert len(row_ptr) == t + 1
+    assert np.ptp(np.diff(row_ptr)) <= 1
+    s = hrbp_block_density(density, shape)
+    assert pattern.shape == (t, round(s * cells))
+    assert kept.shape == (t, max(1, math.floor(density / s * channels + 0.5)))
+    for lists, high in ((kept, channels), (pattern, cells)):
+        assert (np.diff(lists, axis=1) > 0).all()
+        assert lists.min() >= 0
+        assert lists.max() < high
+
+
+def test_hrbp_ties_go_to_the_scores_and_then_to_the_index():
+    mask = np.ones((2, 4), bool)
+    scores = np.array([[1.0, 2, 2, 0], [0, 0, 0, 0]])
+    assert hrbp_structure(mask, scores, (2, 4), 0.5)[2].tolist() == [[1, 2]]
+    assert hrbp_structure(mask, np.zeros((2, 4)), (2, 4), 0.5)[2].tolist() == [[0, 1]]
+
+
+@pytest.mark.parametrize(
+    ("shape", "density"), [((0, 4), 0.5), ((4, 0), 0.0), ((4, 4), 0.0), ((4, 2, 0, 3), 0.0)]
+)
+def test_hrbp_without_weights(shape, density):
+    empty = np.zeros((shape[0], math.prod(shape[1:])))
+    row_perm, row_ptr, kept, pattern = hrbp_structure(empty, empty, shape, density)
+    assert row_perm.tolist() == list(range(shape[0]))
+    assert row_ptr.tolist() == ([0, shape[0]] if shape[0] else [0])
+    assert kept.size == 0
+    assert pattern.size == 0
+
+
+# ---- layer densities -------------------------------------------------------------------------
+
+
+def weights_of(shapes, densities):
+    sizes = [math.prod(s) for s in shapes]
+    counts = [round(d * size) for d, size in zip(densities, sizes, strict=True)]
+    assert [c / size if size else 0.0 for c, size in zip(counts, sizes, strict=True)] == densities
+    return counts
+
+
+def test_erk_by_hand():
+    # Raw densities (4+4)/16 and (8+8)/64: 8 and 16 weights times 40/24.
+    assert weights_of([(4, 4), (8, 8)], erk_densities([(4, 4), (8, 8)], 0.5)) == [13, 27]
+    # A kernel's sizes count: (2+2+3+3) to (10+10) of 45 weights.
+    shapes = [(2, 2, 3, 3), (10, 10)]
+    assert weights_of(shapes, erk_densities(shapes, 45 / 136)) == [15, 30]
+
+
+def test_erk_caps_dense_layers_and_solves_again():
+    # 66 weights: 8/24 of them exceed the 16 of the first layer, which leaves 50 of 64.
+    assert weights_of([(4, 4), (8, 8)], erk_densities([(4, 4), (8, 8)], 66 / 80)) == [16, 50]
+    # Two caps in a row: shares of 90 are 4.3, 8.6, 77.1 over sizes 4, 16, 1296.
+    shapes = [(2, 2), (4, 4), (36, 36)]
+    assert weights_of(shapes, erk_densities(shapes, 400 / 1316)) == [4, 16, 380]
+
+
+@pytest.mark.parametrize("distribution", [erk_densities, uniform_densities])
+@pytest.mark.parametrize("density", [0.0, 0.001, 0.1, 1 / 3, 0.9, 1.0])
+def test_budgets_are_exact(distribution, density):
+    rng = np.random.default_rng(12)
+    shapes = [tuple(int(v) for v in rng.integers(1, 40, rng.choice([2, 4]))) for _ in range(12)]
+    shapes.append((5, 0))
+    densities = distribution(shapes, density)
+    total = sum(math.prod(s) for s in shapes)
+    assert sum(weights_of(shapes, densities)) == math.floor(density * total + 0.5)
+    assert all(0.0 <= d <= 1.0 for d in densities)
+
+
+def test_erk_densities_are_proportional_below_the_cap():
+    shapes = [(300, 200), (512, 512), (64, 64, 3, 3)]
+    densities = erk_densities(shapes, 0.02)
+    raw = [sum(s) / math.prod(s) for s in shapes]
+    scale = [d / r for d, r in zip(densities, raw, strict=True)]
+    np.testing.assert_allclose(scale, scale[0], rtol=1e-3)
+
+
+@pytest.mark.parametrize("distribution", [erk_densities, uniform_densities])
+def test_excluded_layers_are_dense(distribution):
+    shapes = [(10, 10), (50, 50), (50, 20)]
+    outside = distribution(shapes, 0.2, [0])
+    assert outside[0] == 1.0
+    assert weights_of(shapes, outside)[1:] == weights_of(shapes[1:], distribution(shapes[1:], 0.2))
+    inside = distribution(shapes, 0.2, {0}, count_excluded=True)
+    assert inside[0] == 1.0
+    assert sum(weights_of(shapes, inside)) == round(0.2 * 3600)
+    assert distribution(shapes, 0.1, range(3)) == [1.0, 1.0, 1.0]
+    assert distribution([], 0.1) == []
+
+
+def test_uniform_densities_are_uniform():
+    assert uniform_densities([(10, 10), (50, 50)], 0.2) == [0.2, 0.2]
+    assert weights_of([(3, 3)] * 3, uniform_densities([(3, 3)] * 3, 0.5)) == [5, 5, 4]
