@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -10,7 +12,13 @@ from torch import nn  # noqa: E402
 from torch.nn.utils import prune  # noqa: E402
 
 from spfmt.errors import FormatError  # noqa: E402
-from spfmt.torch import SparseLinear, densify, layer_densities, sparsify  # noqa: E402
+from spfmt.torch import (  # noqa: E402
+    SparseLinear,
+    densify,
+    layer_densities,
+    sparsify,
+    unpack_attention,
+)
 
 FORMATS = {
     "condensed": {},
@@ -240,6 +248,15 @@ def encoder(**kwargs) -> nn.TransformerEncoder:
     return nn.TransformerEncoder(layer, 2).eval()
 
 
+@contextlib.contextmanager
+def slow_path():
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
+
+
 @pytest.mark.parametrize("exclude", [None, "layers.0.*"])
 def test_transformer_encoder_fast_path(exclude):
     """The fast path would read `linear1.weight`; results must be those of the dense model."""
@@ -248,11 +265,8 @@ def test_transformer_encoder_fast_path(exclude):
     sparsify(model, "condensed", density=0.25, exclude=exclude)
     with torch.no_grad():
         fast = model(x), model(x, src_key_padding_mask=padding)
-        torch.backends.mha.set_fastpath_enabled(False)
-        try:
+        with slow_path():
             slow = model(x), model(x, src_key_padding_mask=padding)
-        finally:
-            torch.backends.mha.set_fastpath_enabled(True)
         for a, b in zip(fast, slow, strict=True):
             torch.testing.assert_close(a, b)
         densify(model)
@@ -260,3 +274,64 @@ def test_transformer_encoder_fast_path(exclude):
     assert model.use_nested_tensor
     assert model.layers[0].activation_relu_or_gelu == 1
     assert not hasattr(model.layers[1], "_dense_fast_path")
+
+
+# --------------------------------------------------------------------------------- attention
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("kdim", [None, 12])
+@pytest.mark.parametrize("bias", [True, False])
+def test_unpacked_attention_is_attention(batch_first, kdim, bias):
+    torch.manual_seed(0)
+    packed = nn.MultiheadAttention(16, 4, bias=bias, batch_first=batch_first, kdim=kdim, vdim=kdim)
+    model = nn.ModuleList([packed, packed]).eval()
+    assert unpack_attention(model) == ("0",)
+    assert model[0] is model[1]
+    q, k = torch.randn(3, 5, 16), torch.randn(3, 7, kdim or 16)
+    if not batch_first:
+        q, k = q.transpose(0, 1), k.transpose(0, 1)
+    padding = torch.zeros(3, 7, dtype=torch.bool)
+    padding[1, 4:] = True
+    causal = torch.ones(5, 7).triu(1).bool()
+    per_head = torch.randn(12, 5, 7)
+    for kwargs in (
+        {},
+        {"need_weights": False},
+        {"key_padding_mask": padding, "need_weights": False},
+        {"attn_mask": causal, "key_padding_mask": padding},
+        {"attn_mask": causal, "is_causal": True, "need_weights": False},
+        {"attn_mask": per_head, "average_attn_weights": False},
+    ):
+        for a, b in zip(packed(q, k, k, **kwargs), model[0](q, k, k, **kwargs), strict=True):
+            assert (a is None) == (b is None)
+            if a is not None:
+                torch.testing.assert_close(a, b)
+    q, k = torch.randn(5, 16), torch.randn(7, kdim or 16)
+    for a, b in zip(packed(q, k, k), model[0](q, k, k), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_attention_that_cannot_be_unpacked_stays():
+    model = nn.Sequential(nn.MultiheadAttention(8, 2, add_zero_attn=True))
+    assert unpack_attention(model) == ()
+    assert type(model[0]) is nn.MultiheadAttention
+
+
+def test_a_whole_encoder_becomes_sparse():
+    model, x = encoder(), torch.randn(3, 5, 16)
+    padding = torch.tensor([[False] * 5, [False] * 3 + [True] * 2, [False] * 4 + [True]])
+    with torch.no_grad():
+        with slow_path():
+            expected = model(x), model(x, src_key_padding_mask=padding)
+        unpack_attention(model)
+        got = model(x), model(x, src_key_padding_mask=padding)
+    torch.testing.assert_close(got[0], expected[0])
+    torch.testing.assert_close(got[1][~padding], expected[1][~padding])
+    report = sparsify(model, "condensed", density=0.25)
+    assert len(report.taken) == 2 * 6
+    assert not report.left
+    sparse = model(x)
+    densify(model)
+    torch.testing.assert_close(model(x), sparse)
+    model(x).sum().backward()

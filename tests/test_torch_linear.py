@@ -169,7 +169,8 @@ def test_repr_names_what_matters():
     for part in ("in_features=16", "format=shuffled_block", "block_shape=(4, 2)", "capacity=60",
                  "density=0.25"):  # fmt: skip
         assert part in text
-    assert "capacity" in repr(make().to("meta"))
+    assert "structure not loaded" in repr(make().to("meta"))
+    assert "structure not loaded" in repr(make().to("meta").to_empty(device="cpu"))
 
 
 # ---------------------------------------------------------------------------- set_structure

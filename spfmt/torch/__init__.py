@@ -12,6 +12,7 @@ except ImportError as error:
         "install torch)"
     ) from error
 
+from spfmt.torch.attention import UnpackedAttention, unpack_attention
 from spfmt.torch.functional import sddmm, spmm, spmm_t
 from spfmt.torch.linear import SparseLinear, follow, resolve_density
 from spfmt.torch.report import LayerReport, ModelReport
@@ -21,6 +22,7 @@ __all__ = [
     "LayerReport",
     "ModelReport",
     "SparseLinear",
+    "UnpackedAttention",
     "densify",
     "follow",
     "layer_densities",
@@ -29,4 +31,5 @@ __all__ = [
     "sparsify",
     "spmm",
     "spmm_t",
+    "unpack_attention",
 ]

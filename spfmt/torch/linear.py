@@ -509,11 +509,14 @@ class SparseLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, format={self.format}"
         )
-        if not self.structure.is_meta:
-            params = {**self._decoded().params, **self.format_params}
-            text += "".join(f", {name}={value}" for name, value in params.items())
-            text += f", nnz={self.nnz}, density={self.density:.4g}"
-        return f"{text}, capacity={self.capacity}"
+        params = dict(self.format_params)
+        try:
+            found = self._decoded().params
+        except FormatError:  # on meta, or fresh from to_empty(): there is nothing to describe yet
+            return f"{text}, capacity={self.capacity}, structure not loaded"
+        params.update({k: v for k, v in found.items() if k in _BUDGET_PARAMS})
+        text += "".join(f", {name}={value}" for name, value in params.items())
+        return f"{text}, nnz={self.nnz}, density={self.density:.4g}, capacity={self.capacity}"
 
     def __getattr__(self, name: str) -> Any:
         if name == "weight":

@@ -67,7 +67,7 @@ class LayerReport:
             " = ".join((self.name, *self.aliases)),
             self.kind,
             "x".join(map(str, self.shape)),
-            self.format if self.taken and self.format else "dense",
+            self.format or "dense",
             f"{self.target_density:.4f}",
             f"{self.density:.4f}",
             str(self.nnz),

@@ -16,6 +16,7 @@ from spfmt.convert import convert
 from spfmt.errors import FormatError, format_error
 from spfmt.formats import SparseTensor, get_format
 from spfmt.structure.distribution import erk_densities, uniform_densities
+from spfmt.torch.attention import set_fast_paths
 from spfmt.torch.linear import SparseLinear, implied_density, resolve_density
 from spfmt.torch.report import LayerReport, ModelReport
 
@@ -124,8 +125,8 @@ def _why_unfit(entry: _Found, ties: Mapping[int, list[str]]) -> str:
         return f"already sparse ({module.format})"
     if isinstance(module, nn.MultiheadAttention):
         return (
-            "nn.MultiheadAttention multiplies its packed projections itself; write q, k, v as "
-            "nn.Linear to make them sparse"
+            "nn.MultiheadAttention multiplies its packed projections itself; call "
+            "unpack_attention(model) first to make them nn.Linear"
         )
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return "nn.MultiheadAttention reads the weight of its out_proj itself"
@@ -289,7 +290,8 @@ def sparsify(
     Notes
     -----
     Tied weights are left, because a sparse layer would break the tie. ``nn.MultiheadAttention`` is
-    left, because it multiplies its packed weights itself. ``nn.TransformerEncoderLayer`` has a fast
+    left, because it multiplies its packed weights itself; after :func:`unpack_attention` its
+    projections are ordinary layers. ``nn.TransformerEncoderLayer`` has a fast
     path that reads the weights of its linear layers; it is switched off for layers that were
     changed, and :func:`densify` switches it on again.
     """
@@ -307,7 +309,7 @@ def sparsify(
             swaps.append((entry, layer))
     for entry, layer in swaps:
         _swap(entry, layer)
-    _set_fast_paths(model)
+    set_fast_paths(model)
     return ModelReport(tuple(rows))
 
 
@@ -418,29 +420,6 @@ def _swap(entry: _Found, layer: nn.Module) -> None:
         setattr(parent, attribute, layer)
 
 
-def _set_fast_paths(model: nn.Module) -> None:
-    """Switch the fast path of transformer encoders off where it would read a sparse weight.
-
-    The path passes ``linear1.weight`` straight to a fused kernel. Its own conditions offer one
-    switch per layer (an activation it does not know) and one per stack (no nested tensors).
-    """
-    for module in model.modules():
-        if isinstance(module, nn.TransformerEncoderLayer):
-            switch = "activation_relu_or_gelu"
-        elif isinstance(module, nn.TransformerEncoder):
-            switch = "use_nested_tensor"
-        else:
-            continue
-        sparse = any(isinstance(child, SparseLinear) for child in module.modules())
-        saved = module.__dict__.get("_dense_fast_path")
-        if sparse and saved is None:
-            module._dense_fast_path = getattr(module, switch)
-            setattr(module, switch, 0)
-        elif not sparse and saved is not None:
-            setattr(module, switch, saved)
-            del module._dense_fast_path
-
-
 def densify(model: nn.Module) -> ModelReport:
     """Replace every `SparseLinear` of a model by a dense ``nn.Linear`` with the same map, in place.
 
@@ -471,7 +450,7 @@ def densify(model: nn.Module) -> ModelReport:
                 aliases=tuple(entry.names[1:]),
             )
         )
-    _set_fast_paths(model)
+    set_fast_paths(model)
     return ModelReport(tuple(rows))
 
 
