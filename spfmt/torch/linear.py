@@ -140,6 +140,7 @@ class SparseLinear(nn.Module):
 
     Examples
     --------
+    >>> import torch
     >>> layer = SparseLinear(768, 3072, format="condensed", density=0.1)
     >>> layer(torch.zeros(2, 5, 768)).shape
     torch.Size([2, 5, 3072])

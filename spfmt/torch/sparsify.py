@@ -51,6 +51,7 @@ class _Found:
 
     @property
     def name(self) -> str:
+        """The first of its names."""
         return self.names[0]
 
     @property
@@ -61,6 +62,7 @@ class _Found:
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """Shape of its (first) weight; empty where a lazy module does not know it yet."""
         if isinstance(self.module, SparseLinear):
             return self.module.shape
         sizes = [tuple(p.shape) for p in self.weights.values() if not nn.parameter.is_lazy(p)]

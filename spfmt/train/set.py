@@ -33,18 +33,25 @@ class SET(SparseTrainer):
     SET itself. On a coarser format, a dropped weight stays as it was where the structure keeps its
     position anyway (a block stays or goes as a whole), unless it was drawn to grow again.
 
-    Parameters are those of :class:`SparseTrainer`.
+    Parameters are those of :class:`SparseTrainer`. For shuffled blocks of large layers, sparsify
+    with ``method="fast"``: it orders rows without scikit-learn at every update.
 
     Examples
     --------
+    >>> import torch
+    >>> from spfmt.torch import sparsify
+    >>> model = torch.nn.Sequential(torch.nn.Linear(64, 128), torch.nn.Linear(128, 10))
     >>> report = sparsify(model, "condensed", density=0.1, scores="random", reset=True)
     >>> optimizer = torch.optim.AdamW(model.parameters())
-    >>> method = SET(model, optimizer, total_steps=10_000)
-    >>> for x, y in data:
+    >>> method = SET(model, optimizer, delta_t=2, total_steps=8)
+    >>> changed = []
+    >>> for step in range(8):
     ...     optimizer.zero_grad()
-    ...     loss(model(x), y).backward()
+    ...     model(torch.randn(16, 64)).square().mean().backward()
     ...     optimizer.step()
-    ...     method.step()
+    ...     changed.append(method.step())
+    >>> changed
+    [False, True, False, True, False, False, False, False]
     """
 
     def rewire(self, layer: SparseLinear, n_drop: int) -> tuple[SparseTensor, NDArray[np.int64]]:
