@@ -1,7 +1,7 @@
 """Builds the C++ core once and links it into the Python module and the ONNX Runtime library.
 
-Every instruction-set level is always built, each file with its own flags; the level is chosen at run
-time. Set ``SPFMT_SANITIZE=address,undefined`` for a sanitizer build of the C++ code.
+Every instruction-set level is always built, each file with its own flags; the level is chosen at
+run time. Set ``SPFMT_SANITIZE=address,undefined`` for a sanitizer build of the C++ code.
 """
 
 import os
@@ -17,7 +17,7 @@ from setuptools.command.build_ext import build_ext
 CORE = sorted(str(p) for p in Path("cpp").glob("*.cpp"))
 ORT = sorted(str(p) for p in Path("cpp/ort").glob("*.cpp"))
 HEADERS = sorted(str(p) for p in Path("cpp").rglob("*.h"))
-# Some GCC releases warn about undefined registers inside their own intrinsics headers (GCC bug 105593).
+# Some GCC releases warn of undefined registers inside their own intrinsics headers (bug 105593).
 INTRINSICS = ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 ISA_FLAGS = {
     "scalar": [],
@@ -30,6 +30,8 @@ LINK: list[str] = []
 if SANITIZE:
     FLAGS += ["-g", "-O1", "-fno-omit-frame-pointer", f"-fsanitize={SANITIZE}"]
     LINK += [f"-fsanitize={SANITIZE}"]
+else:
+    FLAGS += ["-g0"]  # Python's own flags ask for debug information, ten times the code
 
 ORT_LIBRARY = "spfmt.onnx.libspfmt_ort"
 
@@ -39,8 +41,8 @@ def check_platform() -> None:
     if not sys.platform.startswith("linux") or platform.machine() not in ("x86_64", "AMD64"):
         sys.exit(
             "spfmt builds on Linux x86-64 only for now: got "
-            f"{sys.platform} on {platform.machine()}. Its kernels are AVX2 and AVX-512 code and its "
-            "build uses the GCC command line. Build inside a Linux x86-64 machine or container."
+            f"{sys.platform} on {platform.machine()}. Its kernels are AVX2 and AVX-512 code and "
+            "its build uses the GCC command line. Build on a Linux x86-64 machine or container."
         )
 
 
@@ -63,7 +65,10 @@ class BuildExt(build_ext):
         )
 
     def get_ext_filename(self, fullname: str) -> str:
-        if fullname in (ORT_LIBRARY, ORT_LIBRARY.rpartition(".")[2]):  # no Python module: no ABI tag
+        if fullname in (
+            ORT_LIBRARY,
+            ORT_LIBRARY.rpartition(".")[2],
+        ):  # no Python module: no ABI tag
             return fullname.replace(".", os.sep) + ".so"
         return super().get_ext_filename(fullname)
 
@@ -97,7 +102,7 @@ if ORT:
             ORT_LIBRARY,
             ORT,
             extra_compile_args=FLAGS,
-            extra_link_args=LINK,
+            extra_link_args=[*LINK, "-Wl,--version-script=cpp/ort/exports.map"],
             depends=HEADERS,
             language="c++",
         )

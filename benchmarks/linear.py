@@ -1,7 +1,7 @@
-"""Sparse against dense linear layers: ``python -m benchmarks.linear [--shape 3072x768] [--json FILE]``.
+"""Sparse against dense linear layers: ``python -m benchmarks.linear [--shape 3072x768]``.
 
-Every kernel's result is checked against float64 before it is timed. All contenders are then timed in
-turn, many times over, in one process; the table shows medians and the ratio to the *faster* of
+Every kernel's result is checked against float64 before it is timed. All contenders are then timed
+in turn, many times over, in one process; the table shows medians and the ratio to the *faster* of
 torch's and ONNX Runtime's dense layers in the same run. Each side is called as its user would:
 ``spfmt.spmm`` on arrays, ``F.linear`` on tensors, ``session.run``.
 """
@@ -103,7 +103,7 @@ def medians(calls: dict[str, Contender], seconds: float) -> dict[str, float]:
     stop = time.perf_counter() + seconds
     while time.perf_counter() < stop or len(times[next(iter(times))]) < 7:
         for name, call in calls.items():
-            call()  # once untimed: each contender finds its own data as warm as in a loop of its own
+            call()  # once untimed: each finds its own data as warm as in a loop of its own
             start = time.perf_counter()
             call()
             times[name].append(time.perf_counter() - start)
@@ -125,7 +125,9 @@ def measure(args: argparse.Namespace) -> list[dict[str, object]]:
     for batch in args.batch:
         times = medians(contenders(tensors, session, batch), args.seconds)
         dense = min(times["torch dense"], times["onnxruntime dense"])
-        print(f"\n{cols} -> {rows}, density {args.density}, batch {batch}, {args.threads} thread(s)")
+        print(
+            f"\n{cols} -> {rows}, density {args.density}, batch {batch}, {args.threads} thread(s)"
+        )
         for name, micros in times.items():
             print(f"  {name:<32}{micros:>10.1f} us {dense / micros:>7.2f}x")
             results.append(

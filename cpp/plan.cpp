@@ -4,6 +4,7 @@
 #include <climits>
 #include <cstdlib>
 #include <new>
+#include <numeric>
 #include <stdexcept>
 
 namespace spfmt {
@@ -138,18 +139,27 @@ void append_chunk(SliceCursor& c, int64_t chunk, SlicePack& pack) {
 
 // Grouping looks at rows x chunks counts; beyond this many bytes the natural order is kept, so that
 // memory stays proportional to the nonzeros.
-bool worth_grouping(const RowLists& a, int64_t chunks) {
+bool affords_grouping(const RowLists& a, int64_t chunks) {
   return a.rows * chunks <= 16 * a.indptr[a.rows] + (1 << 20);
+}
+
+// The order in which rows fill the slices. Rows of equal counts (n:m) need no grouping.
+std::vector<int32_t> slice_order(const RowLists& a, int64_t chunks) {
+  std::vector<int32_t> order(a.rows);
+  std::iota(order.begin(), order.end(), 0);
+  if (!affords_grouping(a, chunks)) return order;
+  const std::vector<uint8_t> counts = chunk_counts(a, chunks);
+  const auto differs = [&](int32_t r) {
+    return !std::equal(counts.begin(), counts.begin() + chunks, counts.begin() + r * chunks);
+  };
+  if (std::none_of(order.begin(), order.end(), differs)) return order;
+  return group_rows_by_counts(counts.data(), a.rows, chunks);
 }
 
 std::unique_ptr<SlicePack> make_slices(const RowLists& a) {
   auto pack = std::make_unique<SlicePack>();
   const int64_t chunks = (a.cols + kChunk - 1) / kChunk;
-  std::vector<int32_t> order(a.rows);
-  for (int64_t r = 0; r < a.rows; ++r) order[r] = static_cast<int32_t>(r);
-  if (worth_grouping(a, chunks)) {
-    order = group_rows_by_counts(chunk_counts(a, chunks).data(), a.rows, chunks);
-  }
+  std::vector<int32_t> order = slice_order(a, chunks);
   const int64_t slices = (a.rows + kRowTile - 1) / kRowTile;
   pack->slice_ptr.push_back(0);
   pack->step_ptr.push_back(0);

@@ -37,7 +37,7 @@ def speed_table() -> str:
     lines.append("|---" * (1 + len(batches)) + "|")
     for name in names:
         entries = [cell.get((name, b)) for b in batches]
-        texts = [f"{e['us']:,.0f} µs ({e['speedup']:.1f}×)" if e else "" for e in entries]
+        texts = [f"{e['us']:,.0f} µs ({e['speedup']:.1f}x)" if e else "" for e in entries]
         lines.append(f"| {name} | " + " | ".join(texts) + " |")
     return "\n".join(lines)
 

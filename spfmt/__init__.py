@@ -1,13 +1,22 @@
 """spfmt: structured sparse weights, one structure from mask to kernel to checkpoint to ONNX.
 
-Importing needs numpy alone. ``spfmt.torch``, ``spfmt.train`` and ``spfmt.onnx`` are imported on first
-use and say what to install if it is missing.
+Importing needs numpy alone. ``spfmt.torch``, ``spfmt.train`` and ``spfmt.onnx`` are imported on
+first use and say what to install if it is missing.
 """
 
 from __future__ import annotations
 
 import importlib
 from typing import Any
+
+try:
+    import spfmt._kernels  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        f"got no compiled kernels in {__path__[0]}; expected them beside the package; fix: in a "
+        "clone Python finds the sources first, so work in another directory after 'pip install .', "
+        "or build in place with 'python setup.py build_ext --inplace'"
+    ) from error
 
 from .convert import ConversionReport, convert
 from .dispatch import Kernel, kernels, show_config

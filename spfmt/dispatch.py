@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from . import _kernels, threads
-from .errors import FormatError, KernelNotFound
-from .formats._base import _versions
+import spfmt._kernels as _kernels
+
+from . import threads
+from .errors import FormatError, KernelNotFound, format_error
 from .formats._layout import RowGroups, RowLists
 
 Array = npt.NDArray[Any]
@@ -25,11 +26,6 @@ Layout = RowLists | RowGroups
 OPS = ("spmm", "spmm_t", "sddmm")
 LEVELS = ("scalar", "avx2", "avx512")
 logger = logging.getLogger("spfmt")
-
-
-def new_version() -> int:
-    """Return a number that identifies one content of a values array (see :meth:`Plan.spmm`)."""
-    return next(_versions)
 
 
 @dataclass(frozen=True)
@@ -89,7 +85,7 @@ def active_isa() -> str:
     try:
         return str(_kernels.active_isa())
     except ValueError as error:
-        raise FormatError(f"{error}. Unset SPFMT_ISA to use the best level of this CPU.") from None
+        raise FormatError(f"{error}; fix: unset SPFMT_ISA to use this CPU's best level") from None
 
 
 def select(op: str, format: str, dtype: str, backend: str = "auto") -> Kernel:
@@ -103,8 +99,8 @@ def select(op: str, format: str, dtype: str, backend: str = "auto") -> Kernel:
     dtype : str
         numpy dtype name of values and operands, e.g. ``"float32"``.
     backend : str
-        ``"auto"`` takes the highest level at or below :func:`active_isa` that has the dtype; a level
-        (``"scalar"``, ``"avx2"``, ``"avx512"``) takes exactly that one.
+        ``"auto"`` takes the highest level at or below :func:`active_isa` that has the dtype; a
+        level (``"scalar"``, ``"avx2"``, ``"avx512"``) takes exactly that one.
 
     Raises
     ------
@@ -118,8 +114,10 @@ def select(op: str, format: str, dtype: str, backend: str = "auto") -> Kernel:
     elif backend in LEVELS:
         wanted = (backend,)
     else:
-        raise FormatError(
-            f"backend: got {backend!r}, expected 'auto', 'reference' or one of {LEVELS}."
+        raise format_error(
+            f"backend {backend!r}",
+            f"'auto', 'reference' or one of {LEVELS}",
+            "leave it out for the best kernel",
         )
     rows = {k.isa: k for k in kernels(op, format, dtype)}
     for isa in wanted:
@@ -190,8 +188,8 @@ class Plan:
     -----
     Thread-safe. `values` arguments are contiguous arrays of any shape with at least ``layout.nnz``
     elements; what lies behind them (spare capacity) is ignored. A `version` (see
-    :func:`new_version`) promises that equal numbers mean equal content, so packed copies of the
-    values may be reused; None never reuses.
+    :func:`spfmt.formats.new_version`) promises that equal numbers mean equal content, so packed
+    copies of the values may be reused; None never reuses.
     """
 
     def __init__(self, format: str, layout: Layout) -> None:
@@ -257,9 +255,10 @@ class Plan:
         dy2 = _features_first(dy, rows, batch_first, "dY")
         x2 = _features_first(x, cols, batch_first, "X")
         if dy2.shape[1] != x2.shape[1]:
-            raise FormatError(
-                f"sddmm: got dY with {dy2.shape[1]} and X with {x2.shape[1]} samples, expected the "
-                "same number. Pass the X of the forward pass and the gradient of its result."
+            raise format_error(
+                f"dY with {dy2.shape[1]} and X with {x2.shape[1]} samples",
+                "the same number",
+                "pass the X of the forward pass and the gradient of its result",
             )
         _same_dtype(dy.dtype, x.dtype, "dY", "X")
         out = self._gradient_out(out, dy.dtype)
@@ -332,9 +331,10 @@ class Plan:
     def _flat_values(self, values: Array) -> Array:
         values = np.asarray(values)
         if values.size < self.nnz:
-            raise FormatError(
-                f"values: got {values.size} elements, expected at least {self.nnz}, one per position "
-                "of the structure. Use the tensor's own values or with_values()."
+            raise format_error(
+                f"values with {values.size} elements",
+                f"at least {self.nnz}, one per position of the structure",
+                "use the tensor's own values, or with_values()",
             )
         if values.ndim == 1 and values.flags.c_contiguous:
             return values
@@ -343,8 +343,10 @@ class Plan:
     def _bias(self, bias: Array, dtype: np.dtype[Any]) -> Array:
         bias = np.asarray(bias)
         if bias.shape != (self.shape[0],):
-            raise FormatError(
-                f"bias: got shape {bias.shape}, expected ({self.shape[0]},), one per row of A."
+            raise format_error(
+                f"bias of shape {bias.shape}",
+                f"({self.shape[0]},)",
+                "pass one element per row of A",
             )
         _same_dtype(bias.dtype, dtype, "bias", "values")
         return np.ascontiguousarray(bias)
@@ -353,9 +355,10 @@ class Plan:
         if out is None:
             return np.empty(self.nnz, dtype)
         if out.ndim != 1 or out.size < self.nnz or not out.flags.c_contiguous:
-            raise FormatError(
-                f"out: got shape {out.shape}, expected a contiguous vector of at least {self.nnz} "
-                "elements, one per position of the structure."
+            raise format_error(
+                f"out of shape {out.shape}",
+                f"a contiguous vector of at least {self.nnz} elements",
+                "make it as long as the values",
             )
         _same_dtype(out.dtype, dtype, "out", "dY")
         _check_writable(out)
@@ -395,32 +398,36 @@ def _compile(layout: Layout) -> Any:
 
 def _same_dtype(got: np.dtype[Any], want: np.dtype[Any], name: str, other: str) -> None:
     if got != want:
-        raise FormatError(
-            f"{name}: got dtype {got}, but {other} has {want}; expected the same. Convert one with "
-            "astype()."
+        raise format_error(
+            f"{name} of dtype {got} beside {other} of {want}",
+            "one dtype for all operands",
+            f"convert with astype({str(want)!r})",
         )
 
 
 def _check_writable(out: Array) -> None:
     if not out.flags.writeable:
-        raise FormatError("out: got a read-only array, expected a writable one. Pass a copy.")
+        raise format_error("a read-only out", "a writable array", "pass a copy")
 
 
-def _features_first(x: Array, features: int, batch_first: bool, name: str, copy: bool = True) -> Array:
+def _features_first(
+    x: Array, features: int, batch_first: bool, name: str, copy: bool = True
+) -> Array:
     """View `x` as (features, samples), checking its shape; a vector is one sample."""
     if x.ndim == 1:
         view = x[:, None]
     elif x.ndim == 2:
         view = x.T if batch_first else x
     else:
-        raise FormatError(
-            f"{name}: got {x.ndim} dimensions, expected 1 or 2. Flatten leading dimensions first."
+        raise format_error(
+            f"{name} with {x.ndim} dimensions", "1 or 2", "flatten leading dimensions first"
         )
     if view.shape[0] != features:
         layout = "(batch, features)" if batch_first else "(features, batch)"
-        raise FormatError(
-            f"{name}: got shape {x.shape}, expected {layout} with {features} features. "
-            f"Pass batch_first={not batch_first} if samples run along the other axis."
+        raise format_error(
+            f"{name} of shape {x.shape}",
+            f"{layout} with {features} features",
+            f"pass batch_first={not batch_first} if samples run along the other axis",
         )
     if copy and any(s % x.itemsize for s in x.strides):  # e.g. a field of a packed record
         return np.ascontiguousarray(view)
@@ -435,9 +442,13 @@ def _result(out: Array | None, x: Array, features: int, batch_first: bool) -> Ar
     if out is None:
         return np.empty(shape, x.dtype)
     if out.shape != shape:
-        raise FormatError(f"out: got shape {out.shape}, expected {shape}.")
+        raise format_error(f"out of shape {out.shape}", f"{shape}", "let it be allocated")
     _same_dtype(out.dtype, x.dtype, "out", "the operand")
     _check_writable(out)
     if any(s % out.itemsize for s in out.strides) or np.may_share_memory(out, x):
-        raise FormatError("out: expected memory of its own that is not shared with the operand.")
+        raise format_error(
+            "an out that shares memory with the operand, or splits elements",
+            "memory of its own",
+            "let it be allocated",
+        )
     return out

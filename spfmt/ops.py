@@ -6,8 +6,8 @@ spmm_t      dX = Aᵀ dY             gradient of the input
 sddmm       d(values) = dY Xᵀ      gradient of the weight, at the structure only
 ==========  =====================  ============================================
 
-Operands are numpy arrays with samples along the last axis, ``(features, batch)``, or along the first
-with ``batch_first=True``; strides are free.
+Operands are numpy arrays with samples along the last axis, ``(features, batch)``, or along the
+first with ``batch_first=True``; strides are free.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy.typing as npt
 
-from .errors import FormatError
+from .errors import format_error
 from .formats import SparseTensor
 
 Array = npt.NDArray[Any]
@@ -142,7 +142,8 @@ def sddmm(
 
 def _check(a: object) -> None:
     if not isinstance(a, SparseTensor):
-        raise FormatError(
-            f"A: got {type(a).__name__}, expected a spfmt tensor. Convert with spfmt.convert(), or "
-            "with a format's from_dense()."
+        raise format_error(
+            f"a weight of type {type(a).__name__}",
+            "a spfmt tensor",
+            "convert it with spfmt.convert() or a format's from_dense()",
         )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from . import _kernels
-from .errors import FormatError
+import spfmt._kernels as _kernels
+
+from .errors import format_error
 
 _override: int | None = None
 
@@ -23,10 +24,11 @@ def set_num_threads(threads: int | None) -> None:
         If `threads` is not a positive integer.
     """
     global _override
-    if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int)):
-        raise FormatError(f"threads: got {threads!r}, expected an int or None. Pass e.g. 4.")
-    if threads is not None and not 1 <= threads <= 1024:
-        raise FormatError(f"threads: got {threads}, expected 1 to 1024. None means OpenMP's default.")
+    whole = isinstance(threads, int) and not isinstance(threads, bool)
+    if threads is not None and not (whole and 1 <= threads <= 1024):
+        raise format_error(
+            f"{threads!r} threads", "an int from 1 to 1024, or None", "None is OpenMP's default"
+        )
     _override = threads
 
 

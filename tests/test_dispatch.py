@@ -5,8 +5,6 @@ from __future__ import annotations
 import ast
 import logging
 import multiprocessing
-import os
-import subprocess
 import sys
 import threading
 import time
@@ -15,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from fresh_python import run_python
 
 import spfmt
 from spfmt import dispatch
@@ -22,22 +21,16 @@ from spfmt import dispatch
 PACKAGE = Path(spfmt.__file__).parent
 
 
-def python(code: str, **env: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, **env}, capture_output=True, text=True
-    )
-
-
 @pytest.mark.parametrize("isa", dispatch.LEVELS)
 def test_environment_forces_a_level(isa: str) -> None:
     if isa not in dispatch._available_levels():
         pytest.skip(f"this CPU lacks {isa}")
     code = "import spfmt; print(spfmt.dispatch.select('spmm', 'nm', 'float32').isa)"
-    assert python(code, SPFMT_ISA=isa).stdout.strip() == isa
+    assert run_python(code, SPFMT_ISA=isa).stdout.strip() == isa
 
 
 def test_unknown_level_in_the_environment() -> None:
-    result = python("import spfmt; spfmt.show_config()", SPFMT_ISA="sse9")
+    result = run_python("import spfmt; spfmt.show_config()", SPFMT_ISA="sse9")
     assert "SPFMT_ISA=sse9 names no level; expected scalar, avx2 or avx512" in result.stderr
 
 
@@ -47,7 +40,7 @@ def test_import_needs_numpy_alone() -> None:
         "bad = {'torch', 'scipy', 'sklearn', 'onnx', 'onnxruntime', 'safetensors', 'rich'}\n"
         "print(sorted(bad & set(sys.modules)))"
     )
-    assert python(code).stdout.strip() == "[]"
+    assert run_python(code).stdout.strip() == "[]"
 
 
 def test_show_config_lists_every_row() -> None:

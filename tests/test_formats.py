@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import copy
 import pickle
-import subprocess
-import sys
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import pytest
 from format_cases import MAKERS, oracle_dense, positions, tensors
+from fresh_python import run_python
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -522,4 +521,5 @@ def test_importing_needs_numpy_alone() -> None:
         "bad = {'torch', 'scipy', 'sklearn', 'onnx', 'onnxruntime', 'safetensors', 'ml_dtypes'};"
         "assert not bad & set(sys.modules), bad & set(sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    result = run_python(code)
+    assert result.returncode == 0, result.stderr

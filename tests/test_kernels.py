@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from format_cases import MAKERS
 
 import spfmt
-from format_cases import MAKERS
 
 SHAPES = [(1, 1), (15, 31), (16, 32), (17, 33), (5, 70), (100, 257), (33, 300), (0, 5), (5, 0)]
 CONV_SHAPES = [(7, 5, 3, 3), (20, 33, 1, 2)]

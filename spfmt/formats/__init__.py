@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from spfmt.errors import format_error
-from spfmt.formats._base import SparseTensor, Structure, Transposed
+from spfmt.formats._base import SparseTensor, Structure, Transposed, new_version
 from spfmt.formats._coords import Coordinates
 from spfmt.formats._io import load, read_metadata, save
 from spfmt.formats._layout import ROW_TILE, Layout, RowGroups, RowLists
@@ -36,6 +36,7 @@ __all__ = [
     "encode",
     "get_format",
     "load",
+    "new_version",
     "read_metadata",
     "save",
     "words_capacity",

@@ -41,11 +41,16 @@ from spfmt.formats._layout import Layout
 if TYPE_CHECKING:
     from spfmt.dispatch import Plan
 
-__all__ = ["SparseTensor", "Structure", "Transposed"]
+__all__ = ["SparseTensor", "Structure", "Transposed", "new_version"]
 
 Self = TypeVar("Self", bound="SparseTensor")
 
 _versions = itertools.count()
+
+
+def new_version() -> int:
+    """Return a number that no other array of values of this process has."""
+    return next(_versions)
 
 
 class Structure:
@@ -243,7 +248,7 @@ class SparseTensor(ABC):
         array = frozen(array, array.dtype, copy).reshape(structure.values_shape)
         object.__setattr__(self, "_structure", structure)
         object.__setattr__(self, "_values", array)
-        object.__setattr__(self, "_version", next(_versions))
+        object.__setattr__(self, "_version", new_version())
 
     def __setattr__(self, name: str, value: Any) -> None:
         raise AttributeError(

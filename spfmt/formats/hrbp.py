@@ -1,4 +1,4 @@
-"""`HRBP`: hardware-friendly regrouping, block-based pruning (HRBP paper, section 3)."""
+"""`HRBP`: hardware-friendly regrouping, block-based pruning (HRBP, section 4.1)."""
 
 from __future__ import annotations
 
@@ -205,7 +205,7 @@ class HRBP(SparseTensor):
         method: str = "paper",
         values: Any = None,
     ) -> HRBP:
-        """Choose groups, channels and patterns by the paper's procedure (HRBP, section 3.2).
+        """Choose groups, channels and patterns by the paper's procedure (HRBP, section 4.1).
 
         Parameters
         ----------

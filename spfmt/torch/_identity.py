@@ -28,8 +28,8 @@ import torch
 from numpy.typing import NDArray
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from spfmt.dispatch import Plan, new_version
-from spfmt.formats import Structure, decode_structure
+from spfmt.dispatch import Plan
+from spfmt.formats import Structure, decode_structure, new_version
 
 __all__ = ["CompiledStructure", "compiled_structure", "invalidate"]
 
