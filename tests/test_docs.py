@@ -1,4 +1,4 @@
-"""The README's code runs, its generated tables are current, links lead somewhere, names have docs."""
+"""README code runs, generated tables are current, links lead somewhere, names have docs."""
 
 from __future__ import annotations
 

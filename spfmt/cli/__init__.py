@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a terminal without "×" still gets its table
+            stream.reconfigure(errors="replace")  # a terminal without "x" still gets its table
     args = _parser().parse_args(argv)
     try:
         args.run(args)

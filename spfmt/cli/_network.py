@@ -95,7 +95,8 @@ def build(settings: Settings, format: str | None) -> nn.Sequential:
     torch.manual_seed(settings.seed)
     names = ("input", *HIDDEN, "output")
     modules: OrderedDict[str, nn.Module] = OrderedDict()
-    for name, size, next_size in zip(names, settings.layers, settings.layers[1:], strict=True):
+    sizes = settings.layers
+    for name, size, next_size in zip(names, sizes[:-1], sizes[1:], strict=True):
         modules[name] = nn.Linear(size, next_size)
         if name != "output":
             modules[f"{name}_relu"] = nn.ReLU()
@@ -121,15 +122,18 @@ def train(
     steps = settings.epochs * batches
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=steps)
-    sparse = any(isinstance(module, SparseLinear) for module in model)
-    method = SET(model, optimizer, delta_t=20, total_steps=steps) if sparse else None
+    method = None
+    if any(isinstance(module, SparseLinear) for module in model):
+        method = SET(model, optimizer, delta_t=20, total_steps=steps, seed=settings.seed)
     generator = torch.Generator().manual_seed(settings.seed)
     for epoch in range(settings.epochs):
-        for chosen in torch.randperm(len(data.x), generator=generator).split(settings.batch_size):
+        order = torch.randperm(len(data.x), generator=generator)
+        for chosen in torch.split(order, settings.batch_size):
             noise = torch.randn((len(chosen), _PIXELS), generator=generator)
             optimizer.zero_grad()
             outputs = model(data.x[chosen] + _NOISE * noise)
-            nn.functional.cross_entropy(outputs, data.y[chosen]).backward()
+            loss = nn.functional.cross_entropy(outputs, data.y[chosen])
+            loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             rate.step()
             if method is not None:
