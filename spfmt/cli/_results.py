@@ -26,13 +26,14 @@ __all__ = ["Results", "Row", "label", "machine", "show", "versions", "write_json
 
 _PACKAGES = ("numpy", "torch", "onnx", "onnxscript", "onnxruntime", "scikit-learn", "safetensors")
 _TABLE_WIDTH = 120  # where the output is no terminal
+_ROOMY = 96  # columns that the table fills with one line per row; on 80 it wraps
 _BUSY = 1.25
 _LABELS: Mapping[str, Callable[[Any], str]] = {
     "shuffled_block": lambda a: "shuffled block {}x{}".format(*a.block_shape),
-    "hrbp": lambda a: f"HRBP, {a.groups} groups",
+    "hrbp": lambda a: f"HRBP ({a.groups} groups)",
     "nm": lambda a: f"N:M {a.n}:{a.m}",
-    "condensed": lambda a: f"condensed, {a.fan_in} a row",
-    "csr": lambda a: "CSR, unstructured",
+    "condensed": lambda a: f"condensed ({a.fan_in}/row)",
+    "csr": lambda a: "CSR (unstructured)",
 }
 _EVEN = 0.95  # what is shown as 1.0x counts as even
 
@@ -89,12 +90,9 @@ class Results:
         latency = row.plain if plain else row.latency
         return self.rows[0].latency[batch].median / latency[batch].median
 
-    def slower_than_dense(self) -> Iterator[tuple[Row, int]]:
-        """Yield every sparse row and batch size where the dense network is faster."""
-        for row in self.rows[1:]:
-            for batch in BATCHES:
-                if self.speed_up(row, batch) < _EVEN:
-                    yield row, batch
+    def slower_than_dense(self, batch: int) -> list[Row]:
+        """Return the sparse rows that lose to the dense network at a batch size."""
+        return [row for row in self.rows[1:] if self.speed_up(row, batch) < _EVEN]
 
     @property
     def busy(self) -> bool:
@@ -159,19 +157,18 @@ def show(results: Results) -> None:
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = _TABLE_WIDTH
-    console.print(_table(results))
+    console.print(_table(results, console.width))
     for note in _notes(results):
         console.print(note, markup=False)
 
 
-def _table(results: Results) -> Table:
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    table.add_column("format", no_wrap=True)
-    for head in ("density", "test\naccuracy", "file\nMB", "batch 1\nµs (x dense)"):
-        table.add_column(head, justify="right")
-    for head in ("batch 256\nms (x dense)", "without library\nbatch 1 · 256"):
-        table.add_column(head, justify="right")
-    table.add_column("kernel that ran")
+def _table(results: Results, width: int) -> Table:
+    gap = 1 if width >= _ROOMY else 0
+    table = Table(box=SIMPLE_HEAD, padding=(0, gap, 0, 0), pad_edge=False)
+    table.add_column("format", min_width=12)
+    for head in ("density", "test\nacc.", "file\nMB", "batch 1\nµs", "batch 256\nms"):
+        table.add_column(head, justify="right", no_wrap=True)
+    table.add_column("kernel that ran", no_wrap=True)
     for row in results.rows:
         table.add_row(*_cells(results, row))
     return table
@@ -186,13 +183,20 @@ def _cells(results: Results, row: Row) -> Iterator[str]:
         time = unit * row.latency[batch].median
         digits = 2 if time < 10 else 1 if time < 100 else 0
         yield f"{time:.{digits}f} ({_ratio(results.speed_up(row, batch))})"
-    plain = [_ratio(results.speed_up(row, batch, plain=True)) for batch in BATCHES]
-    yield " · ".join(plain) if row is not results.rows[0] else ""
     yield ", ".join(f"{name} x{count}" for name, count in row.kernels.items())
 
 
 def _ratio(speed_up: float) -> str:
     return f"{speed_up:.1f}x" if speed_up >= _EVEN else f"[red]{speed_up:.2f}x[/red]"
+
+
+def _without_library(results: Results) -> str:
+    """Say how the standard-operator bodies compare with dense: lowest and highest ratio."""
+    parts = []
+    for batch in BATCHES:
+        ratios = [results.speed_up(row, batch, plain=True) for row in results.rows[1:]]
+        parts.append(f"{min(ratios):.2f}x to {max(ratios):.2f}x at batch {batch}")
+    return ", ".join(parts)
 
 
 def _notes(results: Results) -> Iterator[str]:
@@ -208,10 +212,12 @@ def _notes(results: Results) -> Iterator[str]:
     )
     yield (
         f"ONNX Runtime on {about['threads']} thread of {about['cpu']} ({about['isa']}); medians of "
-        f"{settings.rounds} interleaved rounds; x = how many times faster than the dense file."
+        f"{settings.rounds} interleaved rounds; in brackets: times as fast as dense."
     )
-    slower = [f"{row.label} at batch {batch}" for row, batch in results.slower_than_dense()]
-    if slower:
-        yield f"Dense is faster at this size than: {', '.join(slower)}."
+    yield f"The same files without our library: {_without_library(results)}."
+    for batch in BATCHES:
+        slower = [row.label for row in results.slower_than_dense(batch)]
+        if slower:
+            yield f"At batch {batch} dense is faster at this size than {', '.join(slower)}."
     if results.busy:
         yield "The machine was busy: waiting for the core is not counted, but caches were shared."

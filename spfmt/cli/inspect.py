@@ -42,7 +42,7 @@ def describe(path: Path) -> str:
     ]
     for name, array in {**tensor.structure(), "values": tensor.values}.items():
         lines.append(_line(name, f"{array.dtype.name} {' x '.join(map(str, array.shape))}"))
-    lines += [_line(f"metadata {name!r}", text) for name, text in read_metadata(path).items()]
+    lines += [_line("metadata", f"{name}: {text}") for name, text in read_metadata(path).items()]
     return "\n".join(lines)
 
 
