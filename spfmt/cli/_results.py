@@ -211,8 +211,9 @@ def _notes(results: Results) -> Iterator[str]:
         "differences of a few tenths mean nothing."
     )
     yield (
-        f"ONNX Runtime on {about['threads']} thread of {about['cpu']} ({about['isa']}); medians of "
-        f"{settings.rounds} interleaved rounds; in brackets: times as fast as dense."
+        f"ONNX Runtime on {about['threads']} thread of {about['cpu']} ({about['isa']}): medians of "
+        f"its own time over {settings.rounds} interleaved rounds; in brackets: times as fast as "
+        "dense."
     )
     yield f"The same files without our library: {_without_library(results)}."
     for batch in BATCHES:
