@@ -10,7 +10,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
+from matplotlib.figure import Figure
+
 import spfmt
+from spfmt.cli._figures import draw_pattern
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -58,12 +62,27 @@ def readme() -> str:
     return insert(text, "speed table", speed_table())
 
 
+def draw_patterns() -> None:
+    """Draw the five formats on one random 64 x 96 weight at a quarter of the weights."""
+    scores = np.random.default_rng(0).random((64, 96))
+    tensors = {
+        "ShuffledBlock 16x4": spfmt.ShuffledBlock.from_scores(scores, 0.25, block_shape=(16, 4)),
+        "HRBP, 4 groups": spfmt.HRBP.from_scores(scores, 0.25, groups=4),
+        "NM 2:8": spfmt.NM.from_scores(scores, n=2, m=8),
+        "Condensed": spfmt.Condensed.from_scores(scores, 0.25),
+        "CSR": spfmt.CSR.from_scores(scores, 0.25),
+    }
+    figure = Figure(figsize=(13, 2.5), dpi=120, facecolor="white", layout="constrained")
+    axes = figure.subplots(1, len(tensors))
+    for place, (title, tensor) in zip(axes, tensors.items(), strict=True):
+        draw_pattern(place, tensor, title, f"density {tensor.density:.2g}")
+    figure.savefig(ROOT / "docs" / "patterns.png", metadata={"Software": None})
+
+
 def main() -> None:
     """Rewrite README.md and the figure."""
-    from spfmt.cli.figures import draw_formats
-
     README.write_text(readme())
-    draw_formats(ROOT / "docs" / "patterns.png")
+    draw_patterns()
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from spfmt.cli._measure import BATCHES
 from spfmt.cli._results import Results, machine
 from spfmt.formats import SparseTensor
 
-__all__ = ["draw"]
+__all__ = ["draw", "draw_pattern"]
 
 _INK, _FAINT, _RULE = "#22303c", "#8796a3", "#d5dde4"
 _WITH, _WITHOUT, _SLOW = "#1f77b4", "#c9d3dc", "#b3261e"
@@ -47,7 +47,7 @@ def draw(results: Results, tensors: Mapping[str, SparseTensor], path: Path) -> N
     )
     for axes, row in zip(grid[0].subplots(1, len(sparse)), sparse, strict=True):
         accuracy = f"accuracy {100 * row.accuracy:.1f} % (dense {100 * dense.accuracy:.1f} %)"
-        _pattern(axes, tensors[row.format], row.label, accuracy)
+        draw_pattern(axes, tensors[row.format], row.label, accuracy)
     _heading(grid[1], "How long ONNX Runtime takes for one call")
     panels = grid[1].subplots(1, len(BATCHES))
     for axes, batch in zip(panels, BATCHES, strict=True):
@@ -73,7 +73,16 @@ def _crop(tensor: SparseTensor) -> tuple[NDArray[np.bool_], str]:
     return mask[start : start + _CROP, :_CROP], "rows" if order is None else "rows, grouped"
 
 
-def _pattern(axes: Any, tensor: SparseTensor, title: str, note: str) -> None:
+def draw_pattern(axes: Any, tensor: SparseTensor, title: str, note: str) -> None:
+    """Draw where a tensor keeps weights, rows of one group side by side.
+
+    Parameters
+    ----------
+    axes : matplotlib Axes
+    tensor : SparseTensor
+    title, note : str
+        Heading, and a line below the format's own caption.
+    """
     window, rows = _crop(tensor)
     axes.imshow(window, cmap="Blues", vmin=0, vmax=1.25, interpolation="nearest", aspect="equal")
     group = tensor.params().get("m")
