@@ -78,7 +78,7 @@ def test_metadata(tmp_path: Path) -> None:
     path = tmp_path / "a"
     sample().save(path, metadata={"layer": "fc1", "note": "ü"})
     assert read_metadata(path) == {"layer": "fc1", "note": "ü"}
-    for bad in ({"shape": "1"}, {"spfmt_x": "1"}, {"a": 1}, {2: "a"}):
+    for bad in ({"shape": "1"}, {"spfmt_x": "1"}, {"a": 1}, {2: "a"}, ["a"], {"a": "\ud800"}):
         with pytest.raises(FormatError, match="metadata"):
             sample(seed=4).save(path, metadata=bad)  # type: ignore[arg-type]
     assert load(path) == sample()
@@ -166,6 +166,10 @@ def rewritten(path: Path, change: dict[str, Any], tensors_change: dict[str, Any]
     [
         ({"spfmt_version": "2"}, {}, "version 2.*upgrade"),
         ({"spfmt_version": "x"}, {}, "foreign"),
+        ({"spfmt_version": "0"}, {}, "foreign"),
+        ({"spfmt_version": "9" * 5000}, {}, "foreign"),
+        ({"shape": "[" * 100_000}, {}, "damaged"),
+        ({"params": '{"a":' * 100_000}, {}, "damaged"),
         ({"spfmt_version": None}, {}, "foreign"),
         ({"spfmt_format": None}, {}, "foreign"),
         ({"spfmt_format": "ell"}, {}, "'ell'.*condensed"),
@@ -215,6 +219,25 @@ def test_a_failed_save_leaves_what_was_there(
     assert os.listdir(tmp_path) == ["a"]
     with pytest.raises(FileNotFoundError):
         sample().save(tmp_path / "missing" / "a")
+
+
+def test_only_files_are_replaced(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to(tmp_path / "folder")
+    for name in ("folder", "pipe", "link"):
+        with pytest.raises(FormatError, match="a folder, device or pipe"):
+            sample().save(tmp_path / name)
+    assert sorted(os.listdir(tmp_path)) == ["folder", "link", "pipe"]
+    assert (tmp_path / "pipe").is_fifo()
+
+
+def test_any_legal_file_name_can_be_written(tmp_path: Path) -> None:
+    longest = tmp_path / ("\N{CJK UNIFIED IDEOGRAPH-5B57}" * 85)  # 255 bytes
+    sample().save(longest)
+    assert load(longest) == sample()
+    sample().save(os.fsencode(tmp_path / "bytes"))  # type: ignore[arg-type]
+    assert load(tmp_path / "bytes") == sample()
 
 
 def test_readers_never_see_a_half_written_file(tmp_path: Path) -> None:

@@ -50,9 +50,17 @@ def save(tensor: SparseTensor, path: Path, *, metadata: Mapping[str, str] | None
     Raises
     ------
     FormatError
-        For metadata that is not text or takes a reserved name.
+        For metadata that is not text or takes a reserved name, and for a `path` that is a folder,
+        a device or a pipe.
+    OSError
+        For a folder that is missing or cannot be written to.
     """
-    notes = _check_notes(metadata or {})
+    target = os.path.realpath(os.fsdecode(path))
+    if os.path.exists(target) and not os.path.isfile(target):
+        raise format_error(
+            f"path {target!r}, a folder, device or pipe", "a file, old or new", "add a file name"
+        )
+    notes = _check_notes({} if metadata is None else metadata)
     arrays = {name: _narrow(array) for name, array in tensor.structure().items()}
     arrays["values"] = tensor.values
     header = {
@@ -63,7 +71,7 @@ def save(tensor: SparseTensor, path: Path, *, metadata: Mapping[str, str] | None
     }
     header["spfmt_crc32"] = str(_checksum(header, arrays.values()))
     header.update(notes)
-    _write(os.path.realpath(path), _safetensors("numpy").save(arrays, metadata=header))
+    _write(target, _safetensors("numpy").save(arrays, metadata=header))
 
 
 def load(path: Path) -> SparseTensor:
@@ -84,7 +92,7 @@ def load(path: Path) -> SparseTensor:
         shape, params = json.loads(header["shape"]), json.loads(header["params"])
         arrays = {name: tensors[name] for name in cls.STRUCTURE}
         return cls._from_parts(shape, arrays, params, tensors["values"])
-    except (KeyError, ValueError, TypeError, AttributeError) as error:
+    except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise _bad_file(path, f"damaged: {error}", "a legal structure") from error
 
 
@@ -127,10 +135,20 @@ def _checksum(header: Mapping[str, str], arrays: Iterable[Array]) -> int:
 
 
 def _check_notes(metadata: Mapping[str, str]) -> dict[str, str]:
+    if not isinstance(metadata, Mapping):
+        raise format_error(
+            f"metadata of type {type(metadata).__name__}",
+            "a mapping of text to text",
+            "pass a dict",
+        )
     for name, text in metadata.items():
         if not isinstance(name, str) or not isinstance(text, str):
             raise format_error(
                 f"metadata {name!r}: {text!r}", "text for names and values", "convert to str"
+            )
+        if any("\ud800" <= letter <= "\udfff" for letter in name + text):
+            raise format_error(
+                f"metadata {name!r}: {text!r}", "text that UTF-8 can hold", "drop the surrogates"
             )
         if name in RESERVED or name.startswith(PREFIX):
             raise format_error(
@@ -143,8 +161,9 @@ def _check_notes(metadata: Mapping[str, str]) -> dict[str, str]:
 
 def _write(path: str, data: bytes) -> None:
     """Replace `path` by `data` in one step; a failure leaves what was there."""
-    folder, name = os.path.split(path)
-    temporary = os.path.join(folder, f".{name[:100]}.{secrets.token_hex(8)}.tmp")
+    folder = os.path.dirname(path)
+    # A name of its own: with the file's name in it, it could become longer than names may be.
+    temporary = os.path.join(folder, f".spfmt-{secrets.token_hex(8)}.tmp")
     try:
         # "x" obeys the umask, which tempfile's own files would not.
         with open(temporary, "xb") as file:
@@ -194,7 +213,8 @@ def _format_of(header: Mapping[str, str], path: Path) -> type[SparseTensor]:
     from spfmt.formats import FORMATS
 
     version, name = header.get("spfmt_version", ""), header.get("spfmt_format")
-    if name is None or not version.isdecimal():
+    # The length first: int() refuses thousands of digits with an error of its own.
+    if name is None or len(version) > 9 or not version.isdecimal() or int(version) < 1:
         raise _bad_file(path, "without spfmt's metadata (a foreign file)", "a file of spfmt")
     if int(version) > VERSION:
         raise format_error(
