@@ -8,7 +8,7 @@ released inside every loop. Masks are uint8 (0 or 1) or rows of 64-bit words, le
 first.
 """
 
-from libc.math cimport fabs, sqrt
+from libc.math cimport sqrt
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memset
@@ -779,23 +779,29 @@ cdef void _merge_sort(const double *key, int32_t *order, int32_t *work, Py_ssize
 
 cdef void _column_order(const double *norm, Py_ssize_t cols, int32_t *order,
                         int32_t *work) noexcept nogil:
-    """Columns by norm descending, ties ascending; all-zero columns go last without sorting."""
-    cdef Py_ssize_t c, n = 0, at
+    """Columns by norm descending, ties ascending; zeros, often the most, need no sorting."""
+    cdef Py_ssize_t c, n = 0, at, below
     for c in range(cols):
         if norm[c] > 0.0:
             order[n] = <int32_t> c
             n += 1
     at = n
     for c in range(cols):
-        if not norm[c] > 0.0:
+        if norm[c] == 0.0:
+            order[at] = <int32_t> c
+            at += 1
+    below = at
+    for c in range(cols):
+        if norm[c] < 0.0:
             order[at] = <int32_t> c
             at += 1
     _merge_sort(norm, order, work, n)
+    _merge_sort(norm, order + below, work, at - below)
 
 
 def block_norms(const real[:, ::1] scores, const int32_t[::1] row_perm, Py_ssize_t block_rows,
                 Py_ssize_t block_cols, int32_t[:, ::1] order, double[:, ::1] norms):
-    """Per row group: columns by l1 norm descending (order) and the norm of every run of columns."""
+    """Per row group: columns by their sum descending (order) and the sum of every run of columns."""
     cdef Py_ssize_t rows = scores.shape[0], cols = scores.shape[1], g, i, c, end
     cdef double *column
     cdef int32_t *work
@@ -811,7 +817,7 @@ def block_norms(const real[:, ::1] scores, const int32_t[::1] row_perm, Py_ssize
             for i in range(g * block_rows, end):
                 row = &scores[row_perm[i], 0]
                 for c in range(cols):
-                    column[c] += fabs(row[c])
+                    column[c] += row[c]
             _column_order(column, cols, &order[g, 0], work)
             for c in range(norms.shape[1]):
                 norms[g, c] = 0.0
@@ -837,7 +843,7 @@ def kernel_counts(const uint8_t[:, ::1] mask, Py_ssize_t cells, int32_t[:, ::1] 
 
 
 def kernel_sums(const real[:, ::1] scores, Py_ssize_t cells, double[:, ::1] out):
-    """out[o, i] = l1 norm of the kernel from channel i to channel o."""
+    """out[o, i] = sum of the kernel from channel i to channel o."""
     cdef Py_ssize_t o, i, k
     cdef double total
     with nogil:
@@ -845,14 +851,14 @@ def kernel_sums(const real[:, ::1] scores, Py_ssize_t cells, double[:, ::1] out)
             for i in range(out.shape[1]):
                 total = 0.0
                 for k in range(i * cells, (i + 1) * cells):
-                    total += fabs(scores[o, k])
+                    total += scores[o, k]
                 out[o, i] = total
 
 
 def cell_counts(const uint8_t[:, ::1] mask, const real[:, ::1] scores,
                 const int32_t[::1] rows, const int32_t[::1] channels, int64_t[::1] counts,
                 double[::1] sums):
-    """Nonzeros and l1 norm of every kernel cell over rows x channels (added to what is there)."""
+    """Nonzeros and sum of every kernel cell over rows x channels (added to what is there)."""
     cdef Py_ssize_t cells = counts.shape[0], r, i, k, column
     with nogil:
         for r in range(rows.shape[0]):
@@ -860,4 +866,4 @@ def cell_counts(const uint8_t[:, ::1] mask, const real[:, ::1] scores,
                 column = channels[i] * cells
                 for k in range(cells):
                     counts[k] += mask[rows[r], column + k]
-                    sums[k] += fabs(scores[rows[r], column + k])
+                    sums[k] += scores[rows[r], column + k]

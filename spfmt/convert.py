@@ -18,10 +18,12 @@ import numpy as np
 from spfmt.errors import MissingDependency, format_error
 from spfmt.formats import FORMATS, Coordinates, SparseTensor, get_format
 from spfmt.formats._checks import (
+    VALUE_DTYPES,
     Array,
     Shape,
     as_int,
     check_pointer,
+    check_range,
     check_shape,
     float_array,
     matrix_shape,
@@ -29,6 +31,8 @@ from spfmt.formats._checks import (
 )
 
 __all__ = ["ConversionReport", "convert"]
+
+_TORCH_LAYOUTS = ("strided", "sparse_coo", "sparse_csr", "sparse_csc", "sparse_bsr", "sparse_bsc")
 
 logger = logging.getLogger("spfmt")
 
@@ -89,8 +93,8 @@ def convert(
     Raises
     ------
     FormatError
-        Names the first row, group or block that the target cannot hold, or the one with the most
-        padding, and the way out.
+        For a source that is broken or of an unsupported dtype. Else names the first row, group or
+        block that the target cannot hold, or the one with the most padding, and the way out.
     MissingDependency
         If the target's package is not installed.
 
@@ -101,11 +105,12 @@ def convert(
     Condensed(4x4, fan_in=1, active 4/4, density 0.25, float32)
     """
     target = _target_name(to)
+    _check_limit(max_padding)
     source, coords = _read(a)
     if shape is not None:
         coords = _reshaped(coords, shape)
     if source == target and not params and shape is None:
-        result, nnz_out = a, coords.nnz
+        result, nnz_out = _own(a), coords.nnz
     elif target in FORMATS:
         result = _to_format(FORMATS[target], coords, params, max_padding)
         nnz_out = result.nnz
@@ -118,6 +123,24 @@ def convert(
     if report.padding:
         logger.info("%s to %s: %d stored zeros added", source, target, report.padding)
     return (result, report) if return_report else result
+
+
+def _own(a: Any) -> Any:
+    """`a` as a result: itself if nobody can change it, else a copy."""
+    if isinstance(a, SparseTensor):
+        return a
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(a, torch.Tensor):
+        return a.detach().clone()
+    return a.copy() if hasattr(a, "tocoo") else np.array(a)
+
+
+def _check_limit(max_padding: Any) -> None:
+    numeric = isinstance(max_padding, (int, float, np.number))
+    if max_padding is not None and not (numeric and max_padding >= 0):
+        raise format_error(
+            f"max_padding={max_padding!r}", "a number >= 0, or None for no limit", "pass e.g. 1.0"
+        )
 
 
 def _target_name(to: Any) -> str:
@@ -158,7 +181,7 @@ def _to_format(
     _check_params(cls._from_coordinates, params, cls.format)
     result = cls._from_coordinates(coords, **params)
     if result.nnz > coords.nnz and not _few(coords, result.nnz, max_padding):
-        unit, of_row = result._unit_of_rows()
+        unit, of_row = result.unit_of_rows()
         stored, _ = result.layout().coordinates()
         units = int(of_row.max()) + 1
         added = np.bincount(of_row[stored], minlength=units)
@@ -221,26 +244,44 @@ def _read_scipy(a: Any) -> Coordinates:
 
 def _read_torch(a: Any) -> tuple[str, Coordinates]:
     layout = str(a.layout).rpartition(".")[2]
+    if a.is_meta or a.is_nested or layout not in _TORCH_LAYOUTS:
+        kind = "on the meta device" if a.is_meta else "nested" if a.is_nested else layout
+        raise format_error(
+            f"a torch tensor that is {kind}",
+            f"one with data, of layout {', '.join(_TORCH_LAYOUTS)}",
+            "load its data, or convert it with to_dense()",
+        )
     a = a.detach().cpu()
     if layout == "strided":
         return "torch_dense", Coordinates.of_dense(_from_torch(a))
     shape = check_shape(a.shape)
     if layout == "sparse_coo":
-        whole = a.coalesce()
-        if whole.sparse_dim() != 2:
-            raise format_error(
-                f"a torch tensor with {whole.sparse_dim()} sparse axes", "two", "reshape it"
-            )
-        rows, cols = whole.indices().numpy()
-        return "torch_coo", Coordinates.of_unsorted(shape, rows, cols, _from_torch(whole.values()))
+        return "torch_coo", _read_torch_coo(a, shape)
     by_column = layout in ("sparse_csc", "sparse_bsc")
     if by_column:
         pointer, plain = a.ccol_indices().numpy(), a.row_indices().numpy()
     else:
         pointer, plain = a.crow_indices().numpy(), a.col_indices().numpy()
-    values = _from_torch(a.values())
+    values = _from_torch(a.values()).copy()  # what is made of them must not change with `a`
     name = f"torch_{layout.removeprefix('sparse_')}"
     return name, _of_compressed(shape, pointer, plain, values, by_column)
+
+
+def _read_torch_coo(a: Any, shape: Shape) -> Coordinates:
+    if a.sparse_dim() != 2 or a.dense_dim():
+        raise format_error(
+            f"a torch tensor with {a.sparse_dim()} sparse axes and {a.dense_dim()} dense ones",
+            "two sparse axes",
+            "reshape it to a matrix, and pass shape= for a convolution",
+        )
+    # Before coalescing: an index out of range could be summed into another position.
+    rows, cols = a._indices().numpy()
+    check_range("row indices", rows, shape[0], "rows")
+    check_range("column indices", cols, shape[1], "columns")
+    whole = a.coalesce()
+    values = _from_torch(whole.values()).copy()
+    rows, cols = whole.indices().numpy()
+    return Coordinates.of_unsorted(shape, rows, cols, values)
 
 
 def _of_compressed(
@@ -249,10 +290,22 @@ def _of_compressed(
     """Coordinates of CSR, CSC, BSR or BSC arrays; blocks are the last two axes of `values`."""
     if pointer.ndim != 1 or len(shape) != 2:
         raise format_error(f"a batched sparse tensor of shape {shape}", "one matrix", "split it")
-    blocks = values.reshape(plain.size, *(values.shape[1:] or (1, 1)))
+    blocks = values if values.ndim == 3 else values.reshape(-1, 1, 1)
     height, width = blocks.shape[1:]
-    lists = (shape[1] // width) if by_column else (shape[0] // height)
+    if not height or not width or shape[0] % height or shape[1] % width:
+        raise format_error(
+            f"blocks of {height} x {width} in a matrix of {shape}",
+            "a block size that divides the matrix",
+            "build the tensor again with check_invariants=True",
+        )
+    if len(blocks) != plain.size:
+        raise format_error(
+            f"{len(blocks)} values or blocks for {plain.size} indices", "as many", "build it again"
+        )
+    across, along = shape[0] // height, shape[1] // width
+    lists, length = (along, across) if by_column else (across, along)
     check_pointer("compressed indices", pointer, lists, plain.size)
+    check_range("plain indices", plain, length, "blocks" if values.ndim == 3 else "columns or rows")
     outer = np.repeat(np.arange(lists, dtype=np.int64), np.diff(pointer))
     row, col = (plain, outer) if by_column else (outer, plain)
     rows = (row * height)[:, None, None] + np.arange(height)[:, None]
@@ -264,7 +317,14 @@ def _of_compressed(
 def _from_torch(tensor: Any) -> Array:
     import torch
 
-    plain = tensor.resolve_conj().resolve_neg()
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    if dtype not in VALUE_DTYPES:
+        raise format_error(
+            f"a torch tensor of dtype {dtype}",
+            f"one of {', '.join(VALUE_DTYPES)}",
+            "cast: tensor.float()",
+        )
+    plain = tensor.resolve_neg()
     if plain.dtype == torch.bfloat16:  # numpy has no such dtype of its own
         bits: Array = plain.contiguous().view(torch.int16).numpy()
         return bits.view(value_dtype("bfloat16"))

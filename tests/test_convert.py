@@ -145,19 +145,29 @@ def test_duplicates_and_unsorted_indices_of_scipy_and_torch() -> None:
     assert unsorted.indices.tolist() == [2, 0, 1]
 
 
-def test_results_share_no_memory_with_the_input() -> None:
-    w = weight(5, 6)
-    for source, target in itertools.product(FORMS, FORMS):
-        a = convert(w, source, max_padding=None, **OPTIONS.get(source, {}))
-        b = convert(a, target, max_padding=None, **OPTIONS.get(target, {}))
-        if source == target and source in FORMATS:
-            continue  # immutable
-        data = getattr(b, "data", b) if sp.issparse(b) else b
-        if isinstance(b, torch.Tensor):
-            data = b.numpy() if b.layout == torch.strided else b.values().numpy()
-        if isinstance(data, np.ndarray):
-            data[...] = 7
-        np.testing.assert_array_equal(dense(a), w)
+def buffers(a: Any) -> list[np.ndarray]:
+    """Arrays that hold the values of any form."""
+    if isinstance(a, SparseTensor):
+        return [a.values]
+    if isinstance(a, torch.Tensor):
+        return [(a if a.layout == torch.strided else a.values()).numpy()]
+    return [a.data if sp.issparse(a) else a]
+
+
+@pytest.mark.parametrize(("source", "target"), list(itertools.product(FORMS, FORMS)))
+def test_no_result_changes_with_its_source(source: str, target: str) -> None:
+    a = convert(weight(5, 6), source, max_padding=None, **OPTIONS.get(source, {}))
+    b = convert(a, target, max_padding=None, **OPTIONS.get(target, {}))
+    if isinstance(a, SparseTensor) and isinstance(b, SparseTensor):
+        return  # immutable, so they may share
+    assert not any(np.shares_memory(x, y) for x in buffers(a) for y in buffers(b))
+
+
+def test_a_list_becomes_an_array_and_a_parameter_a_plain_tensor() -> None:
+    assert convert([[1.0, 0.0]], "dense").tolist() == [[1.0, 0.0]]
+    plain = convert(torch.nn.Parameter(torch.eye(2)), "torch_dense")
+    assert not plain.requires_grad
+    assert convert(torch.eye(4)[::2, ::2].requires_grad_(), "csr").nnz == 2
 
 
 # ---- exact where it can be, else an error ------------------------------------------------------
@@ -267,6 +277,10 @@ def test_nan_and_infinity_survive() -> None:
         (np.ones((2, 2, 2)), "rank 3"),
         (torch.ones(2, 2, 2).to_sparse(), "rank 3"),
         (torch.ones(2, 2).to_sparse(1), "1 sparse axes"),
+        (torch.ones(2, 3, 2, 2).to_sparse(2), "2 dense ones"),
+        (torch.ones(2, 2, device="meta"), "on the meta device"),
+        (torch.ones(2, 2).to(torch.float8_e4m3fn), "dtype float8"),
+        (torch.ones(2, 2).to_mkldnn(), "layout strided"),
         (sp.coo_array(np.ones(3)), "two axes"),
         ("text", "dtype <U4"),
     ],
@@ -285,6 +299,60 @@ def test_broken_scipy_arrays_are_refused() -> None:
     b.coords[1][0] = 9
     with pytest.raises(FormatError, match="broken scipy coo"):
         convert(b, "csr")
+
+
+def raw(layout: str, pointer: Any, plain: Any, values: Any, shape: Any) -> torch.Tensor:
+    """A compressed torch tensor whose indices nobody has checked."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.sparse_compressed_tensor(
+            torch.tensor(pointer),
+            torch.tensor(plain, dtype=torch.int64),
+            values,
+            shape,
+            layout=getattr(torch, layout),
+            check_invariants=False,
+        )
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        (("sparse_csr", [0, 1, 1], [2], torch.ones(1), (2, 2)), r"plain indices\[0\] = 2"),
+        (("sparse_csr", [0, 1, 1], [-1], torch.ones(1), (2, 2)), r"plain indices\[0\] = -1"),
+        (("sparse_csr", [0, 5, 1], [0], torch.ones(1), (2, 2)), "a fall at 1"),
+        (("sparse_csr", [0, 1, 1], [0], torch.ones(3), (2, 2)), "3 values or blocks for 1"),
+        (("sparse_csr", [0, 2, 2], [1, 1], torch.ones(2), (2, 2)), "two entries at row 0"),
+        (("sparse_csc", [0, 1, 1], [7], torch.ones(1), (5, 2)), r"plain indices\[0\] = 7"),
+        # 4 columns per block times this block index is 0 modulo 2**64.
+        (("sparse_bsr", [0, 1, 1], [2**62], torch.ones(1, 2, 4), (4, 8)), "number of blocks"),
+        (("sparse_bsr", [0, 1, 1], [0], torch.ones(1, 2, 4), (5, 8)), "divides the matrix"),
+        (("sparse_bsr", [0, 0], [], torch.ones(0, 0, 4), (0, 8)), "divides the matrix"),
+    ],
+)
+def test_broken_torch_tensors_are_refused(parts: Any, message: str) -> None:
+    with pytest.raises(FormatError, match=message):
+        convert(raw(*parts), "csr")
+
+
+def test_coalescing_hides_no_index_out_of_range() -> None:
+    # Flattened in a matrix of three columns, (1, -1) is (0, 2).
+    indices, values = torch.tensor([[1, 0], [-1, 2]]), torch.ones(2)
+    a = torch.sparse_coo_tensor(indices, values, (2, 3), check_invariants=False)
+    with pytest.raises(FormatError, match=r"column indices\[0\] = -1"):
+        convert(a, "csr")
+
+
+def test_the_limit_of_padding_is_a_number() -> None:
+    for bad in ("a", -1, float("nan"), [1]):
+        with pytest.raises(FormatError, match="max_padding"):
+            convert(weight(3, 4), "csr", max_padding=bad)  # type: ignore[arg-type]
+
+
+def test_rows_of_millions_of_columns_are_grouped_without_a_table() -> None:
+    a = CSR((2, 2**31 - 1), [0, 1, 2], [5, 2**31 - 2], np.ones(2))
+    b = convert(a, "shuffled_block", block_shape=(1, 1))
+    assert b.col_indices.tolist() == [5, 2**31 - 2]
 
 
 def test_bad_targets_and_parameters_are_refused() -> None:

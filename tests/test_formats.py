@@ -66,6 +66,7 @@ def test_dense_forms_follow_the_definition(a: SparseTensor) -> None:
     np.testing.assert_array_equal(a.mask(), mask.reshape(a.shape))
     assert a.nnz == len(places) == a.mask().sum() == a.layout().nnz
     np.testing.assert_array_equal(a.dense_gather(dense), a.values)
+    np.testing.assert_array_equal(dense.reshape(-1)[a.flat_indices()], a.values.reshape(-1))
     a.validate()
 
 
@@ -324,6 +325,13 @@ BAD: list[tuple[type[SparseTensor], dict[str, Any], dict[str, Any], str]] = [
     (Condensed, CONDENSED_OK, {"col_indices": [[0, 3], [2, 1]]}, "in active row 1"),
     (Condensed, CONDENSED_OK, {"col_indices": [[0, 3], [1, 4]]}, r"col_indices\[1, 1\] = 4"),
     (Condensed, CONDENSED_OK, {"values": ones(4)}, r"values of shape \(4,\)"),
+    (Condensed, CONDENSED_OK, {"col_indices": [[0], [1, 2]]}, "col_indices that numpy cannot"),
+    (
+        Condensed,
+        CONDENSED_OK,
+        {"row_indices": [], "col_indices": np.zeros((0, 5), int), "values": np.zeros((0, 5))},
+        "fan_in=5",
+    ),
     (NM, NM_OK, {"n": 3}, "n=3"),
     (NM, NM_OK, {"m": 0}, "m=0"),
     (NM, NM_OK, {"n": -1}, "n=-1"),
@@ -348,6 +356,21 @@ BAD: list[tuple[type[SparseTensor], dict[str, Any], dict[str, Any], str]] = [
     (HRBP, HRBP_OK, {"row_ptr": [0, 3, 3]}, "group 1 with 0 rows"),
     (HRBP, HRBP_OK, {"row_ptr": [0, 2, 2]}, "ends at 2"),
     (HRBP, HRBP_OK, {"row_ptr": []}, "row_ptr of length 0"),
+    (HRBP, HRBP_OK, {"row_ptr": [[0], [1, 2]]}, "row_ptr that numpy cannot read"),
+    (HRBP, HRBP_OK, {"row_ptr": [[0, 2, 3]]}, "1 axes"),
+    (
+        HRBP,
+        HRBP_OK,
+        {
+            "shape": (0, 2, 1, 3),
+            "row_perm": [],
+            "row_ptr": [0],
+            "channel_indices": np.zeros((0, 3), int),
+            "pattern_indices": np.zeros((0, 3), int),
+            "values": [],
+        },
+        "channels per group=3",
+    ),
     (HRBP, HRBP_OK, {"row_perm": [1, 1, 2]}, "row 1 2 times"),
     (HRBP, HRBP_OK, {"channel_indices": [[0], [2]]}, "input channels"),
     (HRBP, HRBP_OK, {"channel_indices": [[0]]}, "one row for each of 2 groups"),
@@ -393,6 +416,32 @@ def test_bad_masks_are_refused(name: str) -> None:
         FORMATS[name].from_dense(W, W)
     with pytest.raises(FormatError, match=r"mask of shape \(12, 10\)"):
         FORMATS[name].from_dense(W, W.T != 0)
+
+
+@pytest.mark.parametrize(
+    ("row_perm", "message"),
+    [
+        (np.arange(10.0), "row_perm of dtype float64"),
+        (np.arange(10).reshape(2, 5), "1 axes"),
+        (np.ma.masked_array(np.arange(10), np.arange(10) == 3), "masked"),
+        (np.zeros(10, int), "row 0 10 times"),
+        (np.arange(9), "length 9"),
+        (np.arange(10) - 1, r"row_perm\[0\] = -1"),
+    ],
+)
+def test_bad_row_orders_are_refused(row_perm: Any, message: str) -> None:
+    with pytest.raises(FormatError, match=message):
+        ShuffledBlock.from_dense(W, row_perm=row_perm)
+    with pytest.raises(FormatError, match=message):
+        ShuffledBlock.from_scores(np.abs(W), 0.5, row_perm=row_perm)
+
+
+def test_indices_may_be_torch_tensors() -> None:
+    torch = pytest.importorskip("torch")
+    a = HRBP(**{k: v if k == "shape" else torch.tensor(v) for k, v in HRBP_OK.items()})
+    assert a == HRBP(**HRBP_OK)
+    c = Condensed(**{k: v if k == "shape" else torch.tensor(v) for k, v in CONDENSED_OK.items()})
+    assert c == Condensed(**CONDENSED_OK)
 
 
 def test_parts_must_be_complete() -> None:

@@ -164,6 +164,54 @@ def test_hrbp_options() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_low_scores_are_avoided_however_large_they_are(name: str) -> None:
+    options: dict[str, Any] = {"block_shape": (16, 8)} if name == "shuffled_block" else {}
+    scores = np.ones((32, 32))
+    for low in (-5, -np.inf):
+        scores[:, :16] = low
+        assert FORMATS[name].project(scores, 0.25, **options)[:, 16:].sum() == 256
+    scores[:, 16:24] = np.inf
+    assert FORMATS[name].project(scores, 0.25, **options)[:, 16:24].sum() == 256
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_no_choice_of_blocks_keeps_more(seed: int) -> None:
+    scores = scores_of((4, 6), seed)
+    kept = ShuffledBlock.project(scores, 0.5, block_shape=(2, 1), row_perm=[2, 0, 3, 1])
+    blocks = np.concatenate([scores[[2, 0]].sum(0), scores[[3, 1]].sum(0)])
+    best = np.sort(blocks)[-6:].sum()
+    assert scores[kept].sum() == pytest.approx(best)
+
+
+@pytest.mark.parametrize("name", ["condensed", "nm"])
+@pytest.mark.parametrize("seed", range(5))
+def test_no_legal_mask_of_the_budget_keeps_more(name: str, seed: int) -> None:
+    scores = scores_of((2, 4), seed)
+    options = {"m": 2} if name == "nm" else {}
+    mask = FORMATS[name].project(scores, 0.5, **options)
+    totals = []
+    for code in range(2**8):
+        other = (code >> np.arange(8) & 1).astype(bool).reshape(2, 4)
+        groups = other.reshape(2, -1, 2) if name == "nm" else other.reshape(2, 1, 4)
+        if (groups.sum(-1) == groups.shape[-1] // 2).all():
+            totals.append(scores[other].sum())
+    assert scores[mask].sum() == pytest.approx(max(totals))
+
+
+def test_groups_wider_than_the_matrix_are_cut_off() -> None:
+    scores = scores_of((8, 8))
+    assert NM.from_scores(scores, 0.5, m=2**31 - 1).n == 4
+    assert NM.from_scores(scores, 0.5, n=4, m=64).nnz == 32
+    with pytest.raises(FormatError, match="n=4, m=64"):
+        NM.from_scores(scores, 0.25, n=4, m=64)
+
+
+def test_misspelt_options_are_refused() -> None:
+    with pytest.raises(TypeError, match="metod"):
+        ShuffledBlock.from_scores(scores_of((4, 6)), 0.5, row_perm=np.arange(4), metod="fast")
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_bad_scores_are_refused(name: str) -> None:
     cls = FORMATS[name]
     nan = scores_of((4, 6))
@@ -177,6 +225,7 @@ def test_bad_scores_are_refused(name: str) -> None:
         (scores_of((4, 6)), -0.1, "density -0.1"),
         (scores_of((4, 6)), float("nan"), "density nan"),
         (scores_of((4, 6)), "many", "density 'many'"),
+        (scores_of((4, 6)), "0.5", "density '0.5'"),
     ]
     for scores, density, message in bad:
         with pytest.raises(FormatError, match=message):

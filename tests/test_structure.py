@@ -108,6 +108,13 @@ def test_nan_scores_are_refused(call):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
+        (lambda: topk_mask(np.ma.masked_array(np.ones(3), [1, 0, 0]), 1), "scores as a numpy mas"),
+        (lambda: order_rows(np.ma.masked_array(np.eye(3), np.eye(3))), "mask as a numpy masked"),
+        (lambda: topk_mask([[1], [1, 2]], 1), "scores that numpy cannot read"),
+        (lambda: order_rows(np.eye(3), min_overlap="0.2"), "min_overlap = '0.2'"),
+        (lambda: nm_columns(np.eye(3), 2**70, 2**70), "m = 1180591620717411303424"),
+        (lambda: order_rows_fast(np.eye(3), group_size=2**70), "group_size = 11"),
+        (lambda: select_blocks(np.eye(3), range(3), (2**70, 1), 1), "block rows S1 = 11"),
         (lambda: topk_mask(np.ones(3), 4), r"got n = 4; expected a whole number in \[0, 3\]"),
         (lambda: topk_mask(np.ones(3), -1), "got n = -1"),
         (lambda: topk_mask(np.ones(3), 1.5), "got n = 1.5"),
@@ -490,6 +497,26 @@ def test_blocks_follow_the_papers_procedure(block_shape, levels):
         assert columns.dtype == np.int32
         got = [columns[a:b].tolist() for a, b in itertools.pairwise(pointer)]
         assert got == paper_blocks(scores, perm, block_shape, n_blocks)
+
+
+@pytest.mark.parametrize("block_shape", [(1, 1), (2, 3), (3, 4), (8, 9)])
+def test_signed_blocks_rank_by_the_sum(block_shape):
+    rng = np.random.default_rng(1)
+    scores = rng.integers(-9, 10, (8, 9)) * 1.0
+    scores[rng.random(scores.shape) < 0.3] = 0.0
+    perm = rng.permutation(8)
+    shifted = scores + 20.0  # positive, and the same order among columns of equal height
+    for n_blocks in range(8 // block_shape[0] + 1):
+        if 8 % block_shape[0] == 0 and 9 % block_shape[1] == 0:
+            got = select_blocks(scores, perm, block_shape, n_blocks, signed=True)
+            want = select_blocks(shifted, perm, block_shape, n_blocks)
+            for a, b in zip(got, want, strict=True):
+                np.testing.assert_array_equal(a, b)
+        pointer, columns = select_blocks(scores, perm, block_shape, n_blocks, signed=True)
+        assert pointer[-1] == columns.size
+        for g, (a, b) in enumerate(itertools.pairwise(pointer)):
+            sums = scores[perm[g * block_shape[0] : (g + 1) * block_shape[0]]].sum(0)
+            assert set(columns[a:b]) == set(np.argsort(-sums, kind="stable")[: b - a])
 
 
 def test_blocks_by_hand():

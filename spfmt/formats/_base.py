@@ -139,6 +139,10 @@ class Structure:
         rows, cols = self.layout.coordinates()
         return rows * self.matrix_shape[1] + cols
 
+    def tensor(self, values: Any) -> SparseTensor:
+        """Tensor with copied `values`, nnz of them in any shape, on this structure."""
+        return self.cls._on(self, values, reshape=True)
+
     def same_as(self, other: Structure) -> bool:
         """Whether format, shape, parameters and all arrays are equal."""
         return self is other or (
@@ -219,8 +223,15 @@ class SparseTensor(ABC):
     def _summary(self) -> str:
         """What the repr tells about this structure."""
 
-    def _unit_of_rows(self) -> tuple[str, Array]:
-        """Name of the unit that padding is reported by, and the unit of every row."""
+    def unit_of_rows(self) -> tuple[str, Array]:
+        """Rows that share their columns form a unit: its name, and the unit of every row.
+
+        Returns
+        -------
+        name : str
+            "row", or "group" where the format keeps groups of rows on common columns.
+        unit : ndarray of int, shape (R,)
+        """
         return "row", np.arange(self.matrix_shape[0])
 
     # ---- construction --------------------------------------------------------------------------
@@ -399,6 +410,10 @@ class SparseTensor(ABC):
     def params(self) -> dict[str, int]:
         """The integer parameters by name."""
         return dict(self._structure.params)
+
+    def flat_indices(self) -> npt.NDArray[np.int64]:
+        """Row-major flat index of every value in the dense weight, in the order of `values`."""
+        return self._structure.flat_indices()
 
     # ---- dense forms ---------------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from spfmt.errors import FormatError, MissingDependency, format_error
+from spfmt.structure._checks import plain_array as plain_array
 
 Array = npt.NDArray[Any]
 Shape = tuple[int, ...]
@@ -74,20 +75,6 @@ def matrix_shape(shape: Shape) -> tuple[int, int]:
 def kernel_cells(shape: Shape) -> int:
     """Number of cells Kh * Kw of a convolution kernel, 1 for a matrix."""
     return shape[2] * shape[3] if len(shape) == 4 else 1
-
-
-def plain_array(name: str, value: Any) -> Array:
-    """`value` as an ndarray; masked arrays are refused because their mask would get lost."""
-    if isinstance(value, np.ma.MaskedArray):
-        raise format_error(
-            f"{name} as a numpy masked array", "a plain array", f"pass {name}.filled(0) instead"
-        )
-    try:
-        return np.asarray(value)
-    except (ValueError, TypeError, RuntimeError) as error:  # torch raises the last one
-        raise format_error(
-            f"{name} that numpy cannot read ({error})", "a rectangular array", f"check {name}"
-        ) from None
 
 
 def check_rank(name: str, array: Array, ndim: int) -> None:
@@ -228,6 +215,13 @@ def check_permutation(name: str, perm: Array, size: int) -> None:
         )
 
 
+def permutation_array(name: str, value: Any, size: int) -> Array:
+    """`value` as an int32 array that holds each of ``0..size-1`` exactly once."""
+    perm = index_array(name, value, 1, np.int32, copy=False)
+    check_permutation(name, perm, size)
+    return perm
+
+
 def check_pointer(name: str, pointer: Array, count: int, total: int) -> None:
     """Raise unless `pointer` has ``count + 1`` entries that climb from 0 to `total`."""
     if pointer.size != count + 1:
@@ -300,7 +294,7 @@ def score_matrix(scores: Any) -> tuple[Array, Shape]:
 def check_density(density: Any) -> float:
     """`density` as a float in 0..1."""
     try:
-        number = float(density)
+        number = float("nan") if isinstance(density, str) else float(density)
     except (TypeError, ValueError):
         number = float("nan")
     if not 0.0 <= number <= 1.0:

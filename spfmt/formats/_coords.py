@@ -134,16 +134,23 @@ def fill_short_lists(lists: Array, positions: Array, quotas: Array) -> tuple[Int
     return short[added], added_positions
 
 
+def _hashed(indices: Int64s) -> npt.NDArray[np.uint64]:
+    """The SplitMix64 hash of every index (Steele et al. 2014), with no table as long as a row."""
+    x = (indices.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return np.asarray(x ^ (x >> np.uint64(31)), np.uint64)
+
+
 def group_by_support(coords: Coordinates) -> Int64s:
     """Label rows so that rows with the same set of columns share a label.
 
     Labels count from 0 in the order of first occurrence. Sets are compared by a 64-bit sum of
-    random numbers; a collision would cost padding, never a wrong value.
+    hashed columns; a collision would cost padding, never a wrong value.
     """
-    n_rows, n_cols = coords.matrix_shape
-    codes = np.random.default_rng(0).integers(1, 2**63, size=n_cols, dtype=np.uint64)
+    n_rows = coords.matrix_shape[0]
     sums = np.zeros(coords.nnz + 1, np.uint64)
-    np.cumsum(codes[coords.cols], out=sums[1:])
+    np.cumsum(_hashed(coords.cols), out=sums[1:])
     ends = np.searchsorted(coords.rows, np.arange(n_rows + 1))
     prints = sums[ends[1:]] - sums[ends[:-1]]
     _, first, inverse = np.unique(prints, return_index=True, return_inverse=True)

@@ -16,6 +16,7 @@ from spfmt.formats._checks import (
     check_ascending,
     check_range,
     matrix_shape,
+    plain_array,
 )
 from spfmt.formats._coords import Coordinates, fill_short_lists
 from spfmt.formats._layout import RowLists
@@ -53,8 +54,8 @@ class Condensed(SparseTensor):
     PARAMS = ("fan_in",)
 
     def __init__(self, shape: Any, row_indices: Any, col_indices: Any, values: Any) -> None:
-        ndim = np.ndim(col_indices)
-        fan_in = np.shape(col_indices)[1] if ndim == 2 else 0
+        lists = plain_array("col_indices", col_indices)
+        fan_in = lists.shape[1] if lists.ndim == 2 else 0
         arrays = {"row_indices": row_indices, "col_indices": col_indices}
         self._init(shape, arrays, {"fan_in": fan_in}, values)
 
@@ -83,6 +84,8 @@ class Condensed(SparseTensor):
                 f"shape {expected}: (active rows, fan_in)",
                 "give one list of fan_in columns per active row",
             )
+        if not expected[0]:  # without a row, no column is out of range
+            as_int("fan_in", expected[1], 0, cols)
         check_range("row_indices", s["row_indices"], rows, "rows")
         check_ascending("row_indices", s["row_indices"], "row")
         check_range("col_indices", s["col_indices"], cols, "columns")

@@ -1,4 +1,4 @@
-"""`HRBP`: hardware-friendly regrouping, block-based pruning (HRBP, section 4.1)."""
+"""`HRBP`: Hardware-friendly Regrouping towards Block-based Pruning (HRBP, section 4.1)."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from spfmt.formats._checks import (
     check_range,
     kernel_cells,
     matrix_shape,
+    plain_array,
 )
 from spfmt.formats._coords import Coordinates, fill_short_lists, group_by_support
 from spfmt.formats._layout import RowGroups, lower_groups
@@ -78,7 +79,7 @@ class HRBP(SparseTensor):
             "channel_indices": channel_indices,
             "pattern_indices": pattern_indices,
         }
-        groups = max(0, np.size(row_ptr) - 1)
+        groups = max(0, plain_array("row_ptr", row_ptr).size - 1)
         self._init(shape, arrays, {"groups": groups}, values)
 
     @property
@@ -122,6 +123,9 @@ class HRBP(SparseTensor):
                 f"one row for each of {groups} groups in both, and both empty or neither",
                 "give every group its channels and its cells",
             )
+        if not groups:  # without a group, no channel is out of range
+            as_int("channels per group", channels.shape[1], 0, cols // max(1, s.cells))
+            as_int("cells per group", cells.shape[1], 0, s.cells)
         check_range("channel_indices", channels, cols // max(1, s.cells), "input channels")
         check_range("pattern_indices", cells, s.cells, "kernel cells")
         check_ascending("channel_indices", channels, "group")
@@ -153,7 +157,7 @@ class HRBP(SparseTensor):
         lists = min(per_row, cols // max(1, cells)) + min(per_row, cells)
         return rows + groups * (1 + lists)
 
-    def _unit_of_rows(self) -> tuple[str, Array]:
+    def unit_of_rows(self) -> tuple[str, Array]:
         group = np.empty(self.row_perm.size, np.int64)
         group[self.row_perm] = np.repeat(np.arange(self.groups), np.diff(self.row_ptr))
         return "group", group

@@ -208,6 +208,7 @@ class NM(SparseTensor):
         matrix, shape, budget = scores_budget(scores, 0.0 if density is None else density)
         cells = kernel_cells(shape)
         m = as_int("m", m, 1)
+        density = None if density is None else float(density)
         n = _choose_n(matrix.shape[1] // max(1, cells), density, n, m, budget)
         params = {"n": n, "m": m, "transposable": as_int("transposable", transposable, 0, 1)}
         if transposable:
@@ -300,9 +301,11 @@ def _check_tiles(columns: Array, shape: tuple[int, int], cells: int, n: int, m: 
 
 def _choose_n(length: int, density: float | None, n: Any, m: int, budget: int) -> int:
     """The n given, or the n whose budget is nearest to the density's."""
+    # A group wider than the matrix is cut off at its end.
+    most = min(m, max(1, length))
     if n is not None:
         n = as_int("n", n, 0, m)
-        if density is not None and abs(density * m - n) >= 1:
+        if density is not None and abs(density * most - min(n, most)) >= 1:
             raise format_error(
                 f"n={n}, m={m} with density {density}",
                 "a density within one value per group of n / m",
@@ -312,7 +315,7 @@ def _choose_n(length: int, density: float | None, n: Any, m: int, budget: int) -
     if density is None:
         raise format_error("neither density nor n", "one of them", "pass density=0.1, for example")
     full, rest = divmod(length, m)
-    choices = np.arange(m + 1)
+    choices = np.arange(most + 1)
     kept = full * choices + np.minimum(choices, rest)
     # A layer that should keep something must not vanish because its groups are small.
     lowest = 1 if budget else 0

@@ -18,6 +18,7 @@ from spfmt.formats._checks import (
     check_pointer,
     check_range,
     matrix_shape,
+    permutation_array,
 )
 from spfmt.formats._coords import Coordinates, group_by_support
 from spfmt.formats._layout import RowGroups, lower_groups
@@ -164,7 +165,7 @@ class ShuffledBlock(SparseTensor):
         columns = min(nnz // block_rows + cols, groups * cols, nnz)
         return rows + groups + columns
 
-    def _unit_of_rows(self) -> tuple[str, Array]:
+    def unit_of_rows(self) -> tuple[str, Array]:
         group = np.empty(self.row_perm.size, np.int64)
         group[self.row_perm] = np.arange(self.row_perm.size) // self.block_shape[0]
         return "group", group
@@ -178,8 +179,7 @@ class ShuffledBlock(SparseTensor):
         if row_perm is None:
             perm = _rows_by_support(coords, block_rows)
         else:
-            perm = np.asarray(row_perm)
-            check_permutation("row_perm", perm, rows)
+            perm = permutation_array("row_perm", row_perm, rows)
         group = np.empty(rows, np.int64)
         group[perm] = np.arange(rows) // block_rows
         # A group's columns are the union of its rows' columns.
@@ -226,7 +226,10 @@ class ShuffledBlock(SparseTensor):
         block_shape: tuple[int, int] = BLOCK_SHAPE,
         row_perm: Any = None,
         values: Any = None,
-        **clustering: Any,
+        method: str = "paper",
+        metric: str = "jaccard",
+        linkage: str = "average",
+        min_overlap: float = 0.2,
     ) -> ShuffledBlock:
         """Choose row groups and blocks by the shuffled blocking procedure (DSB, section 4).
 
@@ -245,8 +248,8 @@ class ShuffledBlock(SparseTensor):
             Row groups to use instead of searching them.
         values : array_like of the same shape, optional
             Dense array to take the values from; zeros by default.
-        **clustering
-            Options of `spfmt.structure.rows.order_rows`: method, metric, linkage, min_overlap.
+        method, metric, linkage, min_overlap
+            How rows are ordered, see `spfmt.structure.rows.order_rows`; `row_perm` replaces them.
         """
         from spfmt.structure.rows import order_rows
         from spfmt.structure.unstructured import topk_mask
@@ -255,10 +258,16 @@ class ShuffledBlock(SparseTensor):
         block_rows, block_cols = _check_block(block_shape)
         if row_perm is None:
             mask = topk_mask(matrix, budget)
-            perm = order_rows(mask, group_size=block_rows, **clustering)
+            perm = order_rows(
+                mask,
+                metric=metric,
+                linkage=linkage,
+                min_overlap=min_overlap,
+                method=method,
+                group_size=block_rows,
+            )
         else:
-            perm = np.asarray(row_perm)
-            check_permutation("row_perm", perm, matrix.shape[0])
+            perm = permutation_array("row_perm", row_perm, matrix.shape[0])
         pointer, columns = _best_blocks(matrix, perm, (block_rows, block_cols), budget)
         arrays: dict[str, Array] = {"row_perm": perm, "group_ptr": pointer, "col_indices": columns}
         params = {"block_rows": block_rows, "block_cols": block_cols}
@@ -289,20 +298,22 @@ def _best_blocks(
     scores: Array, perm: Array, block_shape: tuple[int, int], budget: int
 ) -> tuple[Array, Array]:
     """Fewest of the best blocks that hold at least `budget` values."""
+    from spfmt.structure._checks import bounded
     from spfmt.structure.blocks import select_blocks
 
+    scores = bounded(scores)
     (rows, cols), (block_rows, block_cols) = scores.shape, block_shape
     n_blocks = -(-budget // (block_rows * block_cols))
     if rows % block_rows or cols % block_cols:
         heights = np.diff(_group_rows(rows, block_rows))
 
         def held(count: int) -> int:
-            pointer, _ = select_blocks(scores, perm, block_shape, count)
+            pointer, _ = select_blocks(scores, perm, block_shape, count, signed=True)
             return int((heights * np.diff(pointer)).sum())
 
         most = heights.size * -(-cols // block_cols)
         n_blocks += bisect_left(range(n_blocks, most), budget, key=held)
-    return select_blocks(scores, perm, block_shape, n_blocks)
+    return select_blocks(scores, perm, block_shape, n_blocks, signed=True)
 
 
 def _rows_by_support(coords: Coordinates, block_rows: int) -> Array:

@@ -300,7 +300,7 @@ class _Replacer:
         self.formats.add(found.cls.format)
         # Behind nnz lies unused capacity of the training, which no file needs.
         used = self._array(values, node)[: found.nnz]
-        return found.cls._on(found, np.ascontiguousarray(used), reshape=True)
+        return found.tensor(used)
 
     def _lower(self, tensor: SparseTensor, structure: str) -> onnx.NodeProto:
         prefix = structure.removesuffix(".structure").removesuffix("structure") or "sparse"

@@ -18,6 +18,22 @@ Int64Array: TypeAlias = npt.NDArray[np.int64]
 _INT32_MAX = 2**31 - 1
 
 
+def plain_array(name: str, value: Any) -> npt.NDArray[Any]:
+    """`value` as an ndarray; masked arrays are refused because their mask would get lost."""
+    if isinstance(value, np.ma.MaskedArray):
+        raise format_error(
+            f"{name} as a numpy masked array", "a plain array", f"pass {name}.filled(0) instead"
+        )
+    try:
+        return np.asarray(value)
+    except (ValueError, TypeError, RuntimeError) as error:  # torch raises the last two
+        raise format_error(
+            f"{name} that numpy cannot read ({error})",
+            "a rectangular array of numbers in main memory",
+            f"check {name}; spfmt.convert reads torch tensors of every dtype and layout",
+        ) from None
+
+
 def as_scores(scores: npt.ArrayLike, *, ndim: int | None = None) -> FloatArray:
     """Scores as a C-contiguous float32 or float64 array without NaN.
 
@@ -39,7 +55,7 @@ def as_scores(scores: npt.ArrayLike, *, ndim: int | None = None) -> FloatArray:
     FormatError
         Not real numbers, the wrong number of dimensions, more than 2**31 - 1 columns, or a NaN.
     """
-    array = np.asarray(scores)
+    array = plain_array("scores", scores)
     _check_ndim(array, "scores", ndim)
     small = array.dtype.kind == "f" and array.dtype.itemsize <= 4
     if array.dtype.name == "bfloat16" or small:
@@ -70,9 +86,17 @@ def as_mask(mask: npt.ArrayLike) -> BoolArray:
     FormatError
         Not two-dimensional, or more than 2**31 - 1 rows or columns.
     """
-    array = np.asarray(mask)
+    array = plain_array("mask", mask)
     _check_ndim(array, "mask", 2)
     return np.ascontiguousarray(array if array.dtype == np.bool_ else array != 0)
+
+
+def bounded(scores: FloatArray) -> FloatArray:
+    """Infinite scores as +-1e30, so that sums of scores can be ranked."""
+    if scores.size and not (np.isfinite(scores.min()) and np.isfinite(scores.max())):
+        limit = scores.dtype.type(1e30)
+        return np.minimum(np.maximum(scores, -limit), limit)
+    return scores
 
 
 def check_finite(scores: FloatArray, what: str) -> None:
@@ -86,7 +110,7 @@ def check_finite(scores: FloatArray, what: str) -> None:
         )
 
 
-def as_count(value: Any, name: str, low: int, high: int | None = None) -> int:
+def as_count(value: Any, name: str, low: int, high: int = _INT32_MAX) -> int:
     """Check that value is a whole number in [low, high] and return it as an int.
 
     Raises
@@ -99,8 +123,8 @@ def as_count(value: Any, name: str, low: int, high: int | None = None) -> int:
         whole = number == value
     except (TypeError, ValueError, OverflowError):
         number, whole = low, False
-    if not whole or number < low or (high is not None and number > high):
-        allowed = f"at least {low}" if high is None else f"in [{low}, {high}]"
+    if not whole or not low <= number <= high:
+        allowed = f"in [{low}, {high}]"
         raise format_error(
             f"{name} = {value!r}", f"a whole number {allowed}", f"choose {name} {allowed}"
         )
@@ -116,7 +140,7 @@ def as_density(value: Any, name: str = "density") -> float:
         Not a number, NaN, or out of range.
     """
     try:
-        number = float(value)
+        number = math.nan if isinstance(value, str) else float(value)
     except (TypeError, ValueError):
         number = math.nan
     if not 0.0 <= number <= 1.0:
@@ -150,7 +174,7 @@ def as_row_perm(row_perm: npt.ArrayLike, rows: int) -> Int32Array:
     FormatError
         Wrong length, not integers, or not a permutation.
     """
-    array = np.asarray(row_perm)
+    array = plain_array("row_perm", row_perm)
     legal = array.shape == (rows,) and (array.dtype.kind in "iu" or rows == 0)
     if legal and rows:
         inside = bool((array >= 0).all() and (array < rows).all())

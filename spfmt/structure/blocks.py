@@ -16,7 +16,12 @@ __all__ = ["select_blocks"]
 
 
 def select_blocks(
-    scores: npt.ArrayLike, row_perm: npt.ArrayLike, block_shape: Sequence[int], n_blocks: int
+    scores: npt.ArrayLike,
+    row_perm: npt.ArrayLike,
+    block_shape: Sequence[int],
+    n_blocks: int,
+    *,
+    signed: bool = False,
 ) -> tuple[Int64Array, Int32Array]:
     """Blocks of largest l1 norm over row groups that are already ordered.
 
@@ -36,6 +41,9 @@ def select_blocks(
     n_blocks : int
         How many blocks to take, 0 <= n_blocks <= ceil(R/S1) * ceil(C/S2). A group's last block is
         short where S2 does not divide C, and so are the blocks of a short last group.
+    signed : bool, default False
+        Rank by the sum of the scores instead of the l1 norm: a negative score then speaks against
+        its position.
 
     Returns
     -------
@@ -59,13 +67,16 @@ def select_blocks(
         raise format_error(
             "-inf in scores", "scores whose l1 norm ranks columns", "use 0 for positions to avoid"
         )
+    if not signed and plain.size and plain.min() < 0:
+        plain = np.abs(plain)
     groups = -(-rows // block_rows)
     per_group = -(-cols // block_cols)
     n_blocks = as_count(n_blocks, "n_blocks", 0, groups * per_group)
     order = np.empty((groups, cols), np.int32)
     norms = np.empty((groups, per_group), np.float64)
     _structure.block_norms(plain, perm, block_rows, block_cols, order, norms)
-    # Norms fall along a group, so what is kept of a group is always its first blocks.
+    # Norms fall along a group, so what is kept of a group is always its first blocks; the one
+    # exception, a short last block of a better negative sum, gets no other treatment.
     kept = topk_mask(norms, n_blocks).sum(axis=1)
     widths = np.minimum(kept * block_cols, cols)
     group_ptr = np.zeros(groups + 1, np.int64)

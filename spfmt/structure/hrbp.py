@@ -19,6 +19,7 @@ from ._checks import (
     as_density,
     as_mask,
     as_scores,
+    bounded,
 )
 from .rows import order_rows
 
@@ -46,14 +47,14 @@ def hrbp_structure(
        (ties: with the most nonzeros of m).
     5. Each group keeps the s*Kh*Kw kernel cells with the most nonzeros of m over its kernels.
 
-    Ties that are left go to the larger l1 norm of the scores, then to the lower index.
+    Ties that are left go to the larger sum of the scores, then to the lower index.
 
     Parameters
     ----------
     mask : array_like, shape (C_out, C_in*Kh*Kw)
         The unstructured mask m.
     scores : array_like, shape (C_out, C_in*Kh*Kw), any real dtype
-        Importance of the weights; only breaks ties.
+        Importance of the weights, larger is better; only breaks ties.
     shape : sequence of 2 or 4 ints
         (C_out, C_in) or (C_out, C_in, Kh, Kw). A depthwise layer has C_in = 1.
     density : float
@@ -244,7 +245,7 @@ def _check_layer(
 ) -> tuple[BoolArray, FloatArray, int, int, int]:
     out, channels, cells = _layer_shape(shape)
     m = as_mask(mask)
-    plain = as_scores(scores, ndim=2)
+    plain = bounded(as_scores(scores, ndim=2))
     if m.shape != (out, channels * cells) or plain.shape != m.shape:
         raise format_error(
             f"mask {m.shape} and scores {plain.shape} for a layer of shape {tuple(shape)}",

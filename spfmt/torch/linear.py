@@ -316,7 +316,7 @@ class SparseLinear(nn.Module):
         nn.Module.__init__(layer)
         weight = linear.weight.detach()
         # Gathered in torch, so that bfloat16 never has to pass through numpy.
-        where = torch.from_numpy(tensor._structure.flat_indices()).to(weight.device)
+        where = torch.from_numpy(tensor.flat_indices()).to(weight.device)
         values = weight.reshape(-1)[where]
         bias = linear.bias
         layer._install(tensor, values, bias, capacity, weight.device, target_density, params)
@@ -371,7 +371,7 @@ class SparseLinear(nn.Module):
         """
         structure = self._decoded()
         values = to_numpy(self.values[: structure.nnz])
-        return structure.cls._on(structure, values, reshape=True)
+        return structure.tensor(values)
 
     def to_linear(self) -> nn.Linear:
         """Return a dense ``nn.Linear`` with the same map; the bias Parameter is shared."""
@@ -449,7 +449,7 @@ class SparseLinear(nn.Module):
         old = self._decoded().flat_indices()
         if forget is not None:
             old[forget] = -1  # no position of `new` is negative
-        places[: new.nnz] = _sources(old, new._structure.flat_indices())
+        places[: new.nnz] = _sources(old, new.flat_indices())
         source = torch.from_numpy(places).to(self.values.device)
         if take_values:
             moved = torch.zeros_like(self.values)

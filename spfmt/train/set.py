@@ -112,4 +112,4 @@ class SET(SparseTrainer):
 
 def _units(tensor: SparseTensor) -> NDArray[np.int64]:
     """Return, for every row, the number of the group of rows that shares its columns."""
-    return np.asarray(tensor._unit_of_rows()[1], np.int64)
+    return np.asarray(tensor.unit_of_rows()[1], np.int64)
