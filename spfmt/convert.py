@@ -34,6 +34,9 @@ __all__ = ["ConversionReport", "convert"]
 
 _TORCH_LAYOUTS = ("strided", "sparse_coo", "sparse_csr", "sparse_csc", "sparse_bsr", "sparse_bsc")
 
+MANY = 2**26
+"""Above so many stored values, padding is checked before it is made."""
+
 logger = logging.getLogger("spfmt")
 
 
@@ -179,6 +182,11 @@ def _to_format(
     max_padding: float | None,
 ) -> SparseTensor:
     _check_params(cls._from_coordinates, params, cls.format)
+    least = cls._least_nnz(coords)
+    if least > MANY and not _few(coords, least, max_padding):
+        # Before it takes all memory. One long row sets the length of all rows.
+        row = int(np.bincount(coords.rows).argmax())
+        _check_padding(coords, least, max_padding, f"{cls.format} (row {row} is the longest)")
     result = cls._from_coordinates(coords, **params)
     if result.nnz > coords.nnz and not _few(coords, result.nnz, max_padding):
         unit, of_row = result.unit_of_rows()

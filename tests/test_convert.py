@@ -349,6 +349,17 @@ def test_the_limit_of_padding_is_a_number() -> None:
             convert(weight(3, 4), "csr", max_padding=bad)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("target", ["condensed", "hrbp"])
+def test_one_long_row_is_named_before_it_takes_all_memory(target: str) -> None:
+    size, long = 2**20, 77
+    rows = np.sort(np.append(np.arange(size), np.full(size - 1, long)))
+    indptr = np.searchsorted(rows, np.arange(size + 1))
+    cols = np.where(rows == long, np.cumsum(rows == long) - 1, 0)
+    a = CSR((size, size), indptr, cols, np.ones(rows.size, np.float32))
+    with pytest.raises(FormatError, match=rf"padding zeros.*\(row {long} is the longest\)"):
+        convert(a, target)
+
+
 def test_rows_of_millions_of_columns_are_grouped_without_a_table() -> None:
     a = CSR((2, 2**31 - 1), [0, 1, 2], [5, 2**31 - 2], np.ones(2))
     b = convert(a, "shuffled_block", block_shape=(1, 1))

@@ -223,6 +223,11 @@ class SparseTensor(ABC):
     def _summary(self) -> str:
         """What the repr tells about this structure."""
 
+    @classmethod
+    def _least_nnz(cls, coords: Coordinates) -> int:
+        """A lower bound of the stored positions for `coords`, before memory for them is taken."""
+        return coords.nnz
+
     def unit_of_rows(self) -> tuple[str, Array]:
         """Rows that share their columns form a unit: its name, and the unit of every row.
 

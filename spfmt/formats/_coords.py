@@ -55,6 +55,11 @@ class Coordinates:
         """Row-major flat index of every position, ascending."""
         return self.rows * self.matrix_shape[1] + self.cols
 
+    @property
+    def row_counts(self) -> Int64s:
+        """Number of stored positions of every row that has any, shape (n_nonempty,)."""
+        return np.unique(self.rows, return_counts=True)[1].astype(np.int64)
+
     @classmethod
     def of_dense(cls, w: Any, mask: Any = None) -> Coordinates:
         """Positions where `mask` is set, or where `w` is not zero (a NaN is not zero)."""

@@ -107,6 +107,11 @@ class Condensed(SparseTensor):
         return matrix_shape(shape)[0] + nnz
 
     @classmethod
+    def _least_nnz(cls, coords: Coordinates) -> int:
+        counts = coords.row_counts
+        return counts.size * int(counts.max(initial=0))
+
+    @classmethod
     def _from_coordinates(cls, coords: Coordinates, fan_in: Any = None) -> Condensed:
         rows, cols = coords.matrix_shape
         counts = np.bincount(coords.rows, minlength=rows)

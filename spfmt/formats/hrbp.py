@@ -163,6 +163,10 @@ class HRBP(SparseTensor):
         return "group", group
 
     @classmethod
+    def _least_nnz(cls, coords: Coordinates) -> int:
+        return coords.matrix_shape[0] * int(coords.row_counts.max(initial=0))
+
+    @classmethod
     def _from_coordinates(cls, coords: Coordinates, *, groups: Any = None) -> HRBP:
         rows = coords.matrix_shape[0]
         perm, pointer = _row_groups(coords, groups)
