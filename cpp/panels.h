@@ -10,7 +10,8 @@
 
 namespace spfmt {
 
-// Samples that are packed at a time: workspace is at most (rows + cols) * kStrip elements.
+// Samples that spmm_t of groups and sddmm pack at a time, which bounds their workspace to
+// (rows + cols) * kStrip elements.
 constexpr int64_t kStrip = 8 * kPanel;
 
 template <class T>

@@ -2,6 +2,8 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
+#include <exception>
 
 #include "spfmt.h"
 
@@ -10,6 +12,25 @@ namespace spfmt {
 // Multiply-adds below which waking threads costs more than it saves (some tens of microseconds).
 constexpr int64_t kSerialWork = 1 << 20;
 
+// The executor's threads are not ours: an exception that left `body` there would end the process.
+// The first one is kept for the caller, and what has not begun by then is left out.
+template <class Body>
+struct Guarded {
+  const Body& body;
+  std::atomic<bool> failed{false};
+  std::exception_ptr error{};
+
+  static void run(void* self, int64_t i) noexcept {
+    Guarded& g = *static_cast<Guarded*>(self);
+    if (g.failed.load(std::memory_order_relaxed)) return;
+    try {
+      g.body(i);
+    } catch (...) {
+      if (!g.failed.exchange(true)) g.error = std::current_exception();
+    }
+  }
+};
+
 template <class Body>
 void for_each(const Executor& executor, int64_t n, const Body& body) {
   if (n <= 0) return;
@@ -17,9 +38,9 @@ void for_each(const Executor& executor, int64_t n, const Body& body) {
     for (int64_t i = 0; i < n; ++i) body(i);
     return;
   }
-  executor.for_each(
-      executor.context, n, [](void* arg, int64_t i) { (*static_cast<const Body*>(arg))(i); },
-      const_cast<Body*>(&body));
+  Guarded<Body> guarded{body};
+  executor.for_each(executor.context, n, Guarded<Body>::run, &guarded);
+  if (guarded.error) std::rethrow_exception(guarded.error);
 }
 
 // body(begin, end) over [0, n) in pieces of at most `step`.

@@ -22,6 +22,8 @@ std::shared_ptr<const Buffer> ValueCache::get(int64_t version, size_t bytes,
   if (fits && version != kNoVersion && version == version_) return buffer_;
   version_ = kNoVersion;
   if (!fits || buffer_.use_count() > 1) buffer_ = std::make_shared<Buffer>(bytes);
+  // use_count() does not wait for the last reads of who let go of the buffer; this does.
+  std::atomic_thread_fence(std::memory_order_acquire);
   fill(*buffer_);
   version_ = version;
   return buffer_;
@@ -76,7 +78,7 @@ int64_t Plan::nbytes() const {
 
 namespace {
 
-// Nonzeros of each row in each chunk of 32 columns, saturated to a byte (32 at most, so it fits).
+// Nonzeros of each row in each chunk of 32 columns; at most 32, so a byte holds it.
 std::vector<uint8_t> chunk_counts(const RowLists& a, int64_t chunks) {
   std::vector<uint8_t> counts(a.rows * chunks);
   for (int64_t r = 0; r < a.rows; ++r) {
@@ -204,15 +206,22 @@ void append_pieces(const RowLists& a, int64_t row, int64_t tiles, int64_t width,
   pack.base.push_back(base);
 }
 
+int64_t longest_row(const RowLists& a) {
+  int64_t longest = 0;
+  for (int64_t r = 0; r < a.rows; ++r) longest = std::max(longest, a.indptr[r + 1] - a.indptr[r]);
+  return longest;
+}
+
 // Tiles of about 256 columns (64 KiB of a panel, of which a pass reuses a part in L1), fewer when
-// rows are too sparse to profit; never so wide that a piece's length or start outgrows its field.
+// rows are too sparse to profit. Rows longer than a piece can count need tiles no wider than that;
+// other rows do not, or wide matrices would have far more pieces than nonzeros.
 std::unique_ptr<TilePack> make_tiles(const RowLists& a) {
-  constexpr int64_t kTileCols = 256, kLeastPerTile = 8, kMostCols = 65535;
+  constexpr int64_t kTileCols = 256, kLeastPerTile = 8, kMostCount = UINT16_MAX;
   auto pack = std::make_unique<TilePack>();
   const int64_t mean = a.rows > 0 ? a.indptr[a.rows] / a.rows : 0;
   const int64_t wanted = (a.cols + kTileCols - 1) / kTileCols;
-  const int64_t least = (a.cols + kMostCols - 1) / kMostCols;
-  const int64_t tiles = std::max({int64_t{1}, least, std::min(wanted, mean / kLeastPerTile)});
+  const int64_t least = longest_row(a) > kMostCount ? (a.cols + kMostCount - 1) / kMostCount : 1;
+  const int64_t tiles = std::max(least, std::min(wanted, mean / kLeastPerTile));
   const int64_t width = std::max<int64_t>(1, (a.cols + tiles - 1) / tiles);
   for (int64_t row = 0; row < a.rows; row += kRowChunk) {
     append_pieces(a, row, tiles, width, *pack);

@@ -1,6 +1,7 @@
 // Plan: an owned copy of a structure plus the kernels' private layouts of it, built on first use.
 #pragma once
 
+#include <atomic>
 #include <functional>
 #include <memory>
 #include <mutex>
@@ -49,14 +50,19 @@ template <class T>
 class Lazy {
  public:
   const T& get(const std::function<std::unique_ptr<T>()>& make) const {
-    std::call_once(once_, [&] { value_ = make(); });
+    std::call_once(once_, [&] {
+      value_ = make();
+      ready_.store(value_.get(), std::memory_order_release);
+    });
     return *value_;
   }
-  const T* peek() const { return value_.get(); }
+  // Null until it is built; another thread may be building it right now.
+  const T* peek() const { return ready_.load(std::memory_order_acquire); }
 
  private:
   mutable std::once_flag once_;
   mutable std::unique_ptr<T> value_;
+  mutable std::atomic<const T*> ready_{nullptr};
 };
 
 // RowSlices with its storage, and where each packed value comes from (-1: padding).

@@ -8,8 +8,13 @@ namespace spfmt {
 namespace {
 
 // Rows compete inside a window, so time stays linear in the number of rows; large layers take a
-// smaller one (a million rows in seconds, at a few percent more padding).
-int64_t window_size(int64_t rows) { return rows <= 8192 ? 2048 : 256; }
+// smaller one (a million rows in seconds, at a few percent more padding), and the widest of them
+// one that bounds the counts looked at.
+int64_t window_size(int64_t rows, int64_t chunks) {
+  constexpr int64_t kMostCounts = int64_t{1} << 34;  // about two seconds
+  const int64_t affordable = kMostCounts / std::max<int64_t>(1, rows * chunks);
+  return std::clamp<int64_t>(affordable, kRowTile, rows <= 8192 ? 2048 : 256);
+}
 
 // Extra steps that a slice with per-chunk maxima `top` needs when `counts` joins. Plain bytes and
 // an int, so that compilers vectorise the loop; most of the time of packing is spent in it.
@@ -55,7 +60,7 @@ std::vector<int32_t> group_rows_by_counts(const uint8_t* counts, int64_t rows, i
   std::vector<int32_t> order, window;
   order.reserve(rows);
   std::vector<uint8_t> top(chunks);
-  const int64_t limit = window_size(rows);
+  const int64_t limit = window_size(rows, chunks);
   for (int64_t next = 0; static_cast<int64_t>(order.size()) < rows;) {
     while (next < rows && static_cast<int64_t>(window.size()) < limit) {
       window.push_back(by_total[next++]);

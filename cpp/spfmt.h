@@ -53,6 +53,7 @@ std::string validate(const RowLists& view);
 std::string validate(const RowGroups& view);
 
 // Runs body(arg, i) for i in [0, n) on at most `threads` threads and returns when all are done.
+// A body does not throw.
 struct Executor {
   int threads;
   void* context;
@@ -120,7 +121,8 @@ Isa active_isa();
 // The row for (op, format, dtype, isa), or null.
 const Kernel* find_kernel(Op op, const std::string& format, DType dtype, Isa isa);
 
-// Throws std::bad_alloc when workspace cannot be had; otherwise does not throw.
+// Throws std::bad_alloc when memory for workspace or a private layout cannot be had, and
+// std::length_error where 256 rows hold more than 2^31 values; the executor never sees either.
 void run(const Kernel& kernel, const Plan& plan, const Args<float>& args, const Executor& executor);
 void run(const Kernel& kernel, const Plan& plan, const Args<double>& args,
          const Executor& executor);

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from itertools import product as product_of
+from pathlib import Path
+
 import numpy as np
 import pytest
 from format_cases import MAKERS
+from fresh_python import run_python
 
 import spfmt
 
 SHAPES = [(1, 1), (15, 31), (16, 32), (17, 33), (5, 70), (100, 257), (33, 300), (0, 5), (5, 0)]
 CONV_SHAPES = [(7, 5, 3, 3), (20, 33, 1, 2)]
-BATCHES = [0, 1, 2, 3, 5, 15, 16, 17, 48, 63, 65, 130]
+BATCHES = [0, 1, 2, 3, 5, 15, 16, 17, 48, 63, 65, 130, 530]  # the last needs two strips
 FORMATS = sorted(MAKERS)
 
 ROWS = [
@@ -131,11 +135,12 @@ def test_padding_never_meets_infinities(kernel: spfmt.Kernel, value: float) -> N
     a = tensor(kernel.format, (50, 90), kernel.dtype, 6)
     mask = a.mask() if kernel.op == "spmm" else a.mask().T
     product = spfmt.spmm if kernel.op == "spmm" else spfmt.spmm_t
-    for batch in (1, 3, 20):
+    for batch, feature in product_of((1, 3, 20), (0, 7, 32, mask.shape[1] - 1)):
         x = np.ones((mask.shape[1], batch), kernel.dtype)
-        x[7] = value
+        x[feature, 0] = value  # padding looks at the first feature of its chunk of 32
         got = product(a, x, backend=kernel.isa)
-        np.testing.assert_array_equal(np.isfinite(got).all(1), ~mask[:, 7])
+        np.testing.assert_array_equal(np.isfinite(got[:, 0]), ~mask[:, feature])
+        assert np.isfinite(got[:, 1:]).all()
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -160,6 +165,111 @@ def test_new_values_on_the_same_structure(name: str) -> None:
     for _ in range(2):
         np.testing.assert_array_equal(2 * spfmt.spmm(a, x), spfmt.spmm(b, x))
         np.testing.assert_array_equal(2 * spfmt.spmm_t(a, dy), spfmt.spmm_t(b, dy))
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_values_without_a_version_may_change_in_place(name: str) -> None:
+    a = tensor(name, (40, 30), "float32", 9)
+    values = a.values.copy().reshape(-1)
+    x, dy = np.ones((30, 2), "float32"), np.ones((40, 2), "float32")
+    one, one_t = a.plan.spmm(values, x), a.plan.spmm_t(values, dy)
+    values *= 2
+    np.testing.assert_array_equal(a.plan.spmm(values, x), 2 * one)
+    np.testing.assert_array_equal(a.plan.spmm_t(values, dy), 2 * one_t)
+
+
+def csr(mask: np.ndarray, dtype: str) -> spfmt.CSR:
+    rng = np.random.default_rng(12)
+    return spfmt.CSR.from_dense(rng.standard_normal(mask.shape).astype(dtype), mask)
+
+
+CSR_SPMM = [p for p in ROWS if (p.values[0].op, p.values[0].format) == ("spmm", "csr")]
+
+
+@pytest.mark.parametrize("kernel", CSR_SPMM)
+def test_rows_that_miss_whole_tiles_of_columns(kernel: spfmt.Kernel) -> None:
+    mask = np.zeros((70, 1100), bool)
+    for r in range(70):  # full, empty and in between, each somewhere else
+        mask[r, 13 * r : 13 * r + (r % 7) * 170] = True
+    a = csr(mask, kernel.dtype)
+    x = np.random.default_rng(13).standard_normal((1100, 20)).astype(kernel.dtype)
+    dense = a.to_dense().astype(float)
+    check(spfmt.spmm(a, x, backend=kernel.isa), dense @ x, abs(dense) @ abs(x), 1100)
+
+
+@pytest.mark.parametrize("kernel", CSR_SPMM)
+def test_rows_longer_than_sixteen_bits_count(kernel: spfmt.Kernel) -> None:
+    cols = 2**16 + 70
+    rng = np.random.default_rng(14)
+    values = rng.standard_normal(cols).astype(kernel.dtype)
+    for rows in (1, 9000):  # beside enough empty rows, tiles are as wide as they may be
+        indptr = np.append(0, np.full(rows, cols))
+        a = spfmt.CSR((rows, cols), indptr, np.arange(cols), values)
+        for batch in (1, 16):
+            x = rng.standard_normal((cols, batch)).astype(kernel.dtype)
+            got = spfmt.spmm(a, x, backend=kernel.isa)
+            check(got[0], values.astype(float) @ x, abs(values) @ abs(x), cols)
+            assert (got[1:] == 0).all()
+
+
+def test_layouts_of_wide_matrices_grow_with_the_nonzeros() -> None:
+    rows, cols = 2000, 1_000_000
+    columns = np.random.default_rng(15).integers(0, cols, rows)
+    a = spfmt.CSR((rows, cols), np.arange(rows + 1), columns, np.ones(rows, "float32"))
+    for batch in (1, 16):
+        spfmt.spmm(a, np.broadcast_to(np.float32(1), (cols, batch)))
+    assert a.plan.nbytes < 250 * rows
+
+
+GUARD_PAGES = """
+import ctypes, mmap
+import numpy as np, spfmt
+from format_cases import MAKERS
+
+libc = ctypes.CDLL(None, use_errno=True)
+
+def at_page_end(a):  # a copy of `a`; the page right behind it can be neither read nor written
+    pages = -(-a.nbytes // mmap.PAGESIZE) + 1
+    memory = mmap.mmap(-1, pages * mmap.PAGESIZE)
+    held.append(memory)
+    end = (pages - 1) * mmap.PAGESIZE
+    copy = np.frombuffer(memory, a.dtype, a.size, end - a.nbytes).reshape(a.shape)
+    copy[...] = a
+    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    assert libc.mprotect(ctypes.c_void_p(start + end), mmap.PAGESIZE, 0) == 0
+    return copy
+
+held = []
+rng = np.random.default_rng(0)
+for kernel in spfmt.kernels():
+    if not kernel.available:
+        continue
+    for shape in [(3, 5), (17, 33), (37, 50)]:
+        a = MAKERS[kernel.format](shape, np.random.default_rng(3)).astype(kernel.dtype)
+        values = at_page_end(a.values.reshape(-1))
+        for batch in (1, 3, 17, 70):
+            for flip in (False, True):
+                dy, x = (
+                    at_page_end(np.ones((batch, n) if flip else (n, batch), kernel.dtype))
+                    for n in shape
+                )
+                how = {"batch_first": flip, "backend": kernel.isa}
+                if kernel.op == "sddmm":
+                    a.plan.sddmm(dy, x, out=values, **how)
+                elif kernel.op == "spmm":
+                    bias = at_page_end(np.ones(shape[0], kernel.dtype))
+                    a.plan.spmm(values, x, bias=bias, out=at_page_end(dy), **how)
+                else:
+                    a.plan.spmm_t(values, dy, out=at_page_end(x), **how)
+print("done")
+"""
+
+
+def test_nothing_behind_an_operand_is_touched() -> None:
+    """Masked tails, not whole vectors: a kernel that looked further would end the process."""
+    path = str(Path(__file__).parent)
+    result = run_python(f"import sys; sys.path.insert(0, {path!r})\n" + GUARD_PAGES)
+    assert result.stdout.strip() == "done", (result.returncode, result.stderr)
 
 
 @pytest.mark.parametrize("name", FORMATS)

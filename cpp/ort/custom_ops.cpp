@@ -230,7 +230,7 @@ class Linear {
     for (size_t p = 0; p < structure_.source.size(); ++p)
       reordered[p] = stored[structure_.source[p]];
     is_reordered_ = !structure_.source.empty();
-    structure_.source = {};
+    std::vector<int64_t>().swap(structure_.source);  // assigning {} would keep its memory
     const std::vector<T> x(cols_);
     std::vector<T> y(rows_);
     multiply(stored, x.data(), static_cast<const T*>(bias.data), y.data(), 1, serial_executor());
