@@ -30,8 +30,6 @@ void openmp_for_each(void* context, int64_t n, void (*body)(void*, int64_t), voi
   for (int64_t i = 0; i < n; ++i) body(arg, i);
 }
 
-int available_threads() { return forked_child ? 1 : omp_get_max_threads(); }
-
 void require(bool ok, const char* message) {
   if (!ok) throw std::invalid_argument(message);
 }
@@ -44,12 +42,21 @@ bool holds(const py::array& a) {
 template <class T>
 using Contiguous = py::array_t<T, py::array::c_style>;
 
+// numpy makes arrays at any address; the compiler takes it that a T* is aligned.
+template <class T>
+T* elements(const py::array& a) {
+  require(a.size() == 0 || reinterpret_cast<uintptr_t>(a.data()) % alignof(T) == 0,
+          "array is not aligned");
+  return static_cast<T*>(const_cast<void*>(a.data()));
+}
+
 PyPlan lists_plan(int64_t rows, int64_t cols, const Contiguous<int64_t>& indptr,
                   const Contiguous<int32_t>& col_indices) {
   require(rows >= 0 && indptr.size() == rows + 1, "indptr needs rows + 1 entries");
   require(indptr.data()[rows] == col_indices.size(),
           "indptr does not end at the last column index");
-  const spfmt::RowLists view{rows, cols, indptr.data(), col_indices.data()};
+  const spfmt::RowLists view{rows, cols, elements<const int64_t>(indptr),
+                             elements<const int32_t>(col_indices)};
   const std::string error = spfmt::validate(view);
   require(error.empty(), error.c_str());
   return {spfmt::make_plan(view), rows, cols};
@@ -67,12 +74,12 @@ PyPlan groups_plan(int64_t rows, int64_t cols, const Contiguous<int32_t>& row_pe
                               cols,
                               tiles,
                               col_indices.size(),
-                              row_perm.data(),
-                              row_ptr.data(),
-                              col_begin.data(),
-                              col_end.data(),
-                              col_indices.data(),
-                              value_ptr.data()};
+                              elements<const int32_t>(row_perm),
+                              elements<const int64_t>(row_ptr),
+                              elements<const int64_t>(col_begin),
+                              elements<const int64_t>(col_end),
+                              elements<const int32_t>(col_indices),
+                              elements<const int64_t>(value_ptr)};
   const std::string error = spfmt::validate(view);
   require(error.empty(), error.c_str());
   return {spfmt::make_plan(view), rows, cols};
@@ -86,8 +93,7 @@ spfmt::Matrix<T> matrix(const py::array& a, bool writable, int64_t rows, int64_t
   require(!writable || a.writeable(), "output is read-only");
   constexpr int64_t size = sizeof(T);
   require(a.strides(0) % size == 0 && a.strides(1) % size == 0, "strides split elements");
-  return {static_cast<T*>(const_cast<void*>(a.data())), a.shape(0), a.shape(1), a.strides(0) / size,
-          a.strides(1) / size};
+  return {elements<T>(a), a.shape(0), a.shape(1), a.strides(0) / size, a.strides(1) / size};
 }
 
 template <class T>
@@ -95,7 +101,7 @@ T* vector(const py::array& a, int64_t least) {
   require(holds<T>(a) && a.ndim() == 1 && a.size() >= least,
           "vector has the wrong dtype or length");
   require(a.size() <= 1 || a.strides(0) == sizeof(T), "vector is not contiguous");
-  return static_cast<T*>(const_cast<void*>(a.data()));
+  return elements<T>(a);
 }
 
 template <class T>
@@ -170,6 +176,7 @@ PYBIND11_MODULE(_kernels, m) {
         py::arg("bias").none(true), py::arg("threads"));
   m.def("kernel_table", &kernel_table, "Rows (op, format, dtype, isa, supported).");
   m.def("active_isa", [] { return spfmt::isa_name(spfmt::active_isa()); });
-  m.def("available_threads", &available_threads);
+  m.def("openmp_threads", &omp_get_max_threads);
+  m.def("in_forked_child", [] { return forked_child.load(); });
   m.def("group_rows_by_counts", &group_rows_by_counts, py::arg("counts").noconvert());
 }

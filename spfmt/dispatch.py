@@ -146,7 +146,8 @@ def _no_kernel(op: str, format: str, dtype: str, wanted: tuple[str, ...]) -> str
 
 
 def _cached_select(op: str, format: str, dtype: str, backend: str) -> Kernel:
-    key = (op, format, dtype, backend)
+    # By level, not by "auto": SPFMT_ISA may change while the process runs.
+    key = (op, format, dtype, active_isa() if backend == "auto" else backend)
     kernel = _selected.get(key)
     if kernel is None:
         kernel = _selected[key] = select(op, format, dtype, backend)
@@ -261,7 +262,7 @@ class Plan:
                 "pass the X of the forward pass and the gradient of its result",
             )
         _same_dtype(dy.dtype, x.dtype, "dY", "X")
-        out = self._gradient_out(out, dy.dtype)
+        out = self._gradient_out(out, dy, x)
         if backend == "reference":
             out[: self.nnz] = self._reference_sddmm(dy2, x2)
         else:
@@ -285,6 +286,8 @@ class Plan:
         flat = self._flat_values(values)
         _same_dtype(x.dtype, flat.dtype, "X" if op == "spmm" else "dY", "A")
         operand = _features_first(x, n_in, batch_first, "X" if op == "spmm" else "dY")
+        if out is not None:
+            _check_own_memory(out, x, flat, *(() if bias is None else (bias,)))
         out = _result(out, x, n_out, batch_first)
         target = _features_first(out, n_out, batch_first, "out", copy=False)
         if backend == "reference":
@@ -304,7 +307,7 @@ class Plan:
         out: Array | None,
         bias: Array | None,
     ) -> None:
-        kernel = _cached_select(op, self.format, values.dtype.name, backend)
+        kernel = _cached_select(op, self.format, _dtype_name(values.dtype), backend)
         if logger.isEnabledFor(logging.DEBUG):
             logger.debug(
                 "%s %s %s: kernel %s, %d x %d, nnz %d, batch %d",
@@ -336,9 +339,7 @@ class Plan:
                 f"at least {self.nnz}, one per position of the structure",
                 "use the tensor's own values, or with_values()",
             )
-        if values.ndim == 1 and values.flags.c_contiguous:
-            return values
-        return np.ascontiguousarray(values).reshape(-1)
+        return _plain(values).reshape(-1)
 
     def _bias(self, bias: Array, dtype: np.dtype[Any]) -> Array:
         bias = np.asarray(bias)
@@ -349,19 +350,19 @@ class Plan:
                 "pass one element per row of A",
             )
         _same_dtype(bias.dtype, dtype, "bias", "values")
-        return np.ascontiguousarray(bias)
+        return _plain(bias)
 
-    def _gradient_out(self, out: Array | None, dtype: np.dtype[Any]) -> Array:
+    def _gradient_out(self, out: Array | None, dy: Array, x: Array) -> Array:
         if out is None:
-            return np.empty(self.nnz, dtype)
+            return np.empty(self.nnz, dy.dtype)
         if out.ndim != 1 or out.size < self.nnz or not out.flags.c_contiguous:
             raise format_error(
                 f"out of shape {out.shape}",
                 f"a contiguous vector of at least {self.nnz} elements",
                 "make it as long as the values",
             )
-        _same_dtype(out.dtype, dtype, "out", "dY")
-        _check_writable(out)
+        _same_dtype(out.dtype, dy.dtype, "out", "dY")
+        _check_own_memory(out, dy, x)
         return out
 
     def _dense(self, values: Array) -> npt.NDArray[np.float64]:
@@ -405,9 +406,34 @@ def _same_dtype(got: np.dtype[Any], want: np.dtype[Any], name: str, other: str) 
         )
 
 
-def _check_writable(out: Array) -> None:
+def _dtype_name(dtype: np.dtype[Any]) -> str:
+    """Return the name in the kernel table, which means the machine's byte order."""
+    return dtype.name if dtype.isnative else dtype.str
+
+
+def _plain(a: Array) -> Array:
+    """Return `a`, or a copy where its elements are not one after the other at whole addresses."""
+    return a if a.flags.c_contiguous and a.flags.aligned else np.array(a, order="C")
+
+
+def _splits_elements(a: Array) -> bool:
+    """Tell whether pointer arithmetic in elements would miss some, as in a packed record."""
+    return not a.flags.aligned or any(s % a.itemsize for s in a.strides)
+
+
+def _check_own_memory(out: Array, *operands: Array) -> None:
+    """Refuse an `out` that cannot be written, or whose writing would change an operand."""
     if not out.flags.writeable:
         raise format_error("a read-only out", "a writable array", "pass a copy")
+    # Bounds alone would refuse neighbouring columns of one buffer; the exact test has its limit.
+    limit: Any = 10_000  # numpy's stubs know of 0 and -1 only
+    shared = any(np.may_share_memory(out, a, max_work=limit) for a in operands)
+    if shared or _splits_elements(out):
+        raise format_error(
+            "an out that shares memory with an operand, or splits elements",
+            "memory of its own",
+            "let it be allocated",
+        )
 
 
 def _features_first(
@@ -429,9 +455,7 @@ def _features_first(
             f"{layout} with {features} features",
             f"pass batch_first={not batch_first} if samples run along the other axis",
         )
-    if copy and any(s % x.itemsize for s in x.strides):  # e.g. a field of a packed record
-        return np.ascontiguousarray(view)
-    return view
+    return np.array(view, order="C") if copy and _splits_elements(view) else view
 
 
 def _result(out: Array | None, x: Array, features: int, batch_first: bool) -> Array:
@@ -444,11 +468,4 @@ def _result(out: Array | None, x: Array, features: int, batch_first: bool) -> Ar
     if out.shape != shape:
         raise format_error(f"out of shape {out.shape}", f"{shape}", "let it be allocated")
     _same_dtype(out.dtype, x.dtype, "out", "the operand")
-    _check_writable(out)
-    if any(s % out.itemsize for s in out.strides) or np.may_share_memory(out, x):
-        raise format_error(
-            "an out that shares memory with the operand, or splits elements",
-            "memory of its own",
-            "let it be allocated",
-        )
     return out

@@ -34,7 +34,6 @@ def set_num_threads(threads: int | None) -> None:
 
 def get_num_threads() -> int:
     """Return the number of threads the next product may use (1 in a forked child process)."""
-    available: int = _kernels.available_threads()
-    if _override is None or available == 1:
-        return available if _override is None else min(available, _override)
-    return _override
+    if _kernels.in_forked_child():
+        return 1
+    return _kernels.openmp_threads() if _override is None else _override

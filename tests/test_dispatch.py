@@ -34,6 +34,104 @@ def test_unknown_level_in_the_environment() -> None:
     assert "SPFMT_ISA=sse9 names no level; expected scalar, avx2 or avx512" in result.stderr
 
 
+def test_level_may_change_while_the_process_runs(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    a = spfmt.CSR.from_dense(np.eye(3, dtype="float32"))
+    for isa in dispatch._available_levels():
+        monkeypatch.setenv("SPFMT_ISA", isa)
+        caplog.clear()
+        with caplog.at_level(logging.DEBUG, logger="spfmt"):
+            spfmt.spmm(a, np.ones((3, 2), "float32"))
+        assert f"kernel {isa}," in caplog.text
+        assert f"instruction set: {isa}" in spfmt.show_config()
+
+
+def test_threads_may_exceed_the_default_of_openmp() -> None:
+    code = (
+        "import spfmt; print(spfmt.get_num_threads()); spfmt.set_num_threads(3)\n"
+        "print(spfmt.get_num_threads())"
+    )
+    assert run_python(code, OMP_NUM_THREADS="1").stdout.split() == ["1", "3"]
+
+
+def test_memory_that_runs_out_inside_a_thread_is_an_error() -> None:
+    """Panels of X are allocated by each thread: no exception may leave an OpenMP region."""
+    code = """if True:
+        import resource, numpy as np, spfmt
+        resource.setrlimit(resource.RLIMIT_AS, (2**33, 2**33))
+        cols, nnz = 2**31 - 1, 9000
+        indices = np.arange(nnz, dtype="int32")
+        a = spfmt.CSR((1, cols), np.array([0, nnz]), indices, np.ones(nnz, "float32"))
+        x = np.broadcast_to(np.float32(1), (cols, 128))
+        for threads in (1, 2):
+            spfmt.set_num_threads(threads)
+            try:
+                spfmt.spmm(a, x)
+            except MemoryError:
+                print("MemoryError")
+        """
+    result = run_python(code)
+    assert result.stdout.split() == ["MemoryError"] * 2, result.stderr
+
+
+def test_bindings_refuse_arrays_of_other_kinds() -> None:
+    """Nothing is converted on the way to a pointer."""
+    kernels = dispatch._kernels
+    pointers, columns = np.array([0, 1, 2]), np.array([0, 1], "int32")
+    plan = kernels.lists_plan(2, 2, pointers, columns)
+    bad_plans = [(pointers.astype("int32"), columns), (pointers, columns.astype("int64"))]
+    for bad in bad_plans:
+        with pytest.raises(TypeError):
+            kernels.lists_plan(2, 2, *bad)
+    for bad in [(pointers[:2], columns), (pointers, columns[:1]), (pointers[::-1], columns)]:
+        with pytest.raises((ValueError, TypeError)):
+            kernels.lists_plan(2, 2, *bad)
+    with pytest.raises(ValueError, match="column index out of range"):
+        kernels.lists_plan(2, 1, pointers, columns)
+    x, odd = np.ones((2, 3), "float32"), np.ones(25, "u1")[1:].view("float32").reshape(2, 3)
+    index = dispatch.select("spmm", "csr", "float32", "scalar").index
+    for values, operand, out in [
+        (np.ones(2), x, x.copy()),
+        (x[0, :1], x, x.copy()),
+        (x[0, :2], x.astype("float64"), x.copy()),
+        (x[0, :2], x[:1], x.copy()),
+        (x[0, :2], odd, x.copy()),
+        (x[0, :2], x, odd),
+        (x[0, :2], x, x[:, :2]),
+        (x[0, :2], x, None),
+    ]:
+        with pytest.raises(ValueError, match=r"vector|operand|output|aligned"):
+            kernels.run(index, plan, values, -1, operand, None, out, None, 1)
+    with pytest.raises(IndexError):
+        kernels.run(10_000, plan, x[0, :2], -1, x, None, x.copy(), None, 1)
+
+
+def test_bindings_check_groups() -> None:
+    def plan(cols: int = 3, **changed: list[int]) -> object:
+        kinds = {
+            "row_perm": ("int32", [1, 0]), "row_ptr": ("int64", [0, 2]),
+            "col_begin": ("int64", [0]), "col_end": ("int64", [2]),
+            "col_indices": ("int32", [2, 0]), "value_ptr": ("int64", [0, 4]),
+        }  # fmt: skip
+        arrays = {k: np.array(changed.get(k, v), dtype) for k, (dtype, v) in kinds.items()}
+        return dispatch._kernels.groups_plan(2, cols, **arrays)
+
+    plan()
+    for message, changed in {
+        "not a permutation": {"row_perm": [1, 1]},
+        "one entry per row": {"row_perm": [0]},
+        "do not cover all rows": {"row_ptr": [0, 1]},
+        "duplicate column": {"col_indices": [2, 2]},
+        "column index out of range": {"col_indices": [3, 0]},
+        "column range out of bounds": {"col_end": [3]},
+        "wrong number of values": {"value_ptr": [0, 5]},
+        "does not start at 0": {"value_ptr": [1, 5]},
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            plan(**changed)
+
+
 def test_import_needs_numpy_alone() -> None:
     code = (
         "import sys, spfmt\n"
@@ -106,9 +204,9 @@ def test_gil_is_released_inside_kernels() -> None:
 def test_one_plan_from_many_threads() -> None:
     """Concurrent products with different values on one structure do not see each other's copies."""
     rng = np.random.default_rng(1)
-    a = spfmt.Condensed.from_scores(rng.random((128, 96)).astype("float32"), 0.2)
+    a = spfmt.Condensed.from_scores(rng.random((512, 512)).astype("float32"), 0.2)
     tensors = [a.with_values(np.full(a.values.shape, i, "float32")) for i in range(4)]
-    x = rng.standard_normal((96, 2)).astype("float32")
+    x = rng.standard_normal((512, 15)).astype("float32")  # long enough to be overtaken
     want = [spfmt.spmm(t, x, backend="reference") for t in tensors]
 
     def work(i: int) -> float:

@@ -91,6 +91,53 @@ def test_operands_of_packed_records_are_copied(a: spfmt.CSR) -> None:
     np.testing.assert_array_equal(spfmt.spmm(a, record["x"]), spfmt.spmm(a, plain))
 
 
+def test_operands_at_odd_addresses_are_copied(a: spfmt.CSR) -> None:
+    def odd(array: np.ndarray) -> np.ndarray:
+        memory = np.zeros(array.nbytes + 1, "u1")
+        copy = memory[1:].view(array.dtype).reshape(array.shape)
+        copy[...] = array
+        assert not copy.flags.aligned
+        return copy
+
+    rng = np.random.default_rng(0)
+    for batch in (2, 20):
+        x, dy = (rng.standard_normal((n, batch)).astype("float32") for n in (4, 3))
+        bias, values = f32(3), a.values
+        want = spfmt.spmm(a, x, bias=bias)
+        np.testing.assert_array_equal(a.plan.spmm(odd(values), odd(x), bias=odd(bias)), want)
+        np.testing.assert_array_equal(spfmt.spmm_t(a, odd(dy)), spfmt.spmm_t(a, dy))
+        np.testing.assert_array_equal(spfmt.sddmm(a, odd(dy), odd(x)), spfmt.sddmm(a, dy, x))
+    with pytest.raises(FormatError, match="splits elements"):
+        spfmt.spmm(a, f32(4, 2), out=odd(f32(3, 2)))
+
+
+def test_outputs_must_not_overlap_any_operand(a: spfmt.CSR) -> None:
+    memory = f32(20)
+    for call in (
+        lambda: a.plan.spmm(memory[:11], f32(4, 2), out=memory[8:14].reshape(3, 2)),
+        lambda: a.plan.spmm(f32(11), f32(4, 2), bias=memory[:3], out=memory[:6].reshape(3, 2)),
+        lambda: a.plan.sddmm(memory[:6].reshape(3, 2), f32(4, 2), out=memory[5:16]),
+        lambda: a.plan.sddmm(f32(3, 2), memory[:8].reshape(4, 2), out=memory[5:16]),
+    ):
+        with pytest.raises(FormatError, match="shares memory with an operand"):
+            call()
+    assert (memory == 1).all()
+
+
+def test_output_beside_the_operand_in_one_buffer(a: spfmt.CSR) -> None:
+    buffer = np.random.default_rng(0).standard_normal((5, 7)).astype("float32")
+    x = buffer[:, :4]
+    want = spfmt.spmm(a, x.copy(), batch_first=True)
+    out = spfmt.spmm(a, x, batch_first=True, out=buffer[:, 4:])
+    np.testing.assert_array_equal(out, want)
+
+
+def test_foreign_byte_order_has_no_kernel(a: spfmt.CSR) -> None:
+    dy, x = f32(3, 2).astype(">f4"), f32(4, 2).astype(">f4")
+    with pytest.raises(KernelNotFound, match="sddmm of csr in >f4"):
+        spfmt.sddmm(a, dy, x)
+
+
 def test_broadcast_operand(a: spfmt.CSR) -> None:
     x = np.broadcast_to(np.arange(4, dtype="float32")[:, None], (4, 40))
     np.testing.assert_array_equal(spfmt.spmm(a, x), spfmt.spmm(a, x.copy()))
