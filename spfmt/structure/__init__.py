@@ -11,12 +11,14 @@ from .distribution import erk_densities, uniform_densities
 from .fan_in import constant_fan_in
 from .hrbp import hrbp_block_density, hrbp_structure
 from .nm import nm_columns, transposable_nm_mask, transposable_patterns
+from .packing import group_rows, slice_padding
 from .rows import order_rows, order_rows_fast
 from .unstructured import per_row_topk, topk_mask
 
 __all__ = [
     "constant_fan_in",
     "erk_densities",
+    "group_rows",
     "hrbp_block_density",
     "hrbp_structure",
     "nm_columns",
@@ -24,6 +26,7 @@ __all__ = [
     "order_rows_fast",
     "per_row_topk",
     "select_blocks",
+    "slice_padding",
     "topk_mask",
     "transposable_nm_mask",
     "transposable_patterns",
