@@ -185,9 +185,69 @@ def test_pruning_hooks_and_parametrizations_are_reported():
     torch.nn.utils.parametrizations.weight_norm(model[3])
     report = sparsify(model, "csr", density=0.5)
     assert "prune.remove" in report["0"].reason
-    assert "ParametrizedLinear" in report["3"].reason or "3" not in [r.name for r in report.taken]
+    assert "computed" in report["3"].reason
+    assert [r.name for r in report.taken] == ["2.0"]
     prune.remove(model[0], "weight")
     assert sparsify(model, "csr", density="keep", include="0")["0"].density == 0.5
+
+
+class Subclass(nn.Linear):
+    pass
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch.ao, which is about to go
+def test_linear_layers_of_other_kinds_are_reported():
+    model = nn.Sequential(
+        nn.LazyLinear(8),
+        Subclass(8, 8),
+        torch.ao.nn.quantized.dynamic.Linear(8, 4),
+        nn.Bilinear(4, 4, 4),
+    )
+    reasons = {row.kind: row.reason for row in sparsify(model, density=0.5)}
+    assert "call the model once" in reasons["LazyLinear"]
+    assert "subclass" in reasons["Subclass"]
+    assert "quantised" in reasons["Linear"]
+    assert "not an nn.Linear" in reasons["Bilinear"]
+
+
+def test_a_compiled_model_is_changed_inside():
+    model = mlp()
+    report = sparsify(torch.compile(model, backend="eager"), "csr", density=0.5, exclude="0")
+    assert [r.name for r in report.taken] == ["2.0", "3"]
+    assert isinstance(model[3], SparseLinear)
+
+
+def test_a_model_in_ddp_is_refused():
+    wrapped = nn.parallel.DistributedDataParallel.__new__(nn.parallel.DistributedDataParallel)
+    nn.Module.__init__(wrapped)  # needs no process group, which is not what is tested
+    wrapped.module = mlp()
+    for change in (lambda m: sparsify(m, "csr", density=0.5), densify, unpack_attention):
+        with pytest.raises(FormatError, match="then wrap it"):
+            change(wrapped)
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_hooks_keep_working_and_can_be_removed(full):
+    model, calls, x = mlp(), [], torch.randn(2, 32, requires_grad=True)
+    first = model[0]
+    handles = [
+        first.register_forward_hook(lambda *_: calls.append("forward")),
+        first.register_forward_pre_hook(lambda *_, **__: calls.append("pre"), with_kwargs=True),
+    ]
+    if full:
+        handles.append(first.register_full_backward_hook(lambda *_: calls.append("backward")))
+    sparsify(model, "csr", density=0.5)
+    model(x).sum().backward()
+    assert calls == ["pre", "forward"] + ["backward"] * full
+    calls.clear()
+    densify(model)
+    model(x).sum().backward()
+    assert calls == ["pre", "forward"] + ["backward"] * full
+    for handle in handles:
+        handle.remove()
+    calls.clear()
+    model(x).sum().backward()
+    assert calls == []
 
 
 def test_hooks_dtype_mode_and_bias_come_along():
@@ -218,6 +278,27 @@ def test_callable_scores():
     model = mlp()
     sparsify(model, "csr", density=0.5, scores=lambda name, linear: -linear.weight.abs())
     assert model[0].tensor().values.__abs__().max() < mlp()[0].weight.abs().max()
+
+
+def test_wrong_scores():
+    with pytest.raises(FormatError, match="scores='magnitud'"):
+        sparsify(mlp(), "csr", density=0.5, scores="magnitud")
+    report = sparsify(mlp(), "csr", density=0.5, scores=lambda name, linear: torch.rand(4, 4))
+    assert not report.taken
+    assert all("scores of shape (4, 4)" in row.reason for row in report.left)
+
+
+def test_a_fan_in_that_some_layers_cannot_have():
+    report = sparsify(mlp(), "condensed", fan_in=40)
+    assert [r.name for r in report.taken] == ["2.0", "3"]
+    assert "fan_in=40" in report["0"].reason
+
+
+def test_a_distribution_needs_one_density_for_all():
+    given = [{"density": "keep"}, {"density": {"0": 0.5}}, {"format": "nm", "n": 2, "m": 4}]
+    for arguments in given:
+        with pytest.raises(FormatError, match="distribution='erk'"):
+            sparsify(mlp(), distribution="erk", **arguments)
 
 
 def test_an_error_leaves_the_model_as_it_was():

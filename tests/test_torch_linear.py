@@ -164,6 +164,11 @@ def test_from_linear_keeps_the_largest(format):
     assert torch.equal(mask, torch.from_numpy(expected))
 
 
+def test_scores_of_another_shape_are_refused():
+    with pytest.raises(FormatError, match=r"scores of shape \(4, 4\)"):
+        SparseLinear.from_linear(nn.Linear(16, 12), density=0.5, scores=torch.rand(4, 4))
+
+
 def test_repr_names_what_matters():
     text = repr(make("shuffled_block", capacity=60))
     for part in ("in_features=16", "format=shuffled_block", "block_shape=(4, 2)", "capacity=60",
@@ -285,6 +290,25 @@ def test_wrong_checkpoints_change_nothing():
     with pytest.raises(RuntimeError, match="Missing key"):
         target.load_state_dict({})
     target.load_state_dict({}, strict=False)
+
+
+def test_a_checkpoint_of_another_format_is_named_before_its_sizes():
+    other = make("nm", density=0.5).state_dict()
+    with pytest.raises(RuntimeError, match="got a nm structure of shape"):
+        make("csr").load_state_dict(other)
+
+
+def test_a_structure_without_values_is_refused_unless_it_is_the_present_one():
+    target = make("csr", 2)
+    before = target.tensor()
+    state = make("csr", 1).state_dict()
+    del state["values"]
+    with pytest.raises(RuntimeError, match="structure without values"):
+        target.load_state_dict(state, strict=False)
+    assert target.tensor() == before
+    own = target.state_dict()
+    del own["values"]
+    assert target.load_state_dict(own, strict=False).missing_keys == ["values"]
 
 
 # ----------------------------------------------------------------------- copies and conversion

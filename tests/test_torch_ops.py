@@ -13,6 +13,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from torch.autograd import forward_ad  # noqa: E402
+
 from spfmt.errors import FormatError, KernelNotFound  # noqa: E402
 from spfmt.formats import get_format  # noqa: E402
 from spfmt.torch import SparseLinear, _identity, functional, sddmm, spmm, spmm_t  # noqa: E402  # noqa: E402
@@ -128,6 +130,23 @@ def test_saves_only_what_backward_needs():
     gc.collect()
     assert alive() is None
     assert y.requires_grad
+
+
+@pytest.mark.parametrize("recording", [True, False])
+def test_forward_mode_raises_and_never_drops_a_tangent(format, recording):
+    values, structure, _ = make(format)
+    x, tangent = torch.randn(2, C, dtype=torch.float64), torch.ones(2, C, dtype=torch.float64)
+
+    def product(v, x):
+        return spmm(v, structure, x, shape=(R, C), format=format)
+
+    with torch.set_grad_enabled(recording):
+        with pytest.raises(RuntimeError, match="forward mode"):
+            torch.func.jvp(lambda x: product(values, x), (x,), (tangent,))
+        with forward_ad.dual_level():
+            with pytest.raises(RuntimeError, match="forward mode"):
+                product(forward_ad.make_dual(values.detach(), values.detach()), x)
+            product(values, x)  # no tangent, nothing to lose
 
 
 @pytest.mark.parametrize("wrt", ["x", "values"])

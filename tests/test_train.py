@@ -328,6 +328,18 @@ def test_summary_prints_a_row_per_layer():
         assert part in text
 
 
+def test_frozen_layers_stay_as_they_are():
+    model = network()
+    model[0].requires_grad_(False)
+    frozen = model[0].tensor()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for parameters in (trained, list(model.parameters())):
+        optimizer = torch.optim.AdamW(parameters)
+        method = SET(model, optimizer, delta_t=1, t_end=10)
+        assert train(model, optimizer, method, 2) == [True, True]
+        assert model[0].tensor() == frozen
+
+
 def test_misuse_is_an_error():
     dense = nn.Linear(4, 4)
     with pytest.raises(FormatError, match="sparsify"):

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from spfmt.errors import format_error
 from spfmt.torch.linear import SparseLinear
+from spfmt.torch.wrappers import changeable
 
 __all__ = ["UnpackedAttention", "unpack_attention"]
 
@@ -145,6 +146,7 @@ def unpack_attention(model: nn.Module) -> tuple[str, ...]:
     """
     replaced: dict[nn.Module, UnpackedAttention] = {}
     names = []
+    model = changeable(model)
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if type(module) is not nn.MultiheadAttention or not name:
             continue

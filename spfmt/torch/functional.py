@@ -12,7 +12,9 @@ spmm_t    ``dx = dy @ A``                ``dy``: spmm, ``values``: sddmm
 sddmm     ``(dy.T @ x)`` at the places   ``dy``: spmm, ``x``: spmm_t
 ========  =============================  ========================================
 
-Gradients are differentiable once: differentiating a gradient again raises a ``RuntimeError``. Under
+Gradients are differentiable once: differentiating a gradient again raises a ``RuntimeError``, and
+so does forward mode (``jvp``). ``torch.func.vmap`` works, ``torch.func.grad`` does not: torch keeps
+it from operators whose gradients are written in Python, and says so. Under
 ``torch.autocast`` the operators cast to float32, compute and return float32, and say so once in the
 log; low-precision tensors outside autocast raise :class:`spfmt.KernelNotFound`.
 """
@@ -26,6 +28,7 @@ from typing import Any, cast
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from spfmt.errors import KernelNotFound, format_error
 from spfmt.torch._identity import CompiledStructure, compiled_structure
@@ -386,12 +389,27 @@ def _announce_autocast() -> None:
     )
 
 
+def _refuse_forward_mode(operands: Sequence[Any]) -> None:
+    """Raise where an operand carries a tangent; operators of Python would drop it in silence."""
+    tensors = (t for t in operands if isinstance(t, Tensor) and t.is_floating_point())
+    unpack = forward_ad.unpack_dual
+    if any(unpack(t).tangent is not None for t in tensors):  # type: ignore[no-untyped-call]
+        raise RuntimeError(
+            "got forward-mode differentiation (jvp) of a sparse product; expected reverse mode "
+            "(backward); call densify(model) for forward mode"
+        )
+
+
 def _call(op: Any, *operands: Any) -> Tensor:
     """Call an operator, past its autograd kernel where nothing can be recorded.
 
     That kernel is Python and costs 4 µs, a quarter of a batch-1 product.
     """
-    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+    if torch.compiler.is_compiling():
+        return cast(Tensor, op(*operands))
+    if forward_ad._current_level >= 0:
+        _refuse_forward_mode(operands)
+    if torch.is_grad_enabled():
         return cast(Tensor, op(*operands))
     with torch._C._AutoDispatchBelowAutograd():
         return cast(Tensor, op(*operands))

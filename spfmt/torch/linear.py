@@ -24,7 +24,7 @@ from spfmt.torch._identity import compiled_structure, invalidate
 from spfmt.torch.convert import to_numpy, to_torch_values
 from spfmt.torch.functional import spmm
 
-__all__ = ["SparseLinear", "resolve_density"]
+__all__ = ["SparseLinear", "follow", "implied_density", "resolve_density"]
 
 Self = TypeVar("Self", bound="SparseLinear")
 
@@ -55,10 +55,12 @@ def resolve_density(density: float | None, sparsity: float | None) -> float:
 def implied_density(params: Mapping[str, Any], columns: int) -> float | None:
     """Return the density that an N:M ratio or a fan-in among a format's parameters stands for."""
     if "fan_in" in params:
-        return float(params["fan_in"] / max(1, columns))
-    if "n" in params and "m" in params:
-        return float(params["n"] / params["m"])
-    return None
+        share = params["fan_in"] / max(1, columns)
+    elif "n" in params and "m" in params:
+        share = params["n"] / max(1, params["m"])
+    else:
+        return None
+    return float(min(1.0, max(0.0, share)))  # what exceeds it, the format itself refuses by name
 
 
 def _search_params(tensor: SparseTensor, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -312,9 +314,15 @@ class SparseLinear(nn.Module):
         params: Mapping[str, Any],
     ) -> Self:
         """Make a layer on a structure with the dense layer's values, dtype, device and bias."""
+        weight = linear.weight.detach()
+        if tensor.shape != tuple(weight.shape):
+            raise format_error(
+                f"scores of shape {tensor.shape}",
+                f"those of the weight, {tuple(weight.shape)}",
+                "return one score per weight",
+            )
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
-        weight = linear.weight.detach()
         # Gathered in torch, so that bfloat16 never has to pass through numpy.
         where = torch.from_numpy(tensor.flat_indices()).to(weight.device)
         values = weight.reshape(-1)[where]
@@ -560,28 +568,49 @@ class SparseLinear(nn.Module):
             return None  # missing keys: torch reports them by the rules of `strict`
         if words is None:
             return f"{name}: got values without a structure; values mean nothing without it"
-        if values is not None and values.shape != self.values.shape:
-            return (
-                f"{name}: got a capacity of {values.shape[0]} values, expected {self.capacity}; "
-                f"build the layer with capacity={values.shape[0]} and the checkpoint's parameters"
+        problem = self._problem_with_words(words)  # the format first: it decides all sizes
+        if problem is None and values is not None and values.shape != self.values.shape:
+            problem = (
+                f"got a capacity of {values.numel()} values, expected {self.capacity}; "
+                f"build the layer with capacity={values.numel()} and the checkpoint's parameters"
             )
-        if words.shape != self.structure.shape or words.dtype != torch.int32:
+        if problem is None and words.shape != self.structure.shape:
+            problem = (
+                f"got {tuple(words.shape)} structure words, expected "
+                f"{tuple(self.structure.shape)}; the layers differ in capacity or parameters"
+            )
+        if problem is None and values is None and not self._has_words(words):
+            problem = (
+                "got another structure without values; the present values stand for other "
+                "positions; load both, or neither"
+            )
+        return None if problem is None else f"{name}: {problem}"
+
+    def _problem_with_words(self, words: Tensor) -> str | None:
+        """Return why structure words cannot be this layer's, whatever their number; or None."""
+        if words.dim() != 1 or words.dtype != torch.int32:
             return (
-                f"{name}: got {tuple(words.shape)} structure words of {words.dtype}, expected "
-                f"{tuple(self.structure.shape)} of torch.int32; the layers differ in format or size"
+                f"got structure words of shape {tuple(words.shape)} and {words.dtype}, expected "
+                "one dimension of torch.int32; save the state_dict again"
             )
         if words.is_meta:
             return None
         try:
             found = decode_structure(words.detach().cpu().numpy())
         except FormatError as error:
-            return f"{name}: {error}"
+            return str(error)
         if (found.cls.format, found.shape) != (self.format, self.shape):
             return (
-                f"{name}: got a {found.cls.format} structure of shape {found.shape}, expected "
+                f"got a {found.cls.format} structure of shape {found.shape}, expected "
                 f"{self.format} of shape {self.shape}; build the layer in the checkpoint's format"
             )
         return None
+
+    def _has_words(self, words: Tensor) -> bool:
+        """Tell whether a structure is the present one, as far as there is any content."""
+        if words.is_meta or self.structure.is_meta:
+            return True
+        return torch.equal(words.cpu(), self.structure.cpu())
 
 
 def _symmetric(size: int, generator: torch.Generator | None) -> Tensor:

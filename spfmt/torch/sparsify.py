@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from spfmt.convert import convert
 from spfmt.errors import FormatError, format_error
@@ -19,12 +20,18 @@ from spfmt.structure.distribution import erk_densities, uniform_densities
 from spfmt.torch.attention import set_fast_paths
 from spfmt.torch.linear import SparseLinear, implied_density, resolve_density
 from spfmt.torch.report import LayerReport, ModelReport
+from spfmt.torch.wrappers import changeable
 
 __all__ = ["densify", "layer_densities", "sparsify"]
 
 Selector = str | type | Callable[[str, nn.Module], bool]
 Scores = Literal["magnitude", "random"] | Callable[[str, nn.Linear], Tensor]
 Distribution = Literal["uniform", "erk"]
+
+_COMPUTED = (
+    "its weight is computed (pruning hook, norm or parametrization); make it plain, e.g. with "
+    "prune.remove(...)"
+)
 
 _HOOKS = (
     "_forward_hooks",
@@ -34,6 +41,7 @@ _HOOKS = (
     "_forward_pre_hooks_with_kwargs",
     "_backward_hooks",
     "_backward_pre_hooks",
+    "_is_full_backward_hook",
 )
 
 
@@ -66,8 +74,11 @@ class _Found:
         if isinstance(self.module, SparseLinear):
             return self.module.shape
         sizes = [tuple(p.shape) for p in self.weights.values() if not nn.parameter.is_lazy(p)]
-        weight = getattr(self.module, "weight", None)
-        return sizes[0] if sizes else tuple(getattr(weight, "shape", ()))
+        if sizes or self.weights:
+            return sizes[0] if sizes else ()
+        if _is_quantised(self.module):
+            return self.module.out_features, self.module.in_features  # type: ignore[return-value]
+        return tuple(getattr(getattr(self.module, "weight", None), "shape", ()))
 
     @property
     def size(self) -> int:
@@ -86,7 +97,16 @@ def _survey(model: nn.Module) -> list[_Found]:
         if name:
             entry.places.append((parents[parent], attribute))
     linear = (nn.Linear, SparseLinear)
-    return [f for f in found.values() if f.weights or isinstance(f.module, linear)]
+    return [
+        f
+        for f in found.values()
+        if f.weights or isinstance(f.module, linear) or _is_quantised(f.module)
+    ]
+
+
+def _is_quantised(module: nn.Module) -> bool:
+    """Tell whether a module is a linear layer of torch.ao, whose weight is no Parameter."""
+    return hasattr(module, "_packed_params") and hasattr(module, "in_features")
 
 
 def _matches(selectors: Iterable[Selector], names: list[str], module: nn.Module) -> bool:
@@ -132,17 +152,24 @@ def _why_unfit(entry: _Found, ties: Mapping[int, list[str]]) -> str:
         )
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return "nn.MultiheadAttention reads the weight of its out_proj itself"
+    if any(map(nn.parameter.is_lazy, module.parameters(recurse=False))):
+        return "its shape is not known yet; call the model once first"
+    if _is_quantised(module):
+        return "its weight is quantised; sparsify before quantising"
+    if parametrize.is_parametrized(module):
+        return _COMPUTED
     if type(module) is not nn.Linear:
-        return f"{type(module).__name__} is not an nn.Linear"
+        kind = type(module).__name__
+        if isinstance(module, nn.Linear):
+            return f"{kind} is a subclass of nn.Linear and may compute something else"
+        return f"{kind} is not an nn.Linear"
     return _why_unfit_weight(entry, ties)
 
 
 def _why_unfit_weight(entry: _Found, ties: Mapping[int, list[str]]) -> str:
     weight = entry.weights.get("weight")
     if weight is None:
-        return (
-            "its weight is computed (pruning hook or norm); make it plain, e.g. prune.remove(...)"
-        )
+        return _COMPUTED
     if id(weight) in ties:
         others = [place for place in ties[id(weight)] if place != f"{entry.name}.weight"]
         return f"its weight is tied to {', '.join(others)}"
@@ -212,9 +239,11 @@ class _Recipe:
         remark = f"{padding} padding zeros" if padding else ""
         return self._finish(linear, tensor, None), remark
 
-    def pruned(self, name: str, linear: nn.Linear, density: float) -> SparseLinear:
+    def pruned(self, name: str, linear: nn.Linear, density: float | None) -> SparseLinear:
         """Make a layer on the structure that keeps the most score."""
         scores = self._scores(name, linear).detach().to("cpu", torch.float32).numpy()
+        if density is None:
+            density = resolve_density(implied_density(self.params, linear.in_features), None)
         tensor = get_format(self.format).from_scores(scores, density, **self.params)
         return self._finish(linear, tensor, density)
 
@@ -298,6 +327,11 @@ def sparsify(
     changed, and :func:`densify` switches it on again.
     """
     targets = _Targets.of(density, sparsity, distribution, params)
+    if isinstance(scores, str) and scores not in ("magnitude", "random"):
+        raise format_error(
+            f"scores={scores!r}", "'magnitude', 'random' or a callable", "use one of them"
+        )
+    model = changeable(model)
     found = _survey(model)
     _decide(found, targets, _selectors(include), _selectors(exclude))
     shapes = {entry.name: entry.shape for entry in found if not entry.reason}
@@ -322,7 +356,7 @@ class _Targets:
     density: float | None
     by_name: Mapping[str, float] | None
     distribution: Distribution
-    params: Mapping[str, Any] | None = None
+    implied: bool = False
 
     @classmethod
     def of(
@@ -339,18 +373,27 @@ class _Targets:
                     "a number, 'keep', or a mapping from names to numbers, without sparsity",
                     "pass density=0.1, for example",
                 )
-            return cls(None, None if isinstance(density, str) else density, distribution)
+            by_name = None if isinstance(density, str) else density
+            return cls(None, by_name, distribution)._not_spread()
         if density is None and sparsity is None and implied_density(params, 1) is not None:
-            return cls(None, None, distribution, params)
+            return cls(None, None, distribution, implied=True)._not_spread()
         return cls(resolve_density(density, sparsity), None, distribution)
 
-    def spread(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, float] | None:
-        """Return the density of every layer by name; None keeps what the weights have."""
+    def _not_spread(self) -> _Targets:
+        if self.distribution != "uniform":
+            raise format_error(
+                f"distribution={self.distribution!r} where every layer's density is given already",
+                "it together with one density for the whole model",
+                "leave out distribution, or pass density=0.1",
+            )
+        return self
+
+    def spread(self, shapes: Mapping[str, tuple[int, ...]]) -> Mapping[str, float | None] | None:
+        """Return every layer's density by name, None where n:m says it; None keeps the zeros."""
         if self.by_name is not None:
             return {name: resolve_density(self.by_name[name], None) for name in shapes}
-        if self.params is not None:
-            implied = {name: implied_density(self.params, s[1]) for name, s in shapes.items()}
-            return {name: resolve_density(density, None) for name, density in implied.items()}
+        if self.implied:
+            return dict.fromkeys(shapes)
         if self.density is None:
             return None
         return layer_densities(shapes, self.density, self.distribution)
@@ -384,7 +427,7 @@ def _decide(
 
 
 def _make(
-    entry: _Found, recipe: _Recipe, densities: Mapping[str, float] | None
+    entry: _Found, recipe: _Recipe, densities: Mapping[str, float | None] | None
 ) -> tuple[LayerReport, SparseLinear | None]:
     """Build the sparse layer of an entry and its row; a FormatError becomes the row's reason."""
     layer: SparseLinear | None = None
@@ -415,8 +458,8 @@ def _row(entry: _Found, layer: SparseLinear | None, remark: str) -> LayerReport:
 
 def _swap(entry: _Found, layer: nn.Module) -> None:
     """Put a layer in every place of an old one; hooks come along."""
-    for hooks in _HOOKS:
-        getattr(layer, hooks).update(getattr(entry.module, hooks))
+    for hooks in _HOOKS:  # the dictionaries themselves, so that handles can still remove hooks
+        setattr(layer, hooks, getattr(entry.module, hooks))
     layer.training = entry.module.training
     for parent, attribute in entry.places:
         setattr(parent, attribute, layer)
@@ -436,6 +479,7 @@ def densify(model: nn.Module) -> ModelReport:
         A row for every weight of the model; the sparse ones are taken.
     """
     rows = []
+    model = changeable(model)
     for entry in _survey(model):
         sparse = isinstance(entry.module, SparseLinear) and bool(entry.places)
         if isinstance(entry.module, SparseLinear) and sparse:

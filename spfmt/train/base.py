@@ -16,6 +16,7 @@ from spfmt.errors import format_error
 from spfmt.formats import SparseTensor, get_format
 from spfmt.torch.linear import SparseLinear, follow
 from spfmt.torch.report import table
+from spfmt.torch.wrappers import unwrapped
 from spfmt.train.schedule import CosineSchedule
 
 # A structure drawn with the caller's seed 0 and growth drawn with the trainer's seed 0 must not be
@@ -146,7 +147,8 @@ class SparseTrainer(ABC):
     Raises
     ------
     FormatError
-        Where the model has no sparse layer, or the optimizer does not hold a layer's values.
+        Where the model has no sparse layer, or the optimizer does not hold the values of one that
+        is not frozen.
 
     Notes
     -----
@@ -170,7 +172,7 @@ class SparseTrainer(ABC):
         self.optimizer = optimizer
         self.layers: dict[str, SparseLinear] = {
             name: module
-            for name, module in _unwrapped(model).named_modules()
+            for name, module in unwrapped(model).named_modules()
             if isinstance(module, SparseLinear)
         }
         self.generator = torch.Generator().manual_seed(_SEED_OFFSET + seed)
@@ -194,7 +196,7 @@ class SparseTrainer(ABC):
             )
         held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
         for name, layer in self.layers.items():
-            if id(layer.values) not in held:
+            if layer.values.requires_grad and id(layer.values) not in held:
                 raise format_error(
                     f"an optimizer without {name}.values",
                     "one that holds the values of every sparse layer",
@@ -220,14 +222,18 @@ class SparseTrainer(ABC):
     def update(self) -> bool:
         """Update the topology of every layer now, whatever the schedule says about the time.
 
+        A frozen layer (``values.requires_grad`` is False) stays as it is: weights that grew there
+        would stay zero.
+
         Returns
         -------
         bool
             Whether any weight moved.
         """
-        for name, layer in self.layers.items():
+        trained = {n: layer for n, layer in self.layers.items() if layer.values.requires_grad}
+        for name, layer in trained.items():
             self._check_state(name, layer.values)
-        moved = [self._update_layer(name, layer) for name, layer in self.layers.items()]
+        moved = [self._update_layer(name, layer) for name, layer in trained.items()]
         self.updates += any(moved)
         return any(moved)
 
@@ -356,17 +362,6 @@ class SparseTrainer(ABC):
         self.steps, self.updates = int(state["steps"]), int(state["updates"])
         self.generator.set_state(state["generator"].cpu())
         self._explored = explored
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """Return the model inside DDP and ``torch.compile``, so that names are the same everywhere."""
-    while True:
-        if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
-            model = model.module
-        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
-            model = model._orig_mod  # type: ignore[assignment]
-        else:
-            return model
 
 
 def _packed_mask(layer: SparseLinear) -> NDArray[np.uint8]:
