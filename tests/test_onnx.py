@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -698,6 +699,8 @@ def test_inlined_files_are_plain(tmp_path: Path) -> None:
     path = sonnx.export(model, torch.zeros(2, 21), tmp_path / "net.onnx", inline=True)
     proto = onnx.load(path)
     assert not proto.functions
+    used = {name for node in proto.graph.node for name in node.input}
+    assert all(used.intersection(n.output) for n in proto.graph.node if n.op_type == "Constant")
     assert {opset.domain for opset in proto.opset_import} == {""}
     x = torch.randn(5, 21)
     got = sonnx.session(path, library=False).run(None, {only_input(path): x.numpy()})[0]
@@ -767,8 +770,10 @@ def test_a_module_that_cannot_be_exported(tmp_path: Path) -> None:
     path = tmp_path / "net.onnx"
     path.write_bytes(b"what was there")
     model = nn.Sequential(layer("nm", 13, 21), Untranslatable())
-    with pytest.raises(sonnx.ExportError, match="cannot translate"):
+    with pytest.raises(sonnx.ExportError, match="cannot translate") as caught:
         sonnx.export(model, torch.zeros(2, 21), path)
+    assert "\x1b" not in str(caught.value)
+    assert "GuardOnDataDependentSymNode" in str(caught.value)[:150]  # the cause comes first
     assert path.read_bytes() == b"what was there"
     assert model.training
 
@@ -788,18 +793,66 @@ def test_computed_weights_are_refused(tmp_path: Path) -> None:
         sonnx.export(Computed(), torch.zeros(2, 21), tmp_path / "net.onnx")
 
 
-def test_an_opset_that_is_too_old(tmp_path: Path) -> None:
+def test_an_opset_that_is_too_old_or_too_new(tmp_path: Path) -> None:
     with pytest.raises(FormatError, match="opset=17"):
         sonnx.export(network(), torch.zeros(2, 21), tmp_path / "net.onnx", opset=17)
+    with pytest.raises(FormatError, match="opset=99"):
+        sonnx.export(network(), torch.zeros(2, 21), tmp_path / "net.onnx", opset=99)
 
 
-def test_a_write_that_fails_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError):
+def test_a_path_that_cannot_be_written_is_refused_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules["spfmt.onnx.export"], "_translate", None)  # is not reached
+    with pytest.raises(FileNotFoundError, match=r"make '.*missing' first"):
         sonnx.export(network(), torch.zeros(2, 21), tmp_path / "missing" / "net.onnx")
     (tmp_path / "net.onnx").mkdir()
-    with pytest.raises(OSError, match=r"net\.onnx"):
+    with pytest.raises(IsADirectoryError, match=r"net\.onnx', a folder"):
         sonnx.export(network(), torch.zeros(2, 21), tmp_path / "net.onnx")
-    assert [path.name for path in tmp_path.iterdir()] == ["net.onnx"]
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root may write everywhere
+    with pytest.raises(PermissionError, match="writable"):
+        sonnx.export(network(), torch.zeros(2, 21), tmp_path / "other.onnx")
+
+
+def test_a_write_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: int) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="no space left"):
+        sonnx.export(layer("nm", 13, 21), torch.zeros(2, 21), tmp_path / "net.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_names_that_do_not_fit(tmp_path: Path) -> None:
+    model, x, path = layer("nm", 13, 21), torch.zeros(2, 21), tmp_path / "net.onnx"
+    with pytest.raises(FormatError, match="input_names='x'"):
+        sonnx.export(model, x, path, input_names="x")
+    with pytest.raises(FormatError, match="output_names"):
+        sonnx.export(model, x, path, output_names=["y", "z"])
+
+
+def test_a_compiled_model(tmp_path: Path) -> None:
+    model = layer("nm", 13, 21)
+    path = sonnx.export(
+        torch.compile(model, backend="eager"), torch.zeros(1, 21), tmp_path / "net.onnx"
+    )
+    assert sonnx.session(path).get_inputs()[0].shape == ["batch", 21]
+
+
+class FromDictionary(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = layer("nm", 13, 21)
+
+    def forward(self, inputs: Any) -> Any:
+        return self.inner(inputs["left"]) - self.inner(inputs["right"])
+
+
+def test_a_dictionary_of_inputs(tmp_path: Path) -> None:
+    example = {"left": torch.zeros(1, 21), "right": torch.zeros(1, 21)}
+    path = sonnx.export(FromDictionary(), (example,), tmp_path / "net.onnx")
+    assert [i.shape for i in sonnx.session(path).get_inputs()] == [["batch", 21]] * 2
 
 
 def test_public_names() -> None:

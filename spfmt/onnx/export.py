@@ -11,6 +11,7 @@ import contextlib
 import inspect
 import logging
 import os
+import re
 import secrets
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -94,14 +95,17 @@ def export(
         When torch cannot translate a layer, a sparse weight is not a constant, or the file would
         be larger than 2 GiB.
     FormatError
-        When a sparse weight has no operator (see `lower`) or `opset` is below 18.
+        When a sparse weight has no operator (see `lower`), or `opset` or the names do not fit.
+    OSError
+        When `path` cannot be written; what is wrong with it is found before the export begins.
     MissingDependency
         When torch, onnx or onnxscript is missing.
     """
     for module in ("torch", "onnx", "onnxscript"):
         require(module)
-    if opset < MIN_OPSET:
-        raise format_error(f"opset={opset}", f"{MIN_OPSET} or later", "leave it out")
+    path = _writable(path)
+    _check_opset(opset)
+    model = require("spfmt.torch.wrappers").unwrapped(model)
     arguments = args if isinstance(args, tuple) else (args,)
     keywords = dict(kwargs or {})
     if dynamic_shapes is None and dynamic_batch:
@@ -116,8 +120,46 @@ def export(
         output_names=output_names,
         opset_version=opset,
     )
+    _check_names("input_names", input_names, proto.graph.input)
+    _check_names("output_names", output_names, proto.graph.output)
     _replace_placeholders(proto, opset)
-    return _write(_finish(proto, inline).SerializeToString(), Path(path))
+    return _write(_finish(proto, inline).SerializeToString(), path)
+
+
+def _writable(path: str | os.PathLike[str]) -> Path:
+    """Return where to write, or say at once why nothing can be written there."""
+    path = Path(path)
+    got = f"got path {str(path)!r}"
+    if path.is_dir():
+        raise IsADirectoryError(f"{got}, a folder; expected a file; fix: add a name, model.onnx")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(
+            f"{got} in a folder that does not exist; expected an existing one; fix: make "
+            f"{str(path.parent)!r} first"
+        )
+    if not os.access(path.parent, os.W_OK):
+        raise PermissionError(
+            f"{got} in a folder that you may not write to; expected a writable one; fix: choose "
+            "another"
+        )
+    return path
+
+
+def _check_opset(opset: int) -> None:
+    latest = require("onnx").defs.onnx_opset_version()
+    if not MIN_OPSET <= opset <= latest:
+        raise format_error(
+            f"opset={opset}", f"{MIN_OPSET} to {latest}, which this onnx knows", "leave it out"
+        )
+
+
+def _check_names(argument: str, names: Sequence[str] | None, found: Sequence[Any]) -> None:
+    if isinstance(names, str) or (names is not None and len(names) > len(found)):
+        raise format_error(
+            f"{argument}={names!r}",
+            f"a list of at most {len(found)} names",
+            "pass one name for each tensor, in the model's order",
+        )
 
 
 def _at_least_two(inputs: Any) -> Any:
@@ -158,6 +200,8 @@ def _translate(model: Any, args: tuple[Any, ...], **options: Any) -> onnx.ModelP
     torch = require("torch")
     require("spfmt.torch")  # defines the operator
     table = {torch.ops.spfmt.spmm.default: _placeholder()}
+    if not options["kwargs"] and args and isinstance(args[-1], dict):
+        args = (*args, {})  # torch takes a dictionary at the end for the keyword arguments
     with _evaluating(model), _quiet():
         try:
             program = torch.onnx.export(
@@ -170,12 +214,21 @@ def _translate(model: Any, args: tuple[Any, ...], **options: Any) -> onnx.ModelP
             )
             return cast("onnx.ModelProto", program.model_proto)
         except Exception as error:
-            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
             raise ExportError(
                 f"got a {type(model).__name__} that torch.onnx.export cannot translate "
-                f"({type(error).__name__}: {' | '.join(lines[:6])}); expected SparseLinear and "
-                "ordinary layers; rewrite or leave out the layer that is named, or export it apart"
+                f"({_cause(error)}); expected SparseLinear and ordinary layers; rewrite or leave "
+                "out the layer that is named, or export it apart"
             ) from error
+
+
+def _cause(error: Exception) -> str:
+    """Return what went wrong in torch's exporter, without its advice to torch's developers."""
+    _, marker, summary = str(error).partition("## Exception summary")
+    text = summary if marker else f"{type(error).__name__}: {error}"
+    text = re.sub(r"\x1b\[[0-9;]*m|\(Refer to the full stack trace.*", "", text)
+    text = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", text)
+    lines = [line.strip() for line in text.splitlines() if line.strip(" \u2b06\ufe0f")]
+    return " | ".join(lines[:6])
 
 
 @contextlib.contextmanager
@@ -346,6 +399,7 @@ def _finish(proto: onnx.ModelProto, inline: bool) -> onnx.ModelProto:
         kept = [opset for opset in proto.opset_import if opset.domain != DOMAIN]
         del proto.opset_import[:]
         proto.opset_import.extend(kept)
+        _drop_unused_constants(proto.graph)
     elif all(opset.domain != DOMAIN for opset in proto.opset_import):
         proto.opset_import.append(onnx.helper.make_opsetid(DOMAIN, VERSION))
     known = [opset for opset in proto.opset_import if opset.domain != DOMAIN]
@@ -364,6 +418,15 @@ def _finish(proto: onnx.ModelProto, inline: bool) -> onnx.ModelProto:
             "model to spfmt"
         ) from error
     return proto
+
+
+def _drop_unused_constants(graph: onnx.GraphProto) -> None:
+    """Remove what the bodies have in common and one of them does not need: runtimes warn of it."""
+    used = {name for node in _nodes(graph) for name in node.input}
+    used.update(output.name for output in graph.output)
+    kept = [n for n in graph.node if n.op_type != "Constant" or used.intersection(n.output)]
+    del graph.node[:]
+    graph.node.extend(kept)
 
 
 def _write(data: bytes, path: Path) -> Path:
