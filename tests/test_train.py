@@ -269,6 +269,10 @@ def test_state_of_another_model_is_refused():
         methods.append(SET(model, torch.optim.SGD(model.parameters(), lr=0.1), t_end=10))
     with pytest.raises(FormatError, match="sparsify"):
         methods[0].load_state_dict(methods[1].state_dict())
+    broken = {**methods[0].state_dict(), "steps": 7, "generator": torch.zeros(3)}
+    with pytest.raises(TypeError, match="RNG"):
+        methods[0].load_state_dict(broken)
+    assert methods[0].steps == 0
 
 
 # ------------------------------------------------------------------------- surroundings, errors
@@ -338,6 +342,17 @@ def test_frozen_layers_stay_as_they_are():
         method = SET(model, optimizer, delta_t=1, t_end=10)
         assert train(model, optimizer, method, 2) == [True, True]
         assert model[0].tensor() == frozen
+
+
+def test_full_layers_keep_their_weights(format):
+    model = network(format)
+    model[2] = SparseLinear.from_linear(nn.Linear(48, 8), format=format, density=1.0,
+                                        **FORMATS[format])  # fmt: skip
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    method = SET(model, optimizer, delta_t=1, t_end=10)
+    full = model[2].tensor()
+    assert train(model, optimizer, method, 2) == [True, True]
+    assert model[2].tensor() == full
 
 
 def test_misuse_is_an_error():

@@ -239,7 +239,8 @@ class SparseTrainer(ABC):
 
     def _update_layer(self, name: str, layer: SparseLinear) -> bool:
         n_drop = self.schedule.n_drop(self.steps, layer.nnz)
-        if n_drop == 0:
+        # A full layer (erk gives small ones density 1) could only grow what it dropped, as zeros.
+        if n_drop == 0 or layer.nnz == layer.out_features * layer.in_features:
             return False
         before = _packed_mask(layer)
         structure, forgotten = self.rewire(layer, n_drop)
@@ -359,8 +360,9 @@ class SparseTrainer(ABC):
                 f"that of layers {', '.join(self._explored)}, of their sizes",
                 "sparsify the model as in the run that wrote the state",
             )
-        self.steps, self.updates = int(state["steps"]), int(state["updates"])
+        steps, updates = int(state["steps"]), int(state["updates"])
         self.generator.set_state(state["generator"].cpu())
+        self.steps, self.updates = steps, updates
         self._explored = explored
 
 
