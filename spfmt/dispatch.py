@@ -6,6 +6,7 @@ without a kernel raises :class:`~spfmt.errors.KernelNotFound`, which lists what 
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 from dataclasses import dataclass
@@ -406,6 +407,7 @@ def _same_dtype(got: np.dtype[Any], want: np.dtype[Any], name: str, other: str) 
         )
 
 
+@functools.cache  # numpy builds the name at every call: a tenth of a small product's time
 def _dtype_name(dtype: np.dtype[Any]) -> str:
     """Return the name in the kernel table, which means the machine's byte order."""
     return dtype.name if dtype.isnative else dtype.str
