@@ -150,6 +150,15 @@ def test_erk_spreads_the_same_budget():
         layer_densities(shapes, 0.1, "even")
 
 
+def test_a_layer_that_erk_fills_stays_dense():
+    model = mlp()
+    report = sparsify(model, "csr", density=0.5, distribution="erk")
+    assert "stays dense" in report["3"].reason
+    assert type(model[3]) is nn.Linear
+    stored = sum(row.nnz for row in report.taken) + 8 * 64
+    assert stored == round(0.5 * (64 * 32 + 64 * 64 + 8 * 64))
+
+
 @pytest.mark.parametrize("format", ["csr", "condensed", "nm"])
 def test_keep_keeps_exactly_the_zeros_that_are_there(format):
     model, x = mlp(), torch.randn(3, 32)

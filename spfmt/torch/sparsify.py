@@ -297,7 +297,8 @@ def sparsify(
         Globs on the qualified name (``"encoder.*"``), module classes, or predicates
         ``(name, module) -> bool``. By default every ``nn.Linear`` is included and none excluded.
     distribution : {"uniform", "erk"}
-        How a density is spread over the layers; see :func:`layer_densities`.
+        How a density is spread over the layers; see :func:`layer_densities`. A layer that ERK gives
+        every weight stays dense and counts in the budget.
     scores : {"magnitude", "random"} or callable
         What to keep, larger is better: ``|w|``, random, or ``(name, linear) -> Tensor``.
     reset : bool
@@ -336,6 +337,7 @@ def sparsify(
     _decide(found, targets, _selectors(include), _selectors(exclude))
     shapes = {entry.name: entry.shape for entry in found if not entry.reason}
     densities = targets.spread(shapes)
+    _leave_full(found, targets, densities)
     recipe = _Recipe(get_format(format).format, params, scores, reset, generator)
     rows, swaps = [], []
     for entry in found:
@@ -424,6 +426,17 @@ def _decide(
             "names of layers of the model",
             "compare with dict(model.named_modules())",
         )
+
+
+def _leave_full(
+    found: list[_Found], targets: _Targets, densities: Mapping[str, float | None] | None
+) -> None:
+    """Leave dense what ERK gives every weight: a sparse layer would only be a slower dense one."""
+    if targets.distribution != "erk" or densities is None:
+        return
+    for entry in found:
+        if not entry.reason and densities[entry.name] == 1.0:
+            entry.reason = "its share under ERK is every weight: it stays dense"
 
 
 def _make(
