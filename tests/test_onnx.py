@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fresh_python import run_python
 
 import spfmt
 from spfmt.errors import FormatError, MissingDependency, SpfmtError
@@ -570,7 +571,7 @@ def test_importing_needs_numpy_only() -> None:
         "sys.modules.update(dict.fromkeys(blocked))\n"
         "import spfmt.onnx; print(spfmt.onnx.DOMAIN)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = run_python(code)
     assert (done.stdout, done.stderr) == ("spfmt\n", "")
 
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import gc
 import logging
-import subprocess
-import sys
 import weakref
 
 import numpy as np
 import pytest
+from fresh_python import run_python
 
 torch = pytest.importorskip("torch")
 
@@ -17,7 +16,7 @@ from torch.autograd import forward_ad  # noqa: E402
 
 from spfmt.errors import FormatError, KernelNotFound  # noqa: E402
 from spfmt.formats import get_format  # noqa: E402
-from spfmt.torch import SparseLinear, _identity, functional, sddmm, spmm, spmm_t  # noqa: E402  # noqa: E402
+from spfmt.torch import SparseLinear, _identity, functional, sddmm, spmm, spmm_t  # noqa: E402
 
 # torch.compile imports parts of torch that use its own deprecated torch.jit.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
@@ -410,4 +409,5 @@ def test_without_torch_the_import_says_what_to_install():
         "    except spfmt.MissingDependency as error: assert 'pip install' in str(error), error\n"
         "    else: raise AssertionError(name)\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    result = run_python(code)
+    assert result.returncode == 0, result.stderr
