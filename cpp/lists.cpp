@@ -92,17 +92,11 @@ template <class T>
 void lists_sddmm(const Tiles<T>& tiles, const Plan& plan, const Args<T>& args,
                  const Executor& all) {
   const RowLists& a = plan.lists();
-  std::fill_n(args.values, args.in.cols == 0 ? plan.nnz() : 0, T(0));
-  const Executor executor = for_work(all, plan.nnz() * args.in.cols);
-  for_strips(args.in.cols, [&](int64_t begin, int64_t end) {
-    const PanelSet<T> dy(a.rows, begin, end), x(a.cols, begin, end);
-    dy.pack(tiles, args.in, executor);
-    x.pack(tiles, args.in2, executor);
-    for_ranges(executor, a.rows, range_step(executor, a.rows), [&](int64_t first, int64_t last) {
-      tiles.lists_sddmm(a, dy.read(), x.read(), static_cast<int>(x.size()), begin > 0, args.values,
-                        first, last);
-    });
-  });
+  sample_product(tiles, plan, args, all, a.rows,
+                 [&](const Panel<const T>* dy, const Panel<const T>* x, int panels, bool accumulate,
+                     int64_t begin, int64_t end) {
+                   tiles.lists_sddmm(a, dy, x, panels, accumulate, args.values, begin, end);
+                 });
 }
 
 template void lists_spmm(const Tiles<float>&, const Plan&, const Args<float>&, const Executor&);

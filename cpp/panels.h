@@ -154,4 +154,21 @@ void multiply_panels(const Tiles<T>& tiles, const Args<T>& args, const Executor&
   });
 }
 
+// The gradient of the values, strip by strip. compute(dy, x, panels, accumulate, begin, end) does
+// units [begin, end) of the structure for the panels of one strip; strips add up in order.
+template <class T, class Compute>
+void sample_product(const Tiles<T>& tiles, const Plan& plan, const Args<T>& args,
+                    const Executor& all, int64_t units, const Compute& compute) {
+  std::fill_n(args.values, args.in.cols == 0 ? plan.nnz() : 0, T(0));
+  const Executor executor = for_work(all, plan.nnz() * args.in.cols);
+  for_strips(args.in.cols, [&](int64_t begin, int64_t end) {
+    const PanelSet<T> dy(plan.rows(), begin, end), x(plan.cols(), begin, end);
+    dy.pack(tiles, args.in, executor);
+    x.pack(tiles, args.in2, executor);
+    for_ranges(executor, units, range_step(executor, units), [&](int64_t first, int64_t last) {
+      compute(dy.read(), x.read(), static_cast<int>(x.size()), begin > 0, first, last);
+    });
+  });
+}
+
 }  // namespace spfmt

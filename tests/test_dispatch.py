@@ -219,15 +219,16 @@ def test_one_plan_from_many_threads() -> None:
 # errors <- structure <- formats <- convert <- dispatch <- ops <- torch <- train; onnx beside train
 ORDER = {
     "errors": set(),
+    "_files": set(),
     "threads": {"errors"},
     "structure": {"errors"},
-    "formats": {"errors", "structure"},
+    "formats": {"errors", "_files", "structure"},
     "convert": {"errors", "formats"},
     "dispatch": {"errors", "formats", "threads"},
     "ops": {"errors", "formats", "dispatch"},
     "torch": {"errors", "structure", "formats", "convert", "dispatch", "ops", "threads"},
     "train": {"errors", "structure", "formats", "convert", "dispatch", "ops", "torch"},
-    "onnx": {"errors", "structure", "formats", "convert", "dispatch", "ops", "torch"},
+    "onnx": {"errors", "_files", "structure", "formats", "convert", "dispatch", "ops", "torch"},
 }
 LAZY = {"formats": {"ops", "dispatch"}}  # operators and plans call up, from inside functions
 

@@ -8,16 +8,15 @@ Tensors: the structure arrays by name, as uint16 where they fit and int32 or int
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import secrets
 import zlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
+from spfmt._files import replace_file
 from spfmt.errors import FormatError, MissingDependency, format_error
 from spfmt.formats._base import SparseTensor
 from spfmt.formats._checks import Array, value_dtype
@@ -71,7 +70,7 @@ def save(tensor: SparseTensor, path: Path, *, metadata: Mapping[str, str] | None
     }
     header["spfmt_crc32"] = str(_checksum(header, arrays.values()))
     header.update(notes)
-    _write(target, _safetensors("numpy").save(arrays, metadata=header))
+    replace_file(target, _safetensors("numpy").save(arrays, metadata=header))
 
 
 def load(path: Path) -> SparseTensor:
@@ -157,30 +156,6 @@ def _check_notes(metadata: Mapping[str, str]) -> dict[str, str]:
                 "rename it",
             )
     return dict(metadata)
-
-
-def _write(path: str, data: bytes) -> None:
-    """Replace `path` by `data` in one step; a failure leaves what was there."""
-    folder = os.path.dirname(path)
-    # A name of its own: with the file's name in it, it could become longer than names may be.
-    temporary = os.path.join(folder, f".spfmt-{secrets.token_hex(8)}.tmp")
-    try:
-        # "x" obeys the umask, which tempfile's own files would not.
-        with open(temporary, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
-    with contextlib.suppress(OSError):  # some file systems cannot sync a folder
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def _read(path: Path) -> tuple[list[tuple[str, Any]], dict[str, str]]:

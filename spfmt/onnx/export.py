@@ -12,7 +12,6 @@ import inspect
 import logging
 import os
 import re
-import secrets
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
+from spfmt._files import replace_file
 from spfmt.errors import SpfmtError, format_error
 from spfmt.formats import decode_structure
 from spfmt.onnx._deps import require
@@ -123,7 +123,8 @@ def export(
     _check_names("input_names", input_names, proto.graph.input)
     _check_names("output_names", output_names, proto.graph.output)
     _replace_placeholders(proto, opset)
-    return _write(_finish(proto, inline).SerializeToString(), path)
+    replace_file(os.path.realpath(path), _finish(proto, inline).SerializeToString())
+    return path
 
 
 def _writable(path: str | os.PathLike[str]) -> Path:
@@ -427,20 +428,3 @@ def _drop_unused_constants(graph: onnx.GraphProto) -> None:
     kept = [n for n in graph.node if n.op_type != "Constant" or used.intersection(n.output)]
     del graph.node[:]
     graph.node.extend(kept)
-
-
-def _write(data: bytes, path: Path) -> Path:
-    """Write through a temporary file beside `path`, so that no one sees half a model."""
-    temporary = path.with_name(f".{path.name[:100]}.{secrets.token_hex(8)}.tmp")
-    try:
-        # "x" obeys the umask, which tempfile's own files would not.
-        with open(temporary, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
-    return path
