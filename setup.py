@@ -88,11 +88,15 @@ extensions = [
         depends=HEADERS,
     ),
     *cythonize(
-        Extension(
-            "spfmt.structure._structure",
-            ["bindings/structure.pyx"],
-            extra_compile_args=["-O3", "-fvisibility=hidden"],
-        ),
+        [
+            Extension(
+                f"spfmt.structure._{name}",
+                [f"bindings/{name}.pyx"],
+                extra_compile_args=["-O3", "-fvisibility=hidden"],
+            )
+            for name in ("rows", "selection")
+        ],
+        include_path=["bindings"],
         language_level=3,
     ),
 ]

@@ -415,7 +415,7 @@ def test_many_rows_are_ordered_in_chunks_of_similar_rows(method, monkeypatch):
 def test_no_matrix_of_all_pairs_above_the_limit(monkeypatch):
     monkeypatch.setattr(rows, "CHUNK_ROWS", 50)
     seen = []
-    original = rows._structure.row_distances
+    original = rows._rows.row_distances
 
     class Spy:
         def __getattr__(self, name):
@@ -425,8 +425,8 @@ def test_no_matrix_of_all_pairs_above_the_limit(monkeypatch):
             seen.append(out.shape[0])
             original(bits, counts, chosen, cosine, out)
 
-    original_module = rows._structure
-    monkeypatch.setattr(rows, "_structure", Spy())
+    original_module = rows._rows
+    monkeypatch.setattr(rows, "_rows", Spy())
     order_rows(np.random.default_rng(9).random((400, 40)) < 0.3, min_overlap=0.0)
     assert seen
     assert max(seen) <= 50

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import format_error
-from . import _structure
+from . import _selection
 from ._checks import Int32Array, Int64Array, as_count, as_row_perm, as_scores
 from .unstructured import topk_mask
 
@@ -74,7 +74,7 @@ def select_blocks(
     n_blocks = as_count(n_blocks, "n_blocks", 0, groups * per_group)
     order = np.empty((groups, cols), np.int32)
     norms = np.empty((groups, per_group), np.float64)
-    _structure.block_norms(plain, perm, block_rows, block_cols, order, norms)
+    _selection.block_norms(plain, perm, block_rows, block_cols, order, norms)
     # Norms fall along a group, so what is kept of a group is always its first blocks; the one
     # exception, a short last block of a better negative sum, gets no other treatment.
     kept = topk_mask(norms, n_blocks).sum(axis=1)

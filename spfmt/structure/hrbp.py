@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import format_error
-from . import _structure
+from . import _selection
 from ._checks import (
     BoolArray,
     FloatArray,
@@ -92,9 +92,9 @@ def hrbp_structure(
     s_cells = _pattern_cells(r, channels, cells, block_density)
     fraction = min(1.0, r * cells / s_cells)
     per_kernel = np.empty((out, channels), np.int32)
-    _structure.kernel_counts(m.view(np.uint8), cells, per_kernel)
+    _selection.kernel_counts(m.view(np.uint8), cells, per_kernel)
     sums = np.empty((out, channels), np.float64)
-    _structure.kernel_sums(plain, cells, sums)
+    _selection.kernel_sums(plain, cells, sums)
     kernel_mask = _most(fraction * per_kernel.size, per_kernel, sums)
     row_perm, row_ptr = _row_groups(kernel_mask, groups, method)
     n_channels = max(1, _nearest(fraction * channels))
@@ -217,7 +217,7 @@ def _pattern(
     """The cells with the most nonzeros over the group's kept kernels, ascending (Fig. 3)."""
     counts = np.zeros(cells, np.int64)
     sums = np.zeros(cells, np.float64)
-    _structure.cell_counts(m.view(np.uint8), scores, rows, channels, counts, sums)
+    _selection.cell_counts(m.view(np.uint8), scores, rows, channels, counts, sums)
     return np.flatnonzero(_most(keep, counts, sums))
 
 

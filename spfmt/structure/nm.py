@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import format_error
-from . import _structure
+from . import _selection
 from ._checks import BoolArray, FloatArray, Int32Array, as_count, as_scores, check_finite
 
 __all__ = ["nm_columns", "transposable_nm_mask", "transposable_patterns"]
@@ -49,7 +49,7 @@ def nm_columns(scores: npt.ArrayLike, n: int, m: int, cells: int = 1) -> Int32Ar
     channels = plain.shape[1] // cells
     whole, rest = divmod(channels, m)
     columns = np.empty((plain.shape[0], (whole * n + min(n, rest)) * cells), np.int32)
-    _structure.nm_columns(plain, n, min(m, max(1, channels)), cells, columns)
+    _selection.nm_columns(plain, n, min(m, max(1, channels)), cells, columns)
     return columns
 
 
@@ -91,9 +91,9 @@ def transposable_nm_mask(scores: npt.ArrayLike, n: int, m: int, cells: int = 1) 
     tile_cols = plain.shape[1] // cells // m * m * cells
     if n and tile_rows and tile_cols:
         if (n, m) == (2, 4):
-            _structure.transposable_2_4(plain, cells, _pair_patterns(), mask)
+            _selection.transposable_2_4(plain, cells, _pair_patterns(), mask)
         else:
-            _structure.transposable_tiles(plain, n, m, cells, mask)
+            _selection.transposable_tiles(plain, n, m, cells, mask)
     else:
         tile_rows = 0
     _fill_plain(plain[:tile_rows, tile_cols:], n, m, cells, mask[:tile_rows, tile_cols:])

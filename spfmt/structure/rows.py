@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import MissingDependency
-from . import _structure
+from . import _rows
 from ._checks import Int32Array, as_choice, as_count, as_density, as_mask
 
 __all__ = ["order_rows", "order_rows_fast"]
@@ -149,7 +149,7 @@ def _grow_groups(
     seeds = _seeds_first(bits, counts, rows, cosine)
     order = np.empty(rows.size, np.int32)
     passes = int(group_size >= 8)  # a centre of fewer rows is hardly better than the seed
-    _structure.greedy_groups(bits, counts, seeds, group_size, passes, cosine, order)
+    _rows.greedy_groups(bits, counts, seeds, group_size, passes, cosine, order)
     return order
 
 
@@ -164,14 +164,14 @@ def _pack(mask: npt.NDArray[np.bool_]) -> _Words:
 
 def _row_counts(bits: _Words) -> Int32Array:
     counts = np.empty(len(bits), np.int32)
-    _structure.row_counts(bits, counts)
+    _rows.row_counts(bits, counts)
     return counts
 
 
 def _overlapping(bits: _Words, counts: Int32Array, min_overlap: float) -> npt.NDArray[np.bool_]:
     """Which rows share more than the fraction min_overlap of their columns with another row."""
     shared = np.zeros(len(bits), np.int32)
-    _structure.overlap_maxima(bits, shared)
+    _rows.overlap_maxima(bits, shared)
     return shared > min_overlap * counts
 
 
@@ -182,7 +182,7 @@ def _leaf_order(
     if rows.size < 3:
         return rows
     distance = np.empty((rows.size, rows.size), np.float64)
-    _structure.row_distances(bits, counts, rows, cosine, distance)
+    _rows.row_distances(bits, counts, rows, cosine, distance)
     try:
         from sklearn.cluster import AgglomerativeClustering
     except ImportError as error:
@@ -219,7 +219,7 @@ def _chunks(bits: _Words, counts: Int32Array, limit: int, cosine: bool) -> list[
     first, second, similarity = _likely_neighbours(bits, counts, rows, cosine, _CHUNK_HASHINGS)
     best = np.argsort(-similarity, kind="stable")
     label = np.empty(len(bits), np.int32)
-    _structure.bounded_components(first[best], second[best], min(COMPONENT_ROWS, limit), label)
+    _rows.bounded_components(first[best], second[best], min(COMPONENT_ROWS, limit), label)
     ordered = rows[np.argsort(label[rows], kind="stable")]
     return np.split(ordered, _cuts(label[ordered], limit))
 
@@ -260,7 +260,7 @@ def _likely_neighbours(
     orders = []
     for _ in range(n_hashings):
         hashes = (random.permutation(n_columns) % 65536).astype(np.uint16)
-        _structure.minhash(bits, hashes, rows, signature)
+        _rows.minhash(bits, hashes, rows, signature)
         runs = np.concatenate([signature, signature[:, :3]], axis=1).astype(np.uint64)
         for h in range(8):
             key = runs[:, h] << 48 | runs[:, h + 1] << 32 | runs[:, h + 2] << 16 | runs[:, h + 3]
@@ -268,5 +268,5 @@ def _likely_neighbours(
     first = np.concatenate([order[:-1] for order in orders])
     second = np.concatenate([order[1:] for order in orders])
     similarity = np.empty(first.size, np.float64)
-    _structure.pair_similarities(bits, counts, first, second, cosine, similarity)
+    _rows.pair_similarities(bits, counts, first, second, cosine, similarity)
     return first, second, similarity

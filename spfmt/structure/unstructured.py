@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from . import _structure
+from . import _selection
 from ._checks import BoolArray, Int32Array, as_count, as_scores
 
 __all__ = ["per_row_topk", "topk_mask"]
@@ -76,5 +76,5 @@ def per_row_topk(scores: npt.ArrayLike, k: int) -> Int32Array:
     plain = as_scores(scores, ndim=2)
     k = as_count(k, "k", 0, plain.shape[1])
     columns = np.empty((plain.shape[0], k), np.int32)
-    _structure.per_row_topk(plain, k, columns)
+    _selection.per_row_topk(plain, k, columns)
     return columns

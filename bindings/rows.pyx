@@ -1,0 +1,374 @@
+# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True
+# cython: initializedcheck=False, embedsignature=True
+"""Hot loops over similar rows: overlaps, distances, minhash, the fast clusterer.
+
+Every function fills arrays that the Python side has allocated and checked; nothing here checks
+shapes or values. Arrays are typed memoryviews, so the extension needs no numpy headers. The GIL is
+released inside every loop. Masks are rows of
+64-bit words, least significant bit first.
+"""
+
+from libc.math cimport sqrt
+from libc.stdint cimport int32_t, int64_t, uint16_t, uint64_t
+from libc.stdlib cimport free
+from libc.string cimport memset
+
+from workspace cimport allocate
+
+cdef extern from *:
+    """
+    #include <stdint.h>
+
+    /* One row against many: the loop under every row similarity. The baseline x86-64 has no
+       popcount instruction, so GCC and clang compile the body for three levels and the machine
+       is asked once per call. */
+    #define SPFMT_INTERSECTIONS(NAME, TARGET)                                                  \
+    TARGET static void NAME(const uint64_t *one, const uint64_t *many, const int32_t *rows,    \
+                            int64_t n_rows, int64_t n_words, int32_t *out)                     \
+    {                                                                                          \
+        for (int64_t i = 0; i < n_rows; ++i) {                                                 \
+            const uint64_t *other = many + (int64_t)rows[i] * n_words;                         \
+            int64_t common = 0;                                                                \
+            for (int64_t w = 0; w < n_words; ++w)                                              \
+                common += __builtin_popcountll(one[w] & other[w]);                             \
+            out[i] = (int32_t)common;                                                          \
+        }                                                                                      \
+    }
+    SPFMT_INTERSECTIONS(spfmt_intersections_any, )
+    #if defined(__x86_64__)
+    SPFMT_INTERSECTIONS(spfmt_intersections_popcnt, __attribute__((target("popcnt"))))
+    SPFMT_INTERSECTIONS(spfmt_intersections_avx512,
+                        __attribute__((target("popcnt,avx512vl,avx512vpopcntdq"))))
+    #endif
+
+    static void spfmt_intersections(const uint64_t *one, const uint64_t *many,
+                                    const int32_t *rows, int64_t n_rows, int64_t n_words,
+                                    int32_t *out)
+    {
+    #if defined(__x86_64__)
+        if (n_words >= 8 && __builtin_cpu_supports("avx512vl")
+            && __builtin_cpu_supports("avx512vpopcntdq")) {
+            spfmt_intersections_avx512(one, many, rows, n_rows, n_words, out);
+            return;
+        }
+        if (__builtin_cpu_supports("popcnt")) {
+            spfmt_intersections_popcnt(one, many, rows, n_rows, n_words, out);
+            return;
+        }
+    #endif
+        spfmt_intersections_any(one, many, rows, n_rows, n_words, out);
+    }
+    """
+    void spfmt_intersections(const uint64_t *one, const uint64_t *many, const int32_t *rows,
+                             int64_t n_rows, int64_t n_words, int32_t *out) noexcept nogil
+    int popcount "__builtin_popcountll"(uint64_t word) noexcept nogil
+    int count_trailing_zeros "__builtin_ctzll"(uint64_t word) noexcept nogil
+
+
+# ---- row similarity --------------------------------------------------------------------------
+
+
+def overlap_maxima(const uint64_t[:, ::1] bits, int32_t[::1] out):
+    """out[i] = the most columns that row i shares with any other row."""
+    cdef Py_ssize_t rows = bits.shape[0], words = bits.shape[1], i, j
+    cdef int32_t *every
+    cdef int32_t *common
+    if rows == 0 or words == 0:
+        return
+    every = <int32_t *> allocate(2 * rows * sizeof(int32_t))
+    common = every + rows
+    with nogil:
+        for i in range(rows):
+            every[i] = <int32_t> i
+            out[i] = 0
+        for i in range(rows - 1):
+            spfmt_intersections(&bits[i, 0], &bits[0, 0], every + i + 1, rows - i - 1, words,
+                                common)
+            for j in range(rows - i - 1):
+                out[i] = max(out[i], common[j])
+                out[i + 1 + j] = max(out[i + 1 + j], common[j])
+    free(every)
+
+
+cdef inline double _similarity(int32_t common, int32_t a, int32_t b, bint cosine) noexcept nogil:
+    """Jaccard or cosine similarity of two sets of sizes a, b > 0."""
+    if cosine:
+        return common / sqrt(<double> a * <double> b)
+    return <double> common / (<double> a + <double> b - common)
+
+
+def row_counts(const uint64_t[:, ::1] bits, int32_t[::1] out):
+    """out[i] = nonzeros of row i."""
+    cdef Py_ssize_t i, w
+    cdef int32_t count
+    with nogil:
+        for i in range(bits.shape[0]):
+            count = 0
+            for w in range(bits.shape[1]):
+                count += popcount(bits[i, w])
+            out[i] = count
+
+
+def row_distances(const uint64_t[:, ::1] bits, const int32_t[::1] counts,
+                  const int32_t[::1] chosen, bint cosine, double[:, ::1] out):
+    """Square matrix of 1 - similarity over the chosen (non-empty) rows."""
+    cdef Py_ssize_t n = chosen.shape[0], words = bits.shape[1], i, j
+    cdef int32_t *common
+    cdef double d
+    if n == 0 or words == 0:
+        return
+    common = <int32_t *> allocate(n * sizeof(int32_t))
+    with nogil:
+        for i in range(n):
+            out[i, i] = 0.0
+            if i + 1 == n:
+                break
+            spfmt_intersections(&bits[chosen[i], 0], &bits[0, 0], &chosen[i + 1], n - i - 1,
+                                words, common)
+            for j in range(i + 1, n):
+                d = 1.0 - _similarity(common[j - i - 1], counts[chosen[i]], counts[chosen[j]],
+                                      cosine)
+                out[i, j] = d
+                out[j, i] = d
+    free(common)
+
+
+def pair_similarities(const uint64_t[:, ::1] bits, const int32_t[::1] counts,
+                      const int32_t[::1] first, const int32_t[::1] second, bint cosine,
+                      double[::1] out):
+    """Similarity of the (non-empty) rows first[i] and second[i]."""
+    cdef Py_ssize_t n = first.shape[0], words = bits.shape[1], i
+    cdef int32_t common = 0
+    with nogil:
+        for i in range(n):
+            spfmt_intersections(&bits[first[i], 0], &bits[0, 0], &second[i], 1, words, &common)
+            out[i] = _similarity(common, counts[first[i]], counts[second[i]], cosine)
+
+
+def minhash(const uint64_t[:, ::1] bits, const uint16_t[::1] hashes, const int32_t[::1] rows,
+            uint16_t[:, ::1] out):
+    """out[i, h] = the smallest hash of the columns of rows[i] whose hash is h modulo 8."""
+    cdef Py_ssize_t words = bits.shape[1], i, w
+    cdef uint16_t *smallest
+    cdef uint16_t key
+    cdef uint64_t word
+    with nogil:
+        for i in range(rows.shape[0]):
+            smallest = &out[i, 0]
+            memset(smallest, 0xFF, 8 * sizeof(uint16_t))
+            for w in range(words):
+                word = bits[rows[i], w]
+                while word:
+                    key = hashes[64 * w + count_trailing_zeros(word)]
+                    word &= word - 1
+                    smallest[key & 7] = min(smallest[key & 7], key)
+
+
+cdef inline int32_t _root(int32_t *parent, int32_t i) noexcept nogil:
+    while parent[i] != i:
+        parent[i] = parent[parent[i]]
+        i = parent[i]
+    return i
+
+
+def bounded_components(const int32_t[::1] first, const int32_t[::1] second, Py_ssize_t limit,
+                       int32_t[::1] label):
+    """Join pairs in the given order unless a component would exceed `limit` rows.
+
+    label[i] becomes the smallest row of i's component.
+    """
+    cdef Py_ssize_t rows = label.shape[0], i
+    cdef int32_t a, b
+    cdef int32_t *size
+    if rows == 0:
+        return
+    size = <int32_t *> allocate(rows * sizeof(int32_t))
+    with nogil:
+        for i in range(rows):
+            label[i] = <int32_t> i
+            size[i] = 1
+        for i in range(first.shape[0]):
+            a = _root(&label[0], first[i])
+            b = _root(&label[0], second[i])
+            if a != b and size[a] + size[b] <= limit:
+                label[max(a, b)] = min(a, b)
+                size[min(a, b)] = size[a] + size[b]
+        for i in range(rows):
+            label[i] = _root(&label[0], <int32_t> i)
+    free(size)
+
+
+# ---- the fast row clusterer ------------------------------------------------------------------
+
+
+cdef struct Grower:
+    Py_ssize_t words
+    Py_ssize_t group_size
+    bint cosine
+    const uint64_t *bits
+    const int32_t *counts
+    int32_t *alive       # (n,) rows not yet in a group, best seeds first
+    Py_ssize_t n_alive
+    int32_t *common      # (n,) columns shared with the centre
+    float *similarity    # (n,) to the centre
+    int32_t *picked      # (group_size,) heap of positions in alive, weakest on top
+    Py_ssize_t n_picked
+    float runner_up      # the largest similarity that was not picked
+    int32_t *votes       # (64 words,) picked rows that hold a column
+    int32_t *histogram   # (group_size + 1,)
+    uint64_t *centre     # (words,)
+
+
+cdef inline bint _weaker(const float *similarity, int32_t a, int32_t b) noexcept nogil:
+    """Whether position a ranks behind b; equal similarities go to the first position."""
+    return similarity[a] < similarity[b] or (similarity[a] == similarity[b] and a > b)
+
+
+cdef void _sift_down(const float *similarity, int32_t *heap, Py_ssize_t n,
+                     int32_t item) noexcept nogil:
+    """Put item at the top of a heap whose top is free."""
+    cdef Py_ssize_t at = 0, child = 1
+    while child < n:
+        if child + 1 < n and _weaker(similarity, heap[child + 1], heap[child]):
+            child += 1
+        if not _weaker(similarity, heap[child], item):
+            break
+        heap[at] = heap[child]
+        at = child
+        child = 2 * at + 1
+    heap[at] = item
+
+
+cdef void _sift_up(const float *similarity, int32_t *heap, Py_ssize_t at,
+                   int32_t item) noexcept nogil:
+    """Put item at the free end of a heap."""
+    while at > 0 and _weaker(similarity, item, heap[(at - 1) // 2]):
+        heap[at] = heap[(at - 1) // 2]
+        at = (at - 1) // 2
+    heap[at] = item
+
+
+cdef void _grower_pick(Grower *g, int32_t centre_count) noexcept nogil:
+    """Pick the group_size alive rows that are most similar to the centre."""
+    cdef Py_ssize_t i
+    spfmt_intersections(g.centre, g.bits, g.alive, g.n_alive, g.words, g.common)
+    for i in range(g.n_alive):
+        g.similarity[i] = <float> _similarity(g.common[i], centre_count, g.counts[g.alive[i]],
+                                              g.cosine)
+    g.n_picked = 0
+    g.runner_up = 0.0
+    for i in range(g.n_alive):
+        if g.n_picked < g.group_size:
+            _sift_up(g.similarity, g.picked, g.n_picked, <int32_t> i)
+            g.n_picked += 1
+        elif g.similarity[i] > g.similarity[g.picked[0]]:
+            g.runner_up = max(g.runner_up, g.similarity[g.picked[0]])
+            _sift_down(g.similarity, g.picked, g.n_picked, <int32_t> i)
+        else:
+            g.runner_up = max(g.runner_up, g.similarity[i])
+
+
+cdef inline bint _grower_is_sure(const Grower *g) noexcept nogil:
+    """Whether a clear gap parts the picked rows from the others, so that a new centre finds them."""
+    return g.similarity[g.picked[0]] > 1.5 * g.runner_up
+
+
+cdef int32_t _grower_threshold(Grower *g, Py_ssize_t wanted) noexcept nogil:
+    """The number of votes that as near as possible to `wanted` columns reach."""
+    cdef Py_ssize_t votes = g.n_picked, reached = 0, c
+    memset(g.histogram, 0, (g.n_picked + 1) * sizeof(int32_t))
+    for c in range(64 * g.words):
+        g.histogram[g.votes[c]] += 1
+    while votes > 1 and reached + g.histogram[votes] <= wanted:
+        reached += g.histogram[votes]
+        votes -= 1
+    if reached > 0 and wanted - reached < reached + g.histogram[votes] - wanted:
+        votes += 1
+    return <int32_t> votes
+
+
+cdef int32_t _grower_recentre(Grower *g) noexcept nogil:
+    """Centre = the columns that most picked rows hold; returns their number.
+
+    About half as many as a row has: what a group's rows agree on is the part that blocks can use.
+    Half keeps more l1 mass on random masks than the whole, a third or a quarter do.
+    """
+    cdef Py_ssize_t i, w, c, total = 0
+    cdef uint64_t word
+    cdef int32_t count = 0, threshold
+    memset(g.votes, 0, 64 * g.words * sizeof(int32_t))
+    for i in range(g.n_picked):
+        total += g.counts[g.alive[g.picked[i]]]
+        for w in range(g.words):
+            word = g.bits[g.alive[g.picked[i]] * g.words + w]
+            while word:
+                g.votes[64 * w + count_trailing_zeros(word)] += 1
+                word &= word - 1
+    threshold = _grower_threshold(g, total // (2 * g.n_picked))
+    for w in range(g.words):
+        word = 0
+        for c in range(64):
+            word |= (<uint64_t> (g.votes[64 * w + c] >= threshold)) << c
+        g.centre[w] = word
+        count += popcount(word)
+    return count
+
+
+cdef Py_ssize_t _grower_emit(Grower *g, int32_t *out) noexcept nogil:
+    """Move the picked rows to out, keep the others alive; returns how many moved."""
+    cdef Py_ssize_t i, kept = 0
+    for i in range(g.n_picked):
+        out[i] = g.alive[g.picked[i]]
+        g.alive[g.picked[i]] = -1
+    for i in range(g.n_alive):
+        if g.alive[i] >= 0:
+            g.alive[kept] = g.alive[i]
+            kept += 1
+    g.n_alive = kept
+    return g.n_picked
+
+
+cdef void _grow(Grower *g, Py_ssize_t passes, int32_t *out) noexcept nogil:
+    cdef Py_ssize_t w, i, at = 0
+    cdef int32_t count
+    while g.n_alive > 0:
+        count = g.counts[g.alive[0]]
+        for w in range(g.words):
+            g.centre[w] = g.bits[g.alive[0] * g.words + w]
+        _grower_pick(g, count)
+        for i in range(passes):
+            if _grower_is_sure(g):
+                break
+            count = _grower_recentre(g)
+            _grower_pick(g, count)
+        at += _grower_emit(g, out + at)
+
+
+def greedy_groups(const uint64_t[:, ::1] bits, const int32_t[::1] counts,
+                  const int32_t[::1] chosen, Py_ssize_t group_size, Py_ssize_t passes,
+                  bint cosine, int32_t[::1] out):
+    """Order of the chosen (non-empty) rows whose consecutive runs of group_size are similar.
+
+    Groups are seeded by the first row of `chosen` that is left and moved to their centre up to
+    `passes` times.
+    """
+    cdef Py_ssize_t n = chosen.shape[0], words = bits.shape[1], i
+    cdef Grower g
+    if n == 0:
+        return
+    group_size = min(group_size, n)
+    g.centre = <uint64_t *> allocate(words * sizeof(uint64_t) + sizeof(int32_t) * (
+        64 * words + 2 * n + 2 * group_size + 1) + n * sizeof(float))
+    g.votes = <int32_t *> (g.centre + words)
+    g.alive = g.votes + 64 * words
+    g.common = g.alive + n
+    g.picked = g.common + n
+    g.histogram = g.picked + group_size
+    g.similarity = <float *> (g.histogram + group_size + 1)
+    g.words, g.n_alive, g.group_size, g.cosine = words, n, group_size, cosine
+    g.bits, g.counts = &bits[0, 0], &counts[0]
+    with nogil:
+        for i in range(n):
+            g.alive[i] = chosen[i]
+        _grow(&g, passes, &out[0])
+    free(g.centre)
