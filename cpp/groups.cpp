@@ -17,6 +17,13 @@ void spmm_panels(const Tiles<T>& tiles, const Plan& plan, const Args<T>& args,
                   });
 }
 
+// Narrows panels until every thread has one; the width does not change any sum.
+int panel_width(int64_t batch, int threads) {
+  int width = kPanel;
+  while (width > kRowTile && (batch + width - 1) / width < threads) width /= 2;
+  return width;
+}
+
 // A panel accumulates all tiles in order, so panels are the only parallel work.
 template <class T>
 void spmm_t_panels(const Tiles<T>& tiles, const Plan& plan, const Args<T>& args,

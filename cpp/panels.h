@@ -73,13 +73,6 @@ class PanelSet {
   std::vector<Panel<const T>> read_;
 };
 
-// Narrows panels until every thread has one; the width does not change any sum.
-inline int panel_width(int64_t batch, int threads) {
-  int width = kPanel;
-  while (width > kRowTile && (batch + width - 1) / width < threads) width /= 2;
-  return width;
-}
-
 // Small batches want each sample's features contiguous: the caller's memory where it is so already,
 // else a copy (batch < kTokenLimit, so it is small).
 template <class T>

@@ -224,7 +224,7 @@ class Plan:
         backend: str = "auto",
         version: int | None = None,
     ) -> Array:
-        """Y = A X (+ bias); see :func:`spfmt.spmm`."""
+        """Compute Y = A X (+ bias); see :func:`spfmt.spmm`."""
         if bias is not None:
             bias = self._bias(bias, values.dtype)
         return self._multiply("spmm", values, x, bias, batch_first, out, backend, version)
@@ -239,7 +239,7 @@ class Plan:
         backend: str = "auto",
         version: int | None = None,
     ) -> Array:
-        """DX = Aᵀ dY; see :func:`spfmt.spmm_t`."""
+        """Compute dX = Aᵀ dY; see :func:`spfmt.spmm_t`."""
         return self._multiply("spmm_t", values, dy, None, batch_first, out, backend, version)
 
     def sddmm(
@@ -251,7 +251,7 @@ class Plan:
         out: Array | None = None,
         backend: str = "auto",
     ) -> Array:
-        """Gradient of the values, (nnz,) or `out` with its spare tail zeroed; see :func:`sddmm`."""
+        """Compute the values' gradient, (nnz,) or `out` (zero behind nnz); see `spfmt.sddmm`."""
         rows, cols = self.shape
         dy, x = np.asarray(dy), np.asarray(x)
         dy2 = _features_first(dy, rows, batch_first, "dY")
