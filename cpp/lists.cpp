@@ -43,15 +43,58 @@ void spmm_tokens(const Tiles<T>& tiles, const Plan& plan, const Args<T>& args,
              });
 }
 
+// Values in the order in which the pieces are visited. `permutation` (or null) maps a position of the
+// structure to a place in `values`.
 template <class T>
-void spmm_panels(const Tiles<T>& tiles, const Plan& plan, const Args<T>& args,
-                 const Executor& executor) {
-  const RowLists& a = plan.lists();
-  const RowTiles& pieces = plan.tiles().view;
-  multiply_panels(tiles, args, executor, (a.rows + kRowChunk - 1) / kRowChunk,
-                  [&](const Panel<const T>& x, T* y, int64_t ldy, int64_t begin, int64_t end) {
-                    tiles.lists_panel(a, pieces, args.values, x, args.bias, y, ldy, begin, end);
-                  });
+void pack_piece_values(const TilePack& pack, const int64_t* permutation, const T* values, T* packed,
+                       const Executor& executor) {
+  const RowTiles& a = pack.view;
+  for_each(executor, pack.chunks(), [&](int64_t chunk) {
+    T* to = packed + a.visit_ptr[chunk * a.tiles];
+    for (int64_t p = a.piece_ptr[chunk * a.tiles]; p < a.piece_ptr[(chunk + 1) * a.tiles]; ++p) {
+      const int64_t from = a.base[chunk] + a.piece[p].start;
+      const int count = a.piece[p].count;
+      if (permutation) {
+        for (int k = 0; k < count; ++k) to[k] = values[permutation[from + k]];
+      } else {
+        std::copy_n(values + from, count, to);
+      }
+      to += count;
+    }
+  });
+}
+
+// Each chunk of rows is summed in a scratch panel that stays in cache, then written to Y in its own
+// layout: the only time that Y's memory is touched.
+template <class T>
+void spmm_panels(const Tiles<T>& tiles, const RowLists& a, const TilePack& pack, const T* packed,
+                 const Args<T>& args, const Executor& executor) {
+  for_panels(args.in.cols, executor, [&](int64_t begin, int64_t end, const Executor& inner) {
+    const PanelSet<T> x(args.in.rows, begin, end);
+    x.pack(tiles, args.in, inner);
+    for_each(inner, x.size() * pack.chunks(), [&](int64_t k) {
+      const int64_t chunk = k % pack.chunks(), row = chunk * kRowChunk;
+      const int64_t rows = std::min(kRowChunk, a.rows - row);
+      const Panel<const T>& panel = x.read(k / pack.chunks());
+      const Buffer scratch(sizeof(T) * rows * panel.width);
+      T* y = scratch.template as<T>();
+      tiles.lists_panel(pack.view, packed, panel, args.bias, y, chunk);
+      Strided<T> to = samples_from(args.out, x.sample(k / pack.chunks()));
+      to.data += row * to.feature_stride;
+      tiles.unpack({y, rows, panel.width, panel.samples}, to, 0, rows);
+    });
+  });
+}
+
+template <class T>
+void spmm_panels(const Tiles<T>& tiles, const Plan& plan, const int64_t* permutation,
+                 const Args<T>& args, const Executor& executor) {
+  const TilePack& pack = plan.tiles();
+  const auto packed =
+      pack.values.get(args.values_version, sizeof(T) * plan.nnz(), [&](Buffer& buffer) {
+        pack_piece_values(pack, permutation, args.values, buffer.as<T>(), executor);
+      });
+  spmm_panels(tiles, plan.lists(), pack, packed->template as<T>(), args, executor);
 }
 
 }  // namespace
@@ -63,7 +106,7 @@ void lists_spmm(const Tiles<T>& tiles, const Plan& plan, const Args<T>& args, co
   if (args.in.cols < kTokenLimit) {
     spmm_tokens(tiles, plan, args, executor);
   } else {
-    spmm_panels(tiles, plan, args, executor);
+    spmm_panels(tiles, plan, nullptr, args, executor);
   }
 }
 
@@ -74,6 +117,9 @@ void lists_spmm_t(const Tiles<T>& tiles, const Plan& plan, const Args<T>& args,
   if (args.out.rows == 0 || args.out.cols == 0) return;
   const Executor executor = for_work(all, plan.nnz() * args.in.cols);
   const TransposePack& pack = plan.transpose();
+  if (args.in.cols >= kTokenLimit) {
+    return spmm_panels(tiles, *pack.plan, pack.source.data(), args, executor);
+  }
   const auto values =
       pack.values.get(args.values_version, sizeof(T) * plan.nnz(), [&](Buffer& buffer) {
         T* to = buffer.as<T>();
@@ -91,11 +137,13 @@ void lists_spmm_t(const Tiles<T>& tiles, const Plan& plan, const Args<T>& args,
 template <class T>
 void lists_sddmm(const Tiles<T>& tiles, const Plan& plan, const Args<T>& args,
                  const Executor& all) {
-  const RowLists& a = plan.lists();
-  sample_product(tiles, plan, args, all, a.rows,
+  const TilePack& pack = plan.tiles();
+  sample_product(tiles, plan, args, all, pack.chunks(),
                  [&](const Panel<const T>* dy, const Panel<const T>* x, int panels, bool accumulate,
                      int64_t begin, int64_t end) {
-                   tiles.lists_sddmm(a, dy, x, panels, accumulate, args.values, begin, end);
+                   for (int64_t chunk = begin; chunk < end; ++chunk) {
+                     tiles.lists_sddmm(pack.view, dy, x, panels, accumulate, args.values, chunk);
+                   }
                  });
 }
 

@@ -113,37 +113,16 @@ void for_strips(int64_t batch, const Body& body) {
   for (int64_t b = 0; b < batch; b += kStrip) body(b, std::min(batch, b + kStrip));
 }
 
-// Samples [begin, end) of Y = A X; the threads share each panel by chunks of rows, with a barrier
-// between packing, multiplying and unpacking.
-template <class T, class Compute>
-void multiply_strip(const Tiles<T>& tiles, const Args<T>& args, int64_t begin, int64_t end,
-                    const Executor& executor, int64_t chunks, const Compute& compute) {
-  const bool direct = args.out.col_stride == 1;
-  const PanelSet<T> x(args.in.rows, begin, end), y(direct ? 0 : args.out.rows, begin, end);
-  x.pack(tiles, args.in, executor);
-  for_each(executor, x.size() * chunks, [&](int64_t k) {
-    const int64_t i = k / chunks, chunk = k % chunks;
-    Panel<const T> panel = x.read(i);
-    if (!direct) panel.samples = panel.width;  // scratch takes whole vectors
-    compute(panel, direct ? args.out.data + x.sample(i) : y[i].data,
-            direct ? args.out.row_stride : y[i].width, chunk, chunk + 1);
-  });
-  if (!direct) y.unpack(tiles, args.out, executor);
-}
-
-// Y = A X panel by panel. compute(x, y, ldy, begin, end) does chunks [begin, end) of A's rows for
-// one panel. With a panel for every thread each is packed, multiplied and unpacked by one thread,
-// while it is in that core's cache; workspace is one panel of X and Y per thread.
-template <class T, class Compute>
-void multiply_panels(const Tiles<T>& tiles, const Args<T>& args, const Executor& executor,
-                     int64_t chunks, const Compute& compute) {
-  const int64_t batch = args.in.cols, panels = (batch + kPanel - 1) / kPanel;
-  if (panels < executor.threads) {
-    return multiply_strip(tiles, args, 0, batch, executor, chunks, compute);
-  }
+// body(begin, end, executor) over strips of a batch of Y = A X. With a panel for every thread each
+// strip is one panel that one thread packs, multiplies and unpacks while it is in that core's cache,
+// and workspace is one panel of X and Y per thread. With fewer panels than threads the whole batch is
+// one strip, and the threads share the rows.
+template <class Body>
+void for_panels(int64_t batch, const Executor& executor, const Body& body) {
+  const int64_t panels = (batch + kPanel - 1) / kPanel;
+  if (panels < executor.threads) return body(int64_t{0}, batch, executor);
   for_each(executor, panels, [&](int64_t i) {
-    multiply_strip(tiles, args, i * kPanel, std::min(batch, (i + 1) * kPanel), serial_executor(),
-                   chunks, compute);
+    body(i * kPanel, std::min(batch, (i + 1) * kPanel), serial_executor());
   });
 }
 

@@ -66,7 +66,7 @@ Plan::Plan(const RowGroups& v) : layout_(Layout::row_groups), nnz_(v.value_ptr[v
 int64_t Plan::nbytes() const {
   int64_t total = 8 * pointers_.size() + 4 * indices_.size();
   if (const auto* s = slices_.peek()) total += s->nbytes();
-  if (const auto* t = tiles_.peek()) total += 8 * (t->base.size() + t->piece.size());
+  if (const auto* t = tiles_.peek()) total += t->nbytes();
   if (const auto* t = transpose_.peek()) {
     total += 8 * t->source.size() + t->values.nbytes() + t->plan->nbytes();
   }
@@ -183,53 +183,6 @@ std::unique_ptr<SlicePack> make_slices(const RowLists& a) {
   return pack;
 }
 
-// Appends the pieces of one chunk, tile after tile, longest first, padded to kRowChunk of them.
-void append_pieces(const RowLists& a, int64_t row, int64_t tiles, int64_t width, TilePack& pack) {
-  const int64_t rows = std::min(kRowChunk, a.rows - row);
-  const int64_t base = a.indptr[row];
-  if (a.indptr[row + rows] - base > INT32_MAX)
-    throw std::length_error("rows too long for one chunk");
-  std::vector<int64_t> at(a.indptr + row, a.indptr + row + rows);
-  for (int64_t t = 0; t < tiles; ++t) {
-    const int64_t column = t == tiles - 1 ? a.cols : (t + 1) * width;
-    const size_t first = pack.piece.size();
-    for (int64_t i = 0; i < rows; ++i) {
-      const int64_t start = at[i];
-      while (at[i] < a.indptr[row + i + 1] && a.col_indices[at[i]] < column) ++at[i];
-      pack.piece.push_back({static_cast<int32_t>(start - base), static_cast<uint16_t>(i),
-                            static_cast<uint16_t>(at[i] - start)});
-    }
-    std::stable_sort(pack.piece.begin() + first, pack.piece.end(),
-                     [](const RowPiece& p, const RowPiece& q) { return p.count > q.count; });
-    pack.piece.resize(first + kRowChunk);
-  }
-  pack.base.push_back(base);
-}
-
-int64_t longest_row(const RowLists& a) {
-  int64_t longest = 0;
-  for (int64_t r = 0; r < a.rows; ++r) longest = std::max(longest, a.indptr[r + 1] - a.indptr[r]);
-  return longest;
-}
-
-// Tiles of about 256 columns (64 KiB of a panel, of which a pass reuses a part in L1), fewer when
-// rows are too sparse to profit. Rows longer than a piece can count need tiles no wider than that;
-// other rows do not, or wide matrices would have far more pieces than nonzeros.
-std::unique_ptr<TilePack> make_tiles(const RowLists& a) {
-  constexpr int64_t kTileCols = 256, kLeastPerTile = 8, kMostCount = UINT16_MAX;
-  auto pack = std::make_unique<TilePack>();
-  const int64_t mean = a.rows > 0 ? a.indptr[a.rows] / a.rows : 0;
-  const int64_t wanted = (a.cols + kTileCols - 1) / kTileCols;
-  const int64_t least = longest_row(a) > kMostCount ? (a.cols + kMostCount - 1) / kMostCount : 1;
-  const int64_t tiles = std::max(least, std::min(wanted, mean / kLeastPerTile));
-  const int64_t width = std::max<int64_t>(1, (a.cols + tiles - 1) / tiles);
-  for (int64_t row = 0; row < a.rows; row += kRowChunk) {
-    append_pieces(a, row, tiles, width, *pack);
-  }
-  pack->view = {tiles, pack->base.data(), pack->piece.data()};
-  return pack;
-}
-
 std::unique_ptr<TransposePack> make_transpose(const RowLists& a) {
   auto pack = std::make_unique<TransposePack>();
   const int64_t nnz = a.indptr[a.rows];
@@ -278,7 +231,7 @@ const SlicePack& Plan::slices() const {
   return slices_.get([this] { return make_slices(lists_); });
 }
 const TilePack& Plan::tiles() const {
-  return tiles_.get([this] { return make_tiles(lists_); });
+  return tiles_.get([this] { return make_tile_pack(lists_); });
 }
 const TransposePack& Plan::transpose() const {
   return transpose_.get([this] { return make_transpose(lists_); });

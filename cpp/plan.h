@@ -78,10 +78,15 @@ struct SlicePack {
 };
 
 struct TilePack {
-  std::vector<int64_t> base;
+  std::vector<int64_t> base, piece_ptr, visit_ptr;
   std::vector<RowPiece> piece;
+  std::vector<uint16_t> col;
   RowTiles view;
+  ValueCache values;
+  int64_t chunks() const { return static_cast<int64_t>(base.size()); }
+  int64_t nbytes() const;
 };
+std::unique_ptr<TilePack> make_tile_pack(const RowLists& a);
 
 // The transposed matrix as RowLists: its value p is value source[p] of the original.
 struct TransposePack {

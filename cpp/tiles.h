@@ -41,22 +41,28 @@ struct RowSlices {
   const uint8_t* byte_index;
 };
 
-// RowLists cut into chunks of kRowChunk rows and tiles of columns, so that the parts of X and Y
-// that a pass touches stay in cache. Inside a (chunk, tile) the pieces of rows are sorted by
-// length, longest first: pieces of one length follow each other, so their loops end where the
-// branch predictor expects, and two of them run side by side.
+// RowLists cut into chunks of kRowChunk rows and tiles of `width` columns, so that the part of X that
+// a pass touches stays in cache. Inside a (chunk, tile) the pieces of rows are sorted by length,
+// longest first: pieces of one length follow each other, so their loops end where the branch
+// predictor expects, and two of them run side by side. Columns, and a private copy of the values,
+// are stored in the order in which they are visited: both stream.
 //
-//   chunk q, tile t: pieces piece[(q * tiles + t) * kRowChunk + ...], one per row of the chunk
-//   a piece: `count` nonzeros of row `row` from position base[q] + start
+//   chunk q, tile t: pieces piece_ptr[q * tiles + t] .. piece_ptr[q * tiles + t + 1], one per row
+//           with nonzeros there; in tile 0 one for every row of the chunk, so that each starts once
+//   a piece: `count` nonzeros of row `row` of the chunk, from position base[q] + start
+//   col[visit_ptr[q * tiles + t] + k]: the k-th column visited there, counted from the tile's first
 struct RowPiece {
   int32_t start;
-  uint16_t row;  // within the chunk
+  uint16_t row;
   uint16_t count;
 };
 struct RowTiles {
-  int64_t tiles;
+  int64_t rows, tiles, width;
   const int64_t* base;
+  const int64_t* piece_ptr;
+  const int64_t* visit_ptr;
   const RowPiece* piece;
+  const uint16_t* col;
 };
 constexpr int64_t kRowChunk = 256;
 
@@ -82,16 +88,15 @@ struct Tiles {
   void (*unpack)(const Panel<const T>& from, Strided<T> to, int64_t begin, int64_t end);
   bool (*all_finite)(const T* x, int64_t n);
 
-  // y[r * ldy + b] for the rows of chunks [begin, end); x.samples of y are written.
-  void (*lists_panel)(const RowLists&, const RowTiles&, const T* values, const Panel<const T>& x,
-                      const T* bias, T* y, int64_t ldy, int64_t begin, int64_t end);
+  // y[r * x.width + b] for the rows of one chunk; `values` in visiting order.
+  void (*lists_panel)(const RowTiles&, const T* values, const Panel<const T>& x, const T* bias,
+                      T* y, int64_t chunk);
   // Tokens x[b * ldx + c], b < n (1..4); y with any strides; slices [begin, end).
   void (*slices_tokens)(const RowSlices&, const T* packed, const T* x, int64_t ldx, int n,
                         bool finite, const T* bias, Strided<T> y, int64_t begin, int64_t end);
-  // gradient[p] (+)= sum_b dY[row, b] X[col, b] over `panels` consecutive panels; rows [begin,
-  // end).
-  void (*lists_sddmm)(const RowLists&, const Panel<const T>* dy, const Panel<const T>* x,
-                      int panels, bool accumulate, T* gradient, int64_t begin, int64_t end);
+  // gradient[p] (+)= sum_b dY[row, b] X[col, b] over `panels` consecutive panels; one chunk.
+  void (*lists_sddmm)(const RowTiles&, const Panel<const T>* dy, const Panel<const T>* x,
+                      int panels, bool accumulate, T* gradient, int64_t chunk);
 
   void (*groups_panel)(const RowGroups&, const T* values, const Panel<const T>& x, const T* bias,
                        T* y, int64_t ldy, int64_t begin, int64_t end);

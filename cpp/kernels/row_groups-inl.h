@@ -264,7 +264,9 @@ inline void dots4x4(const Panel<const T>* dy, const Panel<const T>* x, int panel
       }
     }
   }
-  S::store(sums, S::sum16(acc));
+  typename S::Quad quad[4];
+  for (int c = 0; c < 4; ++c) quad[c] = S::quad(acc[4*c], acc[4*c+1], acc[4*c+2], acc[4*c+3]);
+  S::store(sums, S::join(quad[0], quad[1], quad[2], quad[3]));
 }
 
 template <class S, class T = typename S::T>

@@ -4,6 +4,7 @@
 #include "panel-inl.h"
 #include "row_groups-inl.h"
 #include "row_lists-inl.h"
+#include "row_tiles-inl.h"
 
 namespace spfmt {
 namespace {

@@ -18,6 +18,7 @@ struct Avx2Simd {
     __m256 lo, hi;
   };
   static constexpr int kBlockVecs = 1;  // four rows by two registers, of sixteen
+  static constexpr int kPieces = 1;     // four vectors are eight registers
 
   // A window into this table is a mask of the first n lanes.
   static __m256i first8(int n) noexcept {
@@ -45,6 +46,7 @@ struct Avx2Simd {
     _mm256_maskstore_ps(p + 8, first8(n - 8), v.hi);
   }
   static V add(V a, V b) noexcept { return {_mm256_add_ps(a.lo, b.lo), _mm256_add_ps(a.hi, b.hi)}; }
+  static V mul(V a, V b) noexcept { return {_mm256_mul_ps(a.lo, b.lo), _mm256_mul_ps(a.hi, b.hi)}; }
   static V fma(V a, V b, V c) noexcept {
     return {_mm256_fmadd_ps(a.lo, b.lo, c.lo), _mm256_fmadd_ps(a.hi, b.hi, c.hi)};
   }
@@ -55,14 +57,18 @@ struct Avx2Simd {
     return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
   }
 
-  static __m256 sum8(const V* a) noexcept {
-    __m256 s[8];
-    for (int i = 0; i < 8; ++i) s[i] = _mm256_add_ps(a[i].lo, a[i].hi);
-    const __m256 p = _mm256_hadd_ps(_mm256_hadd_ps(s[0], s[1]), _mm256_hadd_ps(s[2], s[3]));
-    const __m256 q = _mm256_hadd_ps(_mm256_hadd_ps(s[4], s[5]), _mm256_hadd_ps(s[6], s[7]));
-    return _mm256_add_ps(_mm256_permute2f128_ps(p, q, 0x20), _mm256_permute2f128_ps(p, q, 0x31));
+  static __m256 halves(V a) noexcept { return _mm256_add_ps(a.lo, a.hi); }
+  using Quad = __m256;  // its 128-bit lanes hold two partial sums of four vectors side by side
+  static Quad quad(V a, V b, V c, V d) noexcept {
+    return _mm256_hadd_ps(_mm256_hadd_ps(halves(a), halves(b)),
+                          _mm256_hadd_ps(halves(c), halves(d)));
   }
-  static V sum16(const V* a) noexcept { return {sum8(a), sum8(a + 8)}; }
+  static __m256 fold128(Quad a, Quad b) noexcept {
+    return _mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
+  }
+  static V join(Quad a, Quad b, Quad c, Quad d) noexcept {
+    return {fold128(a, b), fold128(c, d)};
+  }
 
   static void transpose8(__m256* r) noexcept {
     __m256 t[8];

@@ -16,6 +16,7 @@ struct Avx512Simd {
   using T = float;
   using V = __m512;
   static constexpr int kBlockVecs = 4;
+  static constexpr int kPieces = 2;
 
   static __mmask16 first(int n) noexcept { return static_cast<__mmask16>((1u << n) - 1u); }
 
@@ -26,11 +27,12 @@ struct Avx512Simd {
   static void store(T* p, V v) noexcept { _mm512_storeu_ps(p, v); }
   static void store(T* p, V v, int n) noexcept { _mm512_mask_storeu_ps(p, first(n), v); }
   static V add(V a, V b) noexcept { return _mm512_add_ps(a, b); }
+  static V mul(V a, V b) noexcept { return _mm512_mul_ps(a, b); }
   static V fma(V a, V b, V c) noexcept { return _mm512_fmadd_ps(a, b, c); }
   static T sum(V v) noexcept { return _mm512_reduce_add_ps(v); }
 
-  // Four vectors to one whose 128-bit lanes hold the four partial sums side by side.
-  static V sum4(V a, V b, V c, V d) noexcept {
+  using Quad = V;  // its 128-bit lanes hold four partial sums of four vectors side by side
+  static Quad quad(V a, V b, V c, V d) noexcept {
     const V ab = add(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
     const V cd = add(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
     const __m512d x = _mm512_castps_pd(ab), y = _mm512_castps_pd(cd);
@@ -40,10 +42,8 @@ struct Avx512Simd {
   static V fold128(V a, V b) noexcept {
     return add(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
   }
-  static V sum16(const V* a) noexcept {
-    const V q0 = sum4(a[0], a[1], a[2], a[3]), q1 = sum4(a[4], a[5], a[6], a[7]);
-    const V q2 = sum4(a[8], a[9], a[10], a[11]), q3 = sum4(a[12], a[13], a[14], a[15]);
-    return fold128(fold128(q0, q1), fold128(q2, q3));
+  static V join(Quad a, Quad b, Quad c, Quad d) noexcept {
+    return fold128(fold128(a, b), fold128(c, d));
   }
 
   static void transpose(V* a) noexcept {

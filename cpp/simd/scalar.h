@@ -19,6 +19,8 @@ struct ScalarSimd {
   };
   // Accumulator vectors per row that fit the register file next to four rows.
   static constexpr int kBlockVecs = 1;
+  // Rows whose four accumulator vectors fit it side by side.
+  static constexpr int kPieces = 1;
 
   static V zero() noexcept { return set1(T(0)); }
   static V set1(T x) noexcept {
@@ -48,6 +50,11 @@ struct ScalarSimd {
     for (int i = 0; i < kLanes; ++i) v.lane[i] = a.lane[i] + b.lane[i];
     return v;
   }
+  static V mul(const V& a, const V& b) noexcept {
+    V v;
+    for (int i = 0; i < kLanes; ++i) v.lane[i] = a.lane[i] * b.lane[i];
+    return v;
+  }
   static V fma(const V& a, const V& b, const V& c) noexcept {
     V v;
     for (int i = 0; i < kLanes; ++i) v.lane[i] = a.lane[i] * b.lane[i] + c.lane[i];
@@ -58,10 +65,22 @@ struct ScalarSimd {
     for (T lane : v.lane) total += lane;
     return total;
   }
-  // Lane i of the result is the sum of the lanes of a[i].
-  static V sum16(const V* a) noexcept {
+  // Sums of the lanes of sixteen vectors, in two steps: four vectors to a Quad, four Quads to a V.
+  struct Quad {
+    T sum[4];
+  };
+  static Quad quad(const V& a, const V& b, const V& c, const V& d) noexcept {
+    return {{sum(a), sum(b), sum(c), sum(d)}};
+  }
+  // Lane 4 q + i is the sum of the i-th vector of quad q.
+  static V join(const Quad& a, const Quad& b, const Quad& c, const Quad& d) noexcept {
     V v;
-    for (int i = 0; i < kLanes; ++i) v.lane[i] = sum(a[i]);
+    for (int i = 0; i < 4; ++i) {
+      v.lane[i] = a.sum[i];
+      v.lane[4 + i] = b.sum[i];
+      v.lane[8 + i] = c.sum[i];
+      v.lane[12 + i] = d.sum[i];
+    }
     return v;
   }
   static void transpose(V* a) noexcept {

@@ -1,0 +1,152 @@
+// Products of RowLists with lanes over samples. Included once per ISA level.
+#pragma once
+
+#include "../tiles.h"
+
+namespace spfmt {
+namespace {
+
+// N pieces of equal length against NV vectors of samples: y[i] (+)= sum_k w[i][k] * x[col[i][k]].
+// One row alone offers only NV independent chains, fewer than the FMA units' latency needs.
+template <class S, int N, int NV, class T = typename S::T>
+inline void pieces_panel(const T* w, const uint16_t* col, int count, const T* x, const T* start,
+                         T* const* y) noexcept {
+  constexpr int64_t kWidth = NV * kLanes;
+  typename S::V acc[N][NV];
+  for (int i = 0; i < N; ++i) {
+    for (int v = 0; v < NV; ++v) {
+      acc[i][v] = start ? S::set1(start[i]) : S::load(y[i] + v * kLanes);
+    }
+  }
+  for (int k = 0; k < count; ++k) {
+    for (int i = 0; i < N; ++i) {
+      const auto weight = S::set1(w[i * count + k]);
+      const T* xk = x + col[i * count + k] * kWidth;
+      for (int v = 0; v < NV; ++v) acc[i][v] = S::fma(weight, S::load(xk + v * kLanes), acc[i][v]);
+    }
+  }
+  for (int i = 0; i < N; ++i) {
+    for (int v = 0; v < NV; ++v) S::store(y[i] + v * kLanes, acc[i][v]);
+  }
+}
+
+// One (chunk, tile): pieces sorted by length, in pairs where two lengths agree.
+template <class S, int NV, class T = typename S::T>
+void tile_pieces(const RowPiece* piece, const RowPiece* stop, const T* w, const uint16_t* col,
+                 const T* x, bool first, const T* bias, T* y) noexcept {
+  while (piece < stop) {
+    const int count = piece->count;
+    const int n = S::kPieces == 2 && piece + 1 < stop && piece[1].count == count ? 2 : 1;
+    T start[2], *out[2];
+    for (int i = 0; i < n; ++i) {
+      out[i] = y + piece[i].row * NV * kLanes;
+      start[i] = bias ? bias[piece[i].row] : T(0);
+    }
+    const T* init = first ? start : nullptr;
+    if (n == 2) {
+      pieces_panel<S, 2, NV>(w, col, count, x, init, out);
+    } else {
+      pieces_panel<S, 1, NV>(w, col, count, x, init, out);
+    }
+    piece += n;
+    w += n * count;
+    col += n * count;
+  }
+}
+
+template <class S, int NV, class T = typename S::T>
+void lists_panel_nv(const RowTiles& a, const T* values, const T* x, const T* bias, T* y,
+                    int64_t chunk) noexcept {
+  for (int64_t t = 0; t < a.tiles; ++t) {
+    const int64_t k = chunk * a.tiles + t;
+    tile_pieces<S, NV>(a.piece + a.piece_ptr[k], a.piece + a.piece_ptr[k + 1],
+                       values + a.visit_ptr[k], a.col + a.visit_ptr[k],
+                       x + t * a.width * NV * kLanes, t == 0, bias, y);
+  }
+}
+
+template <class S, class T = typename S::T>
+void lists_panel(const RowTiles& a, const T* values, const Panel<const T>& x, const T* bias, T* y,
+                 int64_t chunk) noexcept {
+  if (bias) bias += chunk * kRowChunk;
+  switch (x.width / kLanes) {
+    case 1:
+      return lists_panel_nv<S, 1>(a, values, x.data, bias, y, chunk);
+    case 2:
+      return lists_panel_nv<S, 2>(a, values, x.data, bias, y, chunk);
+    case 3:
+      return lists_panel_nv<S, 3>(a, values, x.data, bias, y, chunk);
+    default:
+      return lists_panel_nv<S, 4>(a, values, x.data, bias, y, chunk);
+  }
+}
+
+// Lane k < 4 Q of the result: the dot product of d with column col[k] of X. Places behind the n-th
+// repeat the last column.
+template <class S, int NV, int Q, class T = typename S::T>
+inline typename S::V dots(const typename S::V* d, const T* x, const uint16_t* col,
+                          int n) noexcept {
+  typename S::Quad quad[4];
+  for (int q = 0; q < Q; ++q) {
+    typename S::V acc[4];
+    for (int i = 0; i < 4; ++i) {
+      const int k = 4 * q + i;
+      const T* xk = x + col[q < Q - 1 || k < n ? k : n - 1] * int64_t{NV * kLanes};
+      acc[i] = S::mul(d[0], S::load(xk));
+      for (int v = 1; v < NV; ++v) acc[i] = S::fma(d[v], S::load(xk + v * kLanes), acc[i]);
+    }
+    quad[q] = S::quad(acc[0], acc[1], acc[2], acc[3]);
+  }
+  for (int q = Q; q < 4; ++q) quad[q] = quad[0];
+  return S::join(quad[0], quad[1], quad[2], quad[3]);
+}
+
+// The gradient of one piece: dY's row stays in registers while the columns pass by.
+template <class S, int NV, class T = typename S::T>
+inline void piece_sddmm(const T* dy, const T* x, const uint16_t* col, int count, bool accumulate,
+                        T* gradient) noexcept {
+  typename S::V d[NV];
+  for (int v = 0; v < NV; ++v) d[v] = S::load(dy + v * kLanes);
+  for (int k = 0; k < count; k += kLanes) {
+    const int n = count - k < kLanes ? count - k : kLanes;
+    auto sum = n > 12  ? dots<S, NV, 4>(d, x, col + k, n)
+               : n > 8 ? dots<S, NV, 3>(d, x, col + k, n)
+               : n > 4 ? dots<S, NV, 2>(d, x, col + k, n)
+                       : dots<S, NV, 1>(d, x, col + k, n);
+    if (accumulate) sum = S::add(sum, S::load(gradient + k, n));
+    S::store(gradient + k, sum, n);
+  }
+}
+
+template <class S, int NV, class T = typename S::T>
+void tile_sddmm(const RowTiles& a, int64_t k, const T* dy, const T* x, bool accumulate,
+                T* gradient) noexcept {
+  const uint16_t* col = a.col + a.visit_ptr[k];
+  for (int64_t p = a.piece_ptr[k]; p < a.piece_ptr[k + 1]; ++p) {
+    const RowPiece& piece = a.piece[p];
+    piece_sddmm<S, NV>(dy + piece.row * NV * kLanes, x, col, piece.count, accumulate,
+                       gradient + piece.start);
+    col += piece.count;
+  }
+}
+
+template <class S, class T = typename S::T>
+void lists_sddmm(const RowTiles& a, const Panel<const T>* dy, const Panel<const T>* x, int panels,
+                 bool accumulate, T* gradient, int64_t chunk) noexcept {
+  for (int64_t t = 0; t < a.tiles; ++t) {
+    for (int q = 0; q < panels; ++q) {
+      const int width = x[q].width;
+      const auto call = [&](auto body) {
+        body(a, chunk * a.tiles + t, dy[q].data + chunk * kRowChunk * width,
+             x[q].data + t * a.width * width, accumulate || q > 0, gradient + a.base[chunk]);
+      };
+      width == 16   ? call(tile_sddmm<S, 1>)
+      : width == 32 ? call(tile_sddmm<S, 2>)
+      : width == 48 ? call(tile_sddmm<S, 3>)
+                    : call(tile_sddmm<S, 4>);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace spfmt
