@@ -8,14 +8,15 @@ namespace {
 
 // N pieces of equal length against NV vectors of samples: y[i] (+)= sum_k w[i][k] * x[col[i][k]].
 // One row alone offers only NV independent chains, fewer than the FMA units' latency needs.
-template <class S, int N, int NV, class T = typename S::T>
-inline void pieces_panel(const T* w, const uint16_t* col, int count, const T* x, const T* start,
-                         T* const* y) noexcept {
+template <class S, int N, int NV, bool kFirst, class T = typename S::T>
+inline void pieces_panel(const RowPiece* piece, const T* w, const uint16_t* col, int count,
+                         const T* x, const T* bias, T* y) noexcept {
   constexpr int64_t kWidth = NV * kLanes;
   typename S::V acc[N][NV];
   for (int i = 0; i < N; ++i) {
     for (int v = 0; v < NV; ++v) {
-      acc[i][v] = start ? S::set1(start[i]) : S::load(y[i] + v * kLanes);
+      acc[i][v] = kFirst ? S::set1(bias ? bias[piece[i].row] : T(0))
+                         : S::load(y + piece[i].row * kWidth + v * kLanes);
     }
   }
   for (int k = 0; k < count; ++k) {
@@ -26,27 +27,21 @@ inline void pieces_panel(const T* w, const uint16_t* col, int count, const T* x,
     }
   }
   for (int i = 0; i < N; ++i) {
-    for (int v = 0; v < NV; ++v) S::store(y[i] + v * kLanes, acc[i][v]);
+    for (int v = 0; v < NV; ++v) S::store(y + piece[i].row * kWidth + v * kLanes, acc[i][v]);
   }
 }
 
 // One (chunk, tile): pieces sorted by length, in pairs where two lengths agree.
-template <class S, int NV, class T = typename S::T>
+template <class S, int NV, bool kFirst, class T = typename S::T>
 void tile_pieces(const RowPiece* piece, const RowPiece* stop, const T* w, const uint16_t* col,
-                 const T* x, bool first, const T* bias, T* y) noexcept {
+                 const T* x, const T* bias, T* y) noexcept {
   while (piece < stop) {
     const int count = piece->count;
     const int n = S::kPieces == 2 && piece + 1 < stop && piece[1].count == count ? 2 : 1;
-    T start[2], *out[2];
-    for (int i = 0; i < n; ++i) {
-      out[i] = y + piece[i].row * NV * kLanes;
-      start[i] = bias ? bias[piece[i].row] : T(0);
-    }
-    const T* init = first ? start : nullptr;
     if (n == 2) {
-      pieces_panel<S, 2, NV>(w, col, count, x, init, out);
+      pieces_panel<S, 2, NV, kFirst>(piece, w, col, count, x, bias, y);
     } else {
-      pieces_panel<S, 1, NV>(w, col, count, x, init, out);
+      pieces_panel<S, 1, NV, kFirst>(piece, w, col, count, x, bias, y);
     }
     piece += n;
     w += n * count;
@@ -59,9 +54,11 @@ void lists_panel_nv(const RowTiles& a, const T* values, const T* x, const T* bia
                     int64_t chunk) noexcept {
   for (int64_t t = 0; t < a.tiles; ++t) {
     const int64_t k = chunk * a.tiles + t;
-    tile_pieces<S, NV>(a.piece + a.piece_ptr[k], a.piece + a.piece_ptr[k + 1],
-                       values + a.visit_ptr[k], a.col + a.visit_ptr[k],
-                       x + t * a.width * NV * kLanes, t == 0, bias, y);
+    const auto call = [&](auto body) {
+      body(a.piece + a.piece_ptr[k], a.piece + a.piece_ptr[k + 1], values + a.visit_ptr[k],
+           a.col + a.visit_ptr[k], x + t * a.width * NV * kLanes, bias, y);
+    };
+    t == 0 ? call(tile_pieces<S, NV, true>) : call(tile_pieces<S, NV, false>);
   }
 }
 
