@@ -11,18 +11,16 @@ void spmm_panels(const Tiles<T>& tiles, const Plan& plan, const Args<T>& args,
   constexpr int64_t kTiles = 16;
   const RowGroups& a = plan.groups();
   const int64_t chunks = (a.tiles + kTiles - 1) / kTiles;
-  const bool direct = args.out.col_stride == 1;
   for_panels(args.in.cols, executor, [&](int64_t begin, int64_t end, const Executor& inner) {
+    // The kernel writes whole vectors of samples.
+    const bool direct = args.out.col_stride == 1 && (end - begin) % kRowTile == 0;
     const PanelSet<T> x(a.cols, begin, end), y(direct ? 0 : a.rows, begin, end);
     x.pack(tiles, args.in, inner);
     for_each(inner, x.size() * chunks, [&](int64_t k) {
       const int64_t i = k / chunks, first = k % chunks * kTiles;
-      Panel<const T> panel = x.read(i);
-      if (!direct) panel.samples = panel.width;  // scratch takes whole vectors
-      tiles.groups_panel(a, args.values, panel, args.bias,
-                         direct ? args.out.data + x.sample(i) : y[i].data,
-                         direct ? args.out.row_stride : y[i].width, first,
-                         std::min(a.tiles, first + kTiles));
+      tiles.groups_panel(
+          a, args.values, x.read(i), args.bias, direct ? args.out.data + x.sample(i) : y[i].data,
+          direct ? args.out.row_stride : y[i].width, first, std::min(a.tiles, first + kTiles));
     });
     if (!direct) y.unpack(tiles, args.out, inner);
   });

@@ -43,8 +43,8 @@ void spmm_tokens(const Tiles<T>& tiles, const Plan& plan, const Args<T>& args,
              });
 }
 
-// Values in the order in which the pieces are visited. `permutation` (or null) maps a position of the
-// structure to a place in `values`.
+// Values in the order in which the pieces are visited. `permutation` (or null) maps a position of
+// the structure to a place in `values`.
 template <class T>
 void pack_piece_values(const TilePack& pack, const int64_t* permutation, const T* values, T* packed,
                        const Executor& executor) {

@@ -114,9 +114,9 @@ void for_strips(int64_t batch, const Body& body) {
 }
 
 // body(begin, end, executor) over strips of a batch of Y = A X. With a panel for every thread each
-// strip is one panel that one thread packs, multiplies and unpacks while it is in that core's cache,
-// and workspace is one panel of X and Y per thread. With fewer panels than threads the whole batch is
-// one strip, and the threads share the rows.
+// strip is one panel that one thread packs, multiplies and unpacks while it is in that core's
+// cache, and workspace is one panel of X and Y per thread. With fewer panels than threads the whole
+// batch is one strip, and the threads share the rows.
 template <class Body>
 void for_panels(int64_t batch, const Executor& executor, const Body& body) {
   const int64_t panels = (batch + kPanel - 1) / kPanel;

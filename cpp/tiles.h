@@ -41,11 +41,11 @@ struct RowSlices {
   const uint8_t* byte_index;
 };
 
-// RowLists cut into chunks of kRowChunk rows and tiles of `width` columns, so that the part of X that
-// a pass touches stays in cache. Inside a (chunk, tile) the pieces of rows are sorted by length,
-// longest first: pieces of one length follow each other, so their loops end where the branch
-// predictor expects, and two of them run side by side. Columns, and a private copy of the values,
-// are stored in the order in which they are visited: both stream.
+// RowLists cut into chunks of kRowChunk rows and tiles of `width` columns, so that the part of X
+// that a pass touches stays in cache. Inside a (chunk, tile) the pieces of rows are sorted by
+// length, longest first: pieces of one length follow each other, so their loops end where the
+// branch predictor expects, and two of them run side by side. Columns, and a private copy of the
+// values, are stored in the order in which they are visited: both stream.
 //
 //   chunk q, tile t: pieces piece_ptr[q * tiles + t] .. piece_ptr[q * tiles + t + 1], one per row
 //           with nonzeros there; in tile 0 one for every row of the chunk, so that each starts once
@@ -98,6 +98,7 @@ struct Tiles {
   void (*lists_sddmm)(const RowTiles&, const Panel<const T>* dy, const Panel<const T>* x,
                       int panels, bool accumulate, T* gradient, int64_t chunk);
 
+  // y[r * ldy + b] for the rows of tiles [begin, end), b < x.width.
   void (*groups_panel)(const RowGroups&, const T* values, const Panel<const T>& x, const T* bias,
                        T* y, int64_t ldy, int64_t begin, int64_t end);
   void (*groups_tokens)(const RowGroups&, const T* values, const T* x, int64_t ldx, int n,

@@ -23,46 +23,54 @@ inline GroupTile group_tile(const RowGroups& a, int64_t t) noexcept {
 // RB rows by NV vectors of samples stay in registers while the tile's columns pass by.
 template <class S, int RB, int NV, class T = typename S::T>
 inline void tile_panel(const GroupTile& g, const T* w, int first, const T* x, int64_t width,
-                       const T* bias, T* y, int64_t ldy, int last) noexcept {
+                       const T* bias, T* y, int64_t ldy) noexcept {
   typename S::V acc[RB][NV];
+#pragma GCC unroll 16
   for (int i = 0; i < RB; ++i) {
     const auto start = S::set1(bias ? bias[g.row[first + i]] : T(0));
+#pragma GCC unroll 16
     for (int v = 0; v < NV; ++v) acc[i][v] = start;
   }
   const T* weight = w + first;
   for (int64_t j = 0; j < g.cols; ++j, weight += g.rows) {
     const T* xj = x + g.col[j] * width;
     typename S::V xv[NV];
+#pragma GCC unroll 16
     for (int v = 0; v < NV; ++v) xv[v] = S::load(xj + v * kLanes);
+#pragma GCC unroll 16
     for (int i = 0; i < RB; ++i) {
       const auto wi = S::set1(weight[i]);
+#pragma GCC unroll 16
       for (int v = 0; v < NV; ++v) acc[i][v] = S::fma(wi, xv[v], acc[i][v]);
     }
   }
+#pragma GCC unroll 16
   for (int i = 0; i < RB; ++i) {
     T* out = y + g.row[first + i] * ldy;
-    for (int v = 0; v < NV - 1; ++v) S::store(out + v * kLanes, acc[i][v]);
-    if (last == kLanes) {
-      S::store(out + (NV - 1) * kLanes, acc[i][NV - 1]);
-    } else {
-      S::store(out + (NV - 1) * kLanes, acc[i][NV - 1], last);
-    }
+#pragma GCC unroll 16
+    for (int v = 0; v < NV; ++v) S::store(out + v * kLanes, acc[i][v]);
+  }
+}
+
+// Rows [first, ...) of a tile, RB at a time, then the rest by halves.
+template <class S, int RB, int NV, class T = typename S::T>
+inline void tile_rows(const GroupTile& g, const T* w, int first, const T* x, int64_t width,
+                      const T* bias, T* y, int64_t ldy) noexcept {
+  for (; first + RB <= g.rows; first += RB) {
+    tile_panel<S, RB, NV>(g, w, first, x, width, bias, y, ldy);
+  }
+  if constexpr (RB > 1) {
+    if (first < g.rows) tile_rows<S, RB / 2, NV>(g, w, first, x, width, bias, y, ldy);
   }
 }
 
 template <class S, int NV, class T = typename S::T>
-void groups_panel_nv(const RowGroups& a, const T* values, const T* x, int64_t width, int last,
-                     const T* bias, T* y, int64_t ldy, int64_t begin, int64_t end) noexcept {
+void groups_panel_nv(const RowGroups& a, const T* values, const T* x, int64_t width, const T* bias,
+                     T* y, int64_t ldy, int64_t begin, int64_t end) noexcept {
+  constexpr int kRows = S::kBlockVecs == 1 ? 4 : NV > 2 ? 4 : NV == 2 ? 8 : 16;
   for (int64_t t = begin; t < end; ++t) {
     const GroupTile g = group_tile(a, t);
-    const T* w = values + g.value;
-    int i = 0;
-    for (; i + 4 <= g.rows; i += 4) tile_panel<S, 4, NV>(g, w, i, x, width, bias, y, ldy, last);
-    if (i + 2 <= g.rows) {
-      tile_panel<S, 2, NV>(g, w, i, x, width, bias, y, ldy, last);
-      i += 2;
-    }
-    if (i < g.rows) tile_panel<S, 1, NV>(g, w, i, x, width, bias, y, ldy, last);
+    tile_rows<S, kRows, NV>(g, values + g.value, 0, x, width, bias, y, ldy);
   }
 }
 
@@ -76,10 +84,8 @@ void groups_panel(const RowGroups& a, const T* values, const Panel<const T>& x, 
     for (int b = 0; b < x.width; b += S::kBlockVecs * kLanes) {
       const int vecs = (x.width - b) / kLanes;
       const int nv = vecs < S::kBlockVecs ? vecs : S::kBlockVecs;
-      const int rest = x.samples - b - (nv - 1) * kLanes;
-      const int last = rest < kLanes ? rest : kLanes;
       const auto call = [&](auto tile) {
-        tile(a, values, x.data + b, x.width, last, bias, y + b, ldy, t, stop);
+        tile(a, values, x.data + b, x.width, bias, y + b, ldy, t, stop);
       };
       if constexpr (S::kBlockVecs == 1) {
         call(groups_panel_nv<S, 1>);
@@ -265,7 +271,8 @@ inline void dots4x4(const Panel<const T>* dy, const Panel<const T>* x, int panel
     }
   }
   typename S::Quad quad[4];
-  for (int c = 0; c < 4; ++c) quad[c] = S::quad(acc[4*c], acc[4*c+1], acc[4*c+2], acc[4*c+3]);
+  for (int c = 0; c < 4; ++c)
+    quad[c] = S::quad(acc[4 * c], acc[4 * c + 1], acc[4 * c + 2], acc[4 * c + 3]);
   S::store(sums, S::join(quad[0], quad[1], quad[2], quad[3]));
 }
 

@@ -81,8 +81,7 @@ void lists_panel(const RowTiles& a, const T* values, const Panel<const T>& x, co
 // Lane k < 4 Q of the result: the dot product of d with column col[k] of X. Places behind the n-th
 // repeat the last column.
 template <class S, int NV, int Q, class T = typename S::T>
-inline typename S::V dots(const typename S::V* d, const T* x, const uint16_t* col,
-                          int n) noexcept {
+inline typename S::V dots(const typename S::V* d, const T* x, const uint16_t* col, int n) noexcept {
   typename S::Quad quad[4];
   for (int q = 0; q < Q; ++q) {
     typename S::V acc[4];

@@ -66,9 +66,7 @@ struct Avx2Simd {
   static __m256 fold128(Quad a, Quad b) noexcept {
     return _mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
   }
-  static V join(Quad a, Quad b, Quad c, Quad d) noexcept {
-    return {fold128(a, b), fold128(c, d)};
-  }
+  static V join(Quad a, Quad b, Quad c, Quad d) noexcept { return {fold128(a, b), fold128(c, d)}; }
 
   static void transpose8(__m256* r) noexcept {
     __m256 t[8];
