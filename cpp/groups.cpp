@@ -52,8 +52,8 @@ void spmm_t_panels(const Tiles<T>& tiles, const Plan& plan, const Args<T>& args,
 
 // Rows of dY gathered tile by tile, so that every tile's rows are one vector.
 template <class T>
-std::unique_ptr<Buffer> gather_tiles(const RowGroups& a, const Matrix<const T>& dy) {
-  auto buffer = std::make_unique<Buffer>(sizeof(T) * dy.cols * a.tiles * kRowTile);
+std::unique_ptr<Workspace> gather_tiles(const RowGroups& a, const Matrix<const T>& dy) {
+  auto buffer = std::make_unique<Workspace>(sizeof(T) * dy.cols * a.tiles * kRowTile);
   T* to = buffer->template as<T>();
   std::fill_n(to, dy.cols * a.tiles * kRowTile, T(0));
   for (int64_t b = 0; b < dy.cols; ++b) {

@@ -76,7 +76,7 @@ void spmm_panels(const Tiles<T>& tiles, const RowLists& a, const TilePack& pack,
       const int64_t chunk = k % pack.chunks(), row = chunk * kRowChunk;
       const int64_t rows = std::min(kRowChunk, a.rows - row);
       const Panel<const T>& panel = x.read(k / pack.chunks());
-      const Buffer scratch(sizeof(T) * rows * panel.width);
+      const Workspace scratch(sizeof(T) * rows * panel.width);
       T* y = scratch.template as<T>();
       tiles.lists_panel(pack.view, packed, panel, args.bias, y, chunk);
       Strided<T> to = samples_from(args.out, x.sample(k / pack.chunks()));

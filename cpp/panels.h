@@ -27,8 +27,8 @@ class PanelSet {
       : begin_(begin), width_(width) {
     const int64_t samples = end - begin;
     const int64_t padded = (samples + kRowTile - 1) / kRowTile * kRowTile;
-    buffer_ = std::make_unique<Buffer>(sizeof(T) * features * padded);
-    T* data = buffer_->template as<T>();
+    workspace_ = std::make_unique<Workspace>(sizeof(T) * features * padded);
+    T* data = workspace_->template as<T>();
     for (int64_t b = 0; b < samples; b += width) {
       const int n = static_cast<int>(std::min<int64_t>(width, samples - b));
       const int rounded = (n + kRowTile - 1) / kRowTile * kRowTile;
@@ -68,7 +68,7 @@ class PanelSet {
 
   int64_t begin_;
   int width_;
-  std::unique_ptr<Buffer> buffer_;
+  std::unique_ptr<Workspace> workspace_;
   std::vector<Panel<T>> panels_;
   std::vector<Panel<const T>> read_;
 };
@@ -80,7 +80,7 @@ class Tokens {
  public:
   explicit Tokens(const Matrix<const T>& m) : data_(m.data), stride_(m.col_stride) {
     if (m.row_stride == 1 || m.rows <= 1) return;
-    copy_ = std::make_unique<Buffer>(sizeof(T) * m.rows * m.cols);
+    copy_ = std::make_unique<Workspace>(sizeof(T) * m.rows * m.cols);
     T* to = copy_->template as<T>();
     for (int64_t b = 0; b < m.cols; ++b) {
       for (int64_t f = 0; f < m.rows; ++f) {
@@ -96,7 +96,7 @@ class Tokens {
  private:
   const T* data_;
   int64_t stride_;
-  std::unique_ptr<Buffer> copy_;
+  std::unique_ptr<Workspace> copy_;
 };
 
 // body(first, n) over a small batch, n <= 4 tokens at a time.

@@ -1,19 +1,9 @@
 #include "plan.h"
 
 #include <algorithm>
-#include <climits>
-#include <cstdlib>
-#include <new>
 #include <numeric>
-#include <stdexcept>
 
 namespace spfmt {
-
-Buffer::Buffer(size_t bytes) : bytes_(bytes) {
-  data_ = std::aligned_alloc(64, (bytes / 64 + 1) * 64);
-  if (data_ == nullptr) throw std::bad_alloc();
-}
-Buffer::~Buffer() { std::free(data_); }
 
 std::shared_ptr<const Buffer> ValueCache::get(int64_t version, size_t bytes,
                                               const std::function<void(Buffer&)>& fill) const {

@@ -9,26 +9,9 @@
 
 #include "spfmt.h"
 #include "tiles.h"
+#include "workspace.h"
 
 namespace spfmt {
-
-// 64-byte aligned, uninitialised memory.
-class Buffer {
- public:
-  explicit Buffer(size_t bytes);
-  ~Buffer();
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-  template <class T>
-  T* as() const {
-    return static_cast<T*>(data_);
-  }
-  size_t bytes() const { return bytes_; }
-
- private:
-  void* data_;
-  size_t bytes_;
-};
 
 // A private copy of a plan's values in some kernel's order. One entry: training alternates between
 // "new values" and "the same values again", nothing else. Readers hold the buffer they were given,

@@ -1,0 +1,61 @@
+#include "workspace.h"
+
+#include <cstdlib>
+#include <new>
+#include <vector>
+
+namespace spfmt {
+namespace {
+
+// What one thread has lent and got back, oldest first. No lock, so a forked child finds none held.
+class Kept {
+ public:
+  // The latest buffer that fits without wasting half of itself, or null.
+  std::unique_ptr<Buffer> take(size_t bytes) {
+    for (size_t i = buffers_.size(); i-- > 0;) {
+      if (buffers_[i]->bytes() < bytes || buffers_[i]->bytes() > 2 * bytes) continue;
+      std::unique_ptr<Buffer> found = std::move(buffers_[i]);
+      buffers_.erase(buffers_.begin() + i);
+      bytes_ -= found->bytes();
+      return found;
+    }
+    return nullptr;
+  }
+  void put(std::unique_ptr<Buffer> buffer) {
+    bytes_ += buffer->bytes();
+    buffers_.push_back(std::move(buffer));
+    while (bytes_ > Workspace::kKeptBytes || buffers_.size() > kMost) {
+      bytes_ -= buffers_.front()->bytes();
+      buffers_.erase(buffers_.begin());
+    }
+  }
+
+ private:
+  static constexpr size_t kMost = 8;
+  std::vector<std::unique_ptr<Buffer>> buffers_ = reserved();
+  size_t bytes_ = 0;
+
+  // put() runs in a destructor and must not throw.
+  static std::vector<std::unique_ptr<Buffer>> reserved() {
+    std::vector<std::unique_ptr<Buffer>> buffers;
+    buffers.reserve(kMost + 1);
+    return buffers;
+  }
+};
+
+thread_local Kept kept;
+
+}  // namespace
+
+Buffer::Buffer(size_t bytes) : bytes_(bytes) {
+  data_ = std::aligned_alloc(64, (bytes / 64 + 1) * 64);
+  if (data_ == nullptr) throw std::bad_alloc();
+}
+Buffer::~Buffer() { std::free(data_); }
+
+Workspace::Workspace(size_t bytes) : buffer_(kept.take(bytes)) {
+  if (!buffer_) buffer_ = std::make_unique<Buffer>(bytes);
+}
+Workspace::~Workspace() { kept.put(std::move(buffer_)); }
+
+}  // namespace spfmt
