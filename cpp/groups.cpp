@@ -38,7 +38,7 @@ template <class T>
 void spmm_t_panels(const Tiles<T>& tiles, const Plan& plan, const Args<T>& args,
                    const Executor& executor) {
   const RowGroups& a = plan.groups();
-  for_strips(args.in.cols, [&](int64_t begin, int64_t end) {
+  for_strips(args.in.cols, kStrip, [&](int64_t begin, int64_t end) {
     const int width = panel_width(end - begin, executor.threads);
     const PanelSet<T> dy(a.rows, begin, end, width), dx(a.cols, begin, end, width);
     for_each(executor, dx.size(), [&](int64_t i) {
@@ -114,10 +114,11 @@ template <class T>
 void groups_sddmm(const Tiles<T>& tiles, const Plan& plan, const Args<T>& args,
                   const Executor& all) {
   const RowGroups& a = plan.groups();
-  sample_product(tiles, plan, args, all, a.tiles,
-                 [&](const Panel<const T>* dy, const Panel<const T>* x, int panels, bool accumulate,
-                     int64_t begin, int64_t end) {
-                   tiles.groups_sddmm(a, dy, x, panels, accumulate, args.values, begin, end);
+  sample_product(tiles, plan, args, all, kSampleStrip, kSampleStrip, a.tiles,
+                 [&](const PanelSet<T>& dy, const PanelSet<T>& x, bool accumulate, int64_t begin,
+                     int64_t end) {
+                   tiles.groups_sddmm(a, dy.read(0), x.read(0), accumulate, args.values, begin,
+                                      end);
                  });
 }
 

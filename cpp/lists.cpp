@@ -138,11 +138,12 @@ template <class T>
 void lists_sddmm(const Tiles<T>& tiles, const Plan& plan, const Args<T>& args,
                  const Executor& all) {
   const TilePack& pack = plan.tiles();
-  sample_product(tiles, plan, args, all, pack.chunks(),
-                 [&](const Panel<const T>* dy, const Panel<const T>* x, int panels, bool accumulate,
-                     int64_t begin, int64_t end) {
+  sample_product(tiles, plan, args, all, kStrip, kPanel, pack.chunks(),
+                 [&](const PanelSet<T>& dy, const PanelSet<T>& x, bool accumulate, int64_t begin,
+                     int64_t end) {
                    for (int64_t chunk = begin; chunk < end; ++chunk) {
-                     tiles.lists_sddmm(pack.view, dy, x, panels, accumulate, args.values, chunk);
+                     tiles.lists_sddmm(pack.view, dy.read(), x.read(), static_cast<int>(x.size()),
+                                       accumulate, args.values, chunk);
                    }
                  });
 }

@@ -109,8 +109,8 @@ void for_tokens(int64_t batch, const Body& body) {
 
 // body(begin, end) over strips of the batch.
 template <class Body>
-void for_strips(int64_t batch, const Body& body) {
-  for (int64_t b = 0; b < batch; b += kStrip) body(b, std::min(batch, b + kStrip));
+void for_strips(int64_t batch, int64_t strip, const Body& body) {
+  for (int64_t b = 0; b < batch; b += strip) body(b, std::min(batch, b + strip));
 }
 
 // body(begin, end, executor) over strips of a batch of Y = A X. With a panel for every thread each
@@ -126,20 +126,21 @@ void for_panels(int64_t batch, const Executor& executor, const Body& body) {
   });
 }
 
-// The gradient of the values, strip by strip. compute(dy, x, panels, accumulate, begin, end) does
-// units [begin, end) of the structure for the panels of one strip; strips add up in order.
+// The gradient of the values, strip by strip, in panels of `width` samples. compute(dy, x,
+// accumulate, begin, end) does units [begin, end) of the structure for one strip; strips add up in
+// order.
 template <class T, class Compute>
 void sample_product(const Tiles<T>& tiles, const Plan& plan, const Args<T>& args,
-                    const Executor& all, int64_t units, const Compute& compute) {
+                    const Executor& all, int64_t strip, int width, int64_t units,
+                    const Compute& compute) {
   std::fill_n(args.values, args.in.cols == 0 ? plan.nnz() : 0, T(0));
   const Executor executor = for_work(all, plan.nnz() * args.in.cols);
-  for_strips(args.in.cols, [&](int64_t begin, int64_t end) {
-    const PanelSet<T> dy(plan.rows(), begin, end), x(plan.cols(), begin, end);
+  for_strips(args.in.cols, strip, [&](int64_t begin, int64_t end) {
+    const PanelSet<T> dy(plan.rows(), begin, end, width), x(plan.cols(), begin, end, width);
     dy.pack(tiles, args.in, executor);
     x.pack(tiles, args.in2, executor);
-    for_ranges(executor, units, range_step(executor, units), [&](int64_t first, int64_t last) {
-      compute(dy.read(), x.read(), static_cast<int>(x.size()), begin > 0, first, last);
-    });
+    for_ranges(executor, units, range_step(executor, units),
+               [&](int64_t first, int64_t last) { compute(dy, x, begin > 0, first, last); });
   });
 }
 

@@ -6,10 +6,17 @@
 
 #include "spfmt.h"
 
+// Before a loop over accumulators. GCC decides which arrays live in registers before it unrolls
+// loops of its own accord, and keeps a copy of the others on the stack.
+#define SPFMT_UNROLL _Pragma("GCC unroll 16")
+
 namespace spfmt {
 
 // Samples per panel: four 512-bit registers of float32.
 constexpr int kPanel = 64;
+// Samples that the gradient of row groups takes at a time, in one wide panel: sixteen rows of dY
+// then are half of a first-level cache.
+constexpr int kSampleStrip = 256;
 // Below this many samples lanes run over rows, from it on over samples.
 constexpr int kTokenLimit = 16;
 // Columns per chunk of a RowSlices layout: what two 512-bit registers of float32 hold.
@@ -22,7 +29,7 @@ template <class T>
 struct Panel {
   T* data;
   int64_t features;
-  int width;    // 16, 32, 48 or 64
+  int width;    // 16, 32, 48 or 64; for the gradient of row groups up to kSampleStrip
   int samples;  // 1 .. width
 };
 
@@ -110,8 +117,9 @@ struct Tiles {
   // end).
   void (*groups_t_tokens)(const RowGroups&, const ColumnEntries&, const T* values,
                           const T* dy_tiles, int n, Strided<T> dx, int64_t begin, int64_t end);
-  void (*groups_sddmm)(const RowGroups&, const Panel<const T>* dy, const Panel<const T>* x,
-                       int panels, bool accumulate, T* gradient, int64_t begin, int64_t end);
+  // gradient (+)= dY X^T at tiles [begin, end), over one panel of at most kSampleStrip samples.
+  void (*groups_sddmm)(const RowGroups&, const Panel<const T>& dy, const Panel<const T>& x,
+                       bool accumulate, T* gradient, int64_t begin, int64_t end);
 };
 
 const Tiles<float>& scalar_tiles_f32();

@@ -24,9 +24,9 @@ class Buffer {
   size_t bytes_;
 };
 
-// A Buffer of at least `bytes` for the duration of a product. The thread keeps what it lent last, up
-// to kKeptBytes, for its next product: to return a megabyte to the operating system and fault it in
-// again costs more than a small product takes. A Workspace dies on the thread that made it.
+// A Buffer of at least `bytes` for the duration of a product. The thread keeps what it lent last,
+// up to kKeptBytes, for its next product: to return a megabyte to the operating system and fault it
+// in again costs more than a small product takes. A Workspace dies on the thread that made it.
 class Workspace {
  public:
   static constexpr size_t kKeptBytes = size_t{32} << 20;

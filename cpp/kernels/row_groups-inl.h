@@ -25,29 +25,29 @@ template <class S, int RB, int NV, class T = typename S::T>
 inline void tile_panel(const GroupTile& g, const T* w, int first, const T* x, int64_t width,
                        const T* bias, T* y, int64_t ldy) noexcept {
   typename S::V acc[RB][NV];
-#pragma GCC unroll 16
+  SPFMT_UNROLL
   for (int i = 0; i < RB; ++i) {
     const auto start = S::set1(bias ? bias[g.row[first + i]] : T(0));
-#pragma GCC unroll 16
+    SPFMT_UNROLL
     for (int v = 0; v < NV; ++v) acc[i][v] = start;
   }
   const T* weight = w + first;
   for (int64_t j = 0; j < g.cols; ++j, weight += g.rows) {
     const T* xj = x + g.col[j] * width;
     typename S::V xv[NV];
-#pragma GCC unroll 16
+    SPFMT_UNROLL
     for (int v = 0; v < NV; ++v) xv[v] = S::load(xj + v * kLanes);
-#pragma GCC unroll 16
+    SPFMT_UNROLL
     for (int i = 0; i < RB; ++i) {
       const auto wi = S::set1(weight[i]);
-#pragma GCC unroll 16
+      SPFMT_UNROLL
       for (int v = 0; v < NV; ++v) acc[i][v] = S::fma(wi, xv[v], acc[i][v]);
     }
   }
-#pragma GCC unroll 16
+  SPFMT_UNROLL
   for (int i = 0; i < RB; ++i) {
     T* out = y + g.row[first + i] * ldy;
-#pragma GCC unroll 16
+    SPFMT_UNROLL
     for (int v = 0; v < NV; ++v) S::store(out + v * kLanes, acc[i][v]);
   }
 }
@@ -105,7 +105,9 @@ template <class S, int N, int CH, bool kWhole, class T = typename S::T>
 inline void tile_tokens(const GroupTile& g, const T* w, const T* x, int64_t ldx,
                         typename S::V* out) noexcept {
   typename S::V acc[CH][N];
+  SPFMT_UNROLL
   for (int c = 0; c < CH; ++c) {
+    SPFMT_UNROLL
     for (int b = 0; b < N; ++b) acc[c][b] = S::zero();
   }
   const auto weights = [&](int64_t j) {
@@ -113,19 +115,24 @@ inline void tile_tokens(const GroupTile& g, const T* w, const T* x, int64_t ldx,
   };
   int64_t j = 0;
   for (; j + CH <= g.cols; j += CH) {
+    SPFMT_UNROLL
     for (int c = 0; c < CH; ++c) {
       const auto wj = weights(j + c);
       const T* xj = x + g.col[j + c];
+      SPFMT_UNROLL
       for (int b = 0; b < N; ++b) acc[c][b] = S::fma(wj, S::set1(xj[b * ldx]), acc[c][b]);
     }
   }
   for (; j < g.cols; ++j) {
     const auto wj = weights(j);
     const T* xj = x + g.col[j];
+    SPFMT_UNROLL
     for (int b = 0; b < N; ++b) acc[0][b] = S::fma(wj, S::set1(xj[b * ldx]), acc[0][b]);
   }
+  SPFMT_UNROLL
   for (int b = 0; b < N; ++b) {
     out[b] = acc[0][b];
+    SPFMT_UNROLL
     for (int c = 1; c < CH; ++c) out[b] = S::add(out[b], acc[c][b]);
   }
 }
@@ -168,19 +175,27 @@ template <class S, int CB, int NV, class T = typename S::T>
 inline void tile_t_panel(const GroupTile& g, const T* w, const int32_t* col, const T* dy,
                          int64_t width, T* dx) noexcept {
   typename S::V acc[CB][NV];
+  SPFMT_UNROLL
   for (int c = 0; c < CB; ++c) {
+    SPFMT_UNROLL
     for (int v = 0; v < NV; ++v) acc[c][v] = S::load(dx + col[c] * width + v * kLanes);
   }
+  SPFMT_UNROLL
   for (int i = 0; i < g.rows; ++i) {
     const T* dyi = dy + g.row[i] * width;
     typename S::V d[NV];
+    SPFMT_UNROLL
     for (int v = 0; v < NV; ++v) d[v] = S::load(dyi + v * kLanes);
+    SPFMT_UNROLL
     for (int c = 0; c < CB; ++c) {
       const auto wi = S::set1(w[c * g.rows + i]);
+      SPFMT_UNROLL
       for (int v = 0; v < NV; ++v) acc[c][v] = S::fma(wi, d[v], acc[c][v]);
     }
   }
+  SPFMT_UNROLL
   for (int c = 0; c < CB; ++c) {
+    SPFMT_UNROLL
     for (int v = 0; v < NV; ++v) S::store(dx + col[c] * width + v * kLanes, acc[c][v]);
   }
 }
@@ -248,55 +263,77 @@ void groups_t_tokens(const RowGroups& a, const ColumnEntries& entries, const T* 
            : call(groups_t_tokens_n<S, 4>);
 }
 
-// A 4 x 4 block of the gradient: dots of 4 columns of X with 4 rows of dY, 8 loads for 16 FMAs.
+// The tile's rows of dY, sixteen samples of all rows after each other; zeros behind a short tile.
 template <class S, class T = typename S::T>
-inline void dots4x4(const Panel<const T>* dy, const Panel<const T>* x, int panels,
-                    const int32_t* row, const int32_t* col, T* sums) noexcept {
-  typename S::V acc[16];
-  for (auto& v : acc) v = S::zero();
-  for (int q = 0; q < panels; ++q) {
-    const int width = x[q].width;
-    const T *d[4], *xc[4];
-    for (int i = 0; i < 4; ++i) {
-      d[i] = dy[q].data + int64_t{row[i]} * width;
-      xc[i] = x[q].data + int64_t{col[i]} * width;
-    }
-    for (int b = 0; b < width; b += kLanes) {
-      typename S::V dv[4];
-      for (int i = 0; i < 4; ++i) dv[i] = S::load(d[i] + b);
-      for (int c = 0; c < 4; ++c) {
-        const auto xv = S::load(xc[c] + b);
-        for (int i = 0; i < 4; ++i) acc[4 * c + i] = S::fma(xv, dv[i], acc[4 * c + i]);
-      }
+void gather_rows(const GroupTile& g, const Panel<const T>& dy, T* to) noexcept {
+  for (int i = 0; i < kLanes; ++i) {
+    const T* row = dy.data + int64_t{i < g.rows ? g.row[i] : 0} * dy.width;
+    for (int b = 0; b < dy.width; b += kLanes) {
+      S::store(to + b * kLanes + i * kLanes, i < g.rows ? S::load(row + b) : S::zero());
     }
   }
-  typename S::Quad quad[4];
-  for (int c = 0; c < 4; ++c)
-    quad[c] = S::quad(acc[4 * c], acc[4 * c + 1], acc[4 * c + 2], acc[4 * c + 3]);
-  S::store(sums, S::join(quad[0], quad[1], quad[2], quad[3]));
+}
+
+// Dot products of CB columns of X with the rows that gather_rows laid out, four rows at a time: for
+// AVX-512's four columns that is 8 loads for 16 FMAs.
+template <class S, int CB, class T = typename S::T>
+inline void tile_dots(const T* dy, int rows, const Panel<const T>& x, const int32_t* col,
+                      typename S::Quad (*quad)[4]) noexcept {
+  const T* xc[CB];
+  SPFMT_UNROLL
+  for (int c = 0; c < CB; ++c) xc[c] = x.data + int64_t{col[c]} * x.width;
+  for (int i = 0; i < rows; i += 4) {
+    typename S::V acc[CB][4];
+    SPFMT_UNROLL
+    for (int c = 0; c < CB; ++c) {
+      SPFMT_UNROLL
+      for (int k = 0; k < 4; ++k) acc[c][k] = S::zero();
+    }
+    const T* d = dy + i * kLanes;
+    for (int64_t b = 0; b < x.width; b += kLanes, d += kLanes * kLanes) {
+      typename S::V dv[4];
+      SPFMT_UNROLL
+      for (int k = 0; k < 4; ++k) dv[k] = S::load(d + k * kLanes);
+      SPFMT_UNROLL
+      for (int c = 0; c < CB; ++c) {
+        const auto xv = S::load(xc[c] + b);
+        SPFMT_UNROLL
+        for (int k = 0; k < 4; ++k) acc[c][k] = S::fma(xv, dv[k], acc[c][k]);
+      }
+    }
+    SPFMT_UNROLL
+    for (int c = 0; c < CB; ++c) {
+      quad[c][i / 4] = S::quad(acc[c][0], acc[c][1], acc[c][2], acc[c][3]);
+    }
+  }
+}
+
+template <class S, int CB, class T = typename S::T>
+void columns_sddmm(const GroupTile& g, int64_t j, const T* dy, const Panel<const T>& x,
+                   bool accumulate, T* gradient) noexcept {
+  typename S::Quad quad[CB][4] = {};
+  tile_dots<S, CB>(dy, g.rows, x, g.col + j, quad);
+  for (int c = 0; c < CB; ++c) {
+    T* out = gradient + g.value + (j + c) * g.rows;
+    auto sum = S::join(quad[c][0], quad[c][1], quad[c][2], quad[c][3]);
+    if (accumulate) sum = S::add(sum, S::load(out, g.rows));
+    S::store(out, sum, g.rows);
+  }
 }
 
 template <class S, class T = typename S::T>
-void groups_sddmm(const RowGroups& a, const Panel<const T>* dy, const Panel<const T>* x, int panels,
+void groups_sddmm(const RowGroups& a, const Panel<const T>& dy, const Panel<const T>& x,
                   bool accumulate, T* gradient, int64_t begin, int64_t end) noexcept {
+  constexpr int kCols = S::kBlockVecs;
+  alignas(64) T rows[kSampleStrip * kRowTile];
   for (int64_t t = begin; t < end; ++t) {
     const GroupTile g = group_tile(a, t);
-    for (int64_t j = 0; j < g.cols; j += 4) {
-      const int nc = g.cols - j < 4 ? static_cast<int>(g.cols - j) : 4;
-      int32_t col[4];  // edges repeat the last column or row; their dots are not stored
-      for (int c = 0; c < 4; ++c) col[c] = g.col[j + (c < nc ? c : nc - 1)];
-      for (int i = 0; i < g.rows; i += 4) {
-        const int nr = g.rows - i < 4 ? g.rows - i : 4;
-        int32_t row[4];
-        for (int k = 0; k < 4; ++k) row[k] = g.row[i + (k < nr ? k : nr - 1)];
-        T sums[16];
-        dots4x4<S>(dy, x, panels, row, col, sums);
-        for (int c = 0; c < nc; ++c) {
-          T* out = gradient + g.value + (j + c) * g.rows + i;
-          for (int k = 0; k < nr; ++k) out[k] = sums[4 * c + k] + (accumulate ? out[k] : T(0));
-        }
-      }
+    gather_rows<S>(g, dy, rows);
+    int64_t j = 0;
+    for (; j + kCols <= g.cols; j += kCols) {
+      columns_sddmm<S, kCols>(g, j, rows, x, accumulate, gradient);
     }
+    for (; j < g.cols; ++j) columns_sddmm<S, 1>(g, j, rows, x, accumulate, gradient);
   }
 }
 

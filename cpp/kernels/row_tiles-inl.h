@@ -13,20 +13,26 @@ inline void pieces_panel(const RowPiece* piece, const T* w, const uint16_t* col,
                          const T* x, const T* bias, T* y) noexcept {
   constexpr int64_t kWidth = NV * kLanes;
   typename S::V acc[N][NV];
+  SPFMT_UNROLL
   for (int i = 0; i < N; ++i) {
+    SPFMT_UNROLL
     for (int v = 0; v < NV; ++v) {
       acc[i][v] = kFirst ? S::set1(bias ? bias[piece[i].row] : T(0))
                          : S::load(y + piece[i].row * kWidth + v * kLanes);
     }
   }
   for (int k = 0; k < count; ++k) {
+    SPFMT_UNROLL
     for (int i = 0; i < N; ++i) {
       const auto weight = S::set1(w[i * count + k]);
       const T* xk = x + col[i * count + k] * kWidth;
+      SPFMT_UNROLL
       for (int v = 0; v < NV; ++v) acc[i][v] = S::fma(weight, S::load(xk + v * kLanes), acc[i][v]);
     }
   }
+  SPFMT_UNROLL
   for (int i = 0; i < N; ++i) {
+    SPFMT_UNROLL
     for (int v = 0; v < NV; ++v) S::store(y + piece[i].row * kWidth + v * kLanes, acc[i][v]);
   }
 }
@@ -83,12 +89,15 @@ void lists_panel(const RowTiles& a, const T* values, const Panel<const T>& x, co
 template <class S, int NV, int Q, class T = typename S::T>
 inline typename S::V dots(const typename S::V* d, const T* x, const uint16_t* col, int n) noexcept {
   typename S::Quad quad[4];
+  SPFMT_UNROLL
   for (int q = 0; q < Q; ++q) {
     typename S::V acc[4];
+    SPFMT_UNROLL
     for (int i = 0; i < 4; ++i) {
       const int k = 4 * q + i;
       const T* xk = x + col[q < Q - 1 || k < n ? k : n - 1] * int64_t{NV * kLanes};
       acc[i] = S::mul(d[0], S::load(xk));
+      SPFMT_UNROLL
       for (int v = 1; v < NV; ++v) acc[i] = S::fma(d[v], S::load(xk + v * kLanes), acc[i]);
     }
     quad[q] = S::quad(acc[0], acc[1], acc[2], acc[3]);
