@@ -73,7 +73,7 @@ void spmm_t_tokens(const Tiles<T>& tiles, const Plan& plan, const Args<T>& args,
   const ColumnEntries& entries = plan.columns().view;
   const auto dy = gather_tiles(a, args.in);
   for_ranges(executor, a.cols, range_step(executor, a.cols), [&](int64_t begin, int64_t end) {
-    for_tokens(args.in.cols, [&](int64_t b, int n) {
+    for_tokens(args.in.cols, 4, [&](int64_t b, int n) {
       tiles.groups_t_tokens(a, entries, args.values, dy->template as<T>() + b * a.tiles * kRowTile,
                             n, samples_from(args.out, b), begin, end);
     });
@@ -91,7 +91,7 @@ void groups_spmm(const Tiles<T>& tiles, const Plan& plan, const Args<T>& args,
   if (args.in.cols >= kTokenLimit) return spmm_panels(tiles, plan, args, executor);
   const Tokens<T> x(args.in);
   for_ranges(executor, a.tiles, range_step(executor, a.tiles), [&](int64_t begin, int64_t end) {
-    for_tokens(args.in.cols, [&](int64_t b, int n) {
+    for_tokens(args.in.cols, tiles.most_tokens, [&](int64_t b, int n) {
       tiles.groups_tokens(a, args.values, x[b], x.stride(), n, args.bias, samples_from(args.out, b),
                           begin, end);
     });

@@ -36,7 +36,7 @@ void spmm_tokens(const Tiles<T>& tiles, const Plan& plan, const Args<T>& args,
   for (int64_t b = 0; b < args.in.cols; ++b) finite &= tiles.all_finite(x[b], args.in.rows);
   for_ranges(executor, pack.view.slices, range_step(executor, pack.view.slices),
              [&](int64_t begin, int64_t end) {
-               for_tokens(args.in.cols, [&](int64_t b, int n) {
+               for_tokens(args.in.cols, 4, [&](int64_t b, int n) {
                  tiles.slices_tokens(pack.view, packed->template as<T>(), x[b], x.stride(), n,
                                      finite, args.bias, samples_from(args.out, b), begin, end);
                });

@@ -99,11 +99,11 @@ class Tokens {
   std::unique_ptr<Workspace> copy_;
 };
 
-// body(first, n) over a small batch, n <= 4 tokens at a time.
+// body(first, n) over a small batch, n <= most tokens at a time.
 template <class Body>
-void for_tokens(int64_t batch, const Body& body) {
-  for (int64_t b = 0; b < batch; b += 4) {
-    body(b, static_cast<int>(std::min<int64_t>(4, batch - b)));
+void for_tokens(int64_t batch, int64_t most, const Body& body) {
+  for (int64_t b = 0; b < batch; b += most) {
+    body(b, static_cast<int>(std::min(most, batch - b)));
   }
 }
 

@@ -108,6 +108,8 @@ struct Tiles {
   // y[r * ldy + b] for the rows of tiles [begin, end), b < x.width.
   void (*groups_panel)(const RowGroups&, const T* values, const Panel<const T>& x, const T* bias,
                        T* y, int64_t ldy, int64_t begin, int64_t end);
+  // As slices_tokens, n <= most_tokens; tiles [begin, end).
+  int most_tokens;
   void (*groups_tokens)(const RowGroups&, const T* values, const T* x, int64_t ldx, int n,
                         const T* bias, Strided<T> y, int64_t begin, int64_t end);
   // dx += A^T dy over all tiles, in order; dx starts as zeros.

@@ -111,7 +111,7 @@ inline void tile_tokens(const GroupTile& g, const T* w, const T* x, int64_t ldx,
     for (int b = 0; b < N; ++b) acc[c][b] = S::zero();
   }
   const auto weights = [&](int64_t j) {
-    return kWhole ? S::load(w + j * kLanes) : S::load(w + j * g.rows, g.rows);
+    return S::keep(kWhole ? S::load(w + j * kLanes) : S::load(w + j * g.rows, g.rows));
   };
   int64_t j = 0;
   for (; j + CH <= g.cols; j += CH) {
@@ -137,10 +137,28 @@ inline void tile_tokens(const GroupTile& g, const T* w, const T* x, int64_t ldx,
   }
 }
 
+// Lanes of N tokens to the rows of Y they belong to, whose order is arbitrary.
+template <class S, int N, class T = typename S::T>
+inline void scatter_rows(const typename S::V* out, const int32_t* row, int rows, const T* bias,
+                         Strided<T> y) noexcept {
+  T add[kLanes] = {};
+  if (bias) {
+    for (int i = 0; i < rows; ++i) add[i] = bias[row[i]];
+  }
+  const auto start = S::load(add);
+  for (int b = 0; b < N; ++b) {
+    T lane[kLanes];
+    S::store(lane, S::add(out[b], start));
+    T* to = y.data + b * y.sample_stride;
+    for (int i = 0; i < rows; ++i) to[row[i] * y.feature_stride] = lane[i];
+  }
+}
+
 template <class S, int N, class T = typename S::T>
 void groups_tokens_n(const RowGroups& a, const T* values, const T* x, int64_t ldx, const T* bias,
                      Strided<T> y, int64_t begin, int64_t end) noexcept {
-  constexpr int kChains = N == 1 ? 4 : N == 2 ? 2 : 1;
+  constexpr int kMost = S::kTokens / N;
+  constexpr int kChains = kMost > 4 ? 4 : kMost;
   for (int64_t t = begin; t < end; ++t) {
     const GroupTile g = group_tile(a, t);
     typename S::V out[N];
@@ -149,14 +167,7 @@ void groups_tokens_n(const RowGroups& a, const T* values, const T* x, int64_t ld
     } else {
       tile_tokens<S, N, kChains, false>(g, values + g.value, x, ldx, out);
     }
-    for (int b = 0; b < N; ++b) {
-      T lane[kLanes];
-      S::store(lane, out[b]);
-      for (int i = 0; i < g.rows; ++i) {
-        y.data[g.row[i] * y.feature_stride + b * y.sample_stride] =
-            lane[i] + (bias ? bias[g.row[i]] : T(0));
-      }
-    }
+    scatter_rows<S, N>(out, g.row, g.rows, bias, y);
   }
 }
 
@@ -164,10 +175,16 @@ template <class S, class T = typename S::T>
 void groups_tokens(const RowGroups& a, const T* values, const T* x, int64_t ldx, int n,
                    const T* bias, Strided<T> y, int64_t begin, int64_t end) noexcept {
   const auto call = [&](auto body) { body(a, values, x, ldx, bias, y, begin, end); };
-  n == 1   ? call(groups_tokens_n<S, 1>)
-  : n == 2 ? call(groups_tokens_n<S, 2>)
+  if constexpr (S::kTokens >= 8) {
+    if (n == 8) return call(groups_tokens_n<S, 8>);
+    if (n == 7) return call(groups_tokens_n<S, 7>);
+  }
+  n == 6   ? call(groups_tokens_n<S, 6>)
+  : n == 5 ? call(groups_tokens_n<S, 5>)
+  : n == 4 ? call(groups_tokens_n<S, 4>)
   : n == 3 ? call(groups_tokens_n<S, 3>)
-           : call(groups_tokens_n<S, 4>);
+  : n == 2 ? call(groups_tokens_n<S, 2>)
+           : call(groups_tokens_n<S, 1>);
 }
 
 // CB columns of dX by NV vectors stay in registers while the tile's rows of dY pass by.

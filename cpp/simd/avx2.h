@@ -19,6 +19,7 @@ struct Avx2Simd {
   };
   static constexpr int kBlockVecs = 1;  // four rows by two registers, of sixteen
   static constexpr int kPieces = 1;     // four vectors are eight registers
+  static constexpr int kTokens = 6;
 
   // A window into this table is a mask of the first n lanes.
   static __m256i first8(int n) noexcept {
@@ -44,6 +45,11 @@ struct Avx2Simd {
   static void store(T* p, V v, int n) noexcept {
     _mm256_maskstore_ps(p, first8(n), v.lo);
     _mm256_maskstore_ps(p + 8, first8(n - 8), v.hi);
+  }
+  // In registers from here on: GCC may load a value again for each of its uses.
+  static V keep(V v) noexcept {
+    asm("" : "+x"(v.lo), "+x"(v.hi));
+    return v;
   }
   static V add(V a, V b) noexcept { return {_mm256_add_ps(a.lo, b.lo), _mm256_add_ps(a.hi, b.hi)}; }
   static V mul(V a, V b) noexcept { return {_mm256_mul_ps(a.lo, b.lo), _mm256_mul_ps(a.hi, b.hi)}; }

@@ -17,6 +17,7 @@ struct Avx512Simd {
   using V = __m512;
   static constexpr int kBlockVecs = 4;
   static constexpr int kPieces = 2;
+  static constexpr int kTokens = 8;
 
   static __mmask16 first(int n) noexcept { return static_cast<__mmask16>((1u << n) - 1u); }
 
@@ -26,6 +27,11 @@ struct Avx512Simd {
   static V load(const T* p, int n) noexcept { return _mm512_maskz_loadu_ps(first(n), p); }
   static void store(T* p, V v) noexcept { _mm512_storeu_ps(p, v); }
   static void store(T* p, V v, int n) noexcept { _mm512_mask_storeu_ps(p, first(n), v); }
+  // In a register from here on: GCC may load a value again for each of its uses.
+  static V keep(V v) noexcept {
+    asm("" : "+v"(v));
+    return v;
+  }
   static V add(V a, V b) noexcept { return _mm512_add_ps(a, b); }
   static V mul(V a, V b) noexcept { return _mm512_mul_ps(a, b); }
   static V fma(V a, V b, V c) noexcept { return _mm512_fmadd_ps(a, b, c); }

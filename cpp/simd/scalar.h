@@ -21,6 +21,8 @@ struct ScalarSimd {
   static constexpr int kBlockVecs = 1;
   // Rows whose four accumulator vectors fit it side by side.
   static constexpr int kPieces = 1;
+  // Vectors that fit it next to one of weights, and are enough to hide the latency of an FMA.
+  static constexpr int kTokens = 6;
 
   static V zero() noexcept { return set1(T(0)); }
   static V set1(T x) noexcept {
@@ -45,6 +47,7 @@ struct ScalarSimd {
   static void store(T* p, const V& v, int n) noexcept {
     for (int i = 0; i < n; ++i) p[i] = v.lane[i];
   }
+  static V keep(const V& v) noexcept { return v; }
   static V add(const V& a, const V& b) noexcept {
     V v;
     for (int i = 0; i < kLanes; ++i) v.lane[i] = a.lane[i] + b.lane[i];
