@@ -11,26 +11,22 @@ void spmm_panels(const Tiles<T>& tiles, const Plan& plan, const Args<T>& args,
   constexpr int64_t kTiles = 16;
   const RowGroups& a = plan.groups();
   const int64_t chunks = (a.tiles + kTiles - 1) / kTiles;
-  for_panels(args.in.cols, executor, [&](int64_t begin, int64_t end, const Executor& inner) {
-    // The kernel writes whole vectors of samples.
-    const bool direct = args.out.col_stride == 1 && (end - begin) % kRowTile == 0;
-    const PanelSet<T> x(a.cols, begin, end), y(direct ? 0 : a.rows, begin, end);
-    x.pack(tiles, args.in, inner);
-    for_each(inner, x.size() * chunks, [&](int64_t k) {
-      const int64_t i = k / chunks, first = k % chunks * kTiles;
-      tiles.groups_panel(
-          a, args.values, x.read(i), args.bias, direct ? args.out.data + x.sample(i) : y[i].data,
-          direct ? args.out.row_stride : y[i].width, first, std::min(a.tiles, first + kTiles));
-    });
-    if (!direct) y.unpack(tiles, args.out, inner);
-  });
-}
-
-// Narrows panels until every thread has one; the width does not change any sum.
-int panel_width(int64_t batch, int threads) {
-  int width = kPanel;
-  while (width > kRowTile && (batch + width - 1) / width < threads) width /= 2;
-  return width;
+  for_panels(args.in.cols, kRowTile, executor,
+             [&](int64_t begin, int64_t end, int width, const Executor& inner) {
+               // The kernel writes whole vectors of samples.
+               const bool direct = args.out.col_stride == 1 && (end - begin) % kRowTile == 0;
+               const PanelSet<T> x(a.cols, begin, end, width),
+                   y(direct ? 0 : a.rows, begin, end, width);
+               x.pack(tiles, args.in, inner);
+               for_each(inner, x.size() * chunks, [&](int64_t k) {
+                 const int64_t i = k / chunks, first = k % chunks * kTiles;
+                 tiles.groups_panel(a, args.values, x.read(i), args.bias,
+                                    direct ? args.out.data + x.sample(i) : y[i].data,
+                                    direct ? args.out.row_stride : y[i].width, first,
+                                    std::min(a.tiles, first + kTiles));
+               });
+               if (!direct) y.unpack(tiles, args.out, inner);
+             });
 }
 
 // A panel accumulates all tiles in order, so panels are the only parallel work.
@@ -39,7 +35,7 @@ void spmm_t_panels(const Tiles<T>& tiles, const Plan& plan, const Args<T>& args,
                    const Executor& executor) {
   const RowGroups& a = plan.groups();
   for_strips(args.in.cols, kStrip, [&](int64_t begin, int64_t end) {
-    const int width = panel_width(end - begin, executor.threads);
+    const int width = panel_width(end - begin, executor.threads, kRowTile);
     const PanelSet<T> dy(a.rows, begin, end, width), dx(a.cols, begin, end, width);
     for_each(executor, dx.size(), [&](int64_t i) {
       tiles.pack(samples_from(args.in, dy.sample(i)), dy[i], 0, a.rows);

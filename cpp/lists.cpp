@@ -69,21 +69,22 @@ void pack_piece_values(const TilePack& pack, const int64_t* permutation, const T
 template <class T>
 void spmm_panels(const Tiles<T>& tiles, const RowLists& a, const TilePack& pack, const T* packed,
                  const Args<T>& args, const Executor& executor) {
-  for_panels(args.in.cols, executor, [&](int64_t begin, int64_t end, const Executor& inner) {
-    const PanelSet<T> x(args.in.rows, begin, end);
-    x.pack(tiles, args.in, inner);
-    for_each(inner, x.size() * pack.chunks(), [&](int64_t k) {
-      const int64_t chunk = k % pack.chunks(), row = chunk * kRowChunk;
-      const int64_t rows = std::min(kRowChunk, a.rows - row);
-      const Panel<const T>& panel = x.read(k / pack.chunks());
-      const Workspace scratch(sizeof(T) * rows * panel.width);
-      T* y = scratch.template as<T>();
-      tiles.lists_panel(pack.view, packed, panel, args.bias, y, chunk);
-      Strided<T> to = samples_from(args.out, x.sample(k / pack.chunks()));
-      to.data += row * to.feature_stride;
-      tiles.unpack({y, rows, panel.width, panel.samples}, to, 0, rows);
-    });
-  });
+  for_panels(args.in.cols, kPanel / 2, executor,
+             [&](int64_t begin, int64_t end, int width, const Executor& inner) {
+               const PanelSet<T> x(args.in.rows, begin, end, width);
+               x.pack(tiles, args.in, inner);
+               for_each(inner, x.size() * pack.chunks(), [&](int64_t k) {
+                 const int64_t chunk = k % pack.chunks(), row = chunk * kRowChunk;
+                 const int64_t rows = std::min(kRowChunk, a.rows - row);
+                 const Panel<const T>& panel = x.read(k / pack.chunks());
+                 const Workspace scratch(sizeof(T) * rows * panel.width);
+                 T* y = scratch.template as<T>();
+                 tiles.lists_panel(pack.view, packed, panel, args.bias, y, chunk);
+                 Strided<T> to = samples_from(args.out, x.sample(k / pack.chunks()));
+                 to.data += row * to.feature_stride;
+                 tiles.unpack({y, rows, panel.width, panel.samples}, to, 0, rows);
+               });
+             });
 }
 
 template <class T>

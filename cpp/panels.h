@@ -113,16 +113,25 @@ void for_strips(int64_t batch, int64_t strip, const Body& body) {
   for (int64_t b = 0; b < batch; b += strip) body(b, std::min(batch, b + strip));
 }
 
-// body(begin, end, executor) over strips of a batch of Y = A X. With a panel for every thread each
+// Narrows panels until every thread has one; the width does not change any sum.
+inline int panel_width(int64_t batch, int threads, int least) {
+  int width = kPanel;
+  while (width > least && (batch + width - 1) / width < threads) width /= 2;
+  return width;
+}
+
+// body(begin, end, width, executor) over strips of a batch of Y = A X in panels of `width` samples,
+// no narrower than `least`, below which the kernel slows down. With a panel for every thread each
 // strip is one panel that one thread packs, multiplies and unpacks while it is in that core's
 // cache, and workspace is one panel of X and Y per thread. With fewer panels than threads the whole
 // batch is one strip, and the threads share the rows.
 template <class Body>
-void for_panels(int64_t batch, const Executor& executor, const Body& body) {
-  const int64_t panels = (batch + kPanel - 1) / kPanel;
-  if (panels < executor.threads) return body(int64_t{0}, batch, executor);
+void for_panels(int64_t batch, int least, const Executor& executor, const Body& body) {
+  int64_t width = panel_width(batch, executor.threads, least);
+  const int64_t panels = (batch + width - 1) / width;
+  if (panels < executor.threads) return body(int64_t{0}, batch, kPanel, executor);
   for_each(executor, panels, [&](int64_t i) {
-    body(i * kPanel, std::min(batch, (i + 1) * kPanel), serial_executor());
+    body(i * width, std::min(batch, (i + 1) * width), static_cast<int>(width), serial_executor());
   });
 }
 
