@@ -85,7 +85,7 @@ void groups_spmm(const Tiles<T>& tiles, const Plan& plan, const Args<T>& args,
   const RowGroups& a = plan.groups();
   const Executor executor = for_work(all, plan.nnz() * args.in.cols);
   if (args.in.cols >= kTokenLimit) return spmm_panels(tiles, plan, args, executor);
-  const Tokens<T> x(args.in);
+  const Samples<T> x(tiles, args.in);
   for_ranges(executor, a.tiles, range_step(executor, a.tiles), [&](int64_t begin, int64_t end) {
     for_tokens(args.in.cols, tiles.most_tokens, [&](int64_t b, int n) {
       tiles.groups_tokens(a, args.values, x[b], x.stride(), n, args.bias, samples_from(args.out, b),

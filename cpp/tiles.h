@@ -29,7 +29,8 @@ template <class T>
 struct Panel {
   T* data;
   int64_t features;
-  int width;    // 16, 32, 48 or 64; for the gradient of row groups up to kSampleStrip
+  int width;    // 16, 32, 48 or 64; for the gradient of row groups up to kSampleStrip; for small
+                // batches samples, with room for 16 elements behind the last feature
   int samples;  // 1 .. width
 };
 
@@ -108,7 +109,7 @@ struct Tiles {
   // y[r * ldy + b] for the rows of tiles [begin, end), b < x.width.
   void (*groups_panel)(const RowGroups&, const T* values, const Panel<const T>& x, const T* bias,
                        T* y, int64_t ldy, int64_t begin, int64_t end);
-  // As slices_tokens, n <= most_tokens; tiles [begin, end).
+  // Samples x[c * ldx + b], b < n (1..most_tokens); y with any strides; tiles [begin, end).
   int most_tokens;
   void (*groups_tokens)(const RowGroups&, const T* values, const T* x, int64_t ldx, int n,
                         const T* bias, Strided<T> y, int64_t begin, int64_t end);

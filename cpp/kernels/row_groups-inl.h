@@ -118,16 +118,16 @@ inline void tile_tokens(const GroupTile& g, const T* w, const T* x, int64_t ldx,
     SPFMT_UNROLL
     for (int c = 0; c < CH; ++c) {
       const auto wj = weights(j + c);
-      const T* xj = x + g.col[j + c];
+      const T* xj = x + g.col[j + c] * ldx;
       SPFMT_UNROLL
-      for (int b = 0; b < N; ++b) acc[c][b] = S::fma(wj, S::set1(xj[b * ldx]), acc[c][b]);
+      for (int b = 0; b < N; ++b) acc[c][b] = S::fma(wj, S::set1(xj[b]), acc[c][b]);
     }
   }
   for (; j < g.cols; ++j) {
     const auto wj = weights(j);
-    const T* xj = x + g.col[j];
+    const T* xj = x + g.col[j] * ldx;
     SPFMT_UNROLL
-    for (int b = 0; b < N; ++b) acc[0][b] = S::fma(wj, S::set1(xj[b * ldx]), acc[0][b]);
+    for (int b = 0; b < N; ++b) acc[0][b] = S::fma(wj, S::set1(xj[b]), acc[0][b]);
   }
   SPFMT_UNROLL
   for (int b = 0; b < N; ++b) {
