@@ -6,6 +6,7 @@ run time. Set ``SPFMT_SANITIZE=address,undefined`` for a sanitizer build of the 
 
 import os
 import platform
+import runpy
 import sys
 from pathlib import Path
 
@@ -17,15 +18,10 @@ from setuptools.command.build_ext import build_ext
 CORE = sorted(str(p) for p in Path("cpp").glob("*.cpp"))
 ORT = sorted(str(p) for p in Path("cpp/ort").glob("*.cpp"))
 HEADERS = sorted(str(p) for p in Path("cpp").rglob("*.h"))
-# Some GCC releases warn of undefined registers inside their own intrinsics headers (bug 105593).
-INTRINSICS = ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
-ISA_FLAGS = {
-    "scalar": [],
-    "avx2": ["-mavx2", "-mfma", *INTRINSICS],
-    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", *INTRINSICS],
-}
 SANITIZE = os.environ.get("SPFMT_SANITIZE", "")
-FLAGS = ["-std=c++17", "-O3", "-Wall", "-Wextra", "-fvisibility=hidden", "-ffp-contract=off"]
+CORE_FLAGS = runpy.run_path("cpp/flags.py")
+ISA_FLAGS: dict[str, list[str]] = CORE_FLAGS["ISA_FLAGS"]
+FLAGS: list[str] = [*CORE_FLAGS["FLAGS"]]
 LINK: list[str] = []
 if SANITIZE:
     FLAGS += ["-g", "-O1", "-fno-omit-frame-pointer", f"-fsanitize={SANITIZE}"]
