@@ -100,9 +100,11 @@ void groups_panel(const RowGroups& a, const T* values, const Panel<const T>& x, 
 }
 
 // Lanes = the tile's rows: a broadcast x and a contiguous run of weights per column, no gather.
-// CH chains per token hide the FMA latency when there are few tokens.
-template <class S, int N, int CH, bool kWhole, class T = typename S::T>
-inline void tile_tokens(const GroupTile& g, const T* w, const T* x, int64_t ldx,
+// CH chains per token hide the FMA latency when there are few tokens. In a short tile the upper
+// lanes see weights of the next column; they are not stored. `readable` columns have sixteen
+// weights that belong to the caller, the others, at the end of the values, are loaded lane by lane.
+template <class S, int N, int CH, class T = typename S::T>
+inline void tile_tokens(const GroupTile& g, int64_t readable, const T* w, const T* x, int64_t ldx,
                         typename S::V* out) noexcept {
   typename S::V acc[CH][N];
   SPFMT_UNROLL
@@ -110,21 +112,18 @@ inline void tile_tokens(const GroupTile& g, const T* w, const T* x, int64_t ldx,
     SPFMT_UNROLL
     for (int b = 0; b < N; ++b) acc[c][b] = S::zero();
   }
-  const auto weights = [&](int64_t j) {
-    return S::keep(kWhole ? S::load(w + j * kLanes) : S::load(w + j * g.rows, g.rows));
-  };
   int64_t j = 0;
-  for (; j + CH <= g.cols; j += CH) {
+  for (; j + CH <= readable; j += CH) {
     SPFMT_UNROLL
     for (int c = 0; c < CH; ++c) {
-      const auto wj = weights(j + c);
+      const auto wj = S::keep(S::load(w + (j + c) * g.rows));
       const T* xj = x + g.col[j + c] * ldx;
       SPFMT_UNROLL
       for (int b = 0; b < N; ++b) acc[c][b] = S::fma(wj, S::set1(xj[b]), acc[c][b]);
     }
   }
   for (; j < g.cols; ++j) {
-    const auto wj = weights(j);
+    const auto wj = S::keep(S::load(w + j * g.rows, g.rows));
     const T* xj = x + g.col[j] * ldx;
     SPFMT_UNROLL
     for (int b = 0; b < N; ++b) acc[0][b] = S::fma(wj, S::set1(xj[b]), acc[0][b]);
@@ -162,11 +161,9 @@ void groups_tokens_n(const RowGroups& a, const T* values, const T* x, int64_t ld
   for (int64_t t = begin; t < end; ++t) {
     const GroupTile g = group_tile(a, t);
     typename S::V out[N];
-    if (g.rows == kLanes) {
-      tile_tokens<S, N, kChains, true>(g, values + g.value, x, ldx, out);
-    } else {
-      tile_tokens<S, N, kChains, false>(g, values + g.value, x, ldx, out);
-    }
+    const int64_t left = (a.value_ptr[a.tiles] - g.value - kLanes + g.rows) / g.rows;
+    const int64_t readable = left < 0 ? 0 : left < g.cols ? left : g.cols;
+    tile_tokens<S, N, kChains>(g, readable, values + g.value, x, ldx, out);
     scatter_rows<S, N>(out, g.row, g.rows, bias, y);
   }
 }
