@@ -102,7 +102,7 @@ void groups_panel(const RowGroups& a, const T* values, const Panel<const T>& x, 
 // Lanes = the tile's rows: a broadcast x and a contiguous run of weights per column, no gather.
 // CH chains per token hide the FMA latency when there are few tokens. In a short tile the upper
 // lanes see weights of the next column; they are not stored. `readable` columns have sixteen
-// weights that belong to the caller, the others, at the end of the values, are loaded lane by lane.
+// weights that belong to the caller; the others, at the end of the values, are copied first.
 template <class S, int N, int CH, class T = typename S::T>
 inline void tile_tokens(const GroupTile& g, int64_t readable, const T* w, const T* x, int64_t ldx,
                         typename S::V* out) noexcept {
@@ -122,8 +122,8 @@ inline void tile_tokens(const GroupTile& g, int64_t readable, const T* w, const 
       for (int b = 0; b < N; ++b) acc[c][b] = S::fma(wj, S::set1(xj[b]), acc[c][b]);
     }
   }
-  for (; j < g.cols; ++j) {
-    const auto wj = S::keep(S::load(w + j * g.rows, g.rows));
+  for (; j < readable; ++j) {
+    const auto wj = S::keep(S::load(w + j * g.rows));
     const T* xj = x + g.col[j] * ldx;
     SPFMT_UNROLL
     for (int b = 0; b < N; ++b) acc[0][b] = S::fma(wj, S::set1(xj[b]), acc[0][b]);
@@ -133,6 +133,16 @@ inline void tile_tokens(const GroupTile& g, int64_t readable, const T* w, const 
     out[b] = acc[0][b];
     SPFMT_UNROLL
     for (int c = 1; c < CH; ++c) out[b] = S::add(out[b], acc[c][b]);
+  }
+}
+
+// The columns of the last tiles that have fewer weights behind them than a vector holds.
+template <class S, class T = typename S::T>
+__attribute__((noinline)) void last_columns(const GroupTile& g, int64_t j, const T* w, const T* x,
+                                            int64_t ldx, int n, typename S::V* out) noexcept {
+  for (; j < g.cols; ++j) {
+    const auto wj = S::load(w + j * g.rows, g.rows);
+    for (int b = 0; b < n; ++b) out[b] = S::fma(wj, S::set1(x[g.col[j] * ldx + b]), out[b]);
   }
 }
 
@@ -164,6 +174,7 @@ void groups_tokens_n(const RowGroups& a, const T* values, const T* x, int64_t ld
     const int64_t left = (a.value_ptr[a.tiles] - g.value - kLanes + g.rows) / g.rows;
     const int64_t readable = left < 0 ? 0 : left < g.cols ? left : g.cols;
     tile_tokens<S, N, kChains>(g, readable, values + g.value, x, ldx, out);
+    if (readable < g.cols) last_columns<S>(g, readable, values + g.value, x, ldx, N, out);
     scatter_rows<S, N>(out, g.row, g.rows, bias, y);
   }
 }
