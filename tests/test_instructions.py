@@ -54,7 +54,7 @@ class Kernel:
 KERNELS = {
     "all_finite": Kernel(lambda: 1),
     "tile_panel": Kernel(lambda rows, vectors: rows * vectors),
-    "tile_tokens": Kernel(lambda tokens, chains: tokens * chains),
+    "tile_tokens": Kernel(lambda tokens, chains, columns: tokens),
     "last_columns": Kernel(lambda: 1),
     "tile_t_panel": Kernel(lambda columns, vectors: 16 * columns * vectors),  # rows unrolled
     "groups_t_tokens_n": Kernel(lambda tokens: tokens),

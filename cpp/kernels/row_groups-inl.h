@@ -99,11 +99,12 @@ void groups_panel(const RowGroups& a, const T* values, const Panel<const T>& x, 
   }
 }
 
-// Lanes = the tile's rows: a broadcast x and a contiguous run of weights per column, no gather.
-// CH chains per token hide the FMA latency when there are few tokens. In a short tile the upper
-// lanes see weights of the next column; they are not stored. `readable` columns have sixteen
-// weights that belong to the caller; the others, at the end of the values, are copied first.
-template <class S, int N, int CH, class T = typename S::T>
+// Lanes = the tile's rows: broadcasts of x and a contiguous run of weights, no gather. P columns of
+// a tile of 16 / P rows share a vector of weights; with P = 1 the upper lanes of a short tile see
+// weights of the next column and are not stored. CH chains per token hide the FMA latency when
+// there are few tokens. `readable` columns, a multiple of P, have sixteen weights that belong to
+// the caller.
+template <class S, int N, int CH, int P, class T = typename S::T>
 inline void tile_tokens(const GroupTile& g, int64_t readable, const T* w, const T* x, int64_t ldx,
                         typename S::V* out) noexcept {
   typename S::V acc[CH][N];
@@ -112,27 +113,25 @@ inline void tile_tokens(const GroupTile& g, int64_t readable, const T* w, const 
     SPFMT_UNROLL
     for (int b = 0; b < N; ++b) acc[c][b] = S::zero();
   }
+  const auto step = [&](int64_t j, typename S::V* sum) {
+    const auto weights = S::keep(S::load(w + j * g.rows));
+    const T* xj[P];
+    SPFMT_UNROLL
+    for (int p = 0; p < P; ++p) xj[p] = x + g.col[j + p] * ldx;
+    SPFMT_UNROLL
+    for (int b = 0; b < N; ++b) sum[b] = S::fma(weights, S::template spread<P>(xj, b), sum[b]);
+  };
   int64_t j = 0;
-  for (; j + CH <= readable; j += CH) {
+  for (; j + CH * P <= readable; j += CH * P) {
     SPFMT_UNROLL
-    for (int c = 0; c < CH; ++c) {
-      const auto wj = S::keep(S::load(w + (j + c) * g.rows));
-      const T* xj = x + g.col[j + c] * ldx;
-      SPFMT_UNROLL
-      for (int b = 0; b < N; ++b) acc[c][b] = S::fma(wj, S::set1(xj[b]), acc[c][b]);
-    }
+    for (int c = 0; c < CH; ++c) step(j + c * P, acc[c]);
   }
-  for (; j < readable; ++j) {
-    const auto wj = S::keep(S::load(w + j * g.rows));
-    const T* xj = x + g.col[j] * ldx;
-    SPFMT_UNROLL
-    for (int b = 0; b < N; ++b) acc[0][b] = S::fma(wj, S::set1(xj[b]), acc[0][b]);
-  }
+  for (; j < readable; j += P) step(j, acc[0]);
   SPFMT_UNROLL
   for (int b = 0; b < N; ++b) {
-    out[b] = acc[0][b];
     SPFMT_UNROLL
-    for (int c = 1; c < CH; ++c) out[b] = S::add(out[b], acc[c][b]);
+    for (int c = 1; c < CH; ++c) acc[0][b] = S::add(acc[0][b], acc[c][b]);
+    out[b] = S::template fold<P>(acc[0][b]);
   }
 }
 
@@ -163,17 +162,25 @@ inline void scatter_rows(const typename S::V* out, const int32_t* row, int rows,
   }
 }
 
+constexpr int most_chains(int chains) { return chains < 1 ? 1 : chains > 4 ? 4 : chains; }
+
 template <class S, int N, class T = typename S::T>
 void groups_tokens_n(const RowGroups& a, const T* values, const T* x, int64_t ldx, const T* bias,
                      Strided<T> y, int64_t begin, int64_t end) noexcept {
-  constexpr int kMost = S::kTokens / N;
-  constexpr int kChains = kMost > 4 ? 4 : kMost;
+  constexpr int kChains = most_chains(S::kTokens / N);
   for (int64_t t = begin; t < end; ++t) {
     const GroupTile g = group_tile(a, t);
-    typename S::V out[N];
+    const int pack = g.rows == 8 ? 2 : g.rows == 4 && N <= 4 ? 4 : 1;  // as registers allow
     const int64_t left = (a.value_ptr[a.tiles] - g.value - kLanes + g.rows) / g.rows;
-    const int64_t readable = left < 0 ? 0 : left < g.cols ? left : g.cols;
-    tile_tokens<S, N, kChains>(g, readable, values + g.value, x, ldx, out);
+    const int64_t readable = (left < 0 ? 0 : left < g.cols ? left : g.cols) / pack * pack;
+    typename S::V out[N];
+    const auto call = [&](auto body) { body(g, readable, values + g.value, x, ldx, out); };
+    if (pack == 1) call(tile_tokens<S, N, kChains, 1>);
+    if (pack == 2) call(tile_tokens<S, N, kChains, 2>);
+    if constexpr (N <= 4) {
+      // Four broadcasts need two registers more.
+      if (pack == 4) call(tile_tokens<S, N, most_chains((S::kTokens - 2) / N), 4>);
+    }
     if (readable < g.cols) last_columns<S>(g, readable, values + g.value, x, ldx, N, out);
     scatter_rows<S, N>(out, g.row, g.rows, bias, y);
   }

@@ -74,6 +74,21 @@ struct Avx2Simd {
   }
   static V join(Quad a, Quad b, Quad c, Quad d) noexcept { return {fold128(a, b), fold128(c, d)}; }
 
+  static __m256 spread2(T a, T b) noexcept {
+    return _mm256_blend_ps(_mm256_set1_ps(a), _mm256_set1_ps(b), 0xf0);
+  }
+  template <int P>
+  static V spread(const T* const* x, int b) noexcept {
+    if constexpr (P == 1) return set1(x[0][b]);
+    if constexpr (P == 2) return {_mm256_set1_ps(x[0][b]), _mm256_set1_ps(x[1][b])};
+    if constexpr (P == 4) return {spread2(x[0][b], x[1][b]), spread2(x[2][b], x[3][b])};
+  }
+  template <int P>
+  static V fold(V v) noexcept {
+    if constexpr (P >= 2) v.lo = _mm256_add_ps(v.lo, v.hi);
+    if constexpr (P == 4) v.lo = _mm256_add_ps(v.lo, _mm256_permute2f128_ps(v.lo, v.lo, 0x01));
+    return v;
+  }
   static void transpose8(__m256* r) noexcept {
     __m256 t[8];
     for (int i = 0; i < 8; i += 2) {

@@ -52,6 +52,22 @@ struct Avx512Simd {
     return fold128(fold128(a, b), fold128(c, d));
   }
 
+  static __m256 halves(T a, T b) noexcept {
+    return _mm256_blend_ps(_mm256_set1_ps(a), _mm256_set1_ps(b), 0xf0);
+  }
+  template <int P>
+  static V spread(const T* const* x, int b) noexcept {
+    if constexpr (P == 1) return set1(x[0][b]);
+    const __m256 lo = P == 2 ? _mm256_set1_ps(x[0][b]) : halves(x[0][b], x[1][b]);
+    const __m256 hi = P == 2 ? _mm256_set1_ps(x[1][b]) : halves(x[P - 2][b], x[P - 1][b]);
+    return _mm512_insertf32x8(_mm512_castps256_ps512(lo), hi, 1);
+  }
+  template <int P>
+  static V fold(V v) noexcept {
+    if constexpr (P >= 2) v = add(v, _mm512_shuffle_f32x4(v, v, 0x4e));  // halves
+    if constexpr (P == 4) v = add(v, _mm512_shuffle_f32x4(v, v, 0xb1));  // quarters
+    return v;
+  }
   static void transpose(V* a) noexcept {
     V t[kLanes];
     for (int i = 0; i < 16; i += 2) {

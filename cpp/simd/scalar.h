@@ -86,6 +86,20 @@ struct ScalarSimd {
     }
     return v;
   }
+  // Lanes in P equal parts, part p filled with x[p][b].
+  template <int P>
+  static V spread(const T* const* x, int b) noexcept {
+    V v;
+    for (int i = 0; i < kLanes; ++i) v.lane[i] = x[i * P / kLanes][b];
+    return v;
+  }
+  // The sum of P equal parts of the lanes, in the first of them.
+  template <int P>
+  static V fold(const V& v) noexcept {
+    V sum = v;
+    for (int i = kLanes / P; i < kLanes; ++i) sum.lane[i % (kLanes / P)] += v.lane[i];
+    return sum;
+  }
   static void transpose(V* a) noexcept {
     for (int i = 0; i < kLanes; ++i) {
       for (int j = i + 1; j < kLanes; ++j) {
