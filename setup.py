@@ -75,13 +75,13 @@ class BuildExt(build_ext):
 extensions = [
     Extension(
         "spfmt._kernels",
-        ["bindings/kernels.cpp"],
+        ["bindings/calls.cpp", "bindings/kernels.cpp"],
         include_dirs=[get_include()],
         extra_compile_args=[*FLAGS, "-fopenmp"],
         # Plain -fopenmp links libgomp.so.1, the name torch ships its own copy under: whichever is
         # loaded first serves both, so there is one thread pool and torch.set_num_threads counts.
         extra_link_args=[*LINK, "-fopenmp"],
-        depends=HEADERS,
+        depends=[*HEADERS, "bindings/calls.h"],
     ),
     *cythonize(
         [

@@ -5,30 +5,37 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <atomic>
 #include <optional>
 #include <stdexcept>
 
-#include "../cpp/spfmt.h"
+#include "calls.h"
 
 namespace py = pybind11;
+using spfmt_python::forked_child;
+using spfmt_python::PyPlan;
 
 namespace {
-
-using PlanPtr = std::shared_ptr<const spfmt::Plan>;
-struct PyPlan {
-  PlanPtr plan;
-  int64_t rows, cols;
-};
-
-// libgomp's threads do not survive fork(): a parallel region in the child would wait for ever.
-std::atomic<bool> forked_child{false};
 
 void openmp_for_each(void* context, int64_t n, void (*body)(void*, int64_t), void* arg) {
   const int threads = *static_cast<int*>(context);
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
   for (int64_t i = 0; i < n; ++i) body(arg, i);
 }
+
+}  // namespace
+
+namespace spfmt_python {
+
+std::atomic<bool> forked_child{false};
+
+spfmt::Executor openmp_executor(int& threads) {
+  if (threads <= 1) return spfmt::serial_executor();
+  return {threads, &threads, openmp_for_each};
+}
+
+}  // namespace spfmt_python
+
+namespace {
 
 void require(bool ok, const char* message) {
   if (!ok) throw std::invalid_argument(message);
@@ -124,9 +131,9 @@ void run_typed(const spfmt::Kernel& kernel, const PyPlan& plan, const py::array&
     args.out = matrix<T>(*out, true, plan.rows + plan.cols - in_rows, batch);
   }
   if (bias.has_value()) args.bias = vector<T>(*bias, plan.rows);
-  const spfmt::Executor executor{threads, &threads, openmp_for_each};
+  const spfmt::Executor executor = spfmt_python::openmp_executor(threads);
   const py::gil_scoped_release release;
-  spfmt::run(kernel, *plan.plan, args, threads > 1 ? executor : spfmt::serial_executor());
+  spfmt::run(kernel, *plan.plan, args, executor);
 }
 
 void run(size_t index, const PyPlan& plan, const py::array& values, int64_t version,
@@ -174,6 +181,7 @@ PYBIND11_MODULE(_kernels, m) {
   m.def("run", &run, py::arg("kernel"), py::arg("plan"), py::arg("values"), py::arg("version"),
         py::arg("a"), py::arg("b").none(true), py::arg("out").none(true),
         py::arg("bias").none(true), py::arg("threads"));
+  spfmt_python::define_calls(m);
   m.def("kernel_table", &kernel_table, "Rows (op, format, dtype, isa, supported).");
   m.def("active_isa", [] { return spfmt::isa_name(spfmt::active_isa()); });
   m.def("openmp_threads", &omp_get_max_threads);

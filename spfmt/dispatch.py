@@ -7,6 +7,7 @@ without a kernel raises :class:`~spfmt.errors.KernelNotFound`, which lists what 
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 import threading
 from dataclasses import dataclass
@@ -155,6 +156,19 @@ def _cached_select(op: str, format: str, dtype: str, backend: str) -> Kernel:
     return kernel
 
 
+@functools.cache
+def _indices(format: str) -> list[int]:
+    """Return what ``backend="auto"`` takes, as table indices by (op, dtype, level); -1 for none."""
+    indices = []
+    for op, dtype in itertools.product(OPS, ("float32", "float64")):
+        rows = {k.isa: k.index for k in kernels(op, format, dtype) if k.available}
+        best = -1
+        for isa in LEVELS:
+            best = rows.get(isa, best)
+            indices.append(best)
+    return indices
+
+
 def show_config() -> str:
     """Return a readable summary: versions, CPU level, threads, and the kernel table."""
     from . import __version__
@@ -201,6 +215,7 @@ class Plan:
         self.nnz = int(layout.nnz)
         self._lock = threading.Lock()
         self._compiled: Any = None
+        self._calls: Any = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Plan, (self.format, self.layout)
@@ -225,6 +240,10 @@ class Plan:
         version: int | None = None,
     ) -> Array:
         """Compute Y = A X (+ bias); see :func:`spfmt.spmm`."""
+        if out is None and backend == "auto":
+            y = self._quick(0, values, x, bias, batch_first, version)
+            if y is not None:
+                return y
         if bias is not None:
             bias = self._bias(bias, values.dtype)
         return self._multiply("spmm", values, x, bias, batch_first, out, backend, version)
@@ -240,6 +259,10 @@ class Plan:
         version: int | None = None,
     ) -> Array:
         """Compute dX = Aᵀ dY; see :func:`spfmt.spmm_t`."""
+        if out is None and backend == "auto":
+            dx = self._quick(1, values, dy, None, batch_first, version)
+            if dx is not None:
+                return dx
         return self._multiply("spmm_t", values, dy, None, batch_first, out, backend, version)
 
     def sddmm(
@@ -270,6 +293,89 @@ class Plan:
             self._run("sddmm", backend, out[: self.nnz], None, dy2, x2, None, None)
         out[self.nnz :] = 0
         return out
+
+    def multiply_at(
+        self,
+        op: str,
+        dtype: str,
+        values: int,
+        version: int | None,
+        x: int,
+        strides: tuple[int, ...],
+        batch: int,
+        out: int,
+        bias: int = 0,
+    ) -> None:
+        """Compute Y = A X (+ bias) or dX = Aᵀ dY from addresses, which the caller has checked.
+
+        Parameters
+        ----------
+        op : {"spmm", "spmm_t"}
+        dtype : {"float32", "float64"}
+            Of all operands.
+        values, x, out, bias : int
+            Addresses; 0 for no bias. `out` is (batch, features), contiguous.
+        version : int or None
+            As for :meth:`spmm`.
+        strides : (int, int)
+            Elements from one sample, and from one feature of `x` to the next.
+        batch : int
+            Number of samples.
+        """
+        if logger.isEnabledFor(logging.DEBUG):
+            self._log(_cached_select(op, self.format, dtype, "auto"), batch)
+        multiply = (self._calls or self._bind())[1]
+        f64, number = dtype == "float64", 0 if op == "spmm" else 1
+        if not multiply(
+            number, f64, values, version, x, strides, batch, out, bias, threads._override
+        ):
+            raise self._refusal(op, dtype)
+
+    def sample_at(
+        self,
+        dtype: str,
+        out: int,
+        capacity: int,
+        dy: int,
+        dy_strides: tuple[int, ...],
+        x: int,
+        x_strides: tuple[int, ...],
+        batch: int,
+    ) -> None:
+        """Compute the values' gradient from addresses, zero behind nnz; as `multiply_at`."""
+        if logger.isEnabledFor(logging.DEBUG):
+            self._log(_cached_select("sddmm", self.format, dtype, "auto"), batch)
+        sample = (self._calls or self._bind())[2]
+        f64 = dtype == "float64"
+        if not sample(f64, out, capacity, dy, dy_strides, x, x_strides, batch, threads._override):
+            raise self._refusal("sddmm", dtype)
+
+    def _refusal(self, op: str, dtype: str) -> Exception:
+        """Return why no kernel runs: `select` raises it where SPFMT_ISA is the reason."""
+        select(op, self.format, dtype)
+        return KernelNotFound(f"no kernel for {op} of {self.format} in {dtype}")
+
+    def _quick(
+        self,
+        op: int,
+        values: Array,
+        x: Array,
+        bias: Array | None,
+        batch_first: bool,
+        version: int | None,
+    ) -> Array | None:
+        """Multiply plain arrays in one compiled call; None where the long way must decide."""
+        if logger.isEnabledFor(logging.DEBUG):
+            return None
+        multiply = (self._calls or self._bind())[0]
+        y: Array | None = multiply(
+            op, values, version, x, bias, bool(batch_first), threads._override
+        )
+        return y
+
+    def _bind(self) -> Any:
+        self._calls = _kernels.bind(self._compiled or self._compile(), _indices(self.format))
+        return self._calls
 
     def _multiply(
         self,
@@ -310,10 +416,7 @@ class Plan:
     ) -> None:
         kernel = _cached_select(op, self.format, _dtype_name(values.dtype), backend)
         if logger.isEnabledFor(logging.DEBUG):
-            logger.debug(
-                "%s %s %s: kernel %s, %d x %d, nnz %d, batch %d",
-                op, self.format, kernel.dtype, kernel.isa, *self.shape, self.nnz, a.shape[1],
-            )  # fmt: skip
+            self._log(kernel, a.shape[1])
         _kernels.run(
             kernel.index,
             self._compiled or self._compile(),
@@ -325,6 +428,12 @@ class Plan:
             bias,
             threads.get_num_threads(),
         )
+
+    def _log(self, kernel: Kernel, batch: int) -> None:
+        logger.debug(
+            "%s %s %s: kernel %s, %d x %d, nnz %d, batch %d",
+            kernel.op, self.format, kernel.dtype, kernel.isa, *self.shape, self.nnz, batch,
+        )  # fmt: skip
 
     def _compile(self) -> Any:
         with self._lock:

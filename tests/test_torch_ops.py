@@ -336,13 +336,13 @@ def test_packed_values_are_reused_while_nothing_changes(monkeypatch):
     layer = SparseLinear(40, 30, density=0.3)
     seen = []
     compiled = _identity.compiled_structure(layer.structure)
-    run = compiled.plan.spmm
+    multiply_at = compiled.plan.multiply_at
 
-    def spy(*args, version, **kwargs):
+    def spy(op, dtype, values, version, *args):
         seen.append(version)
-        return run(*args, version=version, **kwargs)
+        return multiply_at(op, dtype, values, version, *args)
 
-    monkeypatch.setattr(compiled.plan, "spmm", spy)
+    monkeypatch.setattr(compiled.plan, "multiply_at", spy)
     with torch.no_grad():
         for _ in range(3):
             layer(torch.zeros(1, 40))

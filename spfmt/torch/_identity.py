@@ -9,7 +9,7 @@ expensive to place, so both are reused for as long as the tensors they came from
 2. the version counter, which every in-place operation advances: ``optimizer.step()``,
    ``load_state_dict``, ``add_`` under ``no_grad`` and under ``inference_mode``;
 3. a fingerprint, because writes through ``.data``, through ``.numpy()`` or by another process do
-   not advance the counter: about 256 evenly spread elements of the values, and of the structure
+   not advance the counter: a 64-bit hash of about 256 evenly spread elements of the values, and of the structure
    its header, in which structure words carry a checksum of their content.
 
 The fingerprint of the values sees every write of the whole array (an EMA swap, ``.data.copy_``,
@@ -28,31 +28,30 @@ import torch
 from numpy.typing import NDArray
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from spfmt._kernels import fingerprint
 from spfmt.dispatch import Plan
 from spfmt.formats import Structure, decode_structure, new_version
 
 __all__ = ["CompiledStructure", "compiled_structure", "invalidate"]
 
-_SAMPLES = 256
 _HEADER = 4  # magic, version, length and checksum of structure words
 _Key = tuple[Any, ...]
 
 
-def _key(tensor: torch.Tensor, fingerprint: bytes) -> _Key | None:
-    """Return what identifies the content of a tensor; None for an inference tensor."""
+def _key(tensor: torch.Tensor, count: int) -> _Key | None:
+    """Return what identifies the content of a 1-D tensor; None for an inference tensor.
+
+    The fingerprint is that of the first `count` elements.
+    """
     if tensor.is_inference():
         return None
-    storage = tensor.untyped_storage()._cdata
-    return storage, tensor.data_ptr(), tensor.shape[0], tensor.dtype, tensor._version, fingerprint
+    storage, address, dtype = tensor.untyped_storage()._cdata, tensor.data_ptr(), tensor.dtype
+    sampled = fingerprint(address, count, 8 if dtype is torch.float64 else 4)
+    return storage, address, tensor.numel(), dtype, tensor._version, sampled
 
 
 def _weak(tensor: torch.Tensor) -> StorageWeakRef:
     return StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
-
-
-def _samples(array: NDArray[Any]) -> bytes:
-    """Return evenly spread elements of a 1-D array, its last one included, as bytes."""
-    return array[:: -max(1, array.size // _SAMPLES)].tobytes()
 
 
 class CompiledStructure:
@@ -85,7 +84,7 @@ class CompiledStructure:
         self._words = words.copy()
         self._seen: tuple[_Key | None, StorageWeakRef | None, int] = (None, None, 0)
 
-    def is_current(self, key: _Key | None, words: NDArray[np.int32]) -> bool:
+    def is_current(self, key: _Key | None, structure: torch.Tensor) -> bool:
         """Tell whether the structure buffer still holds what was compiled.
 
         A write of the same content (DDP broadcasts buffers before every forward pass) changes the
@@ -93,7 +92,7 @@ class CompiledStructure:
         """
         if key is not None and self._key == key:
             return True
-        if not np.array_equal(self._words, words):
+        if not np.array_equal(self._words, structure.numpy()):
             return False
         self._key = key
         return True
@@ -102,17 +101,15 @@ class CompiledStructure:
         """Tell whether the structure buffer no longer exists."""
         return bool(self._ref.expired())  # type: ignore[no-untyped-call]
 
-    def version(self, values: torch.Tensor, array: NDArray[Any]) -> int | None:
+    def version(self, values: torch.Tensor) -> int | None:
         """Return a number that stands for the content of `values`; None: do not reuse anything.
 
         Parameters
         ----------
         values : Tensor
-            The values, as the operator got them.
-        array : ndarray
-            The numpy view of `values`.
+            The values, float32 or float64 and contiguous, as the operator got them.
         """
-        key = _key(values, _samples(array))
+        key = _key(values, values.numel())
         if key is None:
             return None
         seen, _, version = self._seen
@@ -124,7 +121,11 @@ class CompiledStructure:
         return version
 
 
-_compiled: dict[tuple[int, int], CompiledStructure] = {}
+def _place(tensor: torch.Tensor) -> _Key:
+    return tensor.untyped_storage()._cdata, tensor.data_ptr()
+
+
+_compiled: dict[_Key, CompiledStructure] = {}
 
 
 def compiled_structure(structure: torch.Tensor) -> CompiledStructure:
@@ -139,16 +140,15 @@ def compiled_structure(structure: torch.Tensor) -> CompiledStructure:
     FormatError
         Where the words are corrupt.
     """
-    words = structure.numpy()
-    key = _key(structure, words[:_HEADER].tobytes())
-    place = (structure.untyped_storage()._cdata, structure.data_ptr())
+    key = _key(structure, min(_HEADER, structure.numel()))
+    place = key[:2] if key is not None else _place(structure)
     known = _compiled.get(place)
-    if known is not None and known.is_current(key, words):
+    if known is not None and known.is_current(key, structure):
         return known
     for other, entry in list(_compiled.items()):
         if entry.is_dead():
             _compiled.pop(other, None)
-    fresh = _compiled[place] = CompiledStructure(structure, words, key)
+    fresh = _compiled[place] = CompiledStructure(structure, structure.numpy(), key)
     return fresh
 
 
@@ -158,4 +158,4 @@ def invalidate(structure: torch.Tensor) -> None:
     Needed only after a write to a few elements through ``.data`` or ``.numpy()``.
     """
     if structure.device.type == "cpu":
-        _compiled.pop((structure.untyped_storage()._cdata, structure.data_ptr()), None)
+        _compiled.pop(_place(structure), None)

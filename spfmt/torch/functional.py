@@ -26,11 +26,11 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from spfmt.errors import KernelNotFound, format_error
+from spfmt.torch._eager import is_eager, records
 from spfmt.torch._identity import CompiledStructure, compiled_structure
 
 __all__ = ["sddmm", "spmm", "spmm_t"]
@@ -130,9 +130,25 @@ def _check_capacity(values: Tensor, compiled: CompiledStructure) -> None:
         )
 
 
-def _array(tensor: Tensor) -> NDArray[Any]:
-    """Return a tensor's memory as a numpy array."""
-    return (tensor.detach() if tensor.requires_grad else tensor).numpy()
+def _dtype_name(x: Tensor) -> str:
+    return "float64" if x.dtype is torch.float64 else "float32"
+
+
+def _multiply(
+    op: str, compiled: CompiledStructure, values: Tensor, x: Tensor, out: Tensor, bias: int = 0
+) -> None:
+    _check_capacity(values, compiled)
+    compiled.plan.multiply_at(
+        op,
+        _dtype_name(x),
+        values.data_ptr(),
+        compiled.version(values),
+        x.data_ptr(),
+        x.stride(),
+        x.shape[0],
+        out.data_ptr(),
+        bias,
+    )
 
 
 def _spmm_cpu(
@@ -145,16 +161,9 @@ def _spmm_cpu(
 ) -> Tensor:
     y = _spmm_fake(values, structure, x, bias, shape, format)
     compiled = _compiled(structure, shape, format)
-    _check_capacity(values, compiled)
-    v = _array(values)
-    compiled.plan.spmm(
-        v,
-        _array(x),
-        bias=None if bias is None else _array(bias),
-        batch_first=True,
-        out=y.numpy(),
-        version=compiled.version(values, v),
-    )
+    if bias is not None:
+        bias = bias.contiguous()  # alive until the product is done
+    _multiply("spmm", compiled, values, x, y, 0 if bias is None else bias.data_ptr())
     return y
 
 
@@ -162,16 +171,7 @@ def _spmm_t_cpu(
     values: Tensor, structure: Tensor, dy: Tensor, shape: Sequence[int], format: str
 ) -> Tensor:
     dx = _spmm_t_fake(values, structure, dy, shape, format)
-    compiled = _compiled(structure, shape, format)
-    _check_capacity(values, compiled)
-    v = _array(values)
-    compiled.plan.spmm_t(
-        v,
-        _array(dy),
-        batch_first=True,
-        out=dx.numpy(),
-        version=compiled.version(values, v),
-    )
+    _multiply("spmm_t", _compiled(structure, shape, format), values, dy, dx)
     return dx
 
 
@@ -181,7 +181,16 @@ def _sddmm_cpu(
     grad = _sddmm_fake(structure, dy, x, shape, format, capacity)
     compiled = _compiled(structure, shape, format)
     _check_capacity(grad, compiled)
-    compiled.plan.sddmm(_array(dy), _array(x), batch_first=True, out=grad.numpy())
+    compiled.plan.sample_at(
+        _dtype_name(x),
+        grad.data_ptr(),
+        capacity,
+        dy.data_ptr(),
+        dy.stride(),
+        x.data_ptr(),
+        x.stride(),
+        x.shape[0],
+    )
     return grad
 
 
@@ -334,6 +343,93 @@ def _sddmm_backward(ctx: Any, dvalues: Tensor) -> tuple[Tensor | None, ...]:
     )
 
 
+# ---------------------------------------------------------------------------------- eager
+
+
+class _RecordedSpmm(torch.autograd.Function):
+    """The product with its gradients, recorded without the dispatcher."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        y = _spmm_cpu(*inputs)
+        _spmm_context(ctx, inputs, y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        return _spmm_backward(ctx, dy)
+
+
+class _RecordedSpmmT(torch.autograd.Function):
+    """As `_RecordedSpmm`, for the transposed weight."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        dx = _spmm_t_cpu(*inputs)
+        _spmm_t_context(ctx, inputs, dx)
+        return dx
+
+    @staticmethod
+    def backward(ctx: Any, ddx: Tensor) -> Any:
+        return _spmm_t_backward(ctx, ddx)
+
+
+class _RecordedSddmm(torch.autograd.Function):
+    """As `_RecordedSpmm`, for the product at the structure."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        dvalues = _sddmm_cpu(*inputs)
+        _sddmm_context(ctx, inputs, dvalues)
+        return dvalues
+
+    @staticmethod
+    def backward(ctx: Any, ddvalues: Tensor) -> Any:
+        return _sddmm_backward(ctx, ddvalues)
+
+
+def _apply(function: type[torch.autograd.Function], *inputs: Any) -> Tensor:
+    return cast(Tensor, function.apply(*inputs))  # type: ignore[no-untyped-call]
+
+
+def _spmm(
+    values: Tensor,
+    structure: Tensor,
+    x: Tensor,
+    bias: Tensor | None,
+    shape: Sequence[int],
+    format: str,
+) -> Tensor:
+    if is_eager(values, structure, x, bias):
+        if records(values, x, bias):
+            return _apply(_RecordedSpmm, values, structure, x, bias, shape, format)
+        return _spmm_cpu(values, structure, x, bias, shape, format)
+    _check_devices("spmm", values, structure, x, values if bias is None else bias)
+    return _call(_spmm_op, values, structure, x, bias, shape, format)
+
+
+def _spmm_t(
+    values: Tensor, structure: Tensor, dy: Tensor, shape: Sequence[int], format: str
+) -> Tensor:
+    if is_eager(values, structure, dy):
+        if records(values, dy):
+            return _apply(_RecordedSpmmT, values, structure, dy, shape, format)
+        return _spmm_t_cpu(values, structure, dy, shape, format)
+    _check_devices("spmm_t", values, structure, dy)
+    return _call(_spmm_t_op, values, structure, dy, shape, format)
+
+
+def _sddmm(
+    structure: Tensor, dy: Tensor, x: Tensor, shape: Sequence[int], format: str, capacity: int
+) -> Tensor:
+    if is_eager(structure, dy, x):
+        if records(dy, x):
+            return _apply(_RecordedSddmm, structure, dy, x, shape, format, capacity)
+        return _sddmm_cpu(structure, dy, x, shape, format, capacity)
+    _check_devices("sddmm", structure, dy, x)
+    return _call(_sddmm_op, structure, dy, x, shape, format, capacity)
+
+
 # ----------------------------------------------------------------------------- registration
 
 
@@ -352,21 +448,21 @@ def _register(schema: str, cpu: Any, fake: Any, backward: Any, context: Any) -> 
     return getattr(torch.ops.spfmt, name).default
 
 
-_spmm = _register(
+_spmm_op = _register(
     "spmm(Tensor values, Tensor structure, Tensor x, Tensor? bias, int[] shape, str format)",
     _spmm_cpu,
     _spmm_fake,
     _spmm_backward,
     _spmm_context,
 )
-_spmm_t = _register(
+_spmm_t_op = _register(
     "spmm_t(Tensor values, Tensor structure, Tensor dy, int[] shape, str format)",
     _spmm_t_cpu,
     _spmm_t_fake,
     _spmm_t_backward,
     _spmm_t_context,
 )
-_sddmm = _register(
+_sddmm_op = _register(
     "sddmm(Tensor structure, Tensor dy, Tensor x, int[] shape, str format, SymInt capacity)",
     _sddmm_cpu,
     _sddmm_fake,
@@ -455,8 +551,7 @@ def spmm(
     KernelNotFound
         Where no kernel exists for the dtype or the device.
     """
-    _check_devices("spmm", values, structure, x, values if bias is None else bias)
-    return _call(_spmm, values, structure, x, bias, shape, format)
+    return _spmm(values, structure, x, bias, shape, format)
 
 
 def spmm_t(
@@ -480,8 +575,7 @@ def spmm_t(
     FormatError, KernelNotFound
         As for :func:`spmm`.
     """
-    _check_devices("spmm_t", values, structure, dy)
-    return _call(_spmm_t, values, structure, dy, shape, format)
+    return _spmm_t(values, structure, dy, shape, format)
 
 
 def sddmm(
@@ -515,5 +609,4 @@ def sddmm(
     FormatError, KernelNotFound
         As for :func:`spmm`.
     """
-    _check_devices("sddmm", structure, dy, x)
-    return _call(_sddmm, structure, dy, x, shape, format, capacity)
+    return _sddmm(structure, dy, x, shape, format, capacity)

@@ -501,16 +501,23 @@ class SparseLinear(nn.Module):
         -------
         Tensor, shape (..., out_features)
         """
-        if x.dim() == 0 or x.shape[-1] != self.in_features:
+        dims, shape = x.dim(), (self.out_features, self.in_features)
+        if dims == 0 or x.shape[-1] != shape[1]:
             raise format_error(
                 f"an input of shape {tuple(x.shape)}",
                 f"(..., {self.in_features})",
                 f"the last dimension must be in_features={self.in_features}",
             )
-        flat = x if x.dim() == 2 else x.flatten(0, -2) if x.dim() > 2 else x.unsqueeze(0)
-        size = (self.out_features, self.in_features)
-        y = spmm(self.values, self.structure, flat, self.bias, shape=size, format=self.format)
-        return y if x.dim() == 2 else y.reshape((*x.shape[:-1], self.out_features))
+        flat = x if dims == 2 else x.flatten(0, -2) if dims > 2 else x.unsqueeze(0)
+        # nn.Module finds a parameter only after an attribute was missed, ten times slower.
+        held = self._parameters
+        values = held["values"] if "values" in held else self.values
+        bias = held["bias"] if "bias" in held else self.bias
+        assert values is not None
+        structure = self._buffers.get("structure")
+        structure = self.structure if structure is None else structure
+        y = spmm(values, structure, flat, bias, shape=shape, format=self.format)
+        return y if dims == 2 else y.reshape((*x.shape[:-1], shape[0]))
 
     def extra_repr(self) -> str:
         """Describe the layer as it is printed inside a model."""

@@ -1,0 +1,342 @@
+// Products for callers in a hurry: no argument conversion, one call from operands to result. A
+// small product takes less time than pybind11 needs for nine arguments.
+//
+// bind(plan, kernels) returns functions that carry their plan as `self`. They take the plain case
+// alone and return None (multiply) or False for every other, which then goes the long way, where
+// errors are explained.
+#include "calls.h"
+
+#include <omp.h>
+#include <pybind11/numpy.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <array>
+#include <cstring>
+#include <new>
+#include <stdexcept>
+#include <vector>
+
+namespace py = pybind11;
+
+namespace spfmt_python {
+namespace {
+
+constexpr int kOps = 3, kDTypes = 2, kLevels = 3;
+constexpr const char* kCapsule = "spfmt.calls";
+
+struct Calls {
+  PyPlan plan;
+  std::array<const spfmt::Kernel*, kOps * kDTypes * kLevels> kernels;
+
+  // Null where SPFMT_ISA, which may change while the process runs, asks for what does not exist.
+  const spfmt::Kernel* kernel(spfmt::Op op, bool f64) const {
+    try {
+      const int level = static_cast<int>(spfmt::active_isa());
+      return kernels[(static_cast<int>(op) * kDTypes + f64) * kLevels + level];
+    } catch (const std::invalid_argument&) {
+      return nullptr;
+    }
+  }
+};
+
+// (features, samples) at some address, strides in elements.
+struct Operand {
+  void* data;
+  int64_t features, samples, feature_stride, sample_stride;
+
+  template <class T>
+  spfmt::Matrix<T> matrix() const {
+    return {static_cast<T*>(data), features, samples, feature_stride, sample_stride};
+  }
+};
+
+struct Product {
+  spfmt::Op op;
+  bool f64;
+  void* values;
+  int64_t version;
+  Operand in, in2, out;
+  const void* bias;
+  int threads;
+};
+
+class Unlocked {  // the interpreter runs other threads meanwhile
+ public:
+  Unlocked() : state_(PyEval_SaveThread()) {}
+  ~Unlocked() { PyEval_RestoreThread(state_); }
+  Unlocked(const Unlocked&) = delete;
+  Unlocked& operator=(const Unlocked&) = delete;
+
+ private:
+  PyThreadState* state_;
+};
+
+template <class T>
+void run_typed(const Calls& calls, const spfmt::Kernel& kernel, const Product& p) {
+  spfmt::Args<T> args{};
+  args.values = static_cast<T*>(p.values);
+  args.values_version = p.version;
+  args.in = p.in.matrix<const T>();
+  args.in2 = p.in2.matrix<const T>();
+  args.out = p.out.matrix<T>();
+  args.bias = static_cast<const T*>(p.bias);
+  int threads = forked_child ? 1 : p.threads;
+  const spfmt::Executor executor = openmp_executor(threads);
+  const Unlocked others;
+  spfmt::run(kernel, *calls.plan.plan, args, executor);
+}
+
+void run(const Calls& calls, const spfmt::Kernel& kernel, const Product& p) {
+  p.f64 ? run_typed<double>(calls, kernel, p) : run_typed<float>(calls, kernel, p);
+}
+
+// body() with C++ exceptions turned into Python's, as pybind11 would.
+template <class Body>
+PyObject* translated(const Body& body) {
+  try {
+    return body();
+  } catch (py::error_already_set& error) {
+    error.restore();
+  } catch (const std::bad_alloc&) {
+    PyErr_NoMemory();
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_ValueError, error.what());
+  }
+  return nullptr;
+}
+
+void require_count(Py_ssize_t got, Py_ssize_t want) {
+  if (got != want) throw py::type_error("wrong number of arguments");
+}
+
+int64_t integer(PyObject* o) {
+  const int64_t value = PyLong_AsLongLong(o);
+  if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
+  return value;
+}
+
+void* address(PyObject* o) {
+  void* value = PyLong_AsVoidPtr(o);
+  if (value == nullptr && PyErr_Occurred()) throw py::error_already_set();
+  return value;
+}
+
+spfmt::Op operation(PyObject* o) {
+  const int64_t op = integer(o);
+  if (op < 0 || op >= kOps) throw py::index_error("no such operation");
+  return static_cast<spfmt::Op>(op);
+}
+
+int64_t version_of(PyObject* o) { return o == Py_None ? spfmt::kNoVersion : integer(o); }
+
+// None stands for OpenMP's own setting.
+int threads_of(PyObject* o) {
+  return o == Py_None ? omp_get_max_threads() : static_cast<int>(integer(o));
+}
+
+const Calls& calls_of(PyObject* self) {
+  return *static_cast<const Calls*>(PyCapsule_GetPointer(self, kCapsule));
+}
+
+// An ndarray proper, whose elements are aligned and a whole number of them apart.
+bool plain(PyObject* o, const py::dtype& dtype) {
+  static PyObject* const ndarray =
+      py::object(py::module_::import("numpy").attr("ndarray")).release().ptr();
+  if (reinterpret_cast<PyObject*>(Py_TYPE(o)) != ndarray) return false;
+  const auto* a = py::detail::array_proxy(o);
+  if (a->descr != dtype.ptr()) return false;  // numpy keeps one object per native dtype
+  if (!(a->flags & py::detail::npy_api::NPY_ARRAY_ALIGNED_)) return false;
+  for (int i = 0; i < a->nd; ++i) {
+    if (a->strides[i] % dtype.itemsize() != 0) return false;
+  }
+  return true;
+}
+
+bool contiguous(PyObject* o) {
+  return py::detail::array_proxy(o)->flags & py::detail::npy_api::NPY_ARRAY_C_CONTIGUOUS_;
+}
+
+int64_t size_of(PyObject* o) {
+  const auto* a = py::detail::array_proxy(o);
+  int64_t size = 1;
+  for (int i = 0; i < a->nd; ++i) size *= a->dimensions[i];
+  return size;
+}
+
+Operand operand(PyObject* o, bool batch_first, int64_t itemsize) {
+  const auto* a = py::detail::array_proxy(o);
+  if (a->nd == 1) return {a->data, a->dimensions[0], 1, a->strides[0] / itemsize, 0};
+  const int f = batch_first ? 1 : 0, s = 1 - f;
+  return {a->data, a->dimensions[f], a->dimensions[s], a->strides[f] / itemsize,
+          a->strides[s] / itemsize};
+}
+
+py::array allocate(const Operand& in, int64_t features, int nd, bool batch_first,
+                   const py::dtype& dtype) {
+  if (nd == 1) return py::array(dtype, std::array<py::ssize_t, 1>{features});
+  if (batch_first) return py::array(dtype, std::array<py::ssize_t, 2>{in.samples, features});
+  return py::array(dtype, std::array<py::ssize_t, 2>{features, in.samples});
+}
+
+// multiply(op, values, version, x, bias, batch_first, threads) -> array, or None
+PyObject* multiply_plain(const Calls& calls, PyObject* const* arg) {
+  static const py::dtype& f32 = *new py::dtype(py::dtype::of<float>());
+  static const py::dtype& f64 = *new py::dtype(py::dtype::of<double>());
+  PyObject *values = arg[1], *x = arg[3], *bias = arg[4];
+  const bool is_f64 = plain(x, f64), batch_first = arg[5] == Py_True;
+  const py::dtype& dtype = is_f64 ? f64 : f32;
+  if (!plain(x, dtype) || !plain(values, dtype) || !contiguous(values)) Py_RETURN_NONE;
+  const spfmt::Op op = operation(arg[0]);
+  const PyPlan& plan = calls.plan;
+  const int nd = py::detail::array_proxy(x)->nd;
+  const spfmt::Kernel* kernel = calls.kernel(op, is_f64);
+  if ((nd != 1 && nd != 2) || kernel == nullptr || op == spfmt::Op::sddmm) Py_RETURN_NONE;
+  const Operand in = operand(x, batch_first, dtype.itemsize());
+  const int64_t n_in = op == spfmt::Op::spmm ? plan.cols : plan.rows;
+  if (in.features != n_in || size_of(values) < spfmt::plan_nnz(*plan.plan)) Py_RETURN_NONE;
+  if (bias != Py_None) {
+    if (!plain(bias, dtype) || !contiguous(bias)) Py_RETURN_NONE;
+    const auto* b = py::detail::array_proxy(bias);
+    if (b->nd != 1 || b->dimensions[0] != plan.rows) Py_RETURN_NONE;
+  }
+  py::array y = allocate(in, plan.rows + plan.cols - n_in, nd, batch_first, dtype);
+  run(calls, *kernel,
+      {op, is_f64, py::detail::array_proxy(values)->data, version_of(arg[2]), in, Operand{},
+       operand(y.ptr(), batch_first, dtype.itemsize()),
+       bias == Py_None ? nullptr : py::detail::array_proxy(bias)->data, threads_of(arg[6])});
+  return y.release().ptr();
+}
+
+PyObject* multiply(PyObject* self, PyObject* const* arg, Py_ssize_t count) {
+  return translated([&] {
+    require_count(count, 7);
+    return multiply_plain(calls_of(self), arg);
+  });
+}
+
+// (batch, features) at an address, with the strides (sample, feature) of a tensor.
+Operand samples_at(PyObject* data, PyObject* strides, int64_t features, int64_t batch) {
+  if (!PyTuple_Check(strides) || PyTuple_GET_SIZE(strides) != 2) {
+    throw py::type_error("expected two strides");
+  }
+  return {address(data), features, batch, integer(PyTuple_GET_ITEM(strides, 1)),
+          integer(PyTuple_GET_ITEM(strides, 0))};
+}
+
+// multiply_at(op, f64, values, version, x, strides, batch, out, bias, threads) -> whether it ran
+// Addresses are those of memory that the caller has checked; out is (batch, features), contiguous.
+PyObject* multiply_at(PyObject* self, PyObject* const* arg, Py_ssize_t count) {
+  return translated([&]() -> PyObject* {
+    require_count(count, 10);
+    const Calls& calls = calls_of(self);
+    const spfmt::Op op = operation(arg[0]);
+    const bool f64 = arg[1] == Py_True;
+    const spfmt::Kernel* kernel = calls.kernel(op, f64);
+    if (kernel == nullptr) Py_RETURN_FALSE;
+    const PyPlan& plan = calls.plan;
+    const int64_t n_in = op == spfmt::Op::spmm ? plan.cols : plan.rows;
+    const int64_t n_out = plan.rows + plan.cols - n_in, batch = integer(arg[6]);
+    run(calls, *kernel,
+        {op, f64, address(arg[2]), version_of(arg[3]), samples_at(arg[4], arg[5], n_in, batch),
+         Operand{}, Operand{address(arg[7]), n_out, batch, 1, n_out}, address(arg[8]),
+         threads_of(arg[9])});
+    Py_RETURN_TRUE;
+  });
+}
+
+// sample_at(f64, out, capacity, dy, strides, x, strides, batch, threads) -> whether it ran
+// Elements of out behind nnz become zero.
+PyObject* sample_at(PyObject* self, PyObject* const* arg, Py_ssize_t count) {
+  return translated([&]() -> PyObject* {
+    require_count(count, 9);
+    const Calls& calls = calls_of(self);
+    const bool f64 = arg[0] == Py_True;
+    const spfmt::Kernel* kernel = calls.kernel(spfmt::Op::sddmm, f64);
+    if (kernel == nullptr) Py_RETURN_FALSE;
+    const PyPlan& plan = calls.plan;
+    const int64_t size = f64 ? 8 : 4, nnz = spfmt::plan_nnz(*plan.plan), batch = integer(arg[7]);
+    char* out = static_cast<char*>(address(arg[1]));
+    const int64_t spare = integer(arg[2]) - nnz;
+    run(calls, *kernel,
+        {spfmt::Op::sddmm, f64, out, spfmt::kNoVersion,
+         samples_at(arg[3], arg[4], plan.rows, batch), samples_at(arg[5], arg[6], plan.cols, batch),
+         Operand{}, nullptr, threads_of(arg[8])});
+    if (spare > 0) std::memset(out + nnz * size, 0, spare * size);
+    Py_RETURN_TRUE;
+  });
+}
+
+PyMethodDef kBound[] = {
+    {"multiply", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(multiply)),
+     METH_FASTCALL, nullptr},
+    {"multiply_at", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(multiply_at)),
+     METH_FASTCALL, nullptr},
+    {"sample_at", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(sample_at)),
+     METH_FASTCALL, nullptr},
+};
+
+// kernels: an index into the table per (op, dtype, level), -1 for none.
+py::tuple bind(const PyPlan& plan, const std::vector<int64_t>& kernels) {
+  auto calls = std::make_unique<Calls>(Calls{plan, {}});
+  if (kernels.size() != calls->kernels.size()) throw std::invalid_argument("wrong kernel count");
+  for (size_t i = 0; i < kernels.size(); ++i) {
+    calls->kernels[i] = kernels[i] < 0 ? nullptr : &spfmt::kernel_table().at(kernels[i]);
+  }
+  const py::capsule self(calls.release(), kCapsule, [](PyObject* o) {
+    delete static_cast<Calls*>(PyCapsule_GetPointer(o, kCapsule));
+  });
+  py::tuple bound(3);
+  for (int i = 0; i < 3; ++i) {
+    PyObject* function = PyCFunction_NewEx(&kBound[i], self.ptr(), nullptr);
+    if (function == nullptr) throw py::error_already_set();
+    bound[i] = py::reinterpret_steal<py::object>(function);
+  }
+  return bound;
+}
+
+// Four chains, so that multiplications overlap. Each step is a bijection of its chain: one changed
+// element always changes the result, several do but for one time in 2^64.
+template <class Word>
+uint64_t hash_elements(const char* data, int64_t count, int64_t step) {
+  constexpr uint64_t kOdd = 0x9E3779B97F4A7C15;
+  uint64_t chain[4] = {1, 2, 3, 4};
+  int lane = 0;
+  for (int64_t i = count - 1; i >= 0; i -= step, lane = (lane + 1) & 3) {
+    Word word;
+    std::memcpy(&word, data + i * static_cast<int64_t>(sizeof(Word)), sizeof(Word));
+    chain[lane] = (chain[lane] ^ word) * kOdd;
+    chain[lane] ^= chain[lane] >> 32;
+  }
+  uint64_t all = 0;
+  for (const uint64_t c : chain) all = (all ^ c) * kOdd;
+  return all;
+}
+
+// fingerprint(address, count, itemsize) -> int: about 256 evenly spread elements, the last included
+PyObject* fingerprint(PyObject*, PyObject* const* arg, Py_ssize_t n) {
+  return translated([&] {
+    require_count(n, 3);
+    const char* data = static_cast<const char*>(address(arg[0]));
+    const int64_t count = integer(arg[1]), size = integer(arg[2]);
+    const int64_t step = std::max<int64_t>(1, count / 256);
+    if (size != 4 && size != 8) throw std::invalid_argument("elements of 4 or 8 bytes only");
+    return PyLong_FromUnsignedLongLong(size == 4 ? hash_elements<uint32_t>(data, count, step)
+                                                 : hash_elements<uint64_t>(data, count, step));
+  });
+}
+
+PyMethodDef kModule[] = {
+    {"fingerprint", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(fingerprint)),
+     METH_FASTCALL, nullptr},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+}  // namespace
+
+void define_calls(py::module_& m) {
+  m.def("bind", &bind, py::arg("plan"), py::arg("kernels"));
+  if (PyModule_AddFunctions(m.ptr(), kModule) != 0) throw py::error_already_set();
+}
+
+}  // namespace spfmt_python

@@ -1,0 +1,54 @@
+"""When a product may run at once, past torch's dispatcher, which costs ten times a small product.
+
+The dispatcher serves everything that looks into, changes or records a call: compilation, export,
+tracing, modes, subclasses, functorch, autocast, forward mode, profilers. Where none of them is
+there and all operands are ordinary strided CPU tensors, calling the product is all it would do.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+__all__ = ["is_eager", "records"]
+
+_PLAIN = (Tensor, nn.Parameter)
+_functorch_active = torch._C._are_functorch_transforms_active
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_function_modes = torch._C._len_torch_function_stack
+_tracing_state = torch._C._get_tracing_state
+_profiled = torch.autograd._profiler_enabled
+_excluded = torch._C._dispatch_tls_is_dispatch_key_excluded
+_AUTOGRAD = torch._C.DispatchKey.AutogradCPU
+
+
+def is_eager(*operands: Tensor | None) -> bool:
+    """Tell whether nothing but autograd stands between a call with `operands` and its kernel."""
+    if (
+        torch.compiler.is_compiling()
+        or _dispatch_modes()
+        or _function_modes()
+        or _functorch_active()
+        or _tracing_state() is not None
+        or _profiled()
+        or forward_ad._current_level >= 0
+        or torch.is_autocast_enabled("cpu")
+    ):
+        return False
+    for t in operands:
+        if t is None:
+            continue
+        # Exact types: a subclass may redefine operators. A lazily negated view has other memory.
+        plain = type(t) in _PLAIN and t.is_cpu and t.layout is torch.strided and not t.is_neg()
+        if not plain or (t.data_ptr() == 0 and t.numel()):  # the latter: torch's zero tensors
+            return False
+    return True
+
+
+def records(*operands: Tensor | None) -> bool:
+    """Tell whether autograd would record a product of `operands`."""
+    if not torch.is_grad_enabled():
+        return False
+    wanted = any(t is not None and t.requires_grad for t in operands)
+    return wanted and not _excluded(_AUTOGRAD)  # excluded inside the kernel of another operator
