@@ -9,8 +9,8 @@ expensive to place, so both are reused for as long as the tensors they came from
 2. the version counter, which every in-place operation advances: ``optimizer.step()``,
    ``load_state_dict``, ``add_`` under ``no_grad`` and under ``inference_mode``;
 3. a fingerprint, because writes through ``.data``, through ``.numpy()`` or by another process do
-   not advance the counter: a 64-bit hash of about 256 evenly spread elements of the values, and of the structure
-   its header, in which structure words carry a checksum of their content.
+   not advance the counter: a 64-bit hash of about 256 evenly spread elements of the values, and of
+   the structure's header, in which structure words carry a checksum of their content.
 
 The fingerprint of the values sees every write of the whole array (an EMA swap, ``.data.copy_``,
 ``.data.mul_``). A write through ``.data`` to a *few* elements can slip between the samples; write

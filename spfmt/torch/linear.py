@@ -509,15 +509,16 @@ class SparseLinear(nn.Module):
                 f"the last dimension must be in_features={self.in_features}",
             )
         flat = x if dims == 2 else x.flatten(0, -2) if dims > 2 else x.unsqueeze(0)
-        # nn.Module finds a parameter only after an attribute was missed, ten times slower.
-        held = self._parameters
-        values = held["values"] if "values" in held else self.values
-        bias = held["bias"] if "bias" in held else self.bias
-        assert values is not None
-        structure = self._buffers.get("structure")
-        structure = self.structure if structure is None else structure
+        values, structure = self._held("values"), self._held("structure")
+        bias = None if self._parameters.get("bias", self) is None else self._held("bias")
         y = spmm(values, structure, flat, bias, shape=shape, format=self.format)
         return y if dims == 2 else y.reshape((*x.shape[:-1], shape[0]))
+
+    def _held(self, name: str) -> Tensor:
+        """Return a tensor of this module; nn.Module finds it only after an attribute was missed."""
+        held: Tensor | None = self._parameters.get(name)
+        held = self._buffers.get(name) if held is None else held
+        return cast(Tensor, getattr(self, name)) if held is None else held
 
     def extra_repr(self) -> str:
         """Describe the layer as it is printed inside a model."""

@@ -1,0 +1,123 @@
+"""What a call costs above its kernel: ``python -m benchmarks.overhead``.
+
+Every contender does one product (or one forward and backward pass) with one thread. Contenders are
+timed in turn, a few calls at a time, and the least time counts: interruptions only ever add. The
+kernel's own time is that of the compiled call on addresses, the shortest way into it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+import spfmt
+from spfmt.torch import SparseLinear
+
+Contender = Callable[[], object]
+SHAPES = ((128, 128), (256, 128), (3072, 768))  # (R, C)
+FORMATS = {
+    "condensed": (spfmt.Condensed, {}),
+    "nm": (spfmt.NM, {"m": 32}),
+    "csr": (spfmt.CSR, {}),
+    "shuffled_block": (spfmt.ShuffledBlock, {"block_shape": (16, 16)}),
+    "hrbp": (spfmt.HRBP, {}),
+}
+
+
+def least_times(
+    contenders: dict[str, Contender], calls: int = 20, rounds: int = 100
+) -> dict[str, float]:
+    """Return the least time per call of each contender, in µs."""
+    least = dict.fromkeys(contenders, float("inf"))
+    for _ in range(rounds):
+        for name, run in contenders.items():
+            start = time.perf_counter_ns()
+            for _ in range(calls):
+                run()
+            least[name] = min(least[name], (time.perf_counter_ns() - start) / calls / 1000)
+    return least
+
+
+def kernel_call(a: spfmt.SparseTensor, x: np.ndarray) -> Contender:
+    """Return the compiled product alone, on memory that exists already."""
+    rows, cols = a.matrix_shape
+    out = np.empty((1, rows), x.dtype)
+    values, version = a.values, a.version
+    spfmt.spmm(a, x, batch_first=True)  # compiles the plan
+    multiply_at = a.plan._calls[1]
+    where = (values.ctypes.data, version, x.ctypes.data, (cols, 1), 1, out.ctypes.data, 0, 1)
+
+    def call() -> object:
+        return multiply_at(0, False, *where), values, x, out
+
+    return call
+
+
+def without_grad(layer: torch.nn.Module, x: torch.Tensor) -> Contender:
+    """Return a forward pass that records nothing."""
+
+    def call() -> object:
+        with torch.no_grad():
+            return layer(x)
+
+    return call
+
+
+def forward_and_backward(layer: torch.nn.Module, x: torch.Tensor) -> Contender:
+    """Return both passes, with gradients of input and parameters."""
+    x = x.clone().requires_grad_()
+    wanted = [x, *layer.parameters()]
+    gradient = torch.ones_like(layer(x))
+    return lambda: torch.autograd.grad(layer(x), wanted, gradient)
+
+
+def contenders(
+    a: spfmt.SparseTensor, dense: torch.nn.Linear, compiled: bool
+) -> dict[str, Contender]:
+    """Return what is timed for one weight, by name."""
+    x = np.random.default_rng(0).random((1, a.matrix_shape[1]), dtype=np.float32)
+    layer = SparseLinear.from_tensor(a, bias=dense.bias)
+    tensor = torch.from_numpy(x)
+    found = {
+        "kernel": kernel_call(a, x),
+        "numpy": lambda: spfmt.spmm(a, x, batch_first=True),
+        "torch": without_grad(layer, tensor),
+        "dense": without_grad(dense, tensor),
+        "torch grad": lambda: layer(tensor),
+        "dense grad": lambda: dense(tensor),
+        "fwd+bwd": forward_and_backward(layer, tensor),
+        "dense f+b": forward_and_backward(dense, tensor),
+    }
+    if compiled:
+        found["compiled"] = without_grad(torch.compile(layer, fullgraph=True), tensor)
+        found["dense comp."] = without_grad(torch.compile(dense, fullgraph=True), tensor)
+    for run in found.values():
+        run()
+    return found
+
+
+def main() -> None:
+    """Print the table, in µs per call at batch 1."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--compiled", action="store_true", help="torch.compile too (slow to start)")
+    compiled = parser.parse_args().compiled
+    torch.set_num_threads(1)
+    spfmt.set_num_threads(1)
+    heading = ""
+    for rows, cols in SHAPES:
+        scores = np.random.default_rng(0).random((rows, cols), dtype=np.float32)
+        for name, (cls, params) in FORMATS.items():
+            a = cls.from_scores(scores, 0.1, values=scores, **params)
+            times = least_times(contenders(a, torch.nn.Linear(cols, rows), compiled))
+            if not heading:
+                heading = f"{'µs per call':28}" + "".join(f"{key:>12}" for key in times)
+                print(heading)
+            print(f"{name:16}{rows:>5}x{cols:<6}" + "".join(f"{t:12.2f}" for t in times.values()))
+
+
+if __name__ == "__main__":
+    main()

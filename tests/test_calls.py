@@ -1,0 +1,141 @@
+"""The quick way into the kernels agrees with the long way, and leaves to it what is not plain."""
+
+from __future__ import annotations
+
+import gc
+
+import numpy as np
+import pytest
+
+import spfmt
+from spfmt import FormatError, KernelNotFound, dispatch
+
+R, C = 12, 20
+
+
+def weight(dtype: str = "float32") -> spfmt.CSR:
+    rng = np.random.default_rng(0)
+    dense = rng.standard_normal((R, C)) * (rng.random((R, C)) < 0.3)
+    return spfmt.CSR.from_dense(dense.astype(dtype))
+
+
+def misaligned(a: np.ndarray) -> np.ndarray:
+    raw = np.empty(a.nbytes + 1, "u1")[1:].view(a.dtype).reshape(a.shape)
+    raw[...] = a
+    return raw
+
+
+class Sub(np.ndarray):
+    pass
+
+
+def test_quick_multiplication_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch.Plan, "_multiply", None)  # the long way would call it
+    for dtype in ("float32", "float64"):
+        a, bias = weight(dtype), np.ones(R, dtype)
+        x = np.random.default_rng(1).standard_normal((3, C)).astype(dtype)
+        want = x @ a.to_dense().T + bias
+        for operand in (x, np.asfortranarray(x), np.repeat(x, 2, axis=1)[:, ::2], x[::-1][::-1]):
+            y = spfmt.spmm(a, operand, bias=bias, batch_first=True)
+            np.testing.assert_allclose(y, want, rtol=1e-4, atol=1e-5)
+            assert (y.dtype, y.shape, type(y)) == (x.dtype, (3, R), np.ndarray)
+            assert y.flags.c_contiguous
+        np.testing.assert_allclose(spfmt.spmm(a, x[0], bias=bias), want[0], rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(
+            spfmt.spmm_t(a, want.T.copy()), (want @ a.to_dense()).T, rtol=1e-4, atol=1e-4
+        )
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("kind", [misaligned, lambda x: x.view(Sub), lambda x: x.tolist()])
+def test_what_is_not_plain_computes_all_the_same(kind, backend: str) -> None:
+    a = weight("float64")
+    x = np.random.default_rng(1).standard_normal((C, 5))
+    want = a.to_dense() @ x
+    got = spfmt.spmm(a, kind(x), bias=np.zeros(R), backend=backend)
+    np.testing.assert_allclose(got, want, rtol=1e-12, atol=1e-12)
+    assert type(got) is np.ndarray
+
+
+@pytest.mark.parametrize("shape", [(0, C), (1, C), (7, C)])
+def test_batches_of_any_size_and_read_only(shape: tuple[int, int]) -> None:
+    a, x = weight(), np.ones(shape, "float32")
+    x.flags.writeable = False
+    want = spfmt.spmm(a, x, batch_first=True, backend="reference")
+    np.testing.assert_allclose(spfmt.spmm(a, x, batch_first=True), want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "int32", "float64", ">f4", "complex64"])
+def test_other_dtypes_are_refused_by_name(dtype: str) -> None:
+    with pytest.raises(FormatError, match="X of dtype"):
+        spfmt.spmm(weight(), np.ones((C, 2), dtype))
+
+
+def test_byte_order_of_another_machine_has_no_kernel() -> None:
+    a = weight()
+    with pytest.raises(KernelNotFound, match=">f4"):
+        a.plan.spmm(a.values.astype(">f4"), np.ones((C, 2), ">f4"))
+
+
+def test_indices_are_what_select_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    for level, isa in enumerate(dispatch.LEVELS):
+        if isa not in dispatch._available_levels():
+            continue
+        monkeypatch.setenv("SPFMT_ISA", isa)
+        for format in {k.format for k in dispatch.kernels()}:
+            found = np.reshape(dispatch._indices(format), (3, 2, 3))
+            for i, op in enumerate(dispatch.OPS):
+                for j, dtype in enumerate(("float32", "float64")):
+                    assert found[i, j, level] == dispatch.select(op, format, dtype).index
+
+
+def test_a_level_that_does_not_exist_is_an_error_at_every_call(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    a, x = weight(), np.ones(C, "float32")
+    spfmt.spmm(a, x)
+    out, strides = np.ones(R, "float32"), (C, 1)
+    monkeypatch.setenv("SPFMT_ISA", "sse9")
+    with pytest.raises(FormatError, match="sse9"):
+        spfmt.spmm(a, x)
+    at = (x.ctypes.data, strides, 1, out.ctypes.data)
+    with pytest.raises(FormatError, match="sse9"):
+        a.plan.multiply_at("spmm", "float32", a.values.ctypes.data, None, *at)
+    assert (out == 1).all()
+
+
+def test_bound_functions_check_their_arguments_and_keep_their_plan() -> None:
+    a = weight()
+    multiply, multiply_at, sample_at = dispatch._kernels.bind(
+        a.plan._compile(), dispatch._indices("csr")
+    )
+    values, x, dense = a.values, np.ones(C, "float32"), a.to_dense()
+    for function in (multiply, multiply_at, sample_at, dispatch._kernels.fingerprint):
+        with pytest.raises(TypeError):
+            function()
+    with pytest.raises(IndexError):
+        multiply(9, values, None, x, None, False, None)
+    with pytest.raises(ValueError, match="kernel count"):
+        dispatch._kernels.bind(a.plan._compile(), [0])
+    del a
+    gc.collect()
+    np.testing.assert_allclose(
+        multiply(0, values, None, x, None, False, 1), dense.sum(1), rtol=1e-5, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("size", [1, 5, 255, 1000, 100_003])
+def test_fingerprint_sees_the_ends_and_every_whole_write(dtype: str, size: int) -> None:
+    a = np.random.default_rng(0).random(size).astype(dtype)
+
+    def fingerprint() -> int:
+        return dispatch._kernels.fingerprint(a.ctypes.data, a.size, a.itemsize)
+
+    before = fingerprint()
+    assert fingerprint() == before
+    a[-1] += 1
+    assert fingerprint() != before
+    a[-1] -= 1
+    a *= 2
+    assert fingerprint() != before
