@@ -19,13 +19,24 @@ void pack_rows(Strided<const T> from, const Panel<T>& to, int64_t begin, int64_t
   }
 }
 
+// Elements before the first cache line that starts inside every sample, 0 if they have none in
+// common. numpy's memory starts anywhere, and a vector that straddles two lines costs two accesses.
+template <class T>
+int64_t lead(const T* p, int64_t sample_stride) noexcept {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  const auto address = static_cast<int64_t>(reinterpret_cast<uintptr_t>(p) / sizeof(T));
+  return sample_stride % kLine == 0 ? (kLine - address % kLine) % kLine : 0;
+}
+
 // Features are contiguous: transpose 16 x 16 tiles in registers.
 template <class S, class T = typename S::T>
 void pack_transpose(Strided<const T> from, const Panel<T>& to, int64_t begin,
                     int64_t end) noexcept {
+  const int64_t first = lead(from.data + begin, from.sample_stride);
   for (int b = 0; b < to.width; b += kLanes) {
-    for (int64_t f = begin; f < end; f += kLanes) {
-      const int nf = end - f < kLanes ? static_cast<int>(end - f) : kLanes;
+    for (int64_t f = begin; f < end;) {
+      const int64_t most = f == begin && first > 0 ? first : kLanes;
+      const int nf = static_cast<int>(end - f < most ? end - f : most);
       typename S::V tile[kLanes];
       for (int i = 0; i < kLanes; ++i) {
         const T* src = from.data + (b + i) * from.sample_stride + f;
@@ -33,6 +44,7 @@ void pack_transpose(Strided<const T> from, const Panel<T>& to, int64_t begin,
       }
       S::transpose(tile);
       for (int i = 0; i < nf; ++i) S::store(to.data + (f + i) * to.width + b, tile[i]);
+      f += nf;
     }
   }
 }
@@ -73,10 +85,12 @@ void unpack_transpose(const Panel<const T>& from, Strided<T> to, int64_t begin,
                       int64_t end) noexcept {
   constexpr int kRun = 128;
   alignas(64) T run[kLanes][kRun];
+  const int64_t first = lead(to.data + begin, to.sample_stride);
   for (int b = 0; b < from.samples; b += kLanes) {
     const int samples = from.samples - b < kLanes ? from.samples - b : kLanes;
-    for (int64_t f = begin; f < end; f += kRun) {
-      const int features = end - f < kRun ? static_cast<int>(end - f) : kRun;
+    for (int64_t f = begin; f < end;) {
+      const int64_t most = f == begin && first > 0 ? first : kRun;
+      const int features = static_cast<int>(end - f < most ? end - f : most);
       for (int g = 0; g < features; g += kLanes) {
         typename S::V tile[kLanes];
         for (int i = 0; i < kLanes; ++i) {
@@ -92,6 +106,7 @@ void unpack_transpose(const Panel<const T>& from, Strided<T> to, int64_t begin,
         for (; g + kLanes <= features; g += kLanes) S::store(dst + g, S::load(&run[i][g]));
         if (g < features) S::store(dst + g, S::load(&run[i][g]), features - g);
       }
+      f += features;
     }
   }
 }
