@@ -115,7 +115,7 @@ template <class T>
 void run_typed(const spfmt::Kernel& kernel, const PyPlan& plan, const py::array& values,
                int64_t version, const py::array& a, const std::optional<py::array>& b,
                const std::optional<py::array>& out, const std::optional<py::array>& bias,
-               int threads) {
+               spfmt::Activation activation, int threads) {
   require(a.ndim() == 2, "operand is not two-dimensional");
   const int64_t batch = a.shape(1);
   const int64_t in_rows = kernel.op == spfmt::Op::spmm ? plan.cols : plan.rows;
@@ -131,6 +131,7 @@ void run_typed(const spfmt::Kernel& kernel, const PyPlan& plan, const py::array&
     args.out = matrix<T>(*out, true, plan.rows + plan.cols - in_rows, batch);
   }
   if (bias.has_value()) args.bias = vector<T>(*bias, plan.rows);
+  args.activation = activation;
   const spfmt::Executor executor = spfmt_python::openmp_executor(threads);
   const py::gil_scoped_release release;
   spfmt::run(kernel, *plan.plan, args, executor);
@@ -138,14 +139,19 @@ void run_typed(const spfmt::Kernel& kernel, const PyPlan& plan, const py::array&
 
 void run(size_t index, const PyPlan& plan, const py::array& values, int64_t version,
          const py::array& a, const std::optional<py::array>& b, const std::optional<py::array>& out,
-         const std::optional<py::array>& bias, int threads) {
+         const std::optional<py::array>& bias, int threads, int activation) {
   const spfmt::Kernel& kernel = spfmt::kernel_table().at(index);
   require(spfmt::isa_supported(kernel.isa), "this CPU lacks the kernel's instructions");
+  constexpr int kLast = static_cast<int>(spfmt::Activation::silu);
+  require(
+      activation == 0 || (kernel.op == spfmt::Op::spmm && activation > 0 && activation <= kLast),
+      "only spmm has activations, and this is none of them");
+  const auto kind = static_cast<spfmt::Activation>(activation);
   if (forked_child) threads = 1;
   if (kernel.dtype == spfmt::DType::f32) {
-    run_typed<float>(kernel, plan, values, version, a, b, out, bias, threads);
+    run_typed<float>(kernel, plan, values, version, a, b, out, bias, kind, threads);
   } else {
-    run_typed<double>(kernel, plan, values, version, a, b, out, bias, threads);
+    run_typed<double>(kernel, plan, values, version, a, b, out, bias, kind, threads);
   }
 }
 
@@ -180,7 +186,7 @@ PYBIND11_MODULE(_kernels, m) {
         py::arg("col_indices").noconvert(), py::arg("value_ptr").noconvert());
   m.def("run", &run, py::arg("kernel"), py::arg("plan"), py::arg("values"), py::arg("version"),
         py::arg("a"), py::arg("b").none(true), py::arg("out").none(true),
-        py::arg("bias").none(true), py::arg("threads"));
+        py::arg("bias").none(true), py::arg("threads"), py::arg("activation") = 0);
   spfmt_python::define_calls(m);
   m.def("kernel_table", &kernel_table, "Rows (op, format, dtype, isa, supported).");
   m.def("active_isa", [] { return spfmt::isa_name(spfmt::active_isa()); });

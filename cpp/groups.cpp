@@ -20,10 +20,12 @@ void spmm_panels(const Tiles<T>& tiles, const Plan& plan, const Args<T>& args,
                x.pack(tiles, args.in, inner);
                for_each(inner, x.size() * chunks, [&](int64_t k) {
                  const int64_t i = k / chunks, first = k % chunks * kTiles;
-                 tiles.groups_panel(a, args.values, x.read(i), args.bias,
-                                    direct ? args.out.data + x.sample(i) : y[i].data,
-                                    direct ? args.out.row_stride : y[i].width, first,
-                                    std::min(a.tiles, first + kTiles));
+                 const int64_t last = std::min(a.tiles, first + kTiles), row = a.row_ptr[first];
+                 T* to = direct ? args.out.data + x.sample(i) : y[i].data;
+                 const int64_t ldy = direct ? args.out.row_stride : y[i].width;
+                 tiles.groups_panel(a, args.values, x.read(i), args.bias, to, ldy, first, last);
+                 tiles.activate(args.activation, to, ldy, x.read(i).width, a.row_perm + row,
+                                a.row_ptr[last] - row);
                });
                if (!direct) y.unpack(tiles, args.out, inner);
              });
@@ -88,8 +90,8 @@ void groups_spmm(const Tiles<T>& tiles, const Plan& plan, const Args<T>& args,
   const Samples<T> x(tiles, args.in);
   for_ranges(executor, a.tiles, range_step(executor, a.tiles), [&](int64_t begin, int64_t end) {
     for_tokens(args.in.cols, tiles.most_tokens, [&](int64_t b, int n) {
-      tiles.groups_tokens(a, args.values, x[b], x.stride(), n, args.bias, samples_from(args.out, b),
-                          begin, end);
+      tiles.groups_tokens(a, args.values, x[b], x.stride(), n, args.bias, args.activation,
+                          samples_from(args.out, b), begin, end);
     });
   });
 }

@@ -38,7 +38,8 @@ void spmm_tokens(const Tiles<T>& tiles, const Plan& plan, const Args<T>& args,
              [&](int64_t begin, int64_t end) {
                for_tokens(args.in.cols, 4, [&](int64_t b, int n) {
                  tiles.slices_tokens(pack.view, packed->template as<T>(), x[b], x.stride(), n,
-                                     finite, args.bias, samples_from(args.out, b), begin, end);
+                                     finite, args.bias, args.activation, samples_from(args.out, b),
+                                     begin, end);
                });
              });
 }
@@ -80,6 +81,7 @@ void spmm_panels(const Tiles<T>& tiles, const RowLists& a, const TilePack& pack,
                  const Workspace scratch(sizeof(T) * rows * panel.width);
                  T* y = scratch.template as<T>();
                  tiles.lists_panel(pack.view, packed, panel, args.bias, y, chunk);
+                 tiles.activate(args.activation, y, panel.width, panel.width, nullptr, rows);
                  Strided<T> to = samples_from(args.out, x.sample(k / pack.chunks()));
                  to.data += row * to.feature_stride;
                  tiles.unpack({y, rows, panel.width, panel.samples}, to, 0, rows);

@@ -16,6 +16,8 @@ enum class Op : int { spmm = 0, spmm_t = 1, sddmm = 2 };
 enum class Isa : int { scalar = 0, avx2 = 1, avx512 = 2 };
 enum class DType : int { f32 = 0, f64 = 1 };
 enum class Layout : int { row_lists = 0, row_groups = 1 };
+// Applied to A X + bias. gelu is exact (erf), gelu_tanh its approximation by tanh.
+enum class Activation : int { none = 0, relu = 1, gelu = 2, gelu_tanh = 3, silu = 4 };
 
 // Rows are cut into tiles of at most this many rows (one 512-bit register of float32).
 constexpr int kRowTile = 16;
@@ -93,7 +95,8 @@ struct Args {
   Matrix<const T> in;
   Matrix<const T> in2;
   Matrix<T> out;
-  const T* bias;  // (rows) or null; spmm only
+  const T* bias;          // (rows) or null; spmm only
+  Activation activation;  // spmm only
 };
 
 // One row of the kernel table: (op, format, dtype, ISA) and the function that computes it.

@@ -95,13 +95,17 @@ struct Tiles {
   void (*pack)(Strided<const T> from, const Panel<T>& to, int64_t begin, int64_t end);
   void (*unpack)(const Panel<const T>& from, Strided<T> to, int64_t begin, int64_t end);
   bool (*all_finite)(const T* x, int64_t n);
+  // y[row * ldy + b], b < width (a multiple of 16), for n rows: those that `rows` names, or the
+  // first n where it is null.
+  void (*activate)(Activation, T* y, int64_t ldy, int width, const int32_t* rows, int64_t n);
 
   // y[r * x.width + b] for the rows of one chunk; `values` in visiting order.
   void (*lists_panel)(const RowTiles&, const T* values, const Panel<const T>& x, const T* bias,
                       T* y, int64_t chunk);
   // Tokens x[b * ldx + c], b < n (1..4); y with any strides; slices [begin, end).
   void (*slices_tokens)(const RowSlices&, const T* packed, const T* x, int64_t ldx, int n,
-                        bool finite, const T* bias, Strided<T> y, int64_t begin, int64_t end);
+                        bool finite, const T* bias, Activation, Strided<T> y, int64_t begin,
+                        int64_t end);
   // gradient[p] (+)= sum_b dY[row, b] X[col, b] over `panels` consecutive panels; one chunk.
   void (*lists_sddmm)(const RowTiles&, const Panel<const T>* dy, const Panel<const T>* x,
                       int panels, bool accumulate, T* gradient, int64_t chunk);
@@ -112,7 +116,7 @@ struct Tiles {
   // Samples x[c * ldx + b], b < n (1..most_tokens); y with any strides; tiles [begin, end).
   int most_tokens;
   void (*groups_tokens)(const RowGroups&, const T* values, const T* x, int64_t ldx, int n,
-                        const T* bias, Strided<T> y, int64_t begin, int64_t end);
+                        const T* bias, Activation, Strided<T> y, int64_t begin, int64_t end);
   // dx += A^T dy over all tiles, in order; dx starts as zeros.
   void (*groups_t_panel)(const RowGroups&, const T* values, const Panel<const T>& dy,
                          const Panel<T>& dx);

@@ -19,6 +19,7 @@ import numpy.typing as npt
 import spfmt._kernels as _kernels
 
 from . import threads
+from .activations import activation_code, apply_activation
 from .errors import FormatError, KernelNotFound, format_error
 from .formats._layout import RowGroups, RowLists
 
@@ -234,19 +235,22 @@ class Plan:
         x: Array,
         *,
         bias: Array | None = None,
+        activation: str | None = None,
         batch_first: bool = False,
         out: Array | None = None,
         backend: str = "auto",
         version: int | None = None,
     ) -> Array:
-        """Compute Y = A X (+ bias); see :func:`spfmt.spmm`."""
-        if out is None and backend == "auto":
+        """Compute Y = f(A X + bias), f and bias optional; see :func:`spfmt.spmm`."""
+        if out is None and backend == "auto" and activation is None:
             y = self._quick(0, values, x, bias, batch_first, version)
             if y is not None:
                 return y
         if bias is not None:
             bias = self._bias(bias, values.dtype)
-        return self._multiply("spmm", values, x, bias, batch_first, out, backend, version)
+        return self._multiply(
+            "spmm", values, x, bias, batch_first, out, backend, version, activation
+        )
 
     def spmm_t(
         self,
@@ -387,7 +391,9 @@ class Plan:
         out: Array | None,
         backend: str,
         version: int | None,
+        activation: str | None = None,
     ) -> Array:
+        code = activation_code(activation)
         x = np.asarray(x)
         n_in, n_out = (self.shape[1], self.shape[0]) if op == "spmm" else self.shape
         flat = self._flat_values(values)
@@ -398,9 +404,9 @@ class Plan:
         out = _result(out, x, n_out, batch_first)
         target = _features_first(out, n_out, batch_first, "out", copy=False)
         if backend == "reference":
-            target[...] = self._reference(op, flat, operand, bias)
+            target[...] = self._reference(op, flat, operand, bias, activation)
         else:
-            self._run(op, backend, flat, version, operand, None, target, bias)
+            self._run(op, backend, flat, version, operand, None, target, bias, code)
         return out
 
     def _run(
@@ -413,6 +419,7 @@ class Plan:
         b: Array | None,
         out: Array | None,
         bias: Array | None,
+        activation: int = 0,
     ) -> None:
         kernel = _cached_select(op, self.format, _dtype_name(values.dtype), backend)
         if logger.isEnabledFor(logging.DEBUG):
@@ -427,6 +434,7 @@ class Plan:
             out,
             bias,
             threads.get_num_threads(),
+            activation,
         )
 
     def _log(self, kernel: Kernel, batch: int) -> None:
@@ -480,12 +488,14 @@ class Plan:
         dense[self.layout.coordinates()] = values[: self.nnz].astype(np.float64)
         return dense
 
-    def _reference(self, op: str, values: Array, x: Array, bias: Array | None) -> Array:
+    def _reference(
+        self, op: str, values: Array, x: Array, bias: Array | None, activation: str | None
+    ) -> Array:
         dense = self._dense(values)
         result = (dense if op == "spmm" else dense.T) @ x.astype(np.float64)
         if bias is not None:
             result = result + bias.astype(np.float64)[:, None]
-        return np.asarray(result, dtype=x.dtype)
+        return np.asarray(apply_activation(activation, result), dtype=x.dtype)
 
     def _reference_sddmm(self, dy: Array, x: Array) -> Array:
         full = dy.astype(np.float64) @ x.astype(np.float64).T

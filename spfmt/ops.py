@@ -27,11 +27,12 @@ def spmm(
     x: Array,
     *,
     bias: Array | None = None,
+    activation: str | None = None,
     batch_first: bool = False,
     out: Array | None = None,
     backend: str = "auto",
 ) -> Array:
-    """Multiply a sparse weight with a dense matrix: Y = A X + bias.
+    """Multiply a sparse weight with a dense matrix: Y = f(A X + bias).
 
     Parameters
     ----------
@@ -42,6 +43,9 @@ def spmm(
         B from 0 up.
     bias : ndarray, optional
         (R,), added to every sample.
+    activation : {"relu", "gelu", "gelu_tanh", "silu"}, optional
+        f, applied before the result is stored (see `spfmt.activations`); ``"gelu"`` is the exact
+        one, by erf.
     batch_first : bool
         Whether samples run along the first axis.
     out : ndarray, optional
@@ -57,7 +61,7 @@ def spmm(
     Raises
     ------
     FormatError
-        If shapes or dtypes do not fit.
+        If shapes or dtypes do not fit, or no activation has the name.
     KernelNotFound
         If no kernel exists for the format, dtype and backend.
 
@@ -73,6 +77,7 @@ def spmm(
         a.values,
         x,
         bias=bias,
+        activation=activation,
         batch_first=batch_first,
         out=out,
         backend=backend,

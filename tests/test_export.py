@@ -65,7 +65,8 @@ def test_export_of_a_whole_network(example: tuple[int, ...], tmp_path: Path) -> 
     assert model.training
     proto = onnx.load(path)
     onnx.checker.check_model(proto, full_check=True)
-    assert {f.name for f in proto.functions} == set(OP_TYPES.values())
+    fused = {"CondensedLinearRelu", "NMLinearGelu"}
+    assert {f.name for f in proto.functions} == {*OP_TYPES.values(), *fused}
     model.eval()
     for batch in (0, 1, 17):
         x = torch.randn(batch, *example[1:])
@@ -79,7 +80,7 @@ def test_export_of_a_whole_network(example: tuple[int, ...], tmp_path: Path) -> 
         for got in runs:
             np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
     ran = {run.op_type for run in sonnx.kernels_run(path, feeds)}
-    assert ran >= set(OP_TYPES.values())
+    assert ran >= {"CSRLinear", "ShuffledBlockLinear", "HRBPLinear", *fused}
 
 
 def test_export_is_silent(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -286,3 +287,138 @@ def test_public_names() -> None:
     assert spfmt.onnx is sonnx
     for name in sonnx.__all__:
         assert hasattr(sonnx, name)
+
+
+ACTIVATIONS = {
+    "Relu": (nn.ReLU(), torch.nn.functional.relu),
+    "Gelu": (nn.GELU(), torch.nn.functional.gelu),
+    "GeluTanh": (
+        nn.GELU(approximate="tanh"),
+        lambda z: torch.nn.functional.gelu(z, approximate="tanh"),
+    ),
+    "Silu": (nn.SiLU(), torch.nn.functional.silu),
+}
+
+
+class Calls(nn.Module):
+    """An activation as a function instead of a module."""
+
+    def __init__(self, inner: Any, function: Any) -> None:
+        super().__init__()
+        self.inner, self.function = inner, function
+
+    def forward(self, x: Any) -> Any:
+        return self.function(self.inner(x))
+
+
+def op_types(path: Path) -> list[str]:
+    return [node.op_type for node in onnx.load(path).graph.node]
+
+
+def check_file(path: Path, model: Any, x: Any, rtol: float) -> None:
+    """The file computes what the model does: with our kernels, without, and in onnx's reference."""
+    feeds = {only_input(path): x.numpy()}
+    expected = model(x).detach().numpy()
+    for got in (
+        sonnx.session(path).run(None, feeds)[0],
+        sonnx.session(path, library=False).run(None, feeds)[0],
+        ReferenceEvaluator(onnx.load(path)).run(None, feeds)[0],
+    ):
+        np.testing.assert_allclose(got, expected, rtol=rtol, atol=rtol)
+
+
+@pytest.mark.parametrize("suffix", ACTIVATIONS)
+@pytest.mark.parametrize("format", OP_TYPES)
+def test_activations_join_the_product(format: str, suffix: str, tmp_path: Path) -> None:
+    module, _ = ACTIVATIONS[suffix]
+    model = nn.Sequential(layer(format, 24, 21), module)
+    path = sonnx.export(model, torch.zeros(2, 21), tmp_path / "net.onnx")
+    fused = OP_TYPES[format] + suffix
+    assert op_types(path) == [fused]
+    for batch in (1, 17):
+        x = torch.randn(batch, 21)
+        check_file(path, model, x, 1e-5)
+    feeds = {only_input(path): x.numpy()}
+    assert [run.op_type for run in sonnx.kernels_run(path, feeds)] == [fused]
+
+
+@pytest.mark.parametrize("suffix", ACTIVATIONS)
+def test_activations_in_float64_and_later_opsets(suffix: str, tmp_path: Path) -> None:
+    module, _ = ACTIVATIONS[suffix]
+    model = nn.Sequential(layer("csr", 24, 21), module).double()
+    example = torch.zeros(2, 21, dtype=torch.float64)
+    path = sonnx.export(model, example, tmp_path / "net.onnx", opset=21)
+    assert op_types(path) == ["CSRLinear" + suffix]
+    x = torch.randn(17, 21, dtype=torch.float64)
+    if suffix != "Gelu":
+        check_file(path, model, x, 1e-12)
+        return
+    # ONNX Runtime itself has no Erf in float64, fused or not.
+    got = sonnx.session(path).run(None, {only_input(path): x.numpy()})[0]
+    np.testing.assert_allclose(got, model(x).detach().numpy(), rtol=1e-12, atol=1e-12)
+    with pytest.raises(SpfmtError, match="Erf"):
+        sonnx.session(path, library=False)
+
+
+@pytest.mark.parametrize("suffix", ACTIVATIONS)
+def test_activations_join_through_reshapes_and_calls(suffix: str, tmp_path: Path) -> None:
+    _, function = ACTIVATIONS[suffix]
+    model = Calls(layer("nm", 24, 21), function)
+    path = sonnx.export(model, torch.zeros(2, 3, 21), tmp_path / "net.onnx")
+    assert op_types(path) == ["Reshape", "NMLinear" + suffix, "Reshape"]
+    check_file(path, model, torch.randn(5, 3, 21), 1e-5)
+    plain = sonnx.export(model, torch.zeros(2, 3, 21), tmp_path / "plain.onnx", inline=True)
+    assert not onnx.load(plain).functions
+    check_file(plain, model, torch.randn(5, 3, 21), 1e-5)
+
+
+@pytest.mark.parametrize("suffix", ACTIVATIONS)
+def test_activations_stay_apart_where_the_sum_is_read_again(suffix: str, tmp_path: Path) -> None:
+    module, function = ACTIVATIONS[suffix]
+    model = Calls(layer("nm", 24, 21), lambda z: z + function(z))
+    path = sonnx.export(model, torch.zeros(2, 21), tmp_path / "net.onnx")
+    assert op_types(path)[0] == "NMLinear"
+    assert len(op_types(path)) > 2
+    check_file(path, model, torch.randn(5, 21), 1e-5)
+    dense = nn.Sequential(nn.Linear(21, 21), module, layer("nm", 24, 21), nn.LayerNorm(24), module)
+    path = sonnx.export(dense, torch.zeros(2, 21), tmp_path / "dense.onnx")
+    assert [name for name in op_types(path) if "NM" in name] == ["NMLinear"]
+    assert {f.name for f in onnx.load(path).functions} == {"NMLinear"}
+    check_file(path, dense, torch.randn(5, 21), 1e-5)
+
+
+def test_activations_of_outputs_and_chains(tmp_path: Path) -> None:
+    """The product is an output itself; a second activation has no product left to join."""
+    model = Calls(layer("csr", 24, 21), lambda z: (z, torch.relu(z)))
+    path = sonnx.export(model, torch.zeros(2, 21), tmp_path / "net.onnx")
+    assert op_types(path) == ["CSRLinear", "Relu"]
+    model = Calls(layer("csr", 24, 21), lambda z: torch.relu(torch.nn.functional.silu(z)))
+    path = sonnx.export(model, torch.zeros(2, 21), tmp_path / "chain.onnx")
+    assert op_types(path) == ["CSRLinearSilu", "Relu"]
+    check_file(path, model, torch.randn(5, 21), 1e-5)
+
+
+class BranchesWithActivations(Branches):
+    def forward(self, x: Any) -> Any:
+        one = lambda x: torch.relu(self.one(x))  # noqa: E731
+        return torch.cond(x.sum() > 0, one, lambda x: self.two(x), (x,))
+
+
+def test_activations_inside_branches(tmp_path: Path) -> None:
+    model = BranchesWithActivations()
+    path = sonnx.export(model, torch.randn(2, 21), tmp_path / "net.onnx")
+    for sign, op_type in [(1, "NMLinearRelu"), (-1, "CSRLinear")]:
+        feeds = {only_input(path): np.full((3, 21), sign, np.float32)}
+        assert op_type in {run.op_type for run in sonnx.kernels_run(path, feeds)}
+        fast, body = (sonnx.session(path, library=lib).run(None, feeds)[0] for lib in (True, False))
+        np.testing.assert_allclose(fast, body, rtol=1e-5, atol=1e-5)
+
+
+def test_fused_calls_are_exported_fused(tmp_path: Path) -> None:
+    model = Calls(layer("hrbp", 24, 21), lambda z: z)
+    model.forward = lambda x: model.inner(x, activation="gelu")
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    path = sonnx.export(model, torch.zeros(2, 21), tmp_path / "net.onnx")
+    assert op_types(path) == ["HRBPLinearGelu"]
+    check_file(path, model, torch.randn(5, 21), 1e-5)

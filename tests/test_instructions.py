@@ -65,6 +65,9 @@ KERNELS = {
         contains={"avx512": "vperm[it]2ps", "avx2": "vgatherdps"},
         spills={"avx2": "GCC stores the sums of two and more tokens to the stack"},
     ),
+    "activate": Kernel(
+        None, spills={"avx2": "twenty constants beside the operands exceed sixteen registers"}
+    ),
     "dots": Kernel(
         None, spills={"avx2": "an unrolled row of sums and its reduction exceed sixteen registers"}
     ),

@@ -247,7 +247,7 @@ for kernel in spfmt.kernels():
     for shape in [(3, 5), (17, 33), (37, 50)]:
         a = MAKERS[kernel.format](shape, np.random.default_rng(3)).astype(kernel.dtype)
         values = at_page_end(a.values.reshape(-1))
-        for batch in (1, 3, 17, 70):
+        for batch in (1, 3, 17, 32, 70):
             for flip in (False, True):
                 dy, x = (
                     at_page_end(np.ones((batch, n) if flip else (n, batch), kernel.dtype))
@@ -258,6 +258,7 @@ for kernel in spfmt.kernels():
                     a.plan.sddmm(dy, x, out=values, **how)
                 elif kernel.op == "spmm":
                     bias = at_page_end(np.ones(shape[0], kernel.dtype))
+                    how["activation"] = "silu"
                     a.plan.spmm(values, x, bias=bias, out=at_page_end(dy), **how)
                 else:
                     a.plan.spmm_t(values, dy, out=at_page_end(x), **how)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from fresh_python import run_python
 
+from spfmt.activations import ACTIVATIONS, apply_activation
 from spfmt.errors import FormatError, MissingDependency, SpfmtError
 from spfmt.formats import CSR, FORMATS
 
@@ -170,6 +171,32 @@ def test_isa_can_be_forced(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
     else:
         with pytest.raises(SpfmtError, match="names no level"):
             sonnx.session(model)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_nodes_and_functions_with_an_activation(activation: str) -> None:
+    tensor = weight("nm", 37, 19)
+    node, _ = sonnx.make_node(tensor, "x", "bias", "y", name="layer", activation=activation)
+    body = sonnx.function("nm", activation=activation)
+    assert node.op_type == body.name == "NMLinear" + activation.title().replace("_", "")
+    assert (body.node[0].domain, body.node[0].op_type) == (sonnx.DOMAIN, "NMLinear")
+    model = one_layer(tensor, bias_of(tensor))
+    model.graph.node[0].op_type = node.op_type
+    model.functions.append(body)
+    onnx.checker.check_model(model, full_check=True)
+    x = 4 * samples(tensor, 20)
+    dense = tensor.to_dense().astype(float)
+    want = apply_activation(activation, x @ dense.T + bias_of(tensor))
+    for got in run_everywhere(model, x).values():
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_unknown_activations_are_refused() -> None:
+    with pytest.raises(FormatError, match="activation='elu'"):
+        sonnx.function("nm", activation="elu")
+    tensor = weight("nm", 13, 21)
+    with pytest.raises(FormatError, match="activation='elu'"):
+        sonnx.make_node(tensor, "x", "bias", "y", name="layer", activation="elu")
 
 
 # ------------------------------------------------------------------------------- broken files

@@ -196,6 +196,87 @@ def test_export_with_dynamic_batch():
         torch.testing.assert_close(program.module()(x), model(x))
 
 
+# -------------------------------------------------------------------------------- activations
+
+TORCH_ACTIVATIONS = {
+    "relu": torch.relu,
+    "gelu": torch.nn.functional.gelu,
+    "gelu_tanh": lambda z: torch.nn.functional.gelu(z, approximate="tanh"),
+    "silu": torch.nn.functional.silu,
+}
+
+
+@pytest.mark.parametrize("activation", TORCH_ACTIVATIONS)
+def test_activations_and_their_gradients(format, activation):
+    values, structure, dense = make(format, extra=0)
+    weight = {"shape": (R, C), "format": format}
+    x, bias = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((5, C), (R,)))
+    expected = TORCH_ACTIVATIONS[activation](x @ dense.T + bias)
+    with torch.no_grad():
+        fused = spmm(values, structure, x, bias, activation=activation, **weight)
+    recorded = spmm(values, structure, x, bias, activation=activation, **weight)
+    torch.testing.assert_close(fused, expected.detach())
+    torch.testing.assert_close(recorded, expected)
+
+    def composed(v, x, b):
+        return spmm(v, structure, x, b, activation=activation, **weight)
+
+    def operator(v, x, b):
+        return torch.ops.spfmt.spmm_act(v, structure, x, b, (R, C), format, activation)
+
+    for function in (composed, operator):
+        assert torch.autograd.gradcheck(function, (values, x, bias))
+
+
+@pytest.mark.parametrize("activation", TORCH_ACTIVATIONS)
+def test_opcheck_of_fused_products(activation):
+    values, structure, _ = make("condensed", dtype=torch.float32)
+    x, bias = torch.randn(3, C, requires_grad=True), torch.randn(R, requires_grad=True)
+    for operands in ((values, structure, x, bias), (values, structure, x.detach(), None)):
+        torch.library.opcheck(
+            torch.ops.spfmt.spmm_act, (*operands, (R, C), "condensed", activation)
+        )
+
+
+def test_fused_products_refuse_second_derivatives():
+    values, structure, _ = make("csr")
+    x = torch.randn(3, C, dtype=torch.float64, requires_grad=True)
+    y = torch.ops.spfmt.spmm_act(values, structure, x, None, (R, C), "csr", "silu")
+    (gradient,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="double backward"):
+        gradient.sum().backward()
+
+
+def test_layers_with_activations_compile():
+    layer = SparseLinear(16, 24, density=0.25)
+    x = torch.randn(5, 2, 16)
+    for mode in (torch.no_grad, torch.enable_grad):
+        with mode():
+            compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+            got = compiled(x, activation="gelu")
+            torch.testing.assert_close(got, torch.nn.functional.gelu(layer(x)))
+    with pytest.raises(FormatError, match="activation='elu'"):
+        layer(x, activation="elu")
+    assert list(layer.state_dict()) == ["values", "bias", "structure"]
+
+
+def test_activations_are_fused_where_no_gradient_is_recorded(monkeypatch):
+    layer = SparseLinear(16, 24, density=0.25)
+    called = []
+
+    def watch(name):
+        op = getattr(functional, name)
+        monkeypatch.setattr(functional, name, lambda *args: called.append(name) or op(*args))
+
+    watch("_spmm")
+    watch("_spmm_act")
+    layer(torch.zeros(1, 16), activation="relu").sum().backward()
+    with torch.no_grad():
+        layer(torch.zeros(1, 16), activation="relu")
+    layer.requires_grad_(False)(torch.zeros(1, 16), activation="relu")
+    assert called == ["_spmm", "_spmm_act", "_spmm_act"]
+
+
 # ------------------------------------------------------------------------------------ errors
 
 

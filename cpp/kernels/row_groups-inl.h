@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../tiles.h"
+#include "activation-inl.h"
 
 namespace spfmt {
 namespace {
@@ -145,28 +146,11 @@ __attribute__((noinline)) void last_columns(const GroupTile& g, int64_t j, const
   }
 }
 
-// Lanes of N tokens to the rows of Y they belong to, whose order is arbitrary.
-template <class S, int N, class T = typename S::T>
-inline void scatter_rows(const typename S::V* out, const int32_t* row, int rows, const T* bias,
-                         Strided<T> y) noexcept {
-  T add[kLanes] = {};
-  if (bias) {
-    for (int i = 0; i < rows; ++i) add[i] = bias[row[i]];
-  }
-  const auto start = S::load(add);
-  for (int b = 0; b < N; ++b) {
-    T lane[kLanes];
-    S::store(lane, S::add(out[b], start));
-    T* to = y.data + b * y.sample_stride;
-    for (int i = 0; i < rows; ++i) to[row[i] * y.feature_stride] = lane[i];
-  }
-}
-
 constexpr int most_chains(int chains) { return chains < 1 ? 1 : chains > 4 ? 4 : chains; }
 
 template <class S, int N, class T = typename S::T>
 void groups_tokens_n(const RowGroups& a, const T* values, const T* x, int64_t ldx, const T* bias,
-                     Strided<T> y, int64_t begin, int64_t end) noexcept {
+                     Activation kind, Strided<T> y, int64_t begin, int64_t end) noexcept {
   constexpr int kChains = most_chains(S::kTokens / N);
   for (int64_t t = begin; t < end; ++t) {
     const GroupTile g = group_tile(a, t);
@@ -182,14 +166,15 @@ void groups_tokens_n(const RowGroups& a, const T* values, const T* x, int64_t ld
       if (pack == 4) call(tile_tokens<S, N, most_chains((S::kTokens - 2) / N), 4>);
     }
     if (readable < g.cols) last_columns<S>(g, readable, values + g.value, x, ldx, N, out);
-    scatter_rows<S, N>(out, g.row, g.rows, bias, y);
+    scatter_rows<S, N>(out, g.row, g.rows, bias, kind, y);
   }
 }
 
 template <class S, class T = typename S::T>
 void groups_tokens(const RowGroups& a, const T* values, const T* x, int64_t ldx, int n,
-                   const T* bias, Strided<T> y, int64_t begin, int64_t end) noexcept {
-  const auto call = [&](auto body) { body(a, values, x, ldx, bias, y, begin, end); };
+                   const T* bias, Activation kind, Strided<T> y, int64_t begin,
+                   int64_t end) noexcept {
+  const auto call = [&](auto body) { body(a, values, x, ldx, bias, kind, y, begin, end); };
   if constexpr (S::kTokens >= 8) {
     if (n == 8) return call(groups_tokens_n<S, 8>);
     if (n == 7) return call(groups_tokens_n<S, 7>);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../tiles.h"
+#include "activation-inl.h"
 
 namespace spfmt {
 namespace {
@@ -41,28 +42,27 @@ inline void slice_tokens(const RowSlices& a, const T* packed, const T* x, int64_
 
 template <class S, int N, bool kFinite, class T = typename S::T>
 void slices_tokens_n(const RowSlices& a, const T* packed, const T* x, int64_t ldx, const T* bias,
-                     Strided<T> y, int64_t begin, int64_t end) noexcept {
+                     Activation kind, Strided<T> y, int64_t begin, int64_t end) noexcept {
   for (int64_t slice = begin; slice < end; ++slice) {
     typename S::V acc[N];
     slice_tokens<S, N, kFinite>(a, packed, x, ldx, slice, acc);
     const int32_t* row = a.lane_row + slice * kLanes;
-    for (int b = 0; b < N; ++b) {
-      T lane[kLanes];
-      S::store(lane, acc[b]);
-      for (int i = 0; i < kLanes && row[i] >= 0; ++i) {
-        T* out = y.data + row[i] * y.feature_stride + b * y.sample_stride;
-        *out = lane[i] + (bias ? bias[row[i]] : T(0));
-      }
-    }
+    int rows = 0;
+    while (rows < kLanes && row[rows] >= 0) ++rows;
+    scatter_rows<S, N>(acc, row, rows, bias, kind, y);
   }
 }
 
 // `finite`: every x is finite, so padding (0 * x) adds nothing and needs no mask.
 template <class S, class T = typename S::T>
 void slices_tokens(const RowSlices& a, const T* packed, const T* x, int64_t ldx, int n, bool finite,
-                   const T* bias, Strided<T> y, int64_t begin, int64_t end) noexcept {
+                   const T* bias, Activation kind, Strided<T> y, int64_t begin,
+                   int64_t end) noexcept {
   const auto call = [&](auto one, auto two, auto three, auto four) {
-    (n == 1 ? one : n == 2 ? two : n == 3 ? three : four)(a, packed, x, ldx, bias, y, begin, end);
+    (n == 1   ? one
+     : n == 2 ? two
+     : n == 3 ? three
+              : four)(a, packed, x, ldx, bias, kind, y, begin, end);
   };
   if (finite) {
     call(slices_tokens_n<S, 1, true>, slices_tokens_n<S, 2, true>, slices_tokens_n<S, 3, true>,

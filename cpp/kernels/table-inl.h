@@ -1,6 +1,7 @@
 // The table of tile functions of one level, for one SIMD interface.
 #pragma once
 
+#include "activation-inl.h"
 #include "panel-inl.h"
 #include "row_groups-inl.h"
 #include "row_lists-inl.h"
@@ -12,9 +13,9 @@ namespace {
 template <class S>
 const Tiles<typename S::T>& tiles_of() noexcept {
   static constexpr Tiles<typename S::T> kTiles = {
-      pack<S>,          unpack<S>,         S::all_finite,      lists_panel<S>,
-      slices_tokens<S>, lists_sddmm<S>,    groups_panel<S>,    S::kTokens,
-      groups_tokens<S>, groups_t_panel<S>, groups_t_tokens<S>, groups_sddmm<S>,
+      pack<S>,           unpack<S>,          S::all_finite,   activate<S>, lists_panel<S>,
+      slices_tokens<S>,  lists_sddmm<S>,     groups_panel<S>, S::kTokens,  groups_tokens<S>,
+      groups_t_panel<S>, groups_t_tokens<S>, groups_sddmm<S>,
   };
   return kTiles;
 }

@@ -1,5 +1,6 @@
 // The custom-op library: one ONNX operator per format on top of the core, running on ONNX Runtime's
 // own threads. No exception leaves a callback: every one becomes an OrtStatus.
+#include <algorithm>
 #include <climits>
 #include <cstdio>
 #include <map>
@@ -144,8 +145,9 @@ struct Pool {
   Status* failure = nullptr;
 
   Executor executor() {
-    const int threads = static_cast<int>(std::thread::hardware_concurrency());
-    return {threads > 0 ? threads : 1, this, for_each};
+    // Asking costs microseconds, more than a small product: a system call or a file under /sys.
+    static const int threads = std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
+    return {threads, this, for_each};
   }
 
   static void for_each(void* self, int64_t n, void (*body)(void*, int64_t), void* arg) {
@@ -164,19 +166,44 @@ struct Pool {
   }
 };
 
+// The activations that operators fuse, each under a name of its own: an attribute would be ignored
+// by a library that does not know it.
+struct Fused {
+  Activation activation;
+  const char* suffix;
+};
+constexpr Fused kFused[] = {
+    {Activation::none, ""},     {Activation::relu, "Relu"},
+    {Activation::gelu, "Gelu"}, {Activation::gelu_tanh, "GeluTanh"},
+    {Activation::silu, "Silu"},
+};
+
+// An operator as ONNX Runtime sees it, for one activation and one type of X, values, bias and Y.
+struct LinearOp : CustomOp {
+  const Api* api;
+  const Operator* op;
+  Activation activation;
+  std::string name;
+  ElementType type;
+
+  LinearOp(const Api& runtime, const Operator& described, const Fused& fused,
+           ElementType element_type);
+};
+
 // A node of a session. Thread-safe: ONNX Runtime may run it from several threads at once.
 class Linear {
  public:
-  Linear(const Api& api, const Operator& op, const KernelInfo* node) : api_(api), op_(op) {
+  Linear(const Api& api, const LinearOp& linear, const KernelInfo* node)
+      : api_(api), linear_(linear), op_(*linear.op) {
     Constants constants{
         extent(api, node, "out_features"), extent(api, node, "in_features"), {}, {}};
     rows_ = constants.rows;
     cols_ = constants.cols;
-    for (const char* name : op.attributes) {
+    for (const char* name : op_.attributes) {
       constants.attributes.push_back(attribute(api, node, name));
     }
-    for (size_t i = 0; i < op.inputs.size(); ++i) {
-      constants.inputs.push_back(constant_input(api, node, i + 1, op.inputs[i]));
+    for (size_t i = 0; i < op_.inputs.size(); ++i) {
+      constants.inputs.push_back(constant_input(api, node, i + 1, op_.inputs[i]));
     }
     const Tensor& values = constants.inputs[0];
     const Tensor bias = constant_input(api, node, bias_index(), "bias");
@@ -185,7 +212,7 @@ class Linear {
                                   " elements of the type of values");
     }
     choose_kernel(values.type);
-    structure_ = op.read(constants);
+    structure_ = op_.read(constants);
     if (values.type == ElementType::f32) {
       prepare<float>(values, bias);
     } else {
@@ -202,7 +229,7 @@ class Linear {
   }
 
   const Api& api() const { return api_; }
-  const char* name() const { return op_.name; }
+  const char* name() const { return linear_.name.c_str(); }
 
  private:
   size_t bias_index() const { return op_.inputs.size() + 1; }
@@ -246,6 +273,7 @@ class Linear {
     args.in = {x, cols_, batch, 1, cols_};
     args.out = {y, rows_, batch, 1, rows_};
     args.bias = bias;
+    args.activation = linear_.activation;
     run(*kernel_, *structure_.plan, args, executor);
   }
 
@@ -286,6 +314,7 @@ class Linear {
   }
 
   const Api& api_;
+  const LinearOp& linear_;
   const Operator& op_;
   int64_t rows_ = 0, cols_ = 0;
   const Kernel* kernel_ = nullptr;
@@ -294,19 +323,10 @@ class Linear {
   bool is_reordered_ = false;
 };
 
-// An operator as ONNX Runtime sees it, for one type of X, values, bias and Y.
-struct LinearOp : CustomOp {
-  const Api* api;
-  const Operator* op;
-  ElementType type;
-
-  LinearOp(const Api& runtime, const Operator& described, ElementType element_type);
-};
-
 const LinearOp& self(const CustomOp* op) { return *static_cast<const LinearOp*>(op); }
 
 Status* create(const CustomOp* op, const Api* api, const KernelInfo* node, void** kernel) noexcept {
-  return guarded(*api, self(op).op->name, [&] { *kernel = new Linear(*api, *self(op).op, node); });
+  return guarded(*api, self(op).name.c_str(), [&] { *kernel = new Linear(*api, self(op), node); });
 }
 
 Status* compute(void* kernel, KernelContext* context) noexcept {
@@ -317,7 +337,7 @@ Status* compute(void* kernel, KernelContext* context) noexcept {
 // Y is X with its last dimension replaced by the length of the bias; symbolic names are kept.
 Status* infer_shape(const CustomOp* op, ShapeInferContext* context) noexcept {
   const Api& api = *self(op).api;
-  return guarded(api, self(op).op->name, [&] {
+  return guarded(api, self(op).name.c_str(), [&] {
     const Info x = Info::input(api, context, 0);
     const Info bias = Info::input(api, context, self(op).op->inputs.size() + 1);
     std::vector<int64_t> shape = x.shape();
@@ -342,9 +362,14 @@ ElementType input_type(const CustomOp* op, size_t index) {
   return indices ? ElementType::undefined : self(op).type;
 }
 
-LinearOp::LinearOp(const Api& runtime, const Operator& described, ElementType element_type)
-    : api(&runtime), op(&described), type(element_type) {
-  GetName = [](const CustomOp* o) { return self(o).op->name; };
+LinearOp::LinearOp(const Api& runtime, const Operator& described, const Fused& fused,
+                   ElementType element_type)
+    : api(&runtime),
+      op(&described),
+      activation(fused.activation),
+      name(std::string(described.name) + fused.suffix),
+      type(element_type) {
+  GetName = [](const CustomOp* o) { return self(o).name.c_str(); };
   GetExecutionProviderType = [](const CustomOp*) -> const char* { return nullptr; };
   GetInputType = input_type;
   GetInputTypeCount = [](const CustomOp* o) { return self(o).op->inputs.size() + 2; };
@@ -376,8 +401,10 @@ CustomOpDomain* domain_of(const Api& api) {
   CustomOpDomain* fresh = nullptr;
   check(api.CreateCustomOpDomain(kDomain, &fresh));
   for (const Operator& op : operators()) {
-    for (const ElementType type : {ElementType::f32, ElementType::f64}) {
-      check(api.CustomOpDomain_Add(fresh, new LinearOp(api, op, type)));
+    for (const Fused& fused : kFused) {
+      for (const ElementType type : {ElementType::f32, ElementType::f64}) {
+        check(api.CustomOpDomain_Add(fresh, new LinearOp(api, op, fused, type)));
+      }
     }
   }
   return domain = fresh;

@@ -63,6 +63,28 @@ struct Avx2Simd {
     return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
   }
 
+  static constexpr bool kLibm = false;
+  static V sub(V a, V b) noexcept { return {_mm256_sub_ps(a.lo, b.lo), _mm256_sub_ps(a.hi, b.hi)}; }
+  static V div(V a, V b) noexcept { return {_mm256_div_ps(a.lo, b.lo), _mm256_div_ps(a.hi, b.hi)}; }
+  static V min(V a, V b) noexcept { return {_mm256_min_ps(a.lo, b.lo), _mm256_min_ps(a.hi, b.hi)}; }
+  static V max(V a, V b) noexcept { return {_mm256_max_ps(a.lo, b.lo), _mm256_max_ps(a.hi, b.hi)}; }
+  static V magnitude(V v) noexcept {
+    const __m256 sign = _mm256_set1_ps(-0.0f);
+    return {_mm256_andnot_ps(sign, v.lo), _mm256_andnot_ps(sign, v.hi)};
+  }
+  static V if_negative(V x, V a, V b) noexcept {
+    return {_mm256_blendv_ps(b.lo, a.lo, x.lo), _mm256_blendv_ps(b.hi, a.hi, x.hi)};
+  }
+  static V round(V v) noexcept {
+    constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+    return {_mm256_round_ps(v.lo, kNearest), _mm256_round_ps(v.hi, kNearest)};
+  }
+  static __m256 scale8(__m256 v, __m256 n) noexcept {
+    const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
+    return _mm256_mul_ps(v, _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23)));
+  }
+  static V scale(V v, V n) noexcept { return {scale8(v.lo, n.lo), scale8(v.hi, n.hi)}; }
+
   static __m256 halves(V a) noexcept { return _mm256_add_ps(a.lo, a.hi); }
   using Quad = __m256;  // its 128-bit lanes hold two partial sums of four vectors side by side
   static Quad quad(V a, V b, V c, V d) noexcept {

@@ -37,6 +37,20 @@ struct Avx512Simd {
   static V fma(V a, V b, V c) noexcept { return _mm512_fmadd_ps(a, b, c); }
   static T sum(V v) noexcept { return _mm512_reduce_add_ps(v); }
 
+  static constexpr bool kLibm = false;
+  static V sub(V a, V b) noexcept { return _mm512_sub_ps(a, b); }
+  static V div(V a, V b) noexcept { return _mm512_div_ps(a, b); }
+  static V min(V a, V b) noexcept { return _mm512_min_ps(a, b); }
+  static V max(V a, V b) noexcept { return _mm512_max_ps(a, b); }
+  static V magnitude(V v) noexcept { return _mm512_abs_ps(v); }
+  static V if_negative(V x, V a, V b) noexcept {
+    return _mm512_mask_blend_ps(_mm512_movepi32_mask(_mm512_castps_si512(x)), b, a);
+  }
+  static V round(V v) noexcept {
+    return _mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  }
+  static V scale(V v, V n) noexcept { return _mm512_scalef_ps(v, n); }
+
   using Quad = V;  // its 128-bit lanes hold four partial sums of four vectors side by side
   static Quad quad(V a, V b, V c, V d) noexcept {
     const V ab = add(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));

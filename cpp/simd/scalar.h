@@ -2,6 +2,7 @@
 // The same interface is in avx2.h and avx512.h; kernels are written once against it.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 
 #include "../spfmt.h"
@@ -68,6 +69,15 @@ struct ScalarSimd {
     for (T lane : v.lane) total += lane;
     return total;
   }
+  // Activations of this level are libm's. The others have, beside sub, div and magnitude:
+  //   min(a, b), max(a, b)   b where either is NaN
+  //   if_negative(x, a, b)   a where x has its sign bit set, else b
+  //   round(v)               nearest integer, ties to even
+  //   scale(v, n)            v * 2^n for an integer n in [-126, 127]
+  static constexpr bool kLibm = true;
+  static double exp(double x) noexcept { return std::exp(x); }
+  static double erfc(double x) noexcept { return std::erfc(x); }
+
   // Sums of the lanes of sixteen vectors, in two steps: four vectors to a Quad, four Quads to a V.
   struct Quad {
     T sum[4];

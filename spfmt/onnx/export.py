@@ -1,8 +1,9 @@
 """torch model to ONNX file: sparse layers become nodes of the domain ``spfmt``.
 
 The model goes through ``torch.onnx.export``, where every sparse product becomes a placeholder that
-still holds capacity and structure words. Then each placeholder is replaced by its format's
-operator with just the arrays that it needs (see `spfmt.onnx.functions`).
+still holds capacity and structure words. An activation that alone reads a product joins it. Then
+each placeholder is replaced by its format's operator with just the arrays that it needs (see
+`spfmt.onnx.functions`).
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from spfmt._files import replace_file
 from spfmt.errors import SpfmtError, format_error
 from spfmt.formats import decode_structure
 from spfmt.onnx._deps import require
-from spfmt.onnx.functions import DOMAIN, MIN_OPSET, VERSION, function, make_node
+from spfmt.onnx._fusion import PRODUCT, fuse_activations, nodes_of, translations
+from spfmt.onnx.functions import DOMAIN, MIN_OPSET, VERSION, function, make_node, op_type
 
 if TYPE_CHECKING:
     import onnx
@@ -33,8 +35,6 @@ if TYPE_CHECKING:
 
 __all__ = ["ExportError", "export"]
 
-_PLACEHOLDER = "SparseProduct"
-_FLOATS = ("float", "double", "float16", "bfloat16")  # narrow ones are refused when lowered
 _MAX_BYTES = 2**31 - 1  # of a protobuf message
 
 
@@ -122,6 +122,7 @@ def export(
     )
     _check_names("input_names", input_names, proto.graph.input)
     _check_names("output_names", output_names, proto.graph.output)
+    proto = fuse_activations(proto, opset)
     _replace_placeholders(proto, opset)
     replace_file(os.path.realpath(path), _finish(proto, inline).SerializeToString())
     return path
@@ -199,8 +200,7 @@ def _batch_shapes(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 def _translate(model: Any, args: tuple[Any, ...], **options: Any) -> onnx.ModelProto:
     """``torch.onnx.export`` with placeholders for the sparse products."""
     torch = require("torch")
-    require("spfmt.torch")  # defines the operator
-    table = {torch.ops.spfmt.spmm.default: _placeholder()}
+    require("spfmt.torch")  # defines the operators
     if not options["kwargs"] and args and isinstance(args[-1], dict):
         args = (*args, {})  # torch takes a dictionary at the end for the keyword arguments
     with _evaluating(model), _quiet():
@@ -210,7 +210,7 @@ def _translate(model: Any, args: tuple[Any, ...], **options: Any) -> onnx.ModelP
                 args,
                 dynamo=True,
                 verbose=False,
-                custom_translation_table=table,
+                custom_translation_table=translations(),
                 **options,
             )
             return cast("onnx.ModelProto", program.model_proto)
@@ -257,47 +257,12 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _placeholder() -> Any:
-    """Translation of ``torch.ops.spfmt.spmm``: one node with the operator's own arguments."""
-    onnx = require("onnx")
-    values = require("onnxscript").values
-    schema = onnx.defs.OpSchema
-    formal, attribute = schema.FormalParameter, schema.Attribute
-    optional = schema.FormalParameterOption.Optional
-    inputs = [
-        formal("values", "T"),
-        formal("structure", "tensor(int32)"),
-        formal("x", "T"),
-        formal("bias", "T", param_option=optional),
-    ]
-    operator = values.Op(
-        values.Opset(DOMAIN, VERSION),
-        _PLACEHOLDER,
-        schema(
-            _PLACEHOLDER,
-            DOMAIN,
-            VERSION,
-            inputs=inputs,
-            outputs=[formal("y", "T")],
-            type_constraints=[("T", [f"tensor({name})" for name in _FLOATS], "floating")],
-            attributes=[attribute("format", schema.AttrType.STRING, required=True)],
-        ),
-    )
-
-    def translate(
-        values: Any, structure: Any, x: Any, bias: Any, shape: Sequence[int], format: str
-    ) -> Any:
-        return operator(values, structure, x, bias, format=format)
-
-    return translate
-
-
 def _replace_placeholders(proto: onnx.ModelProto, opset: int) -> None:
     """Turn placeholders into the formats' operators and add those operators' functions."""
-    nodes = list(_nodes(proto.graph))
+    nodes = list(nodes_of(proto.graph))
     replace = _Replacer(proto.graph)
     for node in nodes:
-        if node.domain == DOMAIN and node.op_type == _PLACEHOLDER:
+        if node.domain == DOMAIN and node.op_type == PRODUCT:
             replace(node)
     if any(node.domain == DOMAIN for f in proto.functions for node in f.node):
         raise ExportError(
@@ -305,16 +270,10 @@ def _replace_placeholders(proto: onnx.ModelProto, opset: int) -> None:
             "call the layer outside of torch.cond and loops"
         )
     replace.drop_unused()
-    proto.functions.extend(function(name, opset) for name in sorted(replace.formats))
-
-
-def _nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
-    """All nodes of a graph and of the graphs in its attributes."""
-    for node in graph.node:
-        yield node
-        for attribute in node.attribute:
-            for inner in (attribute.g, *attribute.graphs):
-                yield from _nodes(inner)
+    # A function with an activation calls the one without.
+    plain = {(format, "") for format, _ in replace.used}
+    for format, activation in sorted(plain | replace.used):
+        proto.functions.append(function(format, opset, activation or None))
 
 
 class _Replacer:
@@ -326,7 +285,7 @@ class _Replacer:
         self.taken = set(self.initializers)
         self.lowered: dict[tuple[str, str], onnx.NodeProto] = {}
         self.zeros: dict[tuple[int, int], str] = {}
-        self.formats: set[str] = set()
+        self.used: set[tuple[str, str]] = set()  # formats and activations
 
     def __call__(self, node: onnx.NodeProto) -> None:
         values, structure, x, *rest = node.input
@@ -334,11 +293,17 @@ class _Replacer:
             tensor = self._tensor(values, structure, node.name)
             self.lowered[values, structure] = self._lower(tensor, structure)
         template = self.lowered[values, structure]
+        format, activation = (
+            next(a.s.decode() for a in node.attribute if a.name == key)
+            for key in ("format", "activation")
+        )
+        self.used.add((format, activation))
         bias = rest[0] if rest and rest[0] else self._zero_bias(values, template)
         layer = template.name.removesuffix(".sparse")
         name, output = f"{layer}/{node.name}", node.output[0]
         node.CopyFrom(template)
         node.name = name
+        node.op_type = op_type(format, activation or None)
         node.input[0], node.input[-1], node.output[0] = x, bias, output
 
     def _array(self, name: str, node: str) -> Any:
@@ -351,7 +316,6 @@ class _Replacer:
 
     def _tensor(self, values: str, structure: str, node: str) -> SparseTensor:
         found = decode_structure(self._array(structure, node))
-        self.formats.add(found.cls.format)
         # Behind nnz lies unused capacity of the training, which no file needs.
         used = self._array(values, node)[: found.nnz]
         return found.tensor(used)
@@ -380,7 +344,7 @@ class _Replacer:
 
     def drop_unused(self) -> None:
         """Remove capacity and structure words that nothing refers to any more."""
-        used = {name for node in _nodes(self.graph) for name in node.input}
+        used = {name for node in nodes_of(self.graph) for name in node.input}
         used.update(output.name for output in self.graph.output)
         replaced = {name for pair in self.lowered for name in pair}
         for field in (self.graph.initializer, self.graph.value_info):
@@ -393,7 +357,7 @@ def _finish(proto: onnx.ModelProto, inline: bool) -> onnx.ModelProto:
     """Strip what only debugging needs, lower the IR version, inline, check."""
     onnx = require("onnx")
     # torch's notes hold paths of the machine that exported, and need a newer IR version.
-    for item in (proto.graph, *proto.graph.value_info, *_nodes(proto.graph)):
+    for item in (proto.graph, *proto.graph.value_info, *nodes_of(proto.graph)):
         item.ClearField("metadata_props")
     if inline:
         proto = require("onnx.inliner").inline_local_functions(proto)
@@ -423,7 +387,7 @@ def _finish(proto: onnx.ModelProto, inline: bool) -> onnx.ModelProto:
 
 def _drop_unused_constants(graph: onnx.GraphProto) -> None:
     """Remove what the bodies have in common and one of them does not need: runtimes warn of it."""
-    used = {name for node in _nodes(graph) for name in node.input}
+    used = {name for node in nodes_of(graph) for name in node.input}
     used.update(output.name for output in graph.output)
     kept = [n for n in graph.node if n.op_type != "Constant" or used.intersection(n.output)]
     del graph.node[:]

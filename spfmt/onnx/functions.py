@@ -20,6 +20,10 @@ when all of one input fit, else int32; pointers are int32. With R = out_features
     HRBPLinear           values (G, K, S)  channel_indices (G, n_channels)
                          pattern_indices (G, n_cells)  row_positions (R,)       attribute cells
 
+Each name with one of the suffixes Relu, Gelu, GeluTanh, Silu is the same product followed by that
+activation; its body is the operator without the suffix and standard operators. (Other names, not an
+attribute: a library that does not know an attribute would ignore it.)
+
 The last two have G groups of at most S rows. A row of their values belongs to one column of one
 group and holds one value per row of the group, zeros behind the rows of a short group. Row r of the
 matrix is row ``row_positions[r] % S`` of group ``row_positions[r] // S``. The columns of a group of
@@ -35,6 +39,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from spfmt.activations import activation_code
 from spfmt.errors import format_error
 from spfmt.formats._layout import RowGroups
 from spfmt.onnx._deps import require
@@ -139,6 +144,45 @@ _PLACE_GROUPS = """
     rows = Cast <to = 7> (row_positions)
     weight = Gather <axis = 1> (wide, rows)
 """
+_SCALARS = """
+    {name}_double = Constant <value = double {{{value}}}> ()
+    {name} = CastLike ({name}_double, Z)
+"""
+
+
+def _scalars(**values: float) -> str:
+    return "".join(_SCALARS.format(name=name, value=value) for name, value in values.items())
+
+
+# Y from Z, in operators of opset 18 for every type; ONNX Runtime fuses what it knows.
+_ACTIVATION_BODIES = {
+    "relu": """
+    Y = Relu (Z)
+""",
+    "gelu": _scalars(root_half=0.7071067811865476, one=1.0, half=0.5)
+    + """
+    scaled = Mul (Z, root_half)
+    erf = Erf (scaled)
+    above_zero = Add (erf, one)
+    double = Mul (Z, above_zero)
+    Y = Mul (double, half)
+""",
+    "gelu_tanh": _scalars(slope=0.7978845608028654, cubic=0.044715, three=3.0, one=1.0, half=0.5)
+    + """
+    cube = Pow (Z, three)
+    bend = Mul (cube, cubic)
+    sum = Add (Z, bend)
+    scaled = Mul (sum, slope)
+    tanh = Tanh (scaled)
+    above_zero = Add (tanh, one)
+    double = Mul (Z, above_zero)
+    Y = Mul (double, half)
+""",
+    "silu": """
+    gate = Sigmoid (Z)
+    Y = Mul (Z, gate)
+""",
+}
 # From pointers (n + 1,) to the list that each entry belongs to: one step up at every start.
 _EXPAND_POINTERS = """
     pointers = Cast <to = 7> ({pointers})
@@ -185,7 +229,9 @@ _HRBP = """
 """
 
 
-def function(format: str, opset: int = MIN_OPSET) -> onnx.FunctionProto:
+def function(
+    format: str, opset: int = MIN_OPSET, activation: str | None = None
+) -> onnx.FunctionProto:
     """The model-local function of a format's operator: its meaning in standard operators.
 
     Parameters
@@ -194,6 +240,8 @@ def function(format: str, opset: int = MIN_OPSET) -> onnx.FunctionProto:
         Name of a format, such as ``"nm"``.
     opset : int
         Version of ONNX's standard operators; it must equal the one the model imports.
+    activation : {"relu", "gelu", "gelu_tanh", "silu"}, optional
+        The function of the operator that ends with this activation; it calls the one without.
 
     Returns
     -------
@@ -202,21 +250,51 @@ def function(format: str, opset: int = MIN_OPSET) -> onnx.FunctionProto:
     Raises
     ------
     FormatError
-        When no operator exists for the format.
+        When no operator exists for the format, or no activation has the name.
     MissingDependency
         When onnx is not installed.
     """
     parser = require("onnx.parser")
     operator = _operator(format)
+    name = op_type(format, activation)
     inputs = ", ".join(("X", *operator.inputs, "bias"))
+    body, domains, ending = f"{_BEGIN}{operator.body}{_END}", "", ""
+    if activation is not None:
+        attributes = ", ".join(f"{a}: int = @{a}" for a in operator.attributes)
+        product = f"    Z = {DOMAIN}.{operator.op_type} <{attributes}> ({inputs})\n"
+        body = product + _ACTIVATION_BODIES[activation]
+        domains, ending = f', "{DOMAIN}" : {VERSION}', f", followed by {activation}"
     text = (
-        f'<domain: "{DOMAIN}", opset_import: ["" : {opset}]>\n'
-        f"{operator.op_type} <{', '.join(operator.attributes)}> ({inputs}) => (Y)\n"
-        f"{{{_BEGIN}{operator.body}{_END}}}"
+        f'<domain: "{DOMAIN}", opset_import: ["" : {opset}{domains}]>\n'
+        f"{name} <{', '.join(operator.attributes)}> ({inputs}) => (Y)\n{{{body}}}"
     )
     proto = parser.parse_function(text)
-    proto.doc_string = f"Y = X @ W.T + bias, W a sparse weight in the format {format!r} of spfmt."
+    proto.doc_string = (
+        f"Y = X @ W.T + bias, W a sparse weight in the format {format!r} of spfmt{ending}."
+    )
     return cast("onnx.FunctionProto", proto)
+
+
+def op_type(format: str, activation: str | None = None) -> str:
+    """Name of the operator of a format and an activation, as ``"NMLinearRelu"``.
+
+    Raises
+    ------
+    FormatError
+        When no operator exists for the format, or no activation has the name.
+    """
+    activation_code(activation)
+    suffix = "" if activation is None else activation.title().replace("_", "")
+    return _operator(format).op_type + suffix
+
+
+def activation_function(activation: str, opset: int = MIN_OPSET) -> onnx.FunctionProto:
+    """A function ``(Z) => (Y)`` of standard operators, named like the activation in our domain."""
+    text = (
+        f'<domain: "{DOMAIN}", opset_import: ["" : {opset}]>\n'
+        f"{activation} (Z) => (Y)\n{{{_ACTIVATION_BODIES[activation]}}}"
+    )
+    return cast("onnx.FunctionProto", require("onnx.parser").parse_function(text))
 
 
 def lower(tensor: SparseTensor) -> Lowered:
@@ -256,7 +334,7 @@ def lower(tensor: SparseTensor) -> Lowered:
 
 
 def make_node(
-    tensor: SparseTensor, x: str, bias: str, y: str, *, name: str
+    tensor: SparseTensor, x: str, bias: str, y: str, *, name: str, activation: str | None = None
 ) -> tuple[onnx.NodeProto, list[onnx.TensorProto]]:
     """A node that applies a weight, with the initializers that it reads.
 
@@ -268,6 +346,8 @@ def make_node(
         Names of the input (..., in_features), the bias (out_features,) and the output.
     name : str
         Name of the node; its initializers are called ``name.input``.
+    activation : {"relu", "gelu", "gelu_tanh", "silu"}, optional
+        Applied to the product.
 
     Returns
     -------
@@ -276,7 +356,7 @@ def make_node(
     Raises
     ------
     FormatError
-        When the weight cannot be lowered (see `lower`).
+        When the weight cannot be lowered (see `lower`), or no activation has the name.
     MissingDependency
         When onnx is not installed.
     """
@@ -289,7 +369,12 @@ def make_node(
         numpy_helper.from_array(array, key) for array, key in zip(arrays, names, strict=True)
     ]
     node = onnx.helper.make_node(
-        lowered.op_type, [x, *names, bias], [y], name=name, domain=DOMAIN, **lowered.attributes
+        op_type(tensor.format, activation),
+        [x, *names, bias],
+        [y],
+        name=name,
+        domain=DOMAIN,
+        **lowered.attributes,
     )
     node.doc_string = repr(tensor)
     return node, tensors

@@ -8,6 +8,7 @@ differentiable, so autograd, ``torch.compile`` and ``torch.export`` see plain te
 operator  computes                       gradients (each only when asked for)
 ========  =============================  ========================================
 spmm      ``y = x @ A.T + bias``         ``x``: spmm_t, ``values``: sddmm, ``bias``: sum
+spmm_act  ``y = f(x @ A.T + bias)``      as spmm; recomputes what f was applied to
 spmm_t    ``dx = dy @ A``                ``dy``: spmm, ``values``: sddmm
 sddmm     ``(dy.T @ x)`` at the places   ``dy``: spmm, ``x``: spmm_t
 ========  =============================  ========================================
@@ -29,6 +30,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from spfmt.activations import activation_code
 from spfmt.errors import KernelNotFound, format_error
 from spfmt.torch._eager import is_eager, records
 from spfmt.torch._identity import CompiledStructure, compiled_structure
@@ -167,6 +169,30 @@ def _spmm_cpu(
     return y
 
 
+def _spmm_act_cpu(
+    values: Tensor,
+    structure: Tensor,
+    x: Tensor,
+    bias: Tensor | None,
+    shape: Sequence[int],
+    format: str,
+    activation: str,
+) -> Tensor:
+    y = _spmm_fake(values, structure, x, bias, shape, format, activation)
+    compiled = _compiled(structure, shape, format)
+    _check_capacity(values, compiled)
+    compiled.plan.spmm(
+        values.detach().numpy(),
+        x.detach().numpy(),
+        bias=None if bias is None else bias.detach().numpy(),
+        activation=activation,
+        batch_first=True,
+        out=y.numpy(),
+        version=compiled.version(values),
+    )
+    return y
+
+
 def _spmm_t_cpu(
     values: Tensor, structure: Tensor, dy: Tensor, shape: Sequence[int], format: str
 ) -> Tensor:
@@ -201,7 +227,9 @@ def _spmm_fake(
     bias: Tensor | None,
     shape: Sequence[int],
     format: str,
+    activation: str | None = None,
 ) -> Tensor:
+    activation_code(activation)
     _check_weight(values, structure)
     _check_matrix("x", x, shape[1], values)
     _check_bias(bias, shape[0], values)
@@ -289,6 +317,49 @@ def _spmm_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         None,
         None,
     )
+
+
+def _activated(z: Tensor, activation: str) -> Tensor:
+    if activation == "relu":
+        return torch.relu(z)
+    if activation == "silu":
+        return torch.nn.functional.silu(z)
+    return torch.nn.functional.gelu(z, approximate="tanh" if activation == "gelu_tanh" else "none")
+
+
+def _activation_backward(dy: Tensor, z: Tensor, activation: str) -> Tensor:
+    aten = torch.ops.aten
+    if activation == "relu":
+        return cast(Tensor, aten.threshold_backward(dy, z, 0))
+    if activation == "silu":
+        return cast(Tensor, aten.silu_backward(dy, z))
+    approximate = "tanh" if activation == "gelu_tanh" else "none"
+    return cast(Tensor, aten.gelu_backward(dy, z, approximate=approximate))
+
+
+def _spmm_act_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    values, structure, x, bias, shape, format, activation = inputs
+    ctx.shape, ctx.format, ctx.activation = shape, format, activation
+    ctx.capacity = values.shape[0]
+    ctx.save_for_backward(values, structure, x, bias)
+
+
+def _spmm_act_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    values, structure, x, bias = ctx.saved_tensors
+    needs_values, _, needs_x, needs_bias, *_ = ctx.needs_input_grad
+    dvalues = dx = dbias = None
+    with torch.no_grad():
+        z = _spmm(values, structure, x, bias, ctx.shape, ctx.format)
+        dz = _activation_backward(dy, z, ctx.activation)
+        if needs_values:
+            dvalues = _sddmm(structure, dz, x, ctx.shape, ctx.format, ctx.capacity)
+        if needs_x:
+            dx = _spmm_t(values, structure, dz, ctx.shape, ctx.format)
+        if needs_bias:
+            dbias = dz.sum(0)
+    sources = [t for t in (dy, values, x, bias) if t is not None]
+    once = [None if g is None else _once(g, *sources) for g in (dvalues, dx, dbias)]
+    return once[0], None, once[1], once[2], None, None, None
 
 
 def _spmm_t_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -408,6 +479,21 @@ def _spmm(
     return _call(_spmm_op, values, structure, x, bias, shape, format)
 
 
+def _spmm_act(
+    values: Tensor,
+    structure: Tensor,
+    x: Tensor,
+    bias: Tensor | None,
+    shape: Sequence[int],
+    format: str,
+    activation: str,
+) -> Tensor:
+    if is_eager(values, structure, x, bias) and not records(values, x, bias):
+        return _spmm_act_cpu(values, structure, x, bias, shape, format, activation)
+    _check_devices("spmm_act", values, structure, x, values if bias is None else bias)
+    return _call(_spmm_act_op, values, structure, x, bias, shape, format, activation)
+
+
 def _spmm_t(
     values: Tensor, structure: Tensor, dy: Tensor, shape: Sequence[int], format: str
 ) -> Tensor:
@@ -454,6 +540,14 @@ _spmm_op = _register(
     _spmm_fake,
     _spmm_backward,
     _spmm_context,
+)
+_spmm_act_op = _register(
+    "spmm_act(Tensor values, Tensor structure, Tensor x, Tensor? bias, int[] shape, str format, "
+    "str activation)",
+    _spmm_act_cpu,
+    _spmm_fake,
+    _spmm_act_backward,
+    _spmm_act_context,
 )
 _spmm_t_op = _register(
     "spmm_t(Tensor values, Tensor structure, Tensor dy, int[] shape, str format)",
@@ -522,8 +616,9 @@ def spmm(
     *,
     shape: Sequence[int],
     format: str,
+    activation: str | None = None,
 ) -> Tensor:
-    """Multiply a batch by a sparse weight: ``y = x @ A.T + bias``.
+    """Multiply a batch by a sparse weight: ``y = f(x @ A.T + bias)``.
 
     Parameters
     ----------
@@ -539,6 +634,9 @@ def spmm(
         (R, C), the shape of the weight.
     format : str
         The format's name, for instance ``"condensed"``.
+    activation : {"relu", "gelu", "gelu_tanh", "silu"}, optional
+        f. Where no gradient is recorded the kernel applies it to its result; where one is, torch's
+        own operator follows, whose input has to be kept anyway.
 
     Returns
     -------
@@ -547,11 +645,18 @@ def spmm(
     Raises
     ------
     FormatError
-        Where shapes, dtypes or devices do not fit together, or the structure is corrupt.
+        Where shapes, dtypes or devices do not fit together, the structure is corrupt, or no
+        activation has the name.
     KernelNotFound
         Where no kernel exists for the dtype or the device.
     """
-    return _spmm(values, structure, x, bias, shape, format)
+    if activation is None:
+        return _spmm(values, structure, x, bias, shape, format)
+    activation_code(activation)
+    wanted = any(t is not None and t.requires_grad for t in (values, x, bias))
+    if torch.is_grad_enabled() and wanted:
+        return _activated(_spmm(values, structure, x, bias, shape, format), activation)
+    return _spmm_act(values, structure, x, bias, shape, format, activation)
 
 
 def spmm_t(

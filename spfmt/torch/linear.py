@@ -490,12 +490,14 @@ class SparseLinear(nn.Module):
 
     # --------------------------------------------------------------------------------- forward
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return ``x A.T + b``.
+    def forward(self, x: Tensor, *, activation: str | None = None) -> Tensor:
+        """Return ``f(x A.T + b)``.
 
         Parameters
         ----------
         x : Tensor, shape (..., in_features)
+        activation : {"relu", "gelu", "gelu_tanh", "silu"}, optional
+            f, fused into the product where no gradient is recorded.
 
         Returns
         -------
@@ -511,7 +513,9 @@ class SparseLinear(nn.Module):
         flat = x if dims == 2 else x.flatten(0, -2) if dims > 2 else x.unsqueeze(0)
         values, structure = self._held("values"), self._held("structure")
         bias = None if self._parameters.get("bias", self) is None else self._held("bias")
-        y = spmm(values, structure, flat, bias, shape=shape, format=self.format)
+        y = spmm(
+            values, structure, flat, bias, shape=shape, format=self.format, activation=activation
+        )
         return y if dims == 2 else y.reshape((*x.shape[:-1], shape[0]))
 
     def _held(self, name: str) -> Tensor:

@@ -1,0 +1,161 @@
+"""Activations behind sparse products: into the product's node where nothing else reads it.
+
+During the translation every ReLU, GELU and SiLU of a model is a placeholder that still has torch's
+name for it; afterwards it either becomes an attribute of a product's placeholder or is written out
+in standard operators.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from spfmt.onnx._deps import require
+from spfmt.onnx.functions import DOMAIN, VERSION, activation_function
+
+if TYPE_CHECKING:
+    import onnx
+
+__all__ = ["ACTIVATION", "PRODUCT", "fuse_activations", "nodes_of", "translations"]
+
+PRODUCT = "SparseProduct"
+ACTIVATION = "Activation"
+_FLOATS = ("float", "double", "float16", "bfloat16")  # narrow products are refused when lowered
+
+
+def translations() -> dict[Any, Any]:
+    """Torch's operators and what they become: placeholders with the operators' own arguments."""
+    torch = require("torch")
+    product = _operator(
+        PRODUCT,
+        {"values": "T", "structure": "tensor(int32)", "x": "T", "bias": "T"},
+        ("format", "activation"),
+    )
+    activation = _operator(ACTIVATION, {"z": "T"}, ("kind",))
+
+    def spmm(values: Any, structure: Any, x: Any, bias: Any, shape: Any, format: str) -> Any:
+        return product(values, structure, x, bias, format=format, activation="")
+
+    def spmm_act(
+        values: Any, structure: Any, x: Any, bias: Any, shape: Any, format: str, activation: str
+    ) -> Any:
+        return product(values, structure, x, bias, format=format, activation=activation)
+
+    def gelu(z: Any, approximate: str = "none") -> Any:
+        return activation(z, kind="gelu" if approximate == "none" else "gelu_tanh")
+
+    return {
+        torch.ops.spfmt.spmm.default: spmm,
+        torch.ops.spfmt.spmm_act.default: spmm_act,
+        torch.ops.aten.relu.default: lambda z: activation(z, kind="relu"),
+        torch.ops.aten.gelu.default: gelu,
+        torch.ops.aten.silu.default: lambda z: activation(z, kind="silu"),
+    }
+
+
+def _operator(name: str, inputs: dict[str, str], attributes: tuple[str, ...]) -> Any:
+    schema = require("onnx").defs.OpSchema
+    values = require("onnxscript").values
+    option = schema.FormalParameterOption
+    formal = [
+        schema.FormalParameter(
+            key, kind, param_option=option.Optional if key == "bias" else option.Single
+        )
+        for key, kind in inputs.items()
+    ]
+    types = [
+        f"tensor({t})" for t in (*_FLOATS, *(("int32", "int64") if name == ACTIVATION else ()))
+    ]
+    described = schema(
+        name,
+        DOMAIN,
+        VERSION,
+        inputs=formal,
+        outputs=[schema.FormalParameter("y", "T")],
+        type_constraints=[("T", types, "numbers")],
+        attributes=[schema.Attribute(key, schema.AttrType.STRING) for key in attributes],
+    )
+    return values.Op(values.Opset(DOMAIN, VERSION), name, described)
+
+
+def nodes_of(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+    """All nodes of a graph and of the graphs in its attributes."""
+    for inner in _graphs(graph):
+        yield from inner.node
+
+
+def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+    yield graph
+    for node in graph.node:
+        for attribute in node.attribute:
+            for inner in (attribute.g, *attribute.graphs):
+                yield from _graphs(inner)
+
+
+def fuse_activations(proto: onnx.ModelProto, opset: int) -> onnx.ModelProto:
+    """Fuse what can be fused and write out every other placeholder of an activation."""
+    readers = Counter(name for node in nodes_of(proto.graph) for name in node.input)
+    for graph in _graphs(proto.graph):
+        readers.update(output.name for output in graph.output)
+    for graph in _graphs(proto.graph):
+        producers = {name: node for node in graph.node for name in node.output}
+        for node in [n for n in graph.node if (n.domain, n.op_type) == (DOMAIN, ACTIVATION)]:
+            product = _only_source(node, producers, readers)
+            if product is not None:
+                _text(product, "activation").s = _text(node, "kind").s
+                _bypass(graph, node, producers)
+    return _written_out(proto, opset)
+
+
+def _text(node: onnx.NodeProto, name: str) -> onnx.AttributeProto:
+    found: onnx.AttributeProto = next(a for a in node.attribute if a.name == name)
+    return found
+
+
+def _only_source(
+    node: onnx.NodeProto, producers: dict[str, onnx.NodeProto], readers: Counter[str]
+) -> onnx.NodeProto | None:
+    """Return the product that an activation alone reads, maybe through reshapes, or None."""
+    name = node.input[0]
+    while name in producers and readers[name] == 1:
+        source = producers[name]
+        if (source.domain, source.op_type) == (DOMAIN, PRODUCT):
+            return None if _text(source, "activation").s else source
+        if source.op_type != "Reshape":
+            return None
+        name = source.input[0]
+    return None
+
+
+def _bypass(
+    graph: onnx.GraphProto, node: onnx.NodeProto, producers: dict[str, onnx.NodeProto]
+) -> None:
+    """Take a node out: what produced its input produces its output."""
+    old, new = node.input[0], node.output[0]
+    source = producers.pop(old)
+    source.output[list(source.output).index(old)] = new
+    producers[new] = source
+    graph.node.remove(node)
+    stale = [info for info in graph.value_info if info.name == old]
+    for info in stale:
+        graph.value_info.remove(info)
+
+
+def _written_out(proto: onnx.ModelProto, opset: int) -> onnx.ModelProto:
+    """Replace the remaining placeholders of activations by standard operators."""
+    kinds = set()
+    for node in nodes_of(proto.graph):
+        if (node.domain, node.op_type) == (DOMAIN, ACTIVATION):
+            kind = _text(node, "kind").s.decode()
+            del node.attribute[:]
+            if kind == "relu":
+                node.op_type, node.domain = "Relu", ""
+                continue
+            node.op_type = kind
+            kinds.add(kind)
+    if not kinds:
+        return proto
+    proto.functions.extend(activation_function(kind, opset) for kind in sorted(kinds))
+    names = [(DOMAIN, kind) for kind in sorted(kinds)]
+    return require("onnx.inliner").inline_selected_functions(proto, names)  # type: ignore[no-any-return]
