@@ -177,7 +177,9 @@ PYBIND11_MODULE(_kernels, m) {
   pthread_atfork(nullptr, nullptr, [] { forked_child = true; });
   py::class_<PyPlan>(m, "Plan")
       .def_property_readonly("nnz", [](const PyPlan& p) { return spfmt::plan_nnz(*p.plan); })
-      .def_property_readonly("nbytes", [](const PyPlan& p) { return spfmt::plan_nbytes(*p.plan); });
+      .def_property_readonly("nbytes", [](const PyPlan& p) { return spfmt::plan_nbytes(*p.plan); })
+      .def_property_readonly("padding",
+                             [](const PyPlan& p) { return spfmt::plan_padding(*p.plan); });
   m.def("lists_plan", &lists_plan, py::arg("rows"), py::arg("cols"), py::arg("indptr").noconvert(),
         py::arg("col_indices").noconvert());
   m.def("groups_plan", &groups_plan, py::arg("rows"), py::arg("cols"),

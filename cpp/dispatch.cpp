@@ -137,6 +137,13 @@ Isa active_isa() {
                               " names no level; expected scalar, avx2 or avx512");
 }
 
+double plan_padding(const Plan& plan) {
+  if (plan.layout() != Layout::row_lists || plan.nnz() == 0) return 1.0;
+  const int widest = tiles_for<float>(active_isa()).widest_window;
+  const SlicePack& pack = plan.slices(widest, serial_executor());
+  return static_cast<double>(pack.packed()) / static_cast<double>(plan.nnz());
+}
+
 void run(const Kernel& kernel, const Plan& plan, const Args<float>& args,
          const Executor& executor) {
   kernel.run_f32(kernel, plan, args, executor);

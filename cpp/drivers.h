@@ -10,6 +10,11 @@ namespace spfmt {
 template <class T>
 using Driver = void (*)(const Tiles<T>&, const Plan&, const Args<T>&, const Executor&);
 
+// Y = A X where the batch is small enough for kernels of its own; else false and nothing is done.
+// `permutation` (or null) maps a position of A to a place in the values.
+template <class T>
+bool lists_small_batch(const Tiles<T>&, const Plan&, const int64_t* permutation, const Args<T>&,
+                       const Executor&);
 template <class T>
 void lists_spmm(const Tiles<T>&, const Plan&, const Args<T>&, const Executor&);
 template <class T>

@@ -73,32 +73,6 @@ class PanelSet {
   std::vector<Panel<const T>> read_;
 };
 
-// Small batches want each sample's features contiguous: the caller's memory where it is so already,
-// else a copy (batch < kTokenLimit, so it is small).
-template <class T>
-class Tokens {
- public:
-  explicit Tokens(const Matrix<const T>& m) : data_(m.data), stride_(m.col_stride) {
-    if (m.row_stride == 1 || m.rows <= 1) return;
-    copy_ = std::make_unique<Workspace>(sizeof(T) * m.rows * m.cols);
-    T* to = copy_->template as<T>();
-    for (int64_t b = 0; b < m.cols; ++b) {
-      for (int64_t f = 0; f < m.rows; ++f) {
-        to[b * m.rows + f] = m.data[f * m.row_stride + b * m.col_stride];
-      }
-    }
-    data_ = to;
-    stride_ = m.rows;
-  }
-  const T* operator[](int64_t token) const { return data_ + token * stride_; }
-  int64_t stride() const { return stride_; }
-
- private:
-  const T* data_;
-  int64_t stride_;
-  std::unique_ptr<Workspace> copy_;
-};
-
 // A small batch with each feature's samples side by side: the caller's memory where it is so
 // already.
 template <class T>

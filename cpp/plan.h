@@ -48,15 +48,14 @@ class Lazy {
   mutable std::atomic<const T*> ready_{nullptr};
 };
 
-// RowSlices with its storage, and where each packed value comes from (-1: padding).
 struct SlicePack {
-  std::vector<int32_t> lane_row, chunk;
-  std::vector<int64_t> slice_ptr, step_ptr;
-  std::vector<uint8_t> byte_index;
-  std::vector<int32_t> source;  // relative to the first value of the lane's row
+  std::vector<int32_t> lane_row;
+  std::vector<int64_t> slice_ptr;
+  std::unique_ptr<Buffer> block, code;
   RowSlices view;
   ValueCache values;
-  int64_t packed() const { return static_cast<int64_t>(byte_index.size()); }
+  // Places for values, padding included.
+  int64_t packed() const { return slice_ptr.back() * view.steps * kRowTile; }
   int64_t nbytes() const;
 };
 
@@ -75,7 +74,6 @@ std::unique_ptr<TilePack> make_tile_pack(const RowLists& a);
 struct TransposePack {
   std::vector<int64_t> source;
   std::shared_ptr<const Plan> plan;
-  ValueCache values;
 };
 
 struct ColumnPack {
@@ -97,7 +95,8 @@ class Plan {
 
   const RowLists& lists() const { return lists_; }
   const RowGroups& groups() const { return groups_; }
-  const SlicePack& slices() const;
+  // `widest`: columns of the widest window that the caller's kernels look up.
+  const SlicePack& slices(int widest, const Executor& executor) const;
   const TilePack& tiles() const;
   const TransposePack& transpose() const;
   const ColumnPack& columns() const;
@@ -109,7 +108,7 @@ class Plan {
   std::vector<int32_t> indices_;
   RowLists lists_{};
   RowGroups groups_{};
-  Lazy<SlicePack> slices_;
+  Lazy<SlicePack> slices_[2];  // windows of 32 columns; of up to 64
   Lazy<TilePack> tiles_;
   Lazy<TransposePack> transpose_;
   Lazy<ColumnPack> columns_;

@@ -80,6 +80,9 @@ std::shared_ptr<const Plan> make_plan(const RowGroups& view);
 int64_t plan_nnz(const Plan& plan);
 // Bytes of the structure and of every layout built from it so far.
 int64_t plan_nbytes(const Plan& plan);
+// Places per nonzero of the layout that small batches use at the active level: 1 without padding,
+// and for row groups, which have none. The layout is built if it is not yet.
+double plan_padding(const Plan& plan);
 
 // `values` of this version were seen before: packed copies of them are reused. kNoVersion: never.
 constexpr int64_t kNoVersion = -1;

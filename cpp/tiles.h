@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "row_slices.h"
 #include "spfmt.h"
 
 // Before a loop over accumulators. GCC decides which arrays live in registers before it unrolls
@@ -17,10 +18,10 @@ constexpr int kPanel = 64;
 // Samples that the gradient of row groups takes at a time, in one wide panel: sixteen rows of dY
 // then are half of a first-level cache.
 constexpr int kSampleStrip = 256;
-// Below this many samples lanes run over rows, from it on over samples.
+// Samples per octet: four-byte lanes of a 256-bit register.
+constexpr int kOctet = 8;
+// From this many samples on lanes always run over samples.
 constexpr int kTokenLimit = 16;
-// Columns per chunk of a RowSlices layout: what two 512-bit registers of float32 hold.
-constexpr int kChunk = 32;
 
 // A panel holds up to 64 samples of all features, feature after feature:
 //
@@ -32,21 +33,6 @@ struct Panel {
   int width;    // 16, 32, 48 or 64; for the gradient of row groups up to kSampleStrip; for small
                 // batches samples, with room for 16 elements behind the last feature
   int samples;  // 1 .. width
-};
-
-// RowLists cut into slices of 16 rows and chunks of 32 columns, lanes = rows (SELL-16):
-//
-//   slice s: lane i is row lane_row[16 s + i] (-1: none), records slice_ptr[s] .. slice_ptr[s + 1]
-//   record q: columns 32 * chunk[q] .., steps step_ptr[q] .. step_ptr[q + 1]
-//   step k: byte_index[16 k + i] is lane i's column in the chunk, 0x80 where the lane is padding
-//           values[16 k + i] (a private copy) is its weight, 0 where padding
-struct RowSlices {
-  int64_t rows, cols, slices;
-  const int32_t* lane_row;
-  const int64_t* slice_ptr;
-  const int32_t* chunk;
-  const int64_t* step_ptr;
-  const uint8_t* byte_index;
 };
 
 // RowLists cut into chunks of kRowChunk rows and tiles of `width` columns, so that the part of X
@@ -94,7 +80,6 @@ struct Tiles {
   // Panel <-> memory for features [begin, end).
   void (*pack)(Strided<const T> from, const Panel<T>& to, int64_t begin, int64_t end);
   void (*unpack)(const Panel<const T>& from, Strided<T> to, int64_t begin, int64_t end);
-  bool (*all_finite)(const T* x, int64_t n);
   // y[row * ldy + b], b < width (a multiple of 16), for n rows: those that `rows` names, or the
   // first n where it is null.
   void (*activate)(Activation, T* y, int64_t ldy, int width, const int32_t* rows, int64_t n);
@@ -102,10 +87,21 @@ struct Tiles {
   // y[r * x.width + b] for the rows of one chunk; `values` in visiting order.
   void (*lists_panel)(const RowTiles&, const T* values, const Panel<const T>& x, const T* bias,
                       T* y, int64_t chunk);
-  // Tokens x[b * ldx + c], b < n (1..4); y with any strides; slices [begin, end).
-  void (*slices_tokens)(const RowSlices&, const T* packed, const T* x, int64_t ldx, int n,
-                        bool finite, const T* bias, Activation, Strided<T> y, int64_t begin,
-                        int64_t end);
+  // n tokens into blocks of 16 features: staged[(c * n + b) * 16 + j] is feature 16 c + j of token
+  // b, zero behind the last feature. Tells whether all of them are finite.
+  bool (*stage_tokens)(Strided<const T> x, int64_t features, int n, int64_t blocks, T* staged);
+  // n staged tokens, a power of two up to slice_tokens; y with any strides; slices [begin, end).
+  void (*slices_tokens)(const RowSlices&, const T* packed, const T* staged, int n, bool finite,
+                        const T* bias, Activation, Strided<T> y, int64_t begin, int64_t end);
+  int slice_tokens, widest_window;
+  // Up to eight samples: staged[f * 8 + b] is feature f of sample b, zero where b >= n; then
+  // rows [begin, end) of Y, begin a multiple of 16; y with any strides.
+  void (*stage_octet)(Strided<const T> x, int64_t features, int n, T* staged);
+  void (*lists_octet)(const RowLists&, const T* values, const T* staged, int n, const T* bias,
+                      Activation, Strided<T> y, int64_t begin, int64_t end);
+  // Measured time of one nonzero in a panel of 16 and of 8 samples, over that of one place of
+  // RowSlices for one token.
+  int panel_cost, octet_cost;
   // gradient[p] (+)= sum_b dY[row, b] X[col, b] over `panels` consecutive panels; one chunk.
   void (*lists_sddmm)(const RowTiles&, const Panel<const T>* dy, const Panel<const T>* x,
                       int panels, bool accumulate, T* gradient, int64_t chunk);

@@ -186,6 +186,54 @@ def csr(mask: np.ndarray, dtype: str) -> spfmt.CSR:
 CSR_SPMM = [p for p in ROWS if (p.values[0].op, p.values[0].format) == ("spmm", "csr")]
 
 
+SMALL = [p for p in ROWS if p.values[0].op == "spmm" and p.values[0].format in ("csr", "nm")]
+
+
+@pytest.mark.parametrize("per_window", [1, 2, 3, 5])
+@pytest.mark.parametrize("kernel", SMALL)
+def test_every_small_batch(kernel: spfmt.Kernel, per_window: int) -> None:
+    """1 to 15 samples meet every number of steps per record, of tokens per pass, and octets."""
+    rng = np.random.default_rng(per_window)
+    scores = rng.random((39, 210))  # 210 columns: the last window is cut short
+    if kernel.format == "nm":
+        a = spfmt.NM.from_scores(scores, n=per_window, m=32, values=scores - 0.5)
+    else:
+        mask = scores < per_window / 32
+        mask[[3, 20]] = [[False], [True]]  # an empty row beside a full one
+        a = csr(mask, "float64")
+    a = a.astype(kernel.dtype)
+    dense = a.to_dense().astype(np.float64)
+    for batch in range(1, 16):
+        order = ORDERS[batch % 4]
+        x = operand(210, batch, order, kernel.dtype, rng)
+        frame, out = guarded(39, batch, ORDERS[batch // 4], kernel.dtype)
+        bias = rng.standard_normal(39).astype(kernel.dtype) if batch % 2 else None
+        spfmt.spmm(a, x, bias=bias, out=out, backend=kernel.isa)
+        shift = 0 if bias is None else bias[:, None].astype(np.float64)
+        check(out, dense @ x + shift, abs(dense) @ abs(x) + abs(shift), 211)
+        assert np.isnan(frame).sum() == frame.size - out.size, "wrote outside of the output"
+
+
+def test_structure_too_large_for_caches() -> None:
+    """More than two million nonzeros take wide windows where the level has them."""
+    rows, cols, fan_in = 70_000, 300, 32
+    rng = np.random.default_rng(16)
+    columns = np.sort((rng.integers(0, cols, (rows, 1)) + np.arange(fan_in) * 9) % cols, axis=1)
+    values = rng.standard_normal((rows, fan_in)).astype("float32")
+    a = spfmt.Condensed((rows, cols), np.arange(rows), columns, values)
+    for kernel in spfmt.kernels(op="spmm", format="condensed", dtype="float32"):
+        for batch in (1, 2, 3, 8) if kernel.available else ():
+            x = rng.standard_normal((batch, cols)).astype("float32")
+            terms = values.astype(np.float64) * x[:, columns]
+            got = spfmt.spmm(a, x, batch_first=True, backend=kernel.isa)
+            check(got, terms.sum(2), abs(terms).sum(2), fan_in)
+        x = np.ones(cols, "float32")
+        x[[0, 40, 299]] = np.inf, -np.inf, np.nan
+        if kernel.available:
+            finite = np.isfinite(x[columns]).all(1)
+            np.testing.assert_array_equal(np.isfinite(spfmt.spmm(a, x, backend=kernel.isa)), finite)
+
+
 @pytest.mark.parametrize("kernel", CSR_SPMM)
 def test_rows_that_miss_whole_tiles_of_columns(kernel: spfmt.Kernel) -> None:
     mask = np.zeros((70, 1100), bool)

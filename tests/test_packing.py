@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+import spfmt
 from spfmt import FormatError
 from spfmt.structure.packing import group_rows, slice_padding
 
@@ -30,6 +31,17 @@ def test_constant_fan_in_at_a_real_size() -> None:
     counts = np.stack([np.bincount(row // 32, minlength=24) for row in columns])
     assert slice_padding(counts) > 1.9
     assert slice_padding(counts, group_rows(counts)) < 1.65
+
+
+def test_padding_of_plans() -> None:
+    """What small batches multiply by zero: nothing in n:m, half as much again if random."""
+    scores = np.random.default_rng(1).random((3072, 768))
+    assert spfmt.NM.from_scores(scores, n=3, m=32).plan.padding == 1.0
+    assert spfmt.NM.from_scores(scores, n=2, m=4).plan.padding == 1.0
+    assert spfmt.ShuffledBlock.from_scores(scores, 0.1).plan.padding == 1.0
+    assert 1.0 < spfmt.Condensed.from_scores(scores, 0.1).plan.padding < 1.51
+    assert 1.0 < spfmt.CSR.from_scores(scores, 0.1).plan.padding < 1.53
+    assert spfmt.CSR((5, 7), np.zeros(6, int), [], []).plan.padding == 1.0
 
 
 @pytest.mark.parametrize(

@@ -159,6 +159,15 @@ void activate(Activation kind, T* y, int64_t ldy, int width, const int32_t* rows
   }
 }
 
+template <class S, class V = typename S::V>
+inline V activated(Activation kind, V v) noexcept {
+  if (kind == Activation::none) return v;
+  typename S::T lane[kLanes];
+  S::store(lane, v);
+  activate<S>(kind, lane, kLanes, kLanes, nullptr, 1);
+  return S::load(lane);
+}
+
 // The end of a product with N tokens: lanes, with bias and activation, to the rows of Y that they
 // belong to, whose order is arbitrary.
 template <class S, int N, class T = typename S::T>

@@ -4,7 +4,8 @@
 #include "activation-inl.h"
 #include "panel-inl.h"
 #include "row_groups-inl.h"
-#include "row_lists-inl.h"
+#include "row_octets-inl.h"
+#include "row_slices-inl.h"
 #include "row_tiles-inl.h"
 
 namespace spfmt {
@@ -13,9 +14,10 @@ namespace {
 template <class S>
 const Tiles<typename S::T>& tiles_of() noexcept {
   static constexpr Tiles<typename S::T> kTiles = {
-      pack<S>,           unpack<S>,          S::all_finite,   activate<S>, lists_panel<S>,
-      slices_tokens<S>,  lists_sddmm<S>,     groups_panel<S>, S::kTokens,  groups_tokens<S>,
-      groups_t_panel<S>, groups_t_tokens<S>, groups_sddmm<S>,
+      pack<S>,          unpack<S>,         activate<S>,        lists_panel<S>,  stage_tokens<S>,
+      slices_tokens<S>, S::kSliceTokens,   S::kWidestWindow,   stage_octet<S>,  lists_octet<S>,
+      S::kPanelCost,    S::kOctetCost,     lists_sddmm<S>,     groups_panel<S>, S::kTokens,
+      groups_tokens<S>, groups_t_panel<S>, groups_t_tokens<S>, groups_sddmm<S>,
   };
   return kTiles;
 }

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "../row_slices.h"
 #include "../spfmt.h"
 
 namespace spfmt {
@@ -20,6 +21,7 @@ struct Avx2Simd {
   static constexpr int kBlockVecs = 1;  // four rows by two registers, of sixteen
   static constexpr int kPieces = 1;     // four vectors are eight registers
   static constexpr int kTokens = 6;
+  static constexpr int kSliceTokens = 2, kWidestWindow = 32, kPanelCost = 5, kOctetCost = 3;
 
   // A window into this table is a mask of the first n lanes.
   static __m256i first8(int n) noexcept {
@@ -144,34 +146,54 @@ struct Avx2Simd {
     }
   }
 
-  static bool all_finite(const T* p, int64_t n) noexcept {
-    V acc = zero();  // 0 * inf and 0 * nan are nan
-    int64_t i = 0;
-    for (; i + kLanes <= n; i += kLanes) acc = fma(load(p + i), zero(), acc);
-    acc = fma(load(p + i, static_cast<int>(n - i)), zero(), acc);
-    return sum(acc) == 0.0f;
-  }
+  // Eight lanes.
+  using Half = __m256;
+  static Half half_zero() noexcept { return _mm256_setzero_ps(); }
+  static Half half_set1(T x) noexcept { return _mm256_set1_ps(x); }
+  static Half half_load(const T* p) noexcept { return _mm256_loadu_ps(p); }
+  static void half_store(T* p, Half v) noexcept { _mm256_storeu_ps(p, v); }
+  static Half add(Half a, Half b) noexcept { return _mm256_add_ps(a, b); }
+  static Half fma(Half a, Half b, Half c) noexcept { return _mm256_fmadd_ps(a, b, c); }
 
-  // x stays in L1 and is gathered: a register table needs four vpermps and blends at this width.
+  // Codes of RowSlices, widened once for all tokens.
+  template <int kWidth>
+  struct Index {
+    __m256i lo, hi;
+    Index() = default;
+    explicit Index(const uint8_t* code) noexcept : lo(widen(code)), hi(widen(code + 8)) {}
+    static __m256i widen(const uint8_t* code) noexcept {
+      return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(code)));
+    }
+  };
+
+  // 32 consecutive x are four registers: vpermps looks eight lanes up in each, and bits 3 and 4 of
+  // the column, moved to the sign, choose among the four. More instructions than two gathers, but
+  // a gather takes a load per lane.
+  template <int kWidth>
   struct Table {
+    static_assert(kWidth == 32, "wider windows take more look-ups than they save");
     const T* x;
-    Table() = default;
-    Table(const T* p, int) noexcept : x(p) {}
-    static __m256i widen(const uint8_t* index) noexcept {
-      return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(index)));
+    int64_t stride;
+    Table(const T* p, int64_t s) noexcept : x(p), stride(s) {}
+    static __m256 choose(__m256 a, __m256 b, __m256i sign) noexcept {
+      return _mm256_blendv_ps(a, b, _mm256_castsi256_ps(sign));
     }
-    __m256 gather(__m256i i) const noexcept {
-      return _mm256_i32gather_ps(x, _mm256_and_si256(i, _mm256_set1_epi32(31)), 4);
+    __m256 pick(__m256i i) const noexcept {
+      const __m256i bit3 = _mm256_slli_epi32(i, 28), bit4 = _mm256_slli_epi32(i, 27);
+      const __m256 a = _mm256_permutevar8x32_ps(_mm256_loadu_ps(x), i);
+      const __m256 b = _mm256_permutevar8x32_ps(_mm256_loadu_ps(x + 8), i);
+      const __m256 c = _mm256_permutevar8x32_ps(_mm256_loadu_ps(x + stride), i);
+      const __m256 d = _mm256_permutevar8x32_ps(_mm256_loadu_ps(x + stride + 8), i);
+      return choose(choose(a, b, bit3), choose(c, d, bit3), bit4);
     }
-    __m256 gather_masked(__m256i i) const noexcept {
-      const __m256i used = _mm256_cmpgt_epi32(_mm256_set1_epi32(0x80), i);
-      return _mm256_mask_i32gather_ps(_mm256_setzero_ps(), x, i, _mm256_castsi256_ps(used), 4);
+    V lookup(const Index<kWidth>& i) const noexcept { return {pick(i.lo), pick(i.hi)}; }
+    static __m256 clear_padding(__m256 v, __m256i i) noexcept {
+      const __m256i flag = _mm256_and_si256(i, _mm256_set1_epi32(kPadding));
+      const __m256i used = _mm256_cmpeq_epi32(flag, _mm256_setzero_si256());
+      return _mm256_and_ps(v, _mm256_castsi256_ps(used));
     }
-    V lookup(const uint8_t* index) const noexcept {
-      return {gather(widen(index)), gather(widen(index + 8))};
-    }
-    V lookup_masked(const uint8_t* index) const noexcept {
-      return {gather_masked(widen(index)), gather_masked(widen(index + 8))};
+    V lookup_masked(const Index<kWidth>& i) const noexcept {
+      return {clear_padding(pick(i.lo), i.lo), clear_padding(pick(i.hi), i.hi)};
     }
   };
 };

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "../row_slices.h"
 #include "../spfmt.h"
 
 namespace spfmt {
@@ -18,6 +19,7 @@ struct Avx512Simd {
   static constexpr int kBlockVecs = 4;
   static constexpr int kPieces = 2;
   static constexpr int kTokens = 8;
+  static constexpr int kSliceTokens = 8, kWidestWindow = 64, kPanelCost = 14, kOctetCost = 10;
 
   static __mmask16 first(int n) noexcept { return static_cast<__mmask16>((1u << n) - 1u); }
 
@@ -109,38 +111,59 @@ struct Avx512Simd {
     for (int i = 0; i < 16; ++i) a[i] = t[i];
   }
 
-  static bool all_finite(const T* p, int64_t n) noexcept {
-    V acc = zero();  // 0 * inf and 0 * nan are nan
-    int64_t i = 0;
-    for (; i + kLanes <= n; i += kLanes) acc = fma(load(p + i), zero(), acc);
-    acc = fma(load(p + i, static_cast<int>(n - i)), zero(), acc);
-    return _mm512_cmp_ps_mask(acc, acc, _CMP_UNORD_Q) == 0;
-  }
+  // Eight lanes.
+  using Half = __m256;
+  static Half half_zero() noexcept { return _mm256_setzero_ps(); }
+  static Half half_set1(T x) noexcept { return _mm256_set1_ps(x); }
+  static Half half_load(const T* p) noexcept { return _mm256_loadu_ps(p); }
+  static void half_store(T* p, Half v) noexcept { _mm256_storeu_ps(p, v); }
+  static Half add(Half a, Half b) noexcept { return _mm256_add_ps(a, b); }
+  static Half fma(Half a, Half b, Half c) noexcept { return _mm256_fmadd_ps(a, b, c); }
+
+  // Codes of RowSlices, widened once for all tokens.
+  template <int kWidth>
+  struct Index {
+    __m512i column;
+    __mmask16 high;  // 64 columns: which lanes look at the upper 32
+    Index() = default;
+    explicit Index(const uint8_t* code) noexcept {
+      const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(code));
+      column = _mm512_cvtepu8_epi32(bytes);
+      if constexpr (kWidth == 64) high = _mm_movepi8_mask(bytes);
+    }
+    __mmask16 used() const noexcept {
+      return _mm512_testn_epi32_mask(column, _mm512_set1_epi32(kPadding));
+    }
+  };
 
   // 32 consecutive x stay in two registers; vpermi2ps looks sixteen of them up at once. That is
-  // several times faster than vgatherdps, which takes a load per lane.
+  // several times faster than vgatherdps, which takes a load per lane. 64 take two look-ups.
+  template <int kWidth>
   struct Table {
-    V low, high;
-    Table() = default;
-    Table(const T* x, int n) noexcept {
-      if (n >= 32) {
-        low = Avx512Simd::load(x);
-        high = Avx512Simd::load(x + 16);
-      } else {
-        low = Avx512Simd::load(x, n < 16 ? n : 16);
-        high = n > 16 ? Avx512Simd::load(x + 16, n - 16) : Avx512Simd::zero();
+    V a, b, c, d;  // no array: GCC would keep it in memory
+    Table(const T* x, int64_t stride) noexcept {
+      a = load_register(x);
+      b = load_register(x + stride);
+      if constexpr (kWidth == 64) {
+        c = load_register(x + 2 * stride);
+        d = load_register(x + 3 * stride);
       }
     }
-    static __m512i widen(const uint8_t* index) noexcept {
-      return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(index)));
+    // Or GCC makes each look-up load both of its registers again.
+    static V load_register(const T* p) noexcept {
+      V v = load(p);
+      asm("" : "+v"(v));
+      return v;
     }
-    V lookup(const uint8_t* index) const noexcept {
-      return _mm512_permutex2var_ps(low, widen(index), high);  // ignores bits above the fifth
+    V lookup(const Index<kWidth>& i) const noexcept {
+      const V low = _mm512_permutex2var_ps(a, i.column, b);  // ignores all but the lowest five bits
+      if constexpr (kWidth == 64) {
+        return _mm512_mask_blend_ps(i.high, low, _mm512_permutex2var_ps(c, i.column, d));
+      }
+      return low;
     }
-    V lookup_masked(const uint8_t* index) const noexcept {
-      const __m512i i = widen(index);
-      const __mmask16 used = _mm512_cmplt_epi32_mask(i, _mm512_set1_epi32(0x80));
-      return _mm512_maskz_permutex2var_ps(used, low, i, high);
+    V lookup_masked(const Index<kWidth>& i) const noexcept {
+      return _mm512_maskz_mov_ps(i.used(), lookup(i));
     }
   };
 };

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdint>
 
+#include "../row_slices.h"
 #include "../spfmt.h"
 
 namespace spfmt {
@@ -24,6 +25,8 @@ struct ScalarSimd {
   static constexpr int kPieces = 1;
   // Vectors that fit it next to one of weights, and are enough to hide the latency of an FMA.
   static constexpr int kTokens = 6;
+  // Tokens and columns of a window that one pass over RowSlices takes at most; costs: see Tiles.
+  static constexpr int kSliceTokens = 2, kWidestWindow = 32, kPanelCost = 1, kOctetCost = 1;
 
   static V zero() noexcept { return set1(T(0)); }
   static V set1(T x) noexcept {
@@ -119,26 +122,62 @@ struct ScalarSimd {
       }
     }
   }
-  static bool all_finite(const T* p, int64_t n) noexcept {
-    T acc = T(0);
-    for (int64_t i = 0; i < n; ++i) acc += p[i] * T(0);  // 0 * inf and 0 * nan are nan
-    return acc == T(0);
+  // Eight lanes.
+  struct Half {
+    T lane[kLanes / 2];
+  };
+  static Half half_zero() noexcept { return half_set1(T(0)); }
+  static Half half_set1(T x) noexcept {
+    Half v;
+    for (T& lane : v.lane) lane = x;
+    return v;
+  }
+  static Half half_load(const T* p) noexcept {
+    Half v;
+    for (int i = 0; i < kLanes / 2; ++i) v.lane[i] = p[i];
+    return v;
+  }
+  static void half_store(T* p, const Half& v) noexcept {
+    for (int i = 0; i < kLanes / 2; ++i) p[i] = v.lane[i];
+  }
+  static Half add(const Half& a, const Half& b) noexcept {
+    Half v;
+    for (int i = 0; i < kLanes / 2; ++i) v.lane[i] = a.lane[i] + b.lane[i];
+    return v;
+  }
+  static Half fma(const Half& a, const Half& b, const Half& c) noexcept {
+    Half v;
+    for (int i = 0; i < kLanes / 2; ++i) v.lane[i] = a.lane[i] * b.lane[i] + c.lane[i];
+    return v;
   }
 
-  // Looks sixteen of 32 consecutive x up by byte index. Bit 7 of an index marks padding.
+  // Codes of RowSlices, see row_slices.h.
+  template <int kWidth>
+  struct Index {
+    const uint8_t* code;
+    Index() = default;
+    explicit Index(const uint8_t* p) noexcept : code(p) {}
+  };
+
+  // Looks sixteen of a window's x up. Blocks of 16 of them are `stride` apart.
+  template <int kWidth>
   struct Table {
+    static_assert(kWidth == 32, "this level looks at the narrower windows only");
     const T* x;
-    Table() = default;
-    Table(const T* p, int) noexcept : x(p) {}
-    V lookup(const uint8_t* index) const noexcept {
+    int64_t stride;
+    Table(const T* p, int64_t s) noexcept : x(p), stride(s) {}
+    T at(uint8_t code) const noexcept { return x[(code >> 4 & 1) * stride + (code & 15)]; }
+    V lookup(const Index<kWidth>& index) const noexcept {
       V v;
-      for (int i = 0; i < kLanes; ++i) v.lane[i] = x[index[i] & 31];
+      for (int i = 0; i < kLanes; ++i) v.lane[i] = at(index.code[i]);
       return v;
     }
-    // Zero where the index marks padding, whatever x holds.
-    V lookup_masked(const uint8_t* index) const noexcept {
+    // Zero where the code marks padding, whatever x holds.
+    V lookup_masked(const Index<kWidth>& index) const noexcept {
       V v;
-      for (int i = 0; i < kLanes; ++i) v.lane[i] = index[i] & 0x80 ? T(0) : x[index[i] & 31];
+      for (int i = 0; i < kLanes; ++i) {
+        v.lane[i] = index.code[i] & kPadding ? T(0) : at(index.code[i]);
+      }
       return v;
     }
   };

@@ -20,8 +20,9 @@ def group_rows(counts: Any) -> npt.NDArray[np.int32]:
 
     A slice of 16 rows takes, per chunk of columns, as many steps as its fullest row. Greedy: a
     slice starts with the fullest row left and takes, fifteen times, the row that adds the fewest
-    steps. The loop is C++ (``cpp/row_grouping.cpp``), because the ONNX Runtime library packs
-    without Python.
+    steps. Chunks may overlap: plans count windows of 48 columns every 16, because their slices let
+    a row that is behind in one window catch up in the next (``cpp/row_slices.h``). The loop is C++
+    (``cpp/row_grouping.cpp``), because the ONNX Runtime library packs without Python.
 
     Parameters
     ----------

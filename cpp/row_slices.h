@@ -1,0 +1,43 @@
+// The layout of per-row formats for small batches, where lanes run over rows.
+#pragma once
+
+#include <cstdint>
+
+namespace spfmt {
+
+// Columns per block: what one 512-bit register of float32 holds. Windows start at a block.
+constexpr int kBlockCols = 16;
+
+// RowLists cut into slices of 16 rows, lanes = rows (SELL-16), and every slice into records: a
+// window of 32 or 64 columns and a fixed number of steps, each of which takes one nonzero per lane.
+//
+//   slice s: lane i is row lane_row[16 s + i] (-1: none), records slice_ptr[s] .. slice_ptr[s + 1]
+//   record q: columns 16 * block[q] .. + width, steps q * steps .. (q + 1) * steps
+//   step k: code[16 k + i] says which column of the window lane i takes (see below)
+//           values[16 k + i] (a private copy) is its weight, 0 where the lane is padding
+//
+// Windows overlap: a lane's nonzeros are taken in order, each at the first record that reaches it,
+// and a record starts at the block of the lowest column left in any lane. That is the fewest
+// records possible, far fewer than with chunks that all lanes have to finish before they go on,
+// because a lane behind in one block makes up for it in the next. A fixed number of steps keeps
+// the kernel free of branches that depend on the structure, which would be mispredicted.
+//
+// A lane's nonzeros keep their order, so values need no index: lane i's k-th code without kPadding
+// belongs to the k-th value of its row.
+struct RowSlices {
+  int64_t rows, cols, slices;
+  int width, steps;
+  const int32_t* lane_row;
+  const int64_t* slice_ptr;
+  const int32_t* block;
+  const uint8_t* code;
+};
+
+// A code: bits 0 to 4 are those of the column in the window, bit 7 is its bit 5 (instructions turn
+// the top bit into a mask), bit 6 marks padding.
+constexpr uint8_t kPadding = 0x40;
+constexpr uint8_t window_code(int column) {
+  return static_cast<uint8_t>((column & 31) | (column & 32) << 2);
+}
+
+}  // namespace spfmt
