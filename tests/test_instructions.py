@@ -43,16 +43,17 @@ class Kernel:
     `fmas` maps the template's arguments behind the SIMD type to the 16-lane multiply-adds of one
     iteration; a compiler may unroll, so a loop has a multiple of them. None: not counted, for loops
     that the compiler peels and merges. `contains` maps a level to a mnemonic that must occur,
-    and `spills` a level to the reason why its loops cannot avoid the stack yet.
+    `spills` a level to the reason why its loops cannot avoid the stack yet. `half`: eight samples
+    are the lanes, so that AVX-512 has them in a ymm register too.
     """
 
     fmas: Callable[..., int] | None
     contains: dict[str, str] = field(default_factory=dict)
     spills: dict[str, str] = field(default_factory=dict)
+    half: bool = False
 
 
 KERNELS = {
-    "all_finite": Kernel(lambda: 1),
     "tile_panel": Kernel(lambda rows, vectors: rows * vectors),
     "tile_tokens": Kernel(lambda tokens, chains, columns: tokens),
     "last_columns": Kernel(lambda: 1),
@@ -60,11 +61,14 @@ KERNELS = {
     "groups_t_tokens_n": Kernel(lambda tokens: tokens),
     "tile_dots": Kernel(lambda columns: 4 * columns),
     "pieces_panel": Kernel(lambda rows, vectors, first: rows * vectors),
-    "slice_tokens": Kernel(
-        lambda tokens, finite: 2 * tokens,
-        contains={"avx512": "vperm[it]2ps", "avx2": "vgatherdps"},
-        spills={"avx2": "GCC stores the sums of two and more tokens to the stack"},
+    "slice_sums": Kernel(
+        lambda width, steps, tokens: steps * tokens,
+        contains={"avx512": "vperm[it]2ps", "avx2": "vpermps"},
+        spills={"avx2": "four registers of a window beside the weights of four steps"},
     ),
+    "slice_sum_masked": Kernel(lambda width: 1, contains={"avx512": "vperm[it]2ps", "avx2": "vpermps"}),
+    "octet_pair": Kernel(lambda: 1, half=True),
+    "octet_row": Kernel(lambda: 1, half=True),
     "activate": Kernel(
         None, spills={"avx2": "twenty constants beside the operands exceed sixteen registers"}
     ),
@@ -78,8 +82,9 @@ def faults(loop: Loop, isa: str, kernel: Kernel) -> list[str]:
     """What a loop lacks or has too much of, spills apart."""
     found = []
     mnemonics = [i.mnemonic for i in loop.body]
-    if other := [str(i) for i in loop.fmas if not i.uses(REGISTER[isa])]:
-        found.append(f"FMA not on {REGISTER[isa]}: {other}")
+    register = "ymm" if kernel.half else REGISTER[isa]
+    if other := [str(i) for i in loop.fmas if not i.uses(register)]:
+        found.append(f"FMA not on {register}: {other}")
     if any(m.startswith("call") for m in mnemonics):
         found.append("a call")
     if any("gather" in m for m in mnemonics) and "gather" not in kernel.contains.get(isa, ""):
@@ -91,7 +96,7 @@ def faults(loop: Loop, isa: str, kernel: Kernel) -> list[str]:
         found.append(f"{len(loop.scalar_reloads)} scalars from the stack")
     if kernel.fmas:
         values = [int(a) if a.isdigit() else a == "true" for a in loop.arguments]
-        expected = VECTORS[isa] * kernel.fmas(*values)
+        expected = (1 if kernel.half else VECTORS[isa]) * kernel.fmas(*values)
         if len(loop.fmas) % expected:
             found.append(f"{len(loop.fmas)} FMAs, not a multiple of {expected}")
     return found
