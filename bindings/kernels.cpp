@@ -8,6 +8,7 @@
 #include <optional>
 #include <stdexcept>
 
+#include "../cpp/probe.h"
 #include "calls.h"
 
 namespace py = pybind11;
@@ -170,6 +171,40 @@ py::array_t<int32_t> group_rows_by_counts(const Contiguous<uint8_t>& counts) {
   return py::array_t<int32_t>(order.size(), order.data());
 }
 
+spfmt::Isa level(const std::string& name) {
+  for (const spfmt::Isa isa : {spfmt::Isa::scalar, spfmt::Isa::avx2, spfmt::Isa::avx512}) {
+    if (name != spfmt::isa_name(isa)) continue;
+    require(spfmt::isa_supported(isa), "this CPU lacks the level's instructions");
+    return isa;
+  }
+  throw std::invalid_argument("no such level");
+}
+
+// Runs body(i) for i < threads, each on a thread of its own.
+template <class Body>
+void on_threads(int threads, const Body& body) {
+  if (forked_child) threads = 1;
+  const py::gil_scoped_release release;
+#pragma omp parallel for num_threads(threads) schedule(static, 1)
+  for (int i = 0; i < threads; ++i) body(i);
+}
+
+int64_t probe_fma(const std::string& isa, int64_t steps, int threads) {
+  require(threads >= 1 && steps >= 0, "threads and steps are positive");
+  const spfmt::Probe& probe = spfmt::probe(level(isa));
+  on_threads(threads, [&](int) { probe.fma(steps); });
+  return threads * steps * probe.flops_per_step;
+}
+
+int64_t probe_load(const std::string& isa, const py::array& data, int64_t rounds, int threads) {
+  require(threads >= 1 && rounds >= 0, "threads and rounds are positive");
+  const spfmt::Probe& probe = spfmt::probe(level(isa));
+  const float* first = vector<float>(data, 0);
+  const int64_t share = data.size() / threads / probe.load_step * probe.load_step;
+  on_threads(threads, [&](int i) { probe.load(first + i * share, share, rounds); });
+  return threads * rounds * share * static_cast<int64_t>(sizeof(float));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_kernels, m) {
@@ -195,4 +230,8 @@ PYBIND11_MODULE(_kernels, m) {
   m.def("openmp_threads", &omp_get_max_threads);
   m.def("in_forked_child", [] { return forked_child.load(); });
   m.def("group_rows_by_counts", &group_rows_by_counts, py::arg("counts").noconvert());
+  m.def("probe_fma", &probe_fma, py::arg("isa"), py::arg("steps"), py::arg("threads"),
+        "Runs chains of multiply-adds on every thread; returns their FLOPs.");
+  m.def("probe_load", &probe_load, py::arg("isa"), py::arg("data").noconvert(), py::arg("rounds"),
+        py::arg("threads"), "Loads float32 data, split between the threads; returns the bytes.");
 }

@@ -1,24 +1,28 @@
 """Generated parts of the documentation: ``python docs/generate.py`` rewrites what is out of date.
 
 - the support table of README.md, from ``spfmt.kernels()``
-- the speed table of README.md, from docs/linear-zen5.json (``python -m benchmarks.linear --json``)
+- the speed table of README.md, docs/benchmarks.md and its figures, from the records that
+  ``python -m benchmarks.linear --suite all --json docs/linear-....json`` wrote
 - docs/patterns.png, the formats' patterns
 """
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import results
 from matplotlib.figure import Figure
 
 import spfmt
+from spfmt.bench.record import read_record
 from spfmt.cli._figures import draw_pattern
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
-SPEED = ROOT / "docs" / "linear-zen5.json"
+PAGE = ROOT / "docs" / "benchmarks.md"
+SPEED = ROOT / "docs" / "linear-zen4.json"
 
 
 def support_table() -> str:
@@ -31,19 +35,16 @@ def support_table() -> str:
     return "\n".join(lines)
 
 
-def speed_table() -> str:
-    """Markdown table: time and speed-up over the best dense layer per format and batch size."""
-    record = json.loads(SPEED.read_text())
-    batches = list(dict.fromkeys(r["batch"] for r in record["results"]))
-    names = list(dict.fromkeys(r["name"] for r in record["results"]))
-    cell = {(r["name"], r["batch"]): r for r in record["results"]}
-    lines = ["| | " + " | ".join(f"batch {b}" for b in batches) + " |"]
-    lines.append("|---" * (1 + len(batches)) + "|")
-    for name in names:
-        entries = [cell.get((name, b)) for b in batches]
-        texts = [f"{e['us']:,.0f} µs ({e['speedup']:.1f}x)" if e else "" for e in entries]
-        lines.append(f"| {name} | " + " | ".join(texts) + " |")
-    return "\n".join(lines)
+def records() -> dict[str, dict[str, Any]]:
+    """Every record in docs/ by its file's name, the page's own first."""
+    paths = sorted(SPEED.parent.glob("linear-*.json"), key=lambda path: path != SPEED)
+    return {path.name: read_record(path) for path in paths}
+
+
+def benchmarks() -> str:
+    """The results page."""
+    found = records()
+    return results.page(found.pop(SPEED.name), SPEED.name, found)
 
 
 def insert(text: str, title: str, table: str) -> str:
@@ -59,7 +60,7 @@ def insert(text: str, title: str, table: str) -> str:
 def readme() -> str:
     """README.md with up-to-date tables."""
     text = insert(README.read_text(), "support table", support_table())
-    return insert(text, "speed table", speed_table())
+    return insert(text, "speed table", results.speed_table(read_record(SPEED)))
 
 
 def draw_patterns() -> None:
@@ -80,8 +81,10 @@ def draw_patterns() -> None:
 
 
 def main() -> None:
-    """Rewrite README.md and the figure."""
+    """Rewrite README.md, the results page and the figures."""
     README.write_text(readme())
+    PAGE.write_text(benchmarks())
+    results.draw(read_record(SPEED), PAGE.parent)
     draw_patterns()
 
 

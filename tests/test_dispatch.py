@@ -216,7 +216,8 @@ def test_one_plan_from_many_threads() -> None:
         assert max(pool.map(work, range(4))) < 1e-3
 
 
-# errors <- structure <- formats <- convert <- dispatch <- ops <- torch <- train; onnx beside train
+# errors <- structure <- formats <- convert <- dispatch <- ops <- torch <- train; onnx beside train;
+# bench beside cli, above the others
 ORDER = {
     "errors": set(),
     "_files": set(),
@@ -229,6 +230,19 @@ ORDER = {
     "torch": {"errors", "structure", "formats", "convert", "dispatch", "ops", "threads"},
     "train": {"errors", "structure", "formats", "convert", "dispatch", "ops", "torch"},
     "onnx": {"errors", "_files", "structure", "formats", "convert", "dispatch", "ops", "torch"},
+    "ceilings": {"errors"},
+    "bench": {
+        "errors",
+        "_files",
+        "ceilings",
+        "threads",
+        "formats",
+        "convert",
+        "dispatch",
+        "ops",
+        "torch",
+        "onnx",
+    },
 }
 LAZY = {"formats": {"ops", "dispatch"}}  # operators and plans call up, from inside functions
 

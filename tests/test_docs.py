@@ -31,6 +31,7 @@ def test_readme_tables_are_up_to_date(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "docs"))
     generate = importlib.import_module("generate")
     assert generate.readme() == generate.README.read_text(), "run: python docs/generate.py"
+    assert generate.benchmarks() == generate.PAGE.read_text(), "run: python docs/generate.py"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)

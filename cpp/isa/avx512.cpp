@@ -1,8 +1,10 @@
 // AVX-512 level: compiled with -mavx512{f,bw,dq,vl}, entered only where the CPU has all.
 #include "../simd/avx512.h"
 
+#include "../kernels/probe-inl.h"
 #include "../kernels/table-inl.h"
 
 namespace spfmt {
 const Tiles<float>& avx512_tiles() { return tiles_of<Avx512Simd>(); }
+const Probe& avx512_probe() { return probe_of<Avx512Simd, 12, 8>(); }
 }  // namespace spfmt

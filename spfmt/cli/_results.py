@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 import spfmt
+from spfmt.bench.machine import cpu_name
 from spfmt.cli._measure import BATCHES, THREADS, Latency
 from spfmt.cli._network import HIDDEN, Settings
 from spfmt.dispatch import active_isa
@@ -109,7 +110,7 @@ def label(name: str, tensors: Sequence[SparseTensor]) -> str:
 def machine() -> dict[str, Any]:
     """Describe the computer: CPU, cores, instruction set in use, threads of the measurement."""
     return {
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cores": len(os.sched_getaffinity(0)),
         "isa": active_isa(),
         "threads": THREADS,
@@ -121,15 +122,6 @@ def versions() -> dict[str, str]:
     """Return versions of everything that the numbers depend on."""
     found = {package: metadata.version(package) for package in _PACKAGES}
     return {"python": platform.python_version(), "spfmt": spfmt.__version__, **found}
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 def write_json(results: Results, path: Path) -> None:

@@ -1,0 +1,120 @@
+"""Interleaved timing: contenders take turns, so whatever else the machine does meets all alike."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+__all__ = ["Timing", "interleave"]
+
+_LEAST_ROUNDS = 5
+_MOST_ROUNDS = 1000
+# A clock cannot see a call of a few microseconds: samples are repeated up to this length.
+_SAMPLE_SECONDS = 30e-6
+# For this long a thread of an OpenMP pool spins after its last work (libgomp: 300,000 rounds of
+# `pause`) and would hold a core that the next contender's own pool needs.
+_SPIN_SECONDS = 5e-3
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Microseconds of one call, by the wall clock.
+
+    Attributes
+    ----------
+    median, low, high : float
+        Median, first and ninth decile.
+    samples : int
+    waited : float
+        Share of the time in which this process did not run: other programs held the core, or a
+        call slept. Of several threads the busiest one would count, so it is 0 where they keep more
+        than one core busy.
+    """
+
+    median: float
+    low: float
+    high: float
+    samples: int
+    waited: float
+
+
+def interleave(
+    calls: Sequence[Callable[[], Any]],
+    seconds: float,
+    *,
+    before: Sequence[Callable[[], Any]] | None = None,
+    settle: bool = False,
+) -> list[Timing]:
+    """Time calls in turns for about `seconds`, but at least five rounds.
+
+    Parameters
+    ----------
+    calls : sequence of callable
+        Each is called untimed before every sample, so that it finds its data as warm as in a loop
+        of its own.
+    seconds : float
+        In all. Calls of many seconds take longer: five rounds are the least a median needs.
+    before : sequence of callable, optional
+        One for each call, run before its untimed call: sets a number of threads, for instance.
+    settle : bool
+        Repeat the untimed call until threads of the contender before have stopped spinning. Needed
+        where several thread pools share the cores.
+
+    Returns
+    -------
+    list of Timing
+    """
+    samples: list[list[tuple[float, float]]] = [[] for _ in calls]
+    repeats = [0] * len(calls)
+    was_enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        stop = time.perf_counter() + seconds
+        for round_ in range(_MOST_ROUNDS):
+            for i, call in enumerate(calls):
+                if before is not None:
+                    before[i]()
+                warm = _warm(call, _SPIN_SECONDS if settle else 0.0)
+                repeats[i] = repeats[i] or max(1, min(100, round(_SAMPLE_SECONDS / warm)))
+                samples[i].append(_sample(call, repeats[i]))
+            if round_ + 1 >= _LEAST_ROUNDS and time.perf_counter() > stop:
+                break
+    finally:
+        if was_enabled:
+            gc.enable()
+    return [_timing(s) for s in samples]
+
+
+def _warm(call: Callable[[], Any], at_least: float) -> float:
+    """Call until `at_least` seconds are over; return the seconds of the last call."""
+    start = time.perf_counter()
+    while True:
+        begin = time.perf_counter()
+        call()
+        end = time.perf_counter()
+        if end - start >= at_least:
+            return end - begin
+
+
+def _sample(call: Callable[[], Any], repeats: int) -> tuple[float, float]:
+    """Return microseconds per call, by the wall clock and by the process's own."""
+    own = time.process_time()
+    start = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    wall = time.perf_counter() - start
+    own = time.process_time() - own
+    return 1e6 * wall / repeats, 1e6 * own / repeats
+
+
+def _timing(samples: list[tuple[float, float]]) -> Timing:
+    wall, own = np.array(samples).T
+    low, median, high = np.percentile(wall, (10, 50, 90))
+    waited = max(0.0, 1 - float(own.sum() / wall.sum()))
+    return Timing(float(median), float(low), float(high), len(samples), waited)
