@@ -17,7 +17,7 @@ from setuptools.command.build_ext import build_ext
 
 CORE = sorted(str(p) for p in Path("cpp").glob("*.cpp"))
 ORT = sorted(str(p) for p in Path("cpp/ort").glob("*.cpp"))
-HEADERS = sorted(str(p) for p in Path("cpp").rglob("*.h"))
+HEADERS = sorted(str(p) for place in ("cpp", "bindings") for p in Path(place).rglob("*.h"))
 SANITIZE = os.environ.get("SPFMT_SANITIZE", "")
 CORE_FLAGS = runpy.run_path("cpp/flags.py")
 ISA_FLAGS: dict[str, list[str]] = CORE_FLAGS["ISA_FLAGS"]
@@ -53,6 +53,7 @@ class BuildExt(build_ext):
         for ext in self.extensions:
             if ext.name in ("spfmt._kernels", ORT_LIBRARY):
                 ext.extra_objects = core
+                ext.depends = [*ext.depends, *core]  # relink when only the core changed
         super().build_extensions()
 
     def _compile(self, sources: list[str], flags: list[str]) -> list[str]:
@@ -75,7 +76,7 @@ class BuildExt(build_ext):
 extensions = [
     Extension(
         "spfmt._kernels",
-        ["bindings/calls.cpp", "bindings/kernels.cpp"],
+        ["bindings/calls.cpp", "bindings/cost.cpp", "bindings/kernels.cpp"],
         include_dirs=[get_include()],
         extra_compile_args=[*FLAGS, "-fopenmp"],
         # Plain -fopenmp links libgomp.so.1, the name torch ships its own copy under: whichever is

@@ -8,8 +8,10 @@
 #include <optional>
 #include <stdexcept>
 
+#include "../cpp/cost.h"
 #include "../cpp/probe.h"
 #include "calls.h"
+#include "cost.h"
 
 namespace py = pybind11;
 using spfmt_python::forked_child;
@@ -205,6 +207,13 @@ int64_t probe_load(const std::string& isa, const py::array& data, int64_t rounds
   return threads * rounds * share * static_cast<int64_t>(sizeof(float));
 }
 
+// The structure that a product works on, as the cost model sees it; may build its transpose.
+spfmt::Summary summary(const PyPlan& plan, const std::string& op) {
+  const auto wanted = op == "spmm_t" ? spfmt::Op::spmm_t : spfmt::Op::spmm;
+  const py::gil_scoped_release release;
+  return spfmt::summary_of(*plan.plan, wanted);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_kernels, m) {
@@ -225,6 +234,8 @@ PYBIND11_MODULE(_kernels, m) {
         py::arg("a"), py::arg("b").none(true), py::arg("out").none(true),
         py::arg("bias").none(true), py::arg("threads"), py::arg("activation") = 0);
   spfmt_python::define_calls(m);
+  bind_cost(m);
+  m.def("summary", &summary, py::arg("plan"), py::arg("op"));
   m.def("kernel_table", &kernel_table, "Rows (op, format, dtype, isa, supported).");
   m.def("active_isa", [] { return spfmt::isa_name(spfmt::active_isa()); });
   m.def("openmp_threads", &omp_get_max_threads);

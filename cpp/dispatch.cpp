@@ -3,6 +3,7 @@
 #include <cstring>
 #include <stdexcept>
 
+#include "cost.h"
 #include "drivers.h"
 
 namespace spfmt {
@@ -29,7 +30,9 @@ const Tiles<double>& tiles_for(Isa) {
 
 template <class T, Driver<T> kDriver>
 void drive(const Kernel& kernel, const Plan& plan, const Args<T>& args, const Executor& executor) {
-  kDriver(tiles_for<T>(kernel.isa), plan, args, executor);
+  const Choice choice = choose(kernel.isa, kernel.op, plan, args.in.cols, executor.threads);
+  kDriver(tiles_for<T>(kernel.isa), plan, choice.variant, args,
+          choice.threads > 1 ? executor : serial_executor());
 }
 
 struct Row {
@@ -103,6 +106,12 @@ const char* op_name(Op op) {
 const char* isa_name(Isa isa) {
   constexpr const char* kNames[] = {"scalar", "avx2", "avx512"};
   return kNames[static_cast<int>(isa)];
+}
+const char* layout_name(Layout layout) {
+  return layout == Layout::row_lists ? "row_lists" : "row_groups";
+}
+const char* variant_name(Variant variant) {
+  return variant == Variant::tokens ? "tokens" : "panels";
 }
 const char* dtype_name(DType dtype) { return dtype == DType::f32 ? "float32" : "float64"; }
 

@@ -81,12 +81,11 @@ void spmm_t_tokens(const Tiles<T>& tiles, const Plan& plan, const Args<T>& args,
 }  // namespace
 
 template <class T>
-void groups_spmm(const Tiles<T>& tiles, const Plan& plan, const Args<T>& args,
-                 const Executor& all) {
+void groups_spmm(const Tiles<T>& tiles, const Plan& plan, Variant variant, const Args<T>& args,
+                 const Executor& executor) {
   if (args.out.rows == 0 || args.out.cols == 0) return;
   const RowGroups& a = plan.groups();
-  const Executor executor = for_work(all, plan.nnz() * args.in.cols);
-  if (args.in.cols >= kTokenLimit) return spmm_panels(tiles, plan, args, executor);
+  if (variant == Variant::panels) return spmm_panels(tiles, plan, args, executor);
   const Samples<T> x(tiles, args.in);
   for_ranges(executor, a.tiles, range_step(executor, a.tiles), [&](int64_t begin, int64_t end) {
     for_tokens(args.in.cols, tiles.most_tokens, [&](int64_t b, int n) {
@@ -97,11 +96,10 @@ void groups_spmm(const Tiles<T>& tiles, const Plan& plan, const Args<T>& args,
 }
 
 template <class T>
-void groups_spmm_t(const Tiles<T>& tiles, const Plan& plan, const Args<T>& args,
-                   const Executor& all) {
+void groups_spmm_t(const Tiles<T>& tiles, const Plan& plan, Variant variant, const Args<T>& args,
+                   const Executor& executor) {
   if (args.out.rows == 0 || args.out.cols == 0) return;
-  const Executor executor = for_work(all, plan.nnz() * args.in.cols);
-  if (args.in.cols < kTokenLimit) {
+  if (variant == Variant::tokens) {
     spmm_t_tokens(tiles, plan, args, executor);
   } else {
     spmm_t_panels(tiles, plan, args, executor);
@@ -109,10 +107,10 @@ void groups_spmm_t(const Tiles<T>& tiles, const Plan& plan, const Args<T>& args,
 }
 
 template <class T>
-void groups_sddmm(const Tiles<T>& tiles, const Plan& plan, const Args<T>& args,
-                  const Executor& all) {
+void groups_sddmm(const Tiles<T>& tiles, const Plan& plan, Variant, const Args<T>& args,
+                  const Executor& executor) {
   const RowGroups& a = plan.groups();
-  sample_product(tiles, plan, args, all, kSampleStrip, kSampleStrip, a.tiles,
+  sample_product(tiles, plan, args, executor, kSampleStrip, kSampleStrip, a.tiles,
                  [&](const PanelSet<T>& dy, const PanelSet<T>& x, bool accumulate, int64_t begin,
                      int64_t end) {
                    tiles.groups_sddmm(a, dy.read(0), x.read(0), accumulate, args.values, begin,
@@ -120,12 +118,17 @@ void groups_sddmm(const Tiles<T>& tiles, const Plan& plan, const Args<T>& args,
                  });
 }
 
-template void groups_spmm(const Tiles<float>&, const Plan&, const Args<float>&, const Executor&);
-template void groups_spmm(const Tiles<double>&, const Plan&, const Args<double>&, const Executor&);
-template void groups_spmm_t(const Tiles<float>&, const Plan&, const Args<float>&, const Executor&);
-template void groups_spmm_t(const Tiles<double>&, const Plan&, const Args<double>&,
+template void groups_spmm(const Tiles<float>&, const Plan&, Variant, const Args<float>&,
+                          const Executor&);
+template void groups_spmm(const Tiles<double>&, const Plan&, Variant, const Args<double>&,
+                          const Executor&);
+template void groups_spmm_t(const Tiles<float>&, const Plan&, Variant, const Args<float>&,
                             const Executor&);
-template void groups_sddmm(const Tiles<float>&, const Plan&, const Args<float>&, const Executor&);
-template void groups_sddmm(const Tiles<double>&, const Plan&, const Args<double>&, const Executor&);
+template void groups_spmm_t(const Tiles<double>&, const Plan&, Variant, const Args<double>&,
+                            const Executor&);
+template void groups_sddmm(const Tiles<float>&, const Plan&, Variant, const Args<float>&,
+                           const Executor&);
+template void groups_sddmm(const Tiles<double>&, const Plan&, Variant, const Args<double>&,
+                           const Executor&);
 
 }  // namespace spfmt

@@ -64,31 +64,34 @@ void spmm_panels(const Tiles<T>& tiles, const Plan& plan, const int64_t* permuta
 }  // namespace
 
 template <class T>
-void lists_spmm(const Tiles<T>& tiles, const Plan& plan, const Args<T>& args, const Executor& all) {
+void lists_spmm(const Tiles<T>& tiles, const Plan& plan, Variant variant, const Args<T>& args,
+                const Executor& executor) {
   if (args.out.rows == 0 || args.out.cols == 0) return;
-  const Executor executor = for_work(all, plan.nnz() * args.in.cols);
-  if (!lists_small_batch(tiles, plan, nullptr, args, executor)) {
+  if (variant == Variant::tokens) {
+    lists_small_batch(tiles, plan, nullptr, args, executor);
+  } else {
     spmm_panels(tiles, plan, nullptr, args, executor);
   }
 }
 
 // The transposed matrix is RowLists too: bring the values into its order, then multiply.
 template <class T>
-void lists_spmm_t(const Tiles<T>& tiles, const Plan& plan, const Args<T>& args,
-                  const Executor& all) {
+void lists_spmm_t(const Tiles<T>& tiles, const Plan& plan, Variant variant, const Args<T>& args,
+                  const Executor& executor) {
   if (args.out.rows == 0 || args.out.cols == 0) return;
-  const Executor executor = for_work(all, plan.nnz() * args.in.cols);
   const TransposePack& pack = plan.transpose();
-  if (!lists_small_batch(tiles, *pack.plan, pack.source.data(), args, executor)) {
+  if (variant == Variant::tokens) {
+    lists_small_batch(tiles, *pack.plan, pack.source.data(), args, executor);
+  } else {
     spmm_panels(tiles, *pack.plan, pack.source.data(), args, executor);
   }
 }
 
 template <class T>
-void lists_sddmm(const Tiles<T>& tiles, const Plan& plan, const Args<T>& args,
-                 const Executor& all) {
+void lists_sddmm(const Tiles<T>& tiles, const Plan& plan, Variant, const Args<T>& args,
+                 const Executor& executor) {
   const TilePack& pack = plan.tiles();
-  sample_product(tiles, plan, args, all, kStrip, kPanel, pack.chunks(),
+  sample_product(tiles, plan, args, executor, kStrip, kPanel, pack.chunks(),
                  [&](const PanelSet<T>& dy, const PanelSet<T>& x, bool accumulate, int64_t begin,
                      int64_t end) {
                    for (int64_t chunk = begin; chunk < end; ++chunk) {
@@ -98,11 +101,17 @@ void lists_sddmm(const Tiles<T>& tiles, const Plan& plan, const Args<T>& args,
                  });
 }
 
-template void lists_spmm(const Tiles<float>&, const Plan&, const Args<float>&, const Executor&);
-template void lists_spmm(const Tiles<double>&, const Plan&, const Args<double>&, const Executor&);
-template void lists_spmm_t(const Tiles<float>&, const Plan&, const Args<float>&, const Executor&);
-template void lists_spmm_t(const Tiles<double>&, const Plan&, const Args<double>&, const Executor&);
-template void lists_sddmm(const Tiles<float>&, const Plan&, const Args<float>&, const Executor&);
-template void lists_sddmm(const Tiles<double>&, const Plan&, const Args<double>&, const Executor&);
+template void lists_spmm(const Tiles<float>&, const Plan&, Variant, const Args<float>&,
+                         const Executor&);
+template void lists_spmm(const Tiles<double>&, const Plan&, Variant, const Args<double>&,
+                         const Executor&);
+template void lists_spmm_t(const Tiles<float>&, const Plan&, Variant, const Args<float>&,
+                           const Executor&);
+template void lists_spmm_t(const Tiles<double>&, const Plan&, Variant, const Args<double>&,
+                           const Executor&);
+template void lists_sddmm(const Tiles<float>&, const Plan&, Variant, const Args<float>&,
+                          const Executor&);
+template void lists_sddmm(const Tiles<double>&, const Plan&, Variant, const Args<double>&,
+                          const Executor&);
 
 }  // namespace spfmt

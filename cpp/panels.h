@@ -136,10 +136,9 @@ void for_panels(int64_t batch, int least, const Executor& executor, const Body& 
 // order.
 template <class T, class Compute>
 void sample_product(const Tiles<T>& tiles, const Plan& plan, const Args<T>& args,
-                    const Executor& all, int64_t strip, int width, int64_t units,
+                    const Executor& executor, int64_t strip, int width, int64_t units,
                     const Compute& compute) {
   std::fill_n(args.values, args.in.cols == 0 ? plan.nnz() : 0, T(0));
-  const Executor executor = for_work(all, plan.nnz() * args.in.cols);
   for_strips(args.in.cols, strip, [&](int64_t begin, int64_t end) {
     const PanelSet<T> dy(plan.rows(), begin, end, width), x(plan.cols(), begin, end, width);
     dy.pack(tiles, args.in, executor);

@@ -9,9 +9,6 @@
 
 namespace spfmt {
 
-// Multiply-adds below which waking threads costs more than it saves (some tens of microseconds).
-constexpr int64_t kSerialWork = 1 << 20;
-
 // The executor's threads are not ours: an exception that left `body` there would end the process.
 // The first one is kept for the caller, and what has not begun by then is left out.
 template <class Body>
@@ -54,10 +51,6 @@ void for_ranges(const Executor& executor, int64_t n, int64_t step, const Body& b
 // Pieces small enough to balance: about eight per thread, all in one when serial.
 inline int64_t range_step(const Executor& executor, int64_t n) {
   return executor.threads <= 1 ? n : (n + 8 * executor.threads - 1) / (8 * executor.threads);
-}
-
-inline Executor for_work(const Executor& executor, int64_t multiply_adds) {
-  return multiply_adds < kSerialWork ? serial_executor() : executor;
 }
 
 }  // namespace spfmt

@@ -30,6 +30,7 @@ Plan::Plan(const RowLists& v) : layout_(Layout::row_lists), nnz_(v.indptr[v.rows
   pointers_.assign(v.indptr, v.indptr + v.rows + 1);
   indices_.assign(v.col_indices, v.col_indices + nnz_);
   lists_ = {v.rows, v.cols, pointers_.data(), indices_.data()};
+  summary_ = summarize(lists_);
 }
 
 Plan::Plan(const RowGroups& v) : layout_(Layout::row_groups), nnz_(v.value_ptr[v.tiles]) {
@@ -47,6 +48,7 @@ Plan::Plan(const RowGroups& v) : layout_(Layout::row_groups), nnz_(v.value_ptr[v
              v.col_count,     indices_.data(), p,
              p + 2 * (n + 1), p + 3 * n + 2,   indices_.data() + v.rows,
              p + n + 1};
+  summary_ = summarize(groups_);
 }
 
 int64_t Plan::nbytes() const {

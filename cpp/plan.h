@@ -7,6 +7,7 @@
 #include <mutex>
 #include <vector>
 
+#include "cost.h"
 #include "spfmt.h"
 #include "tiles.h"
 #include "workspace.h"
@@ -91,6 +92,7 @@ class Plan {
   int64_t rows() const { return layout_ == Layout::row_lists ? lists_.rows : groups_.rows; }
   int64_t cols() const { return layout_ == Layout::row_lists ? lists_.cols : groups_.cols; }
   int64_t nnz() const { return nnz_; }
+  const Summary& summary() const { return summary_; }
   int64_t nbytes() const;
 
   const RowLists& lists() const { return lists_; }
@@ -104,6 +106,7 @@ class Plan {
  private:
   Layout layout_;
   int64_t nnz_;
+  Summary summary_{};
   std::vector<int64_t> pointers_;
   std::vector<int32_t> indices_;
   RowLists lists_{};

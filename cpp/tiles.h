@@ -20,8 +20,6 @@ constexpr int kPanel = 64;
 constexpr int kSampleStrip = 256;
 // Samples per octet: four-byte lanes of a 256-bit register.
 constexpr int kOctet = 8;
-// From this many samples on lanes always run over samples.
-constexpr int kTokenLimit = 16;
 
 // A panel holds up to 64 samples of all features, feature after feature:
 //
@@ -99,9 +97,8 @@ struct Tiles {
   void (*stage_octet)(Strided<const T> x, int64_t features, int n, T* staged);
   void (*lists_octet)(const RowLists&, const T* values, const T* staged, int n, const T* bias,
                       Activation, Strided<T> y, int64_t begin, int64_t end);
-  // Measured time of one nonzero in a panel of 16 and of 8 samples, over that of one place of
-  // RowSlices for one token.
-  int panel_cost, octet_cost;
+  // Measured time of one nonzero in an octet, over that of one place of RowSlices for one token.
+  int octet_cost;
   // gradient[p] (+)= sum_b dY[row, b] X[col, b] over `panels` consecutive panels; one chunk.
   void (*lists_sddmm)(const RowTiles&, const Panel<const T>* dy, const Panel<const T>* x,
                       int panels, bool accumulate, T* gradient, int64_t chunk);

@@ -77,40 +77,36 @@ void multiply_octet(const Tiles<T>& tiles, const RowLists& a, const Args<T>& arg
   });
 }
 
-enum class Regime { tokens, octet, panels };
-
-// Tokens cost by the place, padding included; an octet or a panel by the nonzero, however few of
-// its samples are in use, and by the column, to write X side by side. An octet that leaves
-// first-level cache costs half as much again.
+// Tokens cost by the place, padding included, and by the column, to stage X; an octet by the
+// nonzero, however few of its samples are in use. One that leaves first-level cache costs half as
+// much again.
 template <class T>
-Regime choose_regime(const Tiles<T>& tiles, const Plan& plan, bool in_order, int64_t batch,
-                     const Executor& executor) {
-  constexpr int64_t kPanelColumn = 50, kOctetColumn = 20, kCachedColumns = 1024;
-  if (batch == 1) return Regime::tokens;
-  if (batch >= kTokenLimit) return Regime::panels;
+bool prefers_octet(const Tiles<T>& tiles, const Plan& plan, int64_t batch,
+                   const Executor& executor) {
+  constexpr int64_t kOctetColumn = 20, kCachedColumns = 1024;
+  if (batch == 1 || batch > kOctet) return false;
   const int64_t places = plan.slices(tiles.widest_window, executor).packed();
-  const int64_t tokens = batch * (places + plan.cols());
-  const int64_t panel = tiles.panel_cost * plan.nnz() + kPanelColumn * plan.cols();
   const int64_t spill = plan.cols() > kCachedColumns ? tiles.octet_cost * plan.nnz() / 2 : 0;
   const int64_t octet = tiles.octet_cost * plan.nnz() + spill + kOctetColumn * plan.cols();
-  if (batch <= kOctet && in_order && octet < std::min(tokens, panel)) return Regime::octet;
-  return tokens <= panel ? Regime::tokens : Regime::panels;
+  return octet < batch * (places + plan.cols());
 }
 
 }  // namespace
 
 template <class T>
-bool lists_small_batch(const Tiles<T>& tiles, const Plan& plan, const int64_t* permutation,
+void lists_small_batch(const Tiles<T>& tiles, const Plan& plan, const int64_t* permutation,
                        const Args<T>& args, const Executor& executor) {
-  const Regime regime = choose_regime(tiles, plan, permutation == nullptr, args.in.cols, executor);
-  if (regime == Regime::tokens) multiply_tokens(tiles, plan, permutation, args, executor);
-  if (regime == Regime::octet) multiply_octet(tiles, plan.lists(), args, executor);
-  return regime != Regime::panels;
+  // An octet takes values straight from the caller, so they must be in order.
+  if (!permutation && prefers_octet(tiles, plan, args.in.cols, executor)) {
+    multiply_octet(tiles, plan.lists(), args, executor);
+  } else {
+    multiply_tokens(tiles, plan, permutation, args, executor);
+  }
 }
 
-template bool lists_small_batch(const Tiles<float>&, const Plan&, const int64_t*,
+template void lists_small_batch(const Tiles<float>&, const Plan&, const int64_t*,
                                 const Args<float>&, const Executor&);
-template bool lists_small_batch(const Tiles<double>&, const Plan&, const int64_t*,
+template void lists_small_batch(const Tiles<double>&, const Plan&, const int64_t*,
                                 const Args<double>&, const Executor&);
 
 }  // namespace spfmt

@@ -18,7 +18,10 @@ except ImportError as error:
         "or build in place with 'python setup.py build_ext --inplace'"
     ) from error
 
+from .advice import Advice, advise
+from .calibration import calibrate
 from .convert import ConversionReport, convert
+from .cost import CostModel, cost_model
 from .dispatch import Kernel, kernels, show_config
 from .errors import FormatError, KernelNotFound, MissingDependency, SpfmtError
 from .formats import CSR, HRBP, NM, Condensed, ShuffledBlock, SparseTensor, load
@@ -31,8 +34,10 @@ __all__ = [
     "CSR",
     "HRBP",
     "NM",
+    "Advice",
     "Condensed",
     "ConversionReport",
+    "CostModel",
     "FormatError",
     "Kernel",
     "KernelNotFound",
@@ -40,7 +45,10 @@ __all__ = [
     "ShuffledBlock",
     "SparseTensor",
     "SpfmtError",
+    "advise",
+    "calibrate",
     "convert",
+    "cost_model",
     "get_num_threads",
     "kernels",
     "load",

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 import spfmt._kernels as _kernels
 
-from . import threads
+from . import cost, threads
 from .activations import activation_code, apply_activation
 from .errors import FormatError, KernelNotFound, format_error
 from .formats._layout import RowGroups, RowLists
@@ -179,6 +179,7 @@ def show_config() -> str:
         f"instruction set: {active_isa()} (available: {', '.join(_available_levels())}; "
         "force one with SPFMT_ISA)",
         f"threads: {threads.get_num_threads()}",
+        f"cost model: {cost.cost_model().origin}",
         f"{'format':<16}{'op':<9}{'dtype':<9}levels",
     ]
     for fmt, op, dtype in sorted({(k.format, k.op, k.dtype) for k in _TABLE}):
@@ -238,6 +239,47 @@ class Plan:
         share their columns need no padding.
         """
         return float((self._compiled or self._compile()).padding)
+
+    def choice(self, op: str, kernel: Kernel, batch: int, threads: int) -> cost.Choice:
+        """Return how a kernel would run a product; :meth:`explain` says it in words."""
+        summary = _kernels.summary(self._compiled or self._compile(), op)
+        return cost.choose(kernel.isa, op, summary, batch, threads)
+
+    def explain(
+        self,
+        batch: int,
+        threads: int | None = None,
+        op: str = "spmm",
+        *,
+        dtype: str = "float32",
+        backend: str = "auto",
+    ) -> str:
+        """Say in one line which variant of which kernel would run, and the time predicted for it.
+
+        Parameters
+        ----------
+        batch : int
+            Number of samples, at least 1.
+        threads : int, optional
+            Threads that may be used; :func:`spfmt.get_num_threads` by default.
+        op : {"spmm", "spmm_t", "sddmm"}
+        dtype, backend : str
+            As in :func:`select`.
+
+        Raises
+        ------
+        FormatError
+            If `batch` or `threads` is no positive int, or `op` no product.
+        KernelNotFound
+            If no kernel would run.
+        """
+        batch, used = check_workload(batch, threads, op)
+        kernel = _cached_select(op, self.format, dtype, backend)
+        choice = self.choice(op, kernel, batch, used)
+        return (
+            f"{op} {self.format} {dtype}, batch {batch}: kernel {kernel.isa}, {choice.variant}, "
+            f"{choice.threads} of {used} threads, {cost.duration(choice.seconds)} predicted"
+        )
 
     def spmm(
         self,
@@ -448,9 +490,11 @@ class Plan:
         )
 
     def _log(self, kernel: Kernel, batch: int) -> None:
+        choice = self.choice(kernel.op, kernel, batch, threads.get_num_threads())
         logger.debug(
-            "%s %s %s: kernel %s, %d x %d, nnz %d, batch %d",
+            "%s %s %s: kernel %s, %d x %d, nnz %d, batch %d, %s, %d threads",
             kernel.op, self.format, kernel.dtype, kernel.isa, *self.shape, self.nnz, batch,
+            choice.variant, choice.threads,
         )  # fmt: skip
 
     def _compile(self) -> Any:
@@ -512,7 +556,19 @@ class Plan:
         return np.asarray(full[self.layout.coordinates()], dtype=dy.dtype)
 
 
+def check_workload(batch: int, threads_: int | None, op: str) -> tuple[int, int]:
+    """Check what a prediction is asked for; return the batch and the threads that it means."""
+    used = threads.get_num_threads() if threads_ is None else threads_
+    for name, value in (("batch", batch), ("threads", used)):
+        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
+            raise format_error(f"{name}={value!r}", "an int of at least 1", f"pass {name}=1")
+    if op not in OPS:
+        raise format_error(f"op {op!r}", f"one of {OPS}", "spmm is the forward product")
+    return int(batch), int(used)
+
+
 def _compile(layout: Layout) -> Any:
+    cost.cost_model()  # says so in the log where a calibration is ignored
     if isinstance(layout, RowLists):
         return _kernels.lists_plan(layout.rows, layout.cols, layout.indptr, layout.col_indices)
     return _kernels.groups_plan(

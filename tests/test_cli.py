@@ -167,7 +167,7 @@ def test_demo_prints_one_table(run: tuple[Path, str, str]) -> None:
     for part in ("dense", "shuffled block 16x16", "HRBP", "N:M 6:32", "condensed", "CSR"):
         assert part in out
     for kernel in ("ShuffledBlock", "HRBP", "NM", "Condensed", "CSR"):
-        assert f"{kernel}Linear x2" in out
+        assert f"{kernel}LinearRelu x2" in out
     assert "1 thread" in out
     assert str(folder) in out
     assert "give the same answers" in err

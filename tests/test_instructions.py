@@ -67,7 +67,9 @@ KERNELS = {
         contains={"avx512": "vperm[it]2ps", "avx2": "vpermps"},
         spills={"avx2": "four registers of a window beside the weights of four steps"},
     ),
-    "slice_sum_masked": Kernel(lambda width: 1, contains={"avx512": "vperm[it]2ps", "avx2": "vpermps"}),
+    "slice_sum_masked": Kernel(
+        lambda width: 1, contains={"avx512": "vperm[it]2ps", "avx2": "vpermps"}
+    ),
     "octet_pair": Kernel(lambda: 1, half=True),
     "octet_row": Kernel(lambda: 1, half=True),
     "activate": Kernel(

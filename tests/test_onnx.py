@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -111,6 +112,10 @@ def test_profile_shows_our_kernel(format: str) -> None:
         "CPUExecutionProvider",
     )
     assert run.microseconds >= 0
+    threads = max(1, os.cpu_count() or 1)
+    plan = tensor.plan.explain(4, threads)  # the same model: the cache directory is the tests'
+    assert run.kernel
+    assert all(word in plan for word in run.kernel.split(", ")[:2])
     # Without the library ONNX Runtime folds the body into one dense product.
     assert [run.op_type for run in sonnx.kernels_run(model, feeds, library=False)] == ["Gemm"]
 

@@ -1,6 +1,7 @@
 // The custom-op library: one ONNX operator per format on top of the core, running on ONNX Runtime's
 // own threads. No exception leaves a callback: every one becomes an OrtStatus.
 #include <algorithm>
+#include <atomic>
 #include <climits>
 #include <cstdio>
 #include <map>
@@ -9,6 +10,7 @@
 #include <stdexcept>
 #include <thread>
 
+#include "../cost.h"
 #include "ort_api.h"
 #include "structure.h"
 
@@ -19,6 +21,10 @@ constexpr const char* kDomain = "spfmt";
 constexpr int kDomainVersion = 1;
 // A kernel's values never change: packed copies of them are made once.
 constexpr int64_t kConstantValues = 0;
+
+// Hears of every run while one is set: how the cost model chose to run it.
+using Listener = void (*)(const char* op, const char* isa, const char* variant, int threads);
+std::atomic<Listener> listener{nullptr};
 
 // A failure that ONNX Runtime reported, on its way back to it.
 struct Failure {
@@ -277,6 +283,13 @@ class Linear {
     run(*kernel_, *structure_.plan, args, executor);
   }
 
+  void tell(int64_t batch, int threads) const {
+    const Listener hears = listener.load(std::memory_order_acquire);
+    if (hears == nullptr) return;
+    const Choice choice = choose(kernel_->isa, Op::spmm, *structure_.plan, batch, threads);
+    hears(op_.name, isa_name(kernel_->isa), variant_name(choice.variant), choice.threads);
+  }
+
   // The leading dimensions of X and their product.
   int64_t batch_of(const std::vector<int64_t>& shape) const {
     if (shape.empty() || shape.back() != cols_) {
@@ -307,6 +320,7 @@ class Linear {
     check(api_.KernelContext_GetOutput(context, 0, shape.data(), shape.size(), &y));
     if (batch == 0 || rows_ == 0) return;
     Pool pool{api_, context};
+    tell(batch, pool.executor().threads);
     multiply(input<T>(context, 1), static_cast<const T*>(data_of(api_, x)),
              input<T>(context, bias_index()), static_cast<T*>(const_cast<void*>(data_of(api_, y))),
              batch, pool.executor());
@@ -413,7 +427,14 @@ CustomOpDomain* domain_of(const Api& api) {
 }  // namespace
 }  // namespace spfmt::ort
 
-// The library's only symbol: ONNX Runtime calls it when the library is registered.
+// Sets who hears of every run, from the thread that runs it; null for nobody.
+// spfmt.onnx.kernels_run shows the choices of kernels by it.
+extern "C" __attribute__((visibility("default"))) void spfmt_ort_listen(
+    spfmt::ort::Listener hears) {
+  spfmt::ort::listener.store(hears, std::memory_order_release);
+}
+
+// ONNX Runtime calls it when the library is registered.
 extern "C" __attribute__((visibility("default"))) spfmt::ort::Status* RegisterCustomOps(
     spfmt::ort::SessionOptions* options, const spfmt::ort::ApiBase* base) {
   using namespace spfmt::ort;

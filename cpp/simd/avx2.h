@@ -21,7 +21,7 @@ struct Avx2Simd {
   static constexpr int kBlockVecs = 1;  // four rows by two registers, of sixteen
   static constexpr int kPieces = 1;     // four vectors are eight registers
   static constexpr int kTokens = 6;
-  static constexpr int kSliceTokens = 2, kWidestWindow = 32, kPanelCost = 5, kOctetCost = 3;
+  static constexpr int kSliceTokens = 2, kWidestWindow = 32, kOctetCost = 3;
 
   // A window into this table is a mask of the first n lanes.
   static __m256i first8(int n) noexcept {

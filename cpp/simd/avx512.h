@@ -19,7 +19,7 @@ struct Avx512Simd {
   static constexpr int kBlockVecs = 4;
   static constexpr int kPieces = 2;
   static constexpr int kTokens = 8;
-  static constexpr int kSliceTokens = 8, kWidestWindow = 64, kPanelCost = 14, kOctetCost = 10;
+  static constexpr int kSliceTokens = 8, kWidestWindow = 64, kOctetCost = 10;
 
   static __mmask16 first(int n) noexcept { return static_cast<__mmask16>((1u << n) - 1u); }
 

@@ -26,7 +26,7 @@ struct ScalarSimd {
   // Vectors that fit it next to one of weights, and are enough to hide the latency of an FMA.
   static constexpr int kTokens = 6;
   // Tokens and columns of a window that one pass over RowSlices takes at most; costs: see Tiles.
-  static constexpr int kSliceTokens = 2, kWidestWindow = 32, kPanelCost = 1, kOctetCost = 1;
+  static constexpr int kSliceTokens = 2, kWidestWindow = 32, kOctetCost = 1;
 
   static V zero() noexcept { return set1(T(0)); }
   static V set1(T x) noexcept {

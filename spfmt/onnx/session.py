@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import dataclasses
 import json
 import os
 import tempfile
+import threading
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -152,12 +156,16 @@ class KernelRun:
         Execution provider.
     microseconds : float
         Wall time of this run.
+    kernel : str
+        For our operators in `kernels_run`, how the cost model chose to run it: instruction set,
+        variant and threads, such as ``"avx512, tokens, 1 threads"``. Else empty.
     """
 
     op_type: str
     node: str
     provider: str
     microseconds: float
+    kernel: str = ""
 
 
 def read_profile(path: str | os.PathLike[str]) -> list[KernelRun]:
@@ -230,5 +238,41 @@ def kernels_run(
         options.enable_profiling = True
         options.profile_file_prefix = str(Path(folder) / "run")
         opened = session(model, threads=threads, library=library, session_options=options)
-        opened.run(None, dict(feeds))
-        return read_profile(opened.end_profiling())
+        with _listening(library) as heard:
+            opened.run(None, dict(feeds))
+        return _with_kernels(read_profile(opened.end_profiling()), heard)
+
+
+_listen_lock = threading.Lock()  # the library tells one listener
+
+
+@contextlib.contextmanager
+def _listening(library: bool) -> Iterator[list[tuple[str, str]]]:
+    """Collect (operator, how it runs) of every run of our operators in this process."""
+    heard: list[tuple[str, str]] = []
+    if not library:
+        yield heard
+        return
+
+    def hear(op: bytes, isa: bytes, variant: bytes, threads: int) -> None:
+        heard.append((op.decode(), f"{isa.decode()}, {variant.decode()}, {threads} threads"))
+
+    text = ctypes.c_char_p
+    callback = ctypes.CFUNCTYPE(None, text, text, text, ctypes.c_int)(hear)
+    listen = ctypes.CDLL(library_path()).spfmt_ort_listen
+    with _listen_lock:
+        listen(callback)
+        try:
+            yield heard
+        finally:
+            listen(None)
+
+
+def _with_kernels(runs: list[KernelRun], heard: list[tuple[str, str]]) -> list[KernelRun]:
+    """Say of our runs how they ran, unless other sessions ran meanwhile and mixed the order."""
+    ours = [i for i, run in enumerate(runs) if run.op_type in {op for op, _ in heard}]
+    if [runs[i].op_type for i in ours] != [op for op, _ in heard]:
+        return runs
+    for i, (_, kernel) in zip(ours, heard, strict=True):
+        runs[i] = dataclasses.replace(runs[i], kernel=kernel)
+    return runs

@@ -488,6 +488,15 @@ class SparseLinear(nn.Module):
         """Forget packed layouts; needed only after a partial write through ``.data``."""
         invalidate(self.structure)
 
+    def explain(self, batch: int, threads: int | None = None, op: str = "spmm") -> str:
+        """Say which kernel would run a batch, and the time predicted for it.
+
+        Parameters are those of :meth:`spfmt.dispatch.Plan.explain`; `batch` is the product of all
+        leading dimensions.
+        """
+        dtype = str(self.values.dtype).removeprefix("torch.")
+        return self._decoded().plan.explain(batch, threads, op, dtype=dtype)
+
     # --------------------------------------------------------------------------------- forward
 
     def forward(self, x: Tensor, *, activation: str | None = None) -> Tensor:

@@ -1,0 +1,385 @@
+"""`advise`: which format and kernel will be fastest for a weight here, or that dense will be."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+import spfmt._kernels as _kernels
+
+from . import cost
+from .calibration import calibrate as run_calibration
+from .convert import convert
+from .dispatch import Plan, active_isa, check_workload
+from .errors import FormatError, MissingDependency, SpfmtError, format_error
+from .formats import CSR, FORMATS, SparseTensor
+from .formats._layout import RowLists
+
+__all__ = ["Advice", "Candidate", "advise"]
+
+logger = logging.getLogger("spfmt")
+
+_BLOCK = 16  # rows of a block, rows of a tile
+_M = 32  # columns of an N:M group
+_SAMPLE_ROWS = 128
+_SAMPLE_DRAWS = 2**22
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to compute the product, and what it is predicted to take.
+
+    Attributes
+    ----------
+    format : str
+        A format's name, or ``"dense"``.
+    description : str
+        The parameters that were assumed, or how a given weight gets there.
+    variant : str
+        ``"tokens"`` or ``"panels"``; for dense the empty string.
+    threads : int
+        How many would be used.
+    density : float
+        Share of stored positions, padding of the format included.
+    seconds : float
+        Predicted time of one product, values packed already.
+    speedup : float
+        Dense time over this.
+    """
+
+    format: str
+    description: str
+    variant: str
+    threads: int
+    density: float
+    seconds: float
+    speedup: float
+
+
+@dataclass(frozen=True)
+class Advice:
+    """What is fastest, and everything that was compared. Print it for a table.
+
+    Attributes
+    ----------
+    format : str
+        The fastest format's name, or ``"dense"``.
+    variant : str
+        Kernel variant that will run: ``"tokens"``, ``"panels"``, or empty for dense.
+    seconds, speedup : float
+        Predicted time, and dense time over it: 1.0 where dense wins.
+    candidates : tuple of Candidate
+        All that were compared, fastest first, dense among them.
+    excluded : tuple of (str, str)
+        Formats that cannot hold the weight, and why.
+    shape : tuple of int
+        (R, C).
+    op : str
+    batch, threads : int
+    isa : str
+        Instruction-set level of the kernels.
+    model : str
+        Where the coefficients come from.
+    """
+
+    candidates: tuple[Candidate, ...]
+    excluded: tuple[tuple[str, str], ...]
+    shape: tuple[int, int]
+    op: str
+    batch: int
+    threads: int
+    isa: str
+    model: str
+
+    @property
+    def best(self) -> Candidate:
+        """The fastest candidate."""
+        return self.candidates[0]
+
+    @property
+    def format(self) -> str:
+        """The fastest format's name, or ``"dense"``."""
+        return self.best.format
+
+    @property
+    def variant(self) -> str:
+        """Kernel variant of the fastest."""
+        return self.best.variant
+
+    @property
+    def seconds(self) -> float:
+        """Predicted time of the fastest."""
+        return self.best.seconds
+
+    @property
+    def speedup(self) -> float:
+        """Dense time over the fastest's."""
+        return self.best.speedup
+
+    def __str__(self) -> str:
+        rows, cols = self.shape
+        lines = [
+            f"{self.op} with a {rows} x {cols} weight, batch {self.batch}, "
+            f"{self.threads} thread(s), {self.isa}: {self.format}",
+            f"{'format':<16}{'kernel':<9}{'density':>8}{'time':>10}{'speed-up':>10}  as",
+        ]
+        lines += [
+            f"{c.format:<16}{c.variant or '-':<9}{c.density:>8.3g}{cost.duration(c.seconds):>10}"
+            f"{c.speedup:>9.2f}x  {c.description}"
+            for c in self.candidates
+        ]
+        lines += [f"{name:<16}{reason.partition(';')[0]}" for name, reason in self.excluded]
+        return "\n".join([*lines, f"predicted by the cost model: {self.model}"])
+
+
+@dataclass(frozen=True)
+class _Workload:
+    op: str
+    batch: int
+    threads: int
+    isa: str
+
+    def candidate(
+        self, name: str, description: str, summary: Any, stored: float, dense: float
+    ) -> Candidate:
+        choice = cost.choose(self.isa, self.op, summary, self.batch, self.threads)
+        return Candidate(
+            name,
+            description,
+            choice.variant,
+            choice.threads,
+            stored,
+            choice.seconds,
+            dense / choice.seconds if choice.seconds else float("inf"),
+        )
+
+
+def advise(
+    weight: Any,
+    density: float | None = None,
+    *,
+    batch: int = 1,
+    threads: int | None = None,
+    formats: Iterable[str] | None = None,
+    op: str = "spmm",
+    calibrate: bool | None = None,
+) -> Advice:
+    """Predict which format and kernel are fastest for a weight on this machine.
+
+    Parameters
+    ----------
+    weight : (R, C), SparseTensor, or dense array of shape (R, C)
+        A shape, or a dense weight, with `density`: what each format would bring if the weight were
+        pruned to it. A sparse tensor: its own kernels, and what a conversion would bring. A dense
+        weight without `density`: its nonzeros as they are.
+    density : float, optional
+        Share of positions to keep, in (0, 1].
+    batch : int
+        Samples per product.
+    threads : int, optional
+        Threads that may be used; :func:`spfmt.get_num_threads` by default.
+    formats : iterable of str, optional
+        Formats to compare; all by default. Dense always takes part.
+    op : {"spmm", "spmm_t", "sddmm"}
+        The forward product, or one of the two of the backward pass.
+    calibrate : bool, optional
+        Whether to measure this CPU first, which takes a few seconds. None: only where that has
+        never been done for this CPU and level; later processes find the result in the cache
+        directory (see :func:`spfmt.calibrate`). False: use what is known.
+
+    Returns
+    -------
+    Advice
+        ``format`` is ``"dense"`` where dense wins.
+
+    Raises
+    ------
+    FormatError
+        If an argument is illegal, or no format can hold the weight.
+
+    Notes
+    -----
+    float32; times are those of calls from numpy with (batch, features) operands, with values that
+    were packed before. See docs/advise.md for the model and for how far off it is.
+
+    Examples
+    --------
+    >>> import spfmt
+    >>> advice = spfmt.advise((3072, 768), density=0.1, batch=256, calibrate=False)
+    >>> advice.format in spfmt.formats.FORMATS and advice.speedup > 1
+    True
+    """
+    batch, used = check_workload(batch, threads, op)
+    names = _checked_formats(formats)
+    shape, tensor = _read_weight(weight, density)
+    isa = active_isa()
+    if calibrate or (calibrate is None and isa not in cost.cost_model().levels):
+        run_calibration(used)
+    work = _Workload(op, batch, used, isa)
+    dense = _kernels.dense_seconds(*shape, batch, used)
+    found = [Candidate("dense", "", "", used, 1.0, dense, 1.0)]
+    excluded: list[tuple[str, str]] = []
+    if tensor is None:
+        found += _for_shape(work, shape, _checked_density(density), names, dense)
+    else:
+        for name in names:
+            candidate = _converted(work, tensor, name, dense, isinstance(weight, SparseTensor))
+            if isinstance(candidate, Candidate):
+                found.append(candidate)
+            else:
+                excluded.append((name, candidate))
+    found.sort(key=lambda c: c.seconds)
+    return Advice(
+        tuple(found), tuple(excluded), shape, op, batch, used, isa, cost.cost_model().origin
+    )
+
+
+# ------------------------------------------------------------------------------------ arguments
+
+
+def _checked_formats(formats: Iterable[str] | None) -> tuple[str, ...]:
+    names = tuple(FORMATS) if formats is None else tuple(dict.fromkeys(formats))
+    unknown = [name for name in names if name not in FORMATS]
+    if unknown or isinstance(formats, str):
+        raise format_error(
+            f"formats={formats!r}", f"a list of names among {sorted(FORMATS)}", "leave it out"
+        )
+    return names
+
+
+def _checked_density(density: float | None) -> float:
+    if isinstance(density, (int, float, np.number)) and 0.0 < float(density) <= 1.0:
+        return float(density)
+    raise format_error(
+        f"density={density!r}",
+        "the share of weights to keep, in (0, 1]",
+        "pass density=0.1, or a weight with zeros",
+    )
+
+
+def _read_weight(weight: Any, density: float | None) -> tuple[tuple[int, int], SparseTensor | None]:
+    """Return the matrix shape, and the tensor where the weight's own pattern is what counts."""
+    if isinstance(weight, SparseTensor):
+        if density is not None:
+            raise format_error(
+                f"density={density} beside a sparse tensor",
+                "one of them: the tensor has its own",
+                "pass tensor.matrix_shape and a density to ask about another",
+            )
+        return weight.matrix_shape, weight
+    if isinstance(weight, (tuple, list)):
+        return _checked_shape(tuple(weight)), None
+    shape = tuple(getattr(weight, "shape", ()))
+    if density is not None:
+        return _checked_shape(shape), None
+    try:
+        tensor = convert(weight, CSR)
+    except SpfmtError as error:
+        raise format_error(
+            f"a weight of type {type(weight).__name__}",
+            "a shape (R, C), a sparse tensor or a dense weight",
+            str(error),
+        ) from None
+    return tensor.matrix_shape, tensor
+
+
+def _checked_shape(shape: tuple[Any, ...]) -> tuple[int, int]:
+    whole = all(isinstance(n, (int, np.integer)) and not isinstance(n, bool) for n in shape)
+    if len(shape) != 2 or not whole or not all(1 <= n < 2**31 for n in shape):
+        raise format_error(
+            f"a weight of shape {shape}",
+            "(R, C), two positive sizes below 2**31",
+            "a convolution's weight counts as (out_channels, in_channels * kernel cells)",
+        )
+    return int(shape[0]), int(shape[1])
+
+
+# ----------------------------------------------------------------------------------- candidates
+
+
+def _converted(
+    work: _Workload, tensor: SparseTensor, name: str, dense: float, given_sparse: bool
+) -> Candidate | str:
+    """Predict a tensor in a format, or say why it cannot be held in it."""
+    own = given_sparse and name == tensor.format
+    try:
+        held = tensor if own else convert(tensor, name)
+    except (FormatError, MissingDependency) as error:
+        return str(error)
+    summary = _kernels.summary(held.plan._compiled or held.plan._compile(), work.op)
+    padding = held.nnz - tensor.nnz
+    text = "as it is" if own else "converted"
+    if padding:
+        text += f", {padding} zeros added"
+    return work.candidate(name, text, summary, held.density, dense)
+
+
+def _for_shape(
+    work: _Workload, shape: tuple[int, int], density: float, names: tuple[str, ...], dense: float
+) -> Iterator[Candidate]:
+    """Predict random structures of every format, without making them."""
+    for name in names:
+        if name in ("shuffled_block", "hrbp"):
+            description, summary = _groups_like(name, shape, density)
+        else:
+            description, summary = _lists_like(name, shape, density, work.op)
+        stored = summary.nnz / (shape[0] * shape[1])
+        yield work.candidate(name, description, summary, stored, dense)
+
+
+def _groups_like(name: str, shape: tuple[int, int], density: float) -> tuple[str, Any]:
+    """Summary of blocks of 16 rows on random columns; taller groups are cut into such tiles."""
+    rows, cols = shape
+    step = _BLOCK if name == "shuffled_block" else 1
+    width = min(cols, max(1, round(density * cols / step)) * step)
+    tiles = -(-rows // _BLOCK)
+    text = (
+        f"block_shape=({_BLOCK}, {_BLOCK})" if name == "shuffled_block" else "groups of 16 k rows"
+    )
+    return text, _kernels.Summary("row_groups", rows, cols, rows * width, tiles * width)
+
+
+def _lists_like(name: str, shape: tuple[int, int], density: float, op: str) -> tuple[str, Any]:
+    """Summary of random lists, from a sample of their rows (of their columns for spmm_t)."""
+    rows, cols = shape
+    transposed = op == "spmm_t"
+    n = max(1, round(density * _M))
+    if name == "nm":
+        text, per_row = f"n={n}, m={_M}", cols // _M * n + min(n, cols % _M)
+    elif name == "condensed":
+        per_row = max(1, round(density * cols))
+        text = f"fan_in={per_row}"
+    else:
+        text, per_row = "unstructured", max(1, round(density * cols))
+    if transposed:
+        rows, cols = cols, rows
+        per_row = max(1, round(per_row * cols / rows))
+    tiles = -(-rows // _BLOCK)
+    if name == "nm" and not transposed:
+        vectors = tiles * per_row  # rows alike: nothing is padded
+    else:
+        sample = _sample(rows, cols, per_row)
+        steps = _kernels.summary(Plan("csr", sample)._compile(), "spmm").vectors
+        vectors = round(steps * tiles / -(-sample.rows // _BLOCK))
+    # By the product's own structure, which spmm_t takes as transposed already.
+    summary = _kernels.Summary("row_lists", rows, cols, rows * per_row, vectors)
+    return text, summary
+
+
+def _sample(rows: int, cols: int, per_row: int) -> RowLists:
+    """Draw a few random rows with `per_row` columns each."""
+    rng = np.random.default_rng(0)
+    most = _SAMPLE_DRAWS // per_row // _BLOCK * _BLOCK
+    count = min(rows, _SAMPLE_ROWS, max(_BLOCK, most))
+    if count * cols <= _SAMPLE_DRAWS:
+        chosen = np.argsort(rng.random((count, cols)), axis=1)[:, :per_row]
+    else:  # with replacement, repetitions dropped: they are rare in rows so wide
+        chosen = rng.integers(0, cols, (count, per_row))
+    columns: list[npt.NDArray[Any]] = [np.unique(row) for row in chosen]
+    indptr = np.append(0, np.cumsum([c.size for c in columns])).astype(np.int64)
+    return RowLists(count, cols, indptr, np.concatenate(columns).astype(np.int32))
