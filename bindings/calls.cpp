@@ -147,7 +147,9 @@ bool plain(PyObject* o, const py::dtype& dtype) {
       py::object(py::module_::import("numpy").attr("ndarray")).release().ptr();
   if (reinterpret_cast<PyObject*>(Py_TYPE(o)) != ndarray) return false;
   const auto* a = py::detail::array_proxy(o);
-  if (a->descr != dtype.ptr()) return false;  // numpy keeps one object per native dtype
+  // numpy keeps one object per native dtype, but equal ones can be made.
+  const auto& api = py::detail::npy_api::get();
+  if (a->descr != dtype.ptr() && !api.PyArray_EquivTypes_(a->descr, dtype.ptr())) return false;
   if (!(a->flags & py::detail::npy_api::NPY_ARRAY_ALIGNED_)) return false;
   for (int i = 0; i < a->nd; ++i) {
     if (a->strides[i] % dtype.itemsize() != 0) return false;

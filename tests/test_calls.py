@@ -40,6 +40,11 @@ def test_quick_multiplication_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
             np.testing.assert_allclose(y, want, rtol=1e-4, atol=1e-5)
             assert (y.dtype, y.shape, type(y)) == (x.dtype, (3, R), np.ndarray)
             assert y.flags.c_contiguous
+        # A dtype that equals numpy's own without being the same object is plain as well.
+        equal = np.dtype(np.dtype(dtype), copy=True)
+        assert equal is not x.dtype
+        y = spfmt.spmm(a, x.view(equal), bias=bias, batch_first=True)
+        np.testing.assert_allclose(y, want, rtol=1e-4, atol=1e-5)
         np.testing.assert_allclose(spfmt.spmm(a, x[0], bias=bias), want[0], rtol=1e-4, atol=1e-5)
         np.testing.assert_allclose(
             spfmt.spmm_t(a, want.T.copy()), (want @ a.to_dense()).T, rtol=1e-4, atol=1e-4
