@@ -226,7 +226,7 @@ def _costs(rows: _Rows) -> Iterator[Verdict]:
         what = f"{name}: packing new values, of one forward at batch 64"
         yield Verdict(group, what, 1.0, "%", True, share)
     facts = rows.facts
-    grouped = facts.get("padding of condensed, rows grouped")
+    grouped = facts.get("padding of condensed, as the kernels have it")
     yield Verdict(group, "condensed: padding, 768 columns", 1.5, "x", True, grouped)
     yield Verdict(
         group, "condensed: row grouping", 0.5, "s", True, facts.get("seconds to group rows")

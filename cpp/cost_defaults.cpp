@@ -48,7 +48,7 @@ CostModel default_cost_model() {
   CostModel model{};
   const std::map<std::string, double> single = {{"l2_bytes", 1 << 20},
                                                 {"l3_bytes", 32 << 20},
-                                                {"wake_seconds", 5e-6},
+                                                {"wake_seconds", 3e-5},
                                                 {"efficiency", 0.9},
                                                 {"dense_efficiency", 0.9}};
   std::map<std::string, const Terms*> rows;
