@@ -57,14 +57,27 @@ CostModel from_dict(const Coefficients& given) {
   return model;
 }
 
+// Text of a file that may hold anything: no byte of it is an error.
+py::object lenient_text(const std::string& bytes) {
+  return py::reinterpret_steal<py::object>(
+      PyUnicode_DecodeUTF8(bytes.data(), static_cast<Py_ssize_t>(bytes.size()), "replace"));
+}
+
 py::dict read_file(const std::string& path) {
   const spfmt::Calibration found = spfmt::read_calibration(path);
   py::dict out;
   out["coefficients"] = to_dict(found.model);
-  out["date"] = found.date;
-  out["levels"] = found.levels;
-  out["ignored"] = found.ignored;
+  out["date"] = lenient_text(found.date);
+  out["levels"] = lenient_text(found.levels);
+  out["ignored"] = lenient_text(found.ignored);
   return out;
+}
+
+// As os.fsdecode does: paths are bytes, of any kind.
+py::object cost_path() {
+  const std::string path = spfmt::cost_file();
+  return py::reinterpret_steal<py::object>(
+      PyUnicode_DecodeFSDefaultAndSize(path.data(), static_cast<Py_ssize_t>(path.size())));
 }
 
 void force_variant(const std::optional<std::string>& name) {
@@ -103,7 +116,7 @@ void bind_cost(py::module_& m) {
         [](const Coefficients& c, const std::string& date, const std::string& levels) {
           return spfmt::format_calibration(from_dict(c), date, levels);
         });
-  m.def("cost_file", &spfmt::cost_file);
+  m.def("cost_file", &cost_path);
   m.def("cpu_key", &spfmt::cpu_key);
   m.def("force_variant", &force_variant, py::arg("variant").none(true));
   m.def("has_variant", [](const std::string& op, const std::string& variant, int64_t batch) {

@@ -110,7 +110,7 @@ def load() -> CostModel:
     global _current
     with _lock:
         path = str(_kernels.cost_file())
-        found = _kernels.read_calibration(path)
+        found = _kernels.read_calibration(os.fsencode(path))
         if found["ignored"]:
             logger.warning(
                 "calibration %s is ignored: %s; the default cost model is used. Delete the file, "

@@ -317,6 +317,7 @@ def _replaced(old: str, new: str) -> object:
         (lambda text: text[: len(text) // 2], r"cut short|no number|without a value"),
         (lambda text: text + "x" * 100_000, None),
         (_replaced("spfmt-cost 1", "spfmt-cost 0"), "other kernels"),
+        (_replaced("spfmt-cost 1", "spfmt-cost \xff"), "other kernels"),
         (_replaced("\ncpu ", "\ncpu Not "), "another CPU"),
         (_replaced("dense.call ", "dense.call -"), "no number of at least 0"),
         (_replaced("dense.call ", "dense.call nan"), "no number of at least 0"),
@@ -360,6 +361,13 @@ def test_unreadable_places_are_no_calibration(
     assert not cost.load().date
     with pytest.raises(OSError, match="no cache directory"):
         cost.save(model())
+
+
+def test_folders_of_any_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPFMT_CACHE_DIR", os.fsdecode(os.fsencode(tmp_path) + b"/\xff"))
+    assert not cost.load().date
+    path = cost.save(CostModel(dict.fromkeys(NAMES, 1.0), "", "2026-01-31", ("avx2",)))
+    assert (cost.load().date, cost.load().path) == ("2026-01-31", path)
 
 
 def test_where_the_file_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
