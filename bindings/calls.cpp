@@ -141,11 +141,17 @@ const Calls& calls_of(PyObject* self) {
   return *static_cast<const Calls*>(PyCapsule_GetPointer(self, kCapsule));
 }
 
+// What numpy's objects are compared with; looked up once, when the module is made. In a product it
+// would be too late: an import may hand the interpreter to a thread that then waits for its end.
+struct Numpy {
+  PyObject* ndarray = py::object(py::module_::import("numpy").attr("ndarray")).release().ptr();
+  py::dtype f32 = py::dtype::of<float>(), f64 = py::dtype::of<double>();
+};
+const Numpy* numpy = nullptr;
+
 // An ndarray proper, whose elements are aligned and a whole number of them apart.
 bool plain(PyObject* o, const py::dtype& dtype) {
-  static PyObject* const ndarray =
-      py::object(py::module_::import("numpy").attr("ndarray")).release().ptr();
-  if (reinterpret_cast<PyObject*>(Py_TYPE(o)) != ndarray) return false;
+  if (reinterpret_cast<PyObject*>(Py_TYPE(o)) != numpy->ndarray) return false;
   const auto* a = py::detail::array_proxy(o);
   // numpy keeps one object per native dtype, but equal ones can be made.
   const auto& api = py::detail::npy_api::get();
@@ -185,11 +191,9 @@ py::array allocate(const Operand& in, int64_t features, int nd, bool batch_first
 
 // multiply(op, values, version, x, bias, batch_first, threads) -> array, or None
 PyObject* multiply_plain(const Calls& calls, PyObject* const* arg) {
-  static const py::dtype& f32 = *new py::dtype(py::dtype::of<float>());
-  static const py::dtype& f64 = *new py::dtype(py::dtype::of<double>());
   PyObject *values = arg[1], *x = arg[3], *bias = arg[4];
-  const bool is_f64 = plain(x, f64), batch_first = arg[5] == Py_True;
-  const py::dtype& dtype = is_f64 ? f64 : f32;
+  const bool is_f64 = plain(x, numpy->f64), batch_first = arg[5] == Py_True;
+  const py::dtype& dtype = is_f64 ? numpy->f64 : numpy->f32;
   if (!plain(x, dtype) || !plain(values, dtype) || !contiguous(values)) Py_RETURN_NONE;
   const spfmt::Op op = operation(arg[0]);
   const PyPlan& plan = calls.plan;
@@ -339,6 +343,7 @@ PyMethodDef kModule[] = {
 }  // namespace
 
 void define_calls(py::module_& m) {
+  numpy = new Numpy;  // for the life of the process
   m.def("bind", &bind, py::arg("plan"), py::arg("kernels"));
   if (PyModule_AddFunctions(m.ptr(), kModule) != 0) throw py::error_already_set();
 }

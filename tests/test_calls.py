@@ -6,6 +6,7 @@ import gc
 
 import numpy as np
 import pytest
+from fresh_python import run_python
 
 import spfmt
 from spfmt import FormatError, KernelNotFound, dispatch
@@ -127,6 +128,30 @@ def test_bound_functions_check_their_arguments_and_keep_their_plan() -> None:
     np.testing.assert_allclose(
         multiply(0, values, None, x, None, False, 1), dense.sum(1), rtol=1e-5, atol=1e-5
     )
+
+
+def test_first_products_of_two_threads_do_not_wait_for_each_other() -> None:
+    """Whatever a product needs of numpy is there before: imports give other threads a turn."""
+    code = """if True:
+        import builtins, signal, threading, time
+        import numpy as np, spfmt
+        a, x = spfmt.CSR.from_dense(np.eye(8, dtype="float32")), np.ones(8, "float32")
+        a.plan._bind()
+        threads = [threading.Thread(target=spfmt.spmm, args=(a, x)) for _ in range(4)]
+        real = builtins.__import__
+        def slow(*args):
+            time.sleep(0.2)
+            return real(*args)
+        signal.alarm(60)  # ends a process whose threads wait for each other
+        builtins.__import__ = slow
+        for t in threads:
+            t.start()
+        for t in threads:
+            t.join()
+        print("done")
+        """
+    result = run_python(code)
+    assert result.stdout.strip() == "done", (result.returncode, result.stderr)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
