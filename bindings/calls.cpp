@@ -124,6 +124,12 @@ void* address(PyObject* o) {
   return value;
 }
 
+int64_t count_of(PyObject* o) {
+  const int64_t count = integer(o);
+  if (count < 0) throw py::value_error("a negative count");
+  return count;
+}
+
 spfmt::Op operation(PyObject* o) {
   const int64_t op = integer(o);
   if (op < 0 || op >= kOps) throw py::index_error("no such operation");
@@ -204,7 +210,7 @@ PyObject* multiply_plain(const Calls& calls, PyObject* const* arg) {
   const int64_t n_in = op == spfmt::Op::spmm ? plan.cols : plan.rows;
   if (in.features != n_in || size_of(values) < spfmt::plan_nnz(*plan.plan)) Py_RETURN_NONE;
   if (bias != Py_None) {
-    if (!plain(bias, dtype) || !contiguous(bias)) Py_RETURN_NONE;
+    if (op != spfmt::Op::spmm || !plain(bias, dtype) || !contiguous(bias)) Py_RETURN_NONE;
     const auto* b = py::detail::array_proxy(bias);
     if (b->nd != 1 || b->dimensions[0] != plan.rows) Py_RETURN_NONE;
   }
@@ -239,16 +245,18 @@ PyObject* multiply_at(PyObject* self, PyObject* const* arg, Py_ssize_t count) {
     require_count(count, 10);
     const Calls& calls = calls_of(self);
     const spfmt::Op op = operation(arg[0]);
+    if (op == spfmt::Op::sddmm) throw py::value_error("sddmm multiplies nothing");
     const bool f64 = arg[1] == Py_True;
     const spfmt::Kernel* kernel = calls.kernel(op, f64);
     if (kernel == nullptr) Py_RETURN_FALSE;
     const PyPlan& plan = calls.plan;
     const int64_t n_in = op == spfmt::Op::spmm ? plan.cols : plan.rows;
-    const int64_t n_out = plan.rows + plan.cols - n_in, batch = integer(arg[6]);
+    const int64_t n_out = plan.rows + plan.cols - n_in, batch = count_of(arg[6]);
+    const void* bias = address(arg[8]);
+    if (bias != nullptr && op != spfmt::Op::spmm) throw py::value_error("only spmm has a bias");
     run(calls, *kernel,
         {op, f64, address(arg[2]), version_of(arg[3]), samples_at(arg[4], arg[5], n_in, batch),
-         Operand{}, Operand{address(arg[7]), n_out, batch, 1, n_out}, address(arg[8]),
-         threads_of(arg[9])});
+         Operand{}, Operand{address(arg[7]), n_out, batch, 1, n_out}, bias, threads_of(arg[9])});
     Py_RETURN_TRUE;
   });
 }
@@ -263,9 +271,10 @@ PyObject* sample_at(PyObject* self, PyObject* const* arg, Py_ssize_t count) {
     const spfmt::Kernel* kernel = calls.kernel(spfmt::Op::sddmm, f64);
     if (kernel == nullptr) Py_RETURN_FALSE;
     const PyPlan& plan = calls.plan;
-    const int64_t size = f64 ? 8 : 4, nnz = spfmt::plan_nnz(*plan.plan), batch = integer(arg[7]);
+    const int64_t size = f64 ? 8 : 4, nnz = spfmt::plan_nnz(*plan.plan), batch = count_of(arg[7]);
     char* out = static_cast<char*>(address(arg[1]));
-    const int64_t spare = integer(arg[2]) - nnz;
+    const int64_t spare = count_of(arg[2]) - nnz;
+    if (spare < 0) throw py::value_error("fewer elements than nonzeros");
     run(calls, *kernel,
         {spfmt::Op::sddmm, f64, out, spfmt::kNoVersion,
          samples_at(arg[3], arg[4], plan.rows, batch), samples_at(arg[5], arg[6], plan.cols, batch),

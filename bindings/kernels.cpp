@@ -133,7 +133,10 @@ void run_typed(const spfmt::Kernel& kernel, const PyPlan& plan, const py::array&
     require(out.has_value(), "output is missing");
     args.out = matrix<T>(*out, true, plan.rows + plan.cols - in_rows, batch);
   }
-  if (bias.has_value()) args.bias = vector<T>(*bias, plan.rows);
+  if (bias.has_value()) {
+    require(kernel.op == spfmt::Op::spmm, "only spmm has a bias");
+    args.bias = vector<T>(*bias, plan.rows);
+  }
   args.activation = activation;
   const spfmt::Executor executor = spfmt_python::openmp_executor(threads);
   const py::gil_scoped_release release;

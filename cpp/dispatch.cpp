@@ -153,12 +153,24 @@ double plan_padding(const Plan& plan) {
   return static_cast<double>(pack.packed()) / static_cast<double>(plan.nnz());
 }
 
+namespace {
+
+void check_layout(const Kernel& kernel, const Plan& plan) {
+  if (kernel.layout != plan.layout()) {
+    throw std::invalid_argument("a kernel for another layout than the plan's");
+  }
+}
+
+}  // namespace
+
 void run(const Kernel& kernel, const Plan& plan, const Args<float>& args,
          const Executor& executor) {
+  check_layout(kernel, plan);
   kernel.run_f32(kernel, plan, args, executor);
 }
 void run(const Kernel& kernel, const Plan& plan, const Args<double>& args,
          const Executor& executor) {
+  check_layout(kernel, plan);
   kernel.run_f64(kernel, plan, args, executor);
 }
 

@@ -132,8 +132,9 @@ Isa active_isa();
 // The row for (op, format, dtype, isa), or null.
 const Kernel* find_kernel(Op op, const std::string& format, DType dtype, Isa isa);
 
-// Throws std::bad_alloc when memory for workspace or a private layout cannot be had, and
-// std::length_error where 256 rows hold more than 2^31 values; the executor never sees either.
+// Throws std::invalid_argument where the kernel is for another layout than the plan's,
+// std::bad_alloc when memory for workspace or a private layout cannot be had, and
+// std::length_error where 256 rows hold 2^31 values or more; the executor never sees any of them.
 void run(const Kernel& kernel, const Plan& plan, const Args<float>& args, const Executor& executor);
 void run(const Kernel& kernel, const Plan& plan, const Args<double>& args,
          const Executor& executor);

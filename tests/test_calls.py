@@ -121,6 +121,17 @@ def test_bound_functions_check_their_arguments_and_keep_their_plan() -> None:
             function()
     with pytest.raises(IndexError):
         multiply(9, values, None, x, None, False, None)
+    memory, strides = np.ones(R * C, "float32"), (C, 1)
+    place = memory.ctypes.data
+    with pytest.raises(ValueError, match="negative"):
+        multiply_at(0, False, place, None, place, strides, -1, place, 0, 1)
+    with pytest.raises(ValueError, match="only spmm has a bias"):
+        multiply_at(1, False, place, None, place, strides, 1, place, place, 1)
+    with pytest.raises(ValueError, match="sddmm"):
+        multiply_at(2, False, place, None, place, strides, 1, place, 0, 1)
+    with pytest.raises(ValueError, match="fewer elements"):
+        sample_at(False, place, 1, place, strides, place, strides, 1, 1)
+    assert multiply(1, values, None, np.ones(R, "float32"), values[:R], False, None) is None
     with pytest.raises(ValueError, match="kernel count"):
         dispatch._kernels.bind(a.plan._compile(), [0])
     del a

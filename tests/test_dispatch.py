@@ -103,6 +103,12 @@ def test_bindings_refuse_arrays_of_other_kinds() -> None:
     ]:
         with pytest.raises(ValueError, match=r"vector|operand|output|aligned"):
             kernels.run(index, plan, values, -1, operand, None, out, None, 1)
+    transposed = dispatch.select("spmm_t", "csr", "float32", "scalar").index
+    with pytest.raises(ValueError, match="only spmm has a bias"):
+        kernels.run(transposed, plan, x[0, :2], -1, x, None, x.copy(), x[0, :2], 1)
+    other = dispatch.select("spmm", "hrbp", "float32", "scalar").index
+    with pytest.raises(ValueError, match="another layout"):
+        kernels.run(other, plan, x[0, :2], -1, x, None, x.copy(), None, 1)
     with pytest.raises(IndexError):
         kernels.run(10_000, plan, x[0, :2], -1, x, None, x.copy(), None, 1)
 
