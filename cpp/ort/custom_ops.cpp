@@ -148,7 +148,6 @@ int64_t extent(const Api& api, const KernelInfo* node, const char* name) {
 struct Pool {
   const Api& api;
   const KernelContext* context;
-  Status* failure = nullptr;
 
   Executor executor() {
     // Asking costs microseconds, more than a small product: a system call or a file under /sys.
@@ -165,10 +164,9 @@ struct Pool {
       const Call& c = *static_cast<Call*>(user);
       c.body(c.arg, static_cast<int64_t>(i));
     };
-    Pool& pool = *static_cast<Pool*>(self);
-    if (pool.failure != nullptr) return;
-    pool.failure =
-        pool.api.KernelContext_ParallelFor(pool.context, one, static_cast<size_t>(n), 0, &call);
+    const Pool& pool = *static_cast<Pool*>(self);
+    // Thrown at once: else layouts and values half packed would be kept for the requests to come.
+    check(pool.api.KernelContext_ParallelFor(pool.context, one, static_cast<size_t>(n), 0, &call));
   }
 };
 
@@ -253,8 +251,8 @@ class Linear {
     if (kernel_ == nullptr) throw std::invalid_argument("no kernel for this type of values");
   }
 
-  // Values in the core's order, then one sample, which makes the kernel pack them: the first
-  // request should not pay for it.
+  // Values in the core's order, then one sample, which makes the kernel pack them for small
+  // batches: the first of them should not pay for it.
   template <class T>
   void prepare(const Tensor& values, const Tensor& bias) {
     const T* stored = static_cast<const T*>(values.data);
@@ -324,7 +322,6 @@ class Linear {
     multiply(input<T>(context, 1), static_cast<const T*>(data_of(api_, x)),
              input<T>(context, bias_index()), static_cast<T*>(const_cast<void*>(data_of(api_, y))),
              batch, pool.executor());
-    check(pool.failure);
   }
 
   const Api& api_;
