@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cmath>
 #include <map>
 #include <stdexcept>
 
@@ -50,7 +51,9 @@ CostModel from_dict(const Coefficients& given) {
   for (const auto& [key, place] : places) {
     const auto found = given.find(key);
     if (found == given.end()) throw std::invalid_argument("no coefficient " + key);
-    if (!(found->second >= 0)) throw std::invalid_argument(key + " is negative or no number");
+    if (!std::isfinite(found->second) || found->second < 0) {
+      throw std::invalid_argument(key + " is negative or no number");
+    }
     *place = found->second;
   }
   if (given.size() != places.size()) throw std::invalid_argument("unknown coefficients");

@@ -97,6 +97,7 @@ std::string read_lines(std::istream& in, Calibration& out) {
     }
   }
   if (ended != std::to_string(count)) return "cut short, or changed";
+  if (!left.empty()) return "no coefficient " + left.begin()->first;
   return found_cpu == cpu_key() ? "" : "measured on another CPU: " + found_cpu;
 }
 

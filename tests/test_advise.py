@@ -309,6 +309,19 @@ def _replaced(old: str, new: str) -> object:
     return lambda text: text.replace(old, new, 1)
 
 
+def _one_less(text: str) -> str:
+    count = re.search(r"\nend (\d+)", text)
+    assert count
+    return text.replace("\ndense.call 1\n", "\n").replace(count[0], f"\nend {int(count[1]) - 1}")
+
+
+@pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])
+def test_coefficients_are_finite_and_not_negative(value: float) -> None:
+    made = dict(kernels.default_cost_model()) | {"dense.call": value}
+    with pytest.raises(ValueError, match=r"dense\.call is negative or no number"):
+        cost.use(CostModel(made, ""))
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
@@ -324,6 +337,7 @@ def _replaced(old: str, new: str) -> object:
         (_replaced("dense.call ", "dense.tea "), "unknown or repeated key"),
         (_replaced("dense.call ", "dense.stream "), "unknown or repeated key"),
         (_replaced("\nend ", "\nend 1"), "cut short, or changed"),
+        (_one_less, "no coefficient dense.call"),
         (_replaced("l3_bytes", "l3_bytes 7\nl2"), "no number|without a value|unknown"),
     ],
 )
