@@ -84,7 +84,7 @@ Choice choose(Isa isa, Op op, const Plan& plan, int64_t batch, int threads);
 const Summary& summary_of(const Plan& plan, Op op);
 
 // Makes products that are called from this thread run one variant wherever it exists; calibration
-// and tests compare variants by it. `kChosen` returns to the model's choice.
+// and tests compare variants by it. `chosen` returns to the model's choice.
 enum class Forced : int { chosen = -1, tokens = 0, panels = 1 };
 void force_variant(Forced forced);
 

@@ -10,7 +10,7 @@
 
 namespace spfmt {
 
-// Samples that spmm_t of groups and sddmm pack at a time, which bounds their workspace to
+// Samples that spmm_t of groups and sddmm of lists pack at a time, which bounds their workspace to
 // (rows + cols) * kStrip elements.
 constexpr int64_t kStrip = 8 * kPanel;
 
@@ -23,8 +23,7 @@ Strided<T> samples_from(const Matrix<T>& m, int64_t sample) {
 template <class T>
 class PanelSet {
  public:
-  PanelSet(int64_t features, int64_t begin, int64_t end, int width = kPanel)
-      : begin_(begin), width_(width) {
+  PanelSet(int64_t features, int64_t begin, int64_t end, int width) : begin_(begin), width_(width) {
     const int64_t samples = end - begin;
     const int64_t padded = (samples + kRowTile - 1) / kRowTile * kRowTile;
     workspace_ = std::make_unique<Workspace>(sizeof(T) * features * padded);

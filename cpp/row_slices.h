@@ -25,7 +25,7 @@ constexpr int kBlockCols = 16;
 // A lane's nonzeros keep their order, so values need no index: lane i's k-th code without kPadding
 // belongs to the k-th value of its row.
 struct RowSlices {
-  int64_t rows, cols, slices;
+  int64_t slices;
   int width, steps;
   const int32_t* lane_row;
   const int64_t* slice_ptr;

@@ -204,9 +204,7 @@ std::unique_ptr<SlicePack> make_slices(const RowLists& a, int widest, const Exec
   const size_t records = pack->slice_ptr[slices];
   pack->block = std::make_unique<Buffer>(records * sizeof(int32_t));
   pack->code = std::make_unique<Buffer>(records * steps * kRowTile);
-  pack->view = {a.rows,
-                a.cols,
-                slices,
+  pack->view = {slices,
                 width,
                 steps,
                 pack->lane_row.data(),

@@ -72,8 +72,7 @@ std::unique_ptr<TilePack> make_tile_pack(const RowLists& a) {
       append_columns(a, row, t * width, first_piece, *pack);
     }
   }
-  pack->view = {a.rows,
-                tiles,
+  pack->view = {tiles,
                 width,
                 pack->base.data(),
                 pack->piece_ptr.data(),

@@ -49,7 +49,7 @@ struct RowPiece {
   uint16_t count;
 };
 struct RowTiles {
-  int64_t rows, tiles, width;
+  int64_t tiles, width;
   const int64_t* base;
   const int64_t* piece_ptr;
   const int64_t* visit_ptr;
