@@ -424,8 +424,9 @@ CustomOpDomain* domain_of(const Api& api) {
 }  // namespace
 }  // namespace spfmt::ort
 
-// Sets who hears of every run, from the thread that runs it; null for nobody.
-// spfmt.onnx.kernels_run shows the choices of kernels by it.
+// Sets who hears of every run, from the thread that runs it; null for nobody. Whoever heard before
+// may be called once more by every run that has begun. spfmt.onnx.kernels_run shows the choices of
+// kernels by it.
 extern "C" __attribute__((visibility("default"))) void spfmt_ort_listen(
     spfmt::ort::Listener hears) {
   spfmt::ort::listener.store(hears, std::memory_order_release);

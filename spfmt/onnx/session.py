@@ -244,6 +244,7 @@ def kernels_run(
 
 
 _listen_lock = threading.Lock()  # the library tells one listener
+_listeners: list[Any] = []  # never freed: a run on another thread may be about to call one
 
 
 @contextlib.contextmanager
@@ -261,6 +262,7 @@ def _listening(library: bool) -> Iterator[list[tuple[str, str]]]:
     callback = ctypes.CFUNCTYPE(None, text, text, text, ctypes.c_int)(hear)
     listen = ctypes.CDLL(library_path()).spfmt_ort_listen
     with _listen_lock:
+        _listeners.append(callback)
         listen(callback)
         try:
             yield heard
