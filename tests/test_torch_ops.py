@@ -73,6 +73,26 @@ def test_any_strides_and_batch(format, batch):
         torch.testing.assert_close(spmm(values, structure, x, **weight), x @ dense.T)
 
 
+@pytest.mark.parametrize("which", ["values", "x", "bias"])
+def test_elements_at_odd_addresses_are_refused(which):
+    values, structure, _ = make("csr")
+    operands = {
+        "values": values.detach(),
+        "x": torch.randn(3, C, dtype=torch.float64),
+        "bias": torch.randn(R, dtype=torch.float64),
+    }
+    good = operands[which]
+    odd = torch.frombuffer(bytearray(good.nbytes + 1), dtype=good.dtype, offset=1)
+    operands[which] = odd.reshape(good.shape)
+    weight = {"shape": (R, C), "format": "csr"}
+    with pytest.raises(FormatError, match="odd addresses"):
+        spmm(operands["values"], structure, operands["x"], operands["bias"], **weight)
+    dy = torch.randn(3, R, dtype=torch.float64)
+    if which == "x":
+        with pytest.raises(FormatError, match="odd addresses"):
+            sddmm(structure, dy, operands["x"], capacity=values.numel(), **weight)
+
+
 # --------------------------------------------------------------------------------- gradients
 
 

@@ -132,6 +132,16 @@ def _check_capacity(values: Tensor, compiled: CompiledStructure) -> None:
         )
 
 
+def _check_places(x: Tensor, places: int) -> None:
+    """Check addresses, joined by ``|``: kernels read elements at multiples of their size."""
+    if places % x.element_size():
+        raise format_error(
+            "a tensor whose elements lie at odd addresses",
+            f"multiples of {x.element_size()} bytes",
+            "pass its clone(); torch.frombuffer with an odd offset makes such tensors",
+        )
+
+
 def _dtype_name(x: Tensor) -> str:
     return "float64" if x.dtype is torch.float64 else "float32"
 
@@ -140,12 +150,14 @@ def _multiply(
     op: str, compiled: CompiledStructure, values: Tensor, x: Tensor, out: Tensor, bias: int = 0
 ) -> None:
     _check_capacity(values, compiled)
+    values_at, x_at = values.data_ptr(), x.data_ptr()
+    _check_places(x, values_at | x_at | bias)
     compiled.plan.multiply_at(
         op,
         _dtype_name(x),
-        values.data_ptr(),
+        values_at,
         compiled.version(values),
-        x.data_ptr(),
+        x_at,
         x.stride(),
         x.shape[0],
         out.data_ptr(),
@@ -207,13 +219,15 @@ def _sddmm_cpu(
     grad = _sddmm_fake(structure, dy, x, shape, format, capacity)
     compiled = _compiled(structure, shape, format)
     _check_capacity(grad, compiled)
+    dy_at, x_at = dy.data_ptr(), x.data_ptr()
+    _check_places(x, dy_at | x_at)
     compiled.plan.sample_at(
         _dtype_name(x),
         grad.data_ptr(),
         capacity,
-        dy.data_ptr(),
+        dy_at,
         dy.stride(),
-        x.data_ptr(),
+        x_at,
         x.stride(),
         x.shape[0],
     )
