@@ -82,7 +82,7 @@ extensions = [
         # Plain -fopenmp links libgomp.so.1, the name torch ships its own copy under: whichever is
         # loaded first serves both, so there is one thread pool and torch.set_num_threads counts.
         extra_link_args=[*LINK, "-fopenmp"],
-        depends=[*HEADERS, "bindings/calls.h"],
+        depends=HEADERS,
     ),
     *cythonize(
         [

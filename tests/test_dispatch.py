@@ -231,14 +231,34 @@ ORDER = {
     "structure": {"errors"},
     "formats": {"errors", "_files", "structure"},
     "convert": {"errors", "formats"},
+    "activations": {"errors"},
     "cost": {"_files"},
-    "dispatch": {"errors", "formats", "cost", "threads"},
+    "dispatch": {"activations", "errors", "formats", "cost", "threads"},
     "calibration": {"formats", "cost", "dispatch", "threads"},
     "advice": {"errors", "formats", "convert", "cost", "dispatch", "calibration"},
     "ops": {"errors", "formats", "dispatch"},
-    "torch": {"errors", "structure", "formats", "convert", "dispatch", "ops", "threads"},
+    "torch": {
+        "activations",
+        "errors",
+        "structure",
+        "formats",
+        "convert",
+        "dispatch",
+        "ops",
+        "threads",
+    },
     "train": {"errors", "structure", "formats", "convert", "dispatch", "ops", "torch"},
-    "onnx": {"errors", "_files", "structure", "formats", "convert", "dispatch", "ops", "torch"},
+    "onnx": {
+        "activations",
+        "errors",
+        "_files",
+        "structure",
+        "formats",
+        "convert",
+        "dispatch",
+        "ops",
+        "torch",
+    },
     "ceilings": {"errors"},
     "bench": {
         "errors",
@@ -289,6 +309,12 @@ def test_imports_follow_the_design(room: str) -> None:
         allowed = ORDER[room] | {room}
         assert _module_imports(path, top_level=True) <= allowed, path
         assert _module_imports(path, top_level=False) <= allowed | LAZY.get(room, set()), path
+
+
+def test_every_module_has_its_place() -> None:
+    rooms = {path.name.removesuffix(".py") for path in PACKAGE.iterdir() if path.name[0] != "."}
+    rooms = {r for r in rooms if (PACKAGE / f"{r}.py").exists() or any((PACKAGE / r).glob("*.py"))}
+    assert rooms - {"__init__", "cli"} == set(ORDER)
 
 
 def test_only_torch_train_and_export_import_torch() -> None:
