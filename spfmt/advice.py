@@ -243,13 +243,15 @@ def advise(
 
 
 def _checked_formats(formats: Iterable[str] | None) -> tuple[str, ...]:
-    names = tuple(FORMATS) if formats is None else tuple(dict.fromkeys(formats))
-    unknown = [name for name in names if name not in FORMATS]
-    if unknown or isinstance(formats, str):
+    if formats is None:
+        return tuple(FORMATS)
+    names = tuple(formats) if isinstance(formats, Iterable) else (formats,)
+    known = all(isinstance(name, str) and name in FORMATS for name in names)
+    if not known or isinstance(formats, str) or not isinstance(formats, Iterable):
         raise format_error(
             f"formats={formats!r}", f"a list of names among {sorted(FORMATS)}", "leave it out"
         )
-    return names
+    return tuple(dict.fromkeys(names))
 
 
 def _checked_density(density: float | None) -> float:
@@ -363,9 +365,12 @@ def _lists_like(name: str, shape: tuple[int, int], density: float, op: str) -> t
     if name == "nm" and not transposed:
         vectors = tiles * per_row  # rows alike: nothing is padded
     else:
-        sample = _sample(rows, cols, per_row)
+        # Of rows too long even for one tile a part of the columns: all parts need as many steps.
+        shrink = -(-_BLOCK * per_row // _SAMPLE_DRAWS)
+        part = -(-per_row // shrink)
+        sample = _sample(rows, -(-cols // shrink), part)
         steps = _kernels.summary(Plan("csr", sample)._compile(), "spmm").vectors
-        vectors = round(steps * tiles / -(-sample.rows // _BLOCK))
+        vectors = round(steps * tiles / -(-sample.rows // _BLOCK) * per_row / part)
     # By the product's own structure, which spmm_t takes as transposed already.
     summary = _kernels.Summary("row_lists", rows, cols, rows * per_row, vectors)
     return text, summary

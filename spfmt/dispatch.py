@@ -559,9 +559,10 @@ class Plan:
 def check_workload(batch: int, threads_: int | None, op: str) -> tuple[int, int]:
     """Check what a prediction is asked for; return the batch and the threads that it means."""
     used = threads.get_num_threads() if threads_ is None else threads_
-    for name, value in (("batch", batch), ("threads", used)):
-        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
-            raise format_error(f"{name}={value!r}", "an int of at least 1", f"pass {name}=1")
+    for name, value, most in (("batch", batch, 2**31 - 1), ("threads", used, 1024)):
+        whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+        if not whole or not 1 <= value <= most:
+            raise format_error(f"{name}={value!r}", f"an int from 1 to {most}", f"pass {name}=1")
     if op not in OPS:
         raise format_error(f"op {op!r}", f"one of {OPS}", "spmm is the forward product")
     return int(batch), int(used)
