@@ -23,7 +23,7 @@ from benchmarks import suites, targets
 from spfmt.bench import Session
 from spfmt.bench.baselines import absent
 from spfmt.bench.machine import versions
-from spfmt.bench.record import make_record, write_record
+from spfmt.bench.record import check_target, make_record, write_record
 from spfmt.errors import SpfmtError
 
 NAMES = (*suites.SUITES, "real")
@@ -31,7 +31,13 @@ NAMES = (*suites.SUITES, "real")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run suites; return 0, or 1 where a result was wrong."""
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if args.json:
+        try:
+            check_target(args.json)
+        except SpfmtError as error:
+            parser.error(str(error))
     wanted = _wanted(args.suite)
     session = Session(args.seconds, lambda line: print(line, flush=True))
     session.machine["cpu"] = args.cpu or session.machine["cpu"]
@@ -67,7 +73,9 @@ def _parser() -> argparse.ArgumentParser:
         help=f"comma-separated: targets ({', '.join(suites.TARGET_SUITES)}), all, or any of "
         f"{', '.join(NAMES)} (default: targets)",
     )
-    parser.add_argument("--seconds", type=float, default=1.5, help="for each case (default: 1.5)")
+    parser.add_argument(
+        "--seconds", type=_seconds, default=1.5, help="for each case (default: 1.5)"
+    )
     parser.add_argument("--json", type=Path, help="write the results to this file")
     parser.add_argument("--cpu", help="its name for the record, where the system's is vague")
     parser.add_argument(
@@ -85,6 +93,13 @@ def _names(text: str) -> list[str]:
     if unknown:
         raise argparse.ArgumentTypeError(f"got {', '.join(unknown)}; expected {', '.join(NAMES)}")
     return names
+
+
+def _seconds(text: str) -> float:
+    seconds = float(text)  # argparse explains what is no number
+    if not 0.0 <= seconds <= 3600.0:  # nan neither: it would never end
+        raise argparse.ArgumentTypeError(f"got {text}; expected seconds from 0 to 3600")
+    return seconds
 
 
 def _wanted(names: Sequence[str]) -> list[str]:

@@ -141,11 +141,12 @@ def measure_ceilings(threads: int = 1, isa: str | None = None) -> Ceilings:
         For a number of threads below 1 or above 1024, or a level that is unknown or that this CPU
         lacks.
     """
-    if not 1 <= threads <= 1024:
-        raise format_error(f"{threads} threads", "1 to 1024", "pass threads=1")
+    whole = isinstance(threads, int) and not isinstance(threads, bool)
+    if not whole or not 1 <= threads <= 1024:
+        raise format_error(f"{threads!r} threads", "an int from 1 to 1024", "pass threads=1")
     isa = str(_kernels.active_isa()) if isa is None else isa
     try:
-        _kernels.probe_fma(isa, 0, 1)
+        _kernels.probe_fma(str(isa), 0, 1)
     except ValueError as error:
         raise format_error(
             f"level {isa!r} ({error})", "a level of this CPU", "leave isa out"

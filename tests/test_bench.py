@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from spfmt.bench import (
     Session,
     Spec,
     WrongResult,
+    machine,
     parse_spec,
     random_weight,
 )
@@ -85,10 +87,12 @@ def test_measured_ceilings_are_complete() -> None:
 
 
 def test_ceilings_refuse_bad_levels_and_threads() -> None:
-    with pytest.raises(spfmt.FormatError, match="0 threads"):
-        measure_ceilings(0)
-    with pytest.raises(spfmt.FormatError, match="'sse9'"):
-        measure_ceilings(isa="sse9")
+    for threads in (0, 1025, 1.5, "2", None, True):
+        with pytest.raises(spfmt.FormatError, match=f"got {threads!r} threads"):
+            measure_ceilings(threads)  # type: ignore[arg-type]
+    for isa in ("sse9", 5):
+        with pytest.raises(spfmt.FormatError, match=f"level {isa!r}"):
+            measure_ceilings(isa=isa)  # type: ignore[arg-type]
 
 
 def test_roof_is_the_lower_of_peak_and_bandwidth() -> None:
@@ -274,14 +278,15 @@ def test_contenders_take_turns() -> None:
 
 
 def test_settling_repeats_the_untimed_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("spfmt.bench.timing._SPIN_SECONDS", 1e-3)
-    count = [0]
-
-    def call() -> None:
-        count[0] += 1
-
-    interleave([call], 0.0, settle=True)
-    assert count[0] > 100  # a call takes well below a hundredth of 5 ms
+    """A clock that goes on by 1 ms at each look: a call takes 1 ms, five rounds are the least."""
+    clock = itertools.count(step=1e-3)
+    monkeypatch.setattr(
+        "spfmt.bench.timing.time", SimpleNamespace(perf_counter=clock.__next__, process_time=float)
+    )
+    for settle, calls in ((False, 5 * 2), (True, 5 * (3 + 1))):  # untimed ones until 5 ms are over
+        count: list[int] = []
+        interleave([lambda count=count: count.append(1)], 0.0, settle=settle)
+        assert len(count) == calls
 
 
 def test_timing_restores_the_garbage_collector() -> None:
@@ -309,6 +314,20 @@ def session() -> Session:
     session.measure(Case(SMALL, 0.25, 1, 2), ALL, suite="threads")
     session.lines = lines  # type: ignore[attr-defined]
     return session
+
+
+def test_a_repository_around_an_installation_is_not_its_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of a virtual environment inside the clone of another project."""
+    (tmp_path / ".git").mkdir()
+    package = tmp_path / "venv" / "spfmt"
+    package.mkdir(parents=True)
+    asked: list[object] = []
+    monkeypatch.setattr(machine.subprocess, "run", lambda *a, **k: asked.append(a))
+    monkeypatch.setattr(spfmt, "__file__", str(package / "__init__.py"))
+    assert machine.commit() == ""
+    assert not asked
 
 
 def test_rows_say_what_was_measured(session: Session) -> None:
@@ -541,6 +560,15 @@ def test_command_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert names == {f"{n}-48x64.{e}" for n in ("sparsity", "roofline") for e in ("png", "svg")}
 
 
+def test_weights_without_nonzeros_are_measured(tmp_path: Path) -> None:
+    path = tmp_path / "out.json"
+    arguments = ["--shape", "4x4", "--format", "csr", "--sparsity", "0.99999999", "--batch", "1"]
+    assert main(["bench", *arguments, "--seconds", "0", "--json", str(path)]) == 0
+    (row,) = select(read_record(path)["results"], name="csr")
+    assert (row["density"], row["gflops"], row["asked"]) == (0, 0, 1e-8)
+    assert row["roof"] > 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -667,6 +695,28 @@ def test_suites_are_chosen_by_name(
         linear.main(["--suite", "targets,speed"])
     assert exit.value.code == 2
     assert "got speed; expected layers" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--json", "/nowhere/out.json"], "existing directory"),
+        (["--json", "/"], "existing directory"),
+        (["--seconds", "nan"], "seconds from 0 to 3600"),
+        (["--seconds", "-1"], "seconds from 0 to 3600"),
+        (["--seconds", "long"], "invalid"),
+    ],
+)
+def test_suites_refuse_before_they_measure(
+    benchmarks: Callable[[str], ModuleType],
+    arguments: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit) as exit:
+        benchmarks("linear").main(["--suite", "real", *arguments])
+    assert exit.value.code == 2
+    assert message in capsys.readouterr().err
 
 
 def test_a_suite_without_its_data_says_so(

@@ -59,10 +59,13 @@ def cpu_name() -> str:
 
 def commit() -> str:
     """Return the commit of a clone, ``-dirty`` if changed since; "" of an installed package."""
+    folder = Path(spfmt.__file__).resolve().parent
+    if not (folder.parent / ".git").exists():
+        return ""  # a repository further up, around a virtual environment, is another project's
     try:
         result = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-            cwd=Path(spfmt.__file__).parent,
+            cwd=folder,
             capture_output=True,
             text=True,
             timeout=10,

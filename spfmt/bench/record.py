@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
@@ -16,7 +17,7 @@ from spfmt.bench.session import Session
 from spfmt.ceilings import Ceilings
 from spfmt.errors import FormatError, format_error
 
-__all__ = ["SCHEMA", "make_record", "read_record", "write_record"]
+__all__ = ["SCHEMA", "check_target", "make_record", "read_record", "select", "write_record"]
 
 SCHEMA = 1
 _KEYS = ("schema", "date", "machine", "versions", "absent", "ceilings", "results", "skipped")
@@ -58,6 +59,20 @@ def _ceilings(ceilings: Ceilings) -> dict[str, Any]:
     for level in record["levels"]:
         level["capacity"] = None if math.isinf(level["capacity"]) else level["capacity"]
     return record
+
+
+def check_target(path: Path) -> None:
+    """Refuse before a measurement a file that could not be written after it.
+
+    Raises
+    ------
+    FormatError
+        Where `path` is a directory, or its own directory is missing or read-only.
+    """
+    if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise format_error(
+            f"--json {path}", "a file in an existing directory that you may write to", "make it"
+        )
 
 
 def write_record(record: Mapping[str, Any], path: Path) -> None:

@@ -133,7 +133,8 @@ def _row(
         waited=t.waited,
         gflops=gflops,
         gbytes=c.work.nbytes / t.median / 1e3,
-        roof=gflops / ceilings.roof(c.work.flops, c.work.nbytes),
+        # By times, not rates: a weight without nonzeros has a rate of zero.
+        roof=ceilings.seconds(c.work.flops, c.work.nbytes) * 1e6 / t.median,
         level=ceilings.level(c.work.nbytes).name,
         speedup=None if best is None else best / t.median,
     )

@@ -21,7 +21,7 @@ from spfmt.bench import (
 )
 from spfmt.bench.baselines import BASELINES, absent
 from spfmt.bench.machine import available_cpus, available_memory
-from spfmt.bench.record import make_record, write_record
+from spfmt.bench.record import check_target, make_record, write_record
 from spfmt.errors import FormatError, MissingDependency, format_error
 
 __all__ = ["add_parser"]
@@ -121,7 +121,7 @@ def _cases(args: argparse.Namespace) -> Iterator[Case]:
     densities = [1 - share for share in args.sparsity]
     axes = args.shape, densities, args.op, args.threads, args.batch
     for shape, density, op, threads, batch in itertools.product(*axes):
-        yield Case(shape, round(density, 6), batch, threads, op)
+        yield Case(shape, round(density, 12), batch, threads, op)
 
 
 def _introduce(session: Session, all_baselines: bool) -> None:
@@ -134,8 +134,8 @@ def _introduce(session: Session, all_baselines: bool) -> None:
 
 def _check_outputs(json: Path | None, figures: Path | None) -> None:
     """Refuse before the measurement what would lose it afterwards."""
-    if json is not None and (json.is_dir() or not json.parent.is_dir()):
-        raise format_error(f"--json {json}", "a file in an existing directory", "make it first")
+    if json is not None:
+        check_target(json)
     if figures is not None:
         if find_spec("matplotlib") is None:
             raise MissingDependency(
