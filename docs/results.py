@@ -22,7 +22,7 @@ METHOD = """\
   before it is timed. The tolerance is the rounding bound of a float32 sum, (n + 2) ε Σ|a||x|;
   nothing is timed if one element is outside.
 - **Interleaved.** All contenders of a case take turns in one process. Before each sample the
-  contender runs once untimed, so that its data is as warm as in a loop of its own. Tables show
+  contender runs untimed for 5 ms, so that its data is as warm as in a loop of its own. Tables show
   medians; the record has the first and ninth decile too.
 - **Speed-ups** refer to the *faster* of torch's `F.linear` and ONNX Runtime's `Gemm` in the
   same run, each called from Python as its user would: `spfmt.spmm` on arrays, `F.linear` on

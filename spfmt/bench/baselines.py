@@ -174,14 +174,11 @@ def _make_session(weight: Array, op: str, threads: int) -> Any:
 
     rows, cols = weight.shape if op == "spmm" else weight.shape[::-1]
     graph = helper.make_graph(
-        [helper.make_node("Gemm", ["x", "w", "b"], ["y"], transB=int(op == "spmm"))],
+        [helper.make_node("Gemm", ["x", "w"], ["y"], transB=int(op == "spmm"))],
         "dense",
         [helper.make_tensor_value_info("x", TensorProto.FLOAT, [None, cols])],
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, [None, rows])],
-        [
-            numpy_helper.from_array(weight, "w"),
-            numpy_helper.from_array(np.zeros(rows, np.float32), "b"),
-        ],
+        [numpy_helper.from_array(weight, "w")],
     )
     opsets = [helper.make_opsetid("", 17)]
     model = helper.make_model(graph, opset_imports=opsets, ir_version=8)

@@ -14,6 +14,9 @@ __all__ = ["Timing", "interleave"]
 
 _LEAST_ROUNDS = 5
 _MOST_ROUNDS = 1000
+# Untimed calls before every sample. One call is not enough: megabytes of weights come back into a
+# cache only by and by, and a dense layer at batch 1 would seem twice as slow as it is.
+_WARM_SECONDS = 5e-3
 # A clock cannot see a call of a few microseconds: samples are repeated up to this length.
 _SAMPLE_SECONDS = 30e-6
 # For this long a thread of an OpenMP pool spins after its last work (libgomp: 300,000 rounds of
@@ -55,8 +58,8 @@ def interleave(
     Parameters
     ----------
     calls : sequence of callable
-        Each is called untimed before every sample, so that it finds its data as warm as in a loop
-        of its own.
+        Each is called untimed for some milliseconds before every sample, so that it finds its data
+        as warm as in a loop of its own.
     seconds : float
         In all. Calls of many seconds take longer: five rounds are the least a median needs.
     before : sequence of callable, optional
@@ -80,7 +83,7 @@ def interleave(
             for i, call in enumerate(calls):
                 if before is not None:
                     before[i]()
-                warm = _warm(call, _SPIN_SECONDS if settle else 0.0)
+                warm = _warm(call, max(_WARM_SECONDS, _SPIN_SECONDS if settle else 0.0))
                 repeats[i] = repeats[i] or max(1, min(100, round(_SAMPLE_SECONDS / warm)))
                 samples[i].append(_sample(call, repeats[i]))
             if round_ + 1 >= _LEAST_ROUNDS and time.perf_counter() > stop:
