@@ -325,7 +325,7 @@ spfmt bench --shape 4096x1024 --format condensed,nm:2:4 --sparsity 0.8,0.9 --jso
 def _others(others: Mapping[str, Record]) -> Iterator[str]:
     for name, record in others.items():
         machine = record["machine"]
-        yield f"## Another machine: {machine['cpu']}"
+        yield f"## Another machine, with earlier kernels: {machine['cpu']}"
         where = f"{record['date'][:10]}, {machine['isa']}, 768 → 3072, 90 % sparse"
         yield f"{where} ([{name}]({name})):"
         yield speed_table(record)

@@ -277,16 +277,15 @@ def test_contenders_take_turns() -> None:
         assert 0 <= t.waited <= 1
 
 
-def test_settling_repeats_the_untimed_call(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_untimed_calls_last_for_milliseconds(monkeypatch: pytest.MonkeyPatch) -> None:
     """A clock that goes on by 1 ms at each look: a call takes 1 ms, five rounds are the least."""
     clock = itertools.count(step=1e-3)
     monkeypatch.setattr(
         "spfmt.bench.timing.time", SimpleNamespace(perf_counter=clock.__next__, process_time=float)
     )
-    for settle, calls in ((False, 5 * 2), (True, 5 * (3 + 1))):  # untimed ones until 5 ms are over
-        count: list[int] = []
-        interleave([lambda count=count: count.append(1)], 0.0, settle=settle)
-        assert len(count) == calls
+    count: list[int] = []
+    interleave([lambda: count.append(1)], 0.0)
+    assert len(count) == 5 * (3 + 1)  # untimed ones until 5 ms are over, then the timed one
 
 
 def test_timing_restores_the_garbage_collector() -> None:

@@ -159,7 +159,6 @@ class Session:
                 [contender.call for _, contender in found],
                 self.seconds,
                 before=[functools.partial(_use_threads, case.threads) for case, _ in found],
-                settle=any(case.threads > 1 for case, _ in found),
             )
 
     def _dense(self, setting: Setting) -> list[Contender]:

@@ -16,12 +16,11 @@ _LEAST_ROUNDS = 5
 _MOST_ROUNDS = 1000
 # Untimed calls before every sample. One call is not enough: megabytes of weights come back into a
 # cache only by and by, and a dense layer at batch 1 would seem twice as slow as it is.
+# Threads of the contender before, which spin after their last work (libgomp: 300,000 rounds of
+# `pause`) and hold cores that this one's own pool needs, are asleep by then too.
 _WARM_SECONDS = 5e-3
 # A clock cannot see a call of a few microseconds: samples are repeated up to this length.
 _SAMPLE_SECONDS = 30e-6
-# For this long a thread of an OpenMP pool spins after its last work (libgomp: 300,000 rounds of
-# `pause`) and would hold a core that the next contender's own pool needs.
-_SPIN_SECONDS = 5e-3
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,6 @@ def interleave(
     seconds: float,
     *,
     before: Sequence[Callable[[], Any]] | None = None,
-    settle: bool = False,
 ) -> list[Timing]:
     """Time calls in turns for about `seconds`, but at least five rounds.
 
@@ -64,9 +62,6 @@ def interleave(
         In all. Calls of many seconds take longer: five rounds are the least a median needs.
     before : sequence of callable, optional
         One for each call, run before its untimed call: sets a number of threads, for instance.
-    settle : bool
-        Repeat the untimed call until threads of the contender before have stopped spinning. Needed
-        where several thread pools share the cores.
 
     Returns
     -------
@@ -83,7 +78,7 @@ def interleave(
             for i, call in enumerate(calls):
                 if before is not None:
                     before[i]()
-                warm = _warm(call, max(_WARM_SECONDS, _SPIN_SECONDS if settle else 0.0))
+                warm = _warm(call)
                 repeats[i] = repeats[i] or max(1, min(100, round(_SAMPLE_SECONDS / warm)))
                 samples[i].append(_sample(call, repeats[i]))
             if round_ + 1 >= _LEAST_ROUNDS and time.perf_counter() > stop:
@@ -94,14 +89,14 @@ def interleave(
     return [_timing(s) for s in samples]
 
 
-def _warm(call: Callable[[], Any], at_least: float) -> float:
-    """Call until `at_least` seconds are over; return the seconds of the last call."""
+def _warm(call: Callable[[], Any]) -> float:
+    """Call until everything is as in a loop of this call; return the seconds of the last one."""
     start = time.perf_counter()
     while True:
         begin = time.perf_counter()
         call()
         end = time.perf_counter()
-        if end - start >= at_least:
+        if end - start >= _WARM_SECONDS:
             return end - begin
 
 
