@@ -7,11 +7,14 @@ there and all operands are ordinary strided CPU tensors, calling the product is 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, cast
+
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-__all__ = ["is_eager", "records"]
+__all__ = ["is_eager", "recorded", "records"]
 
 _PLAIN = (Tensor, nn.Parameter)
 _functorch_active = torch._C._are_functorch_transforms_active
@@ -52,3 +55,24 @@ def records(*operands: Tensor | None) -> bool:
         return False
     wanted = any(t is not None and t.requires_grad for t in operands)
     return wanted and not _excluded(_AUTOGRAD)  # excluded inside the kernel of another operator
+
+
+def recorded(
+    compute: Callable[..., Tensor],
+    context: Callable[[Any, Any, Any], None],
+    backward: Callable[[Any, Tensor], Any],
+) -> Callable[..., Tensor]:
+    """Return a product that autograd records without the dispatcher, from an operator's parts."""
+
+    class Recorded(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *inputs: Any) -> Tensor:
+            result = compute(*inputs)
+            context(ctx, inputs, result)
+            return result
+
+        @staticmethod
+        def backward(ctx: Any, gradient: Tensor) -> Any:
+            return backward(ctx, gradient)
+
+    return cast(Callable[..., Tensor], Recorded.apply)

@@ -32,7 +32,7 @@ from torch.autograd import forward_ad
 
 from spfmt.activations import activation_code
 from spfmt.errors import KernelNotFound, format_error
-from spfmt.torch._eager import is_eager, records
+from spfmt.torch._eager import is_eager, recorded, records
 from spfmt.torch._identity import CompiledStructure, compiled_structure
 
 __all__ = ["sddmm", "spmm", "spmm_t"]
@@ -431,50 +431,9 @@ def _sddmm_backward(ctx: Any, dvalues: Tensor) -> tuple[Tensor | None, ...]:
 # ---------------------------------------------------------------------------------- eager
 
 
-class _RecordedSpmm(torch.autograd.Function):
-    """The product with its gradients, recorded without the dispatcher."""
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
-        y = _spmm_cpu(*inputs)
-        _spmm_context(ctx, inputs, y)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> Any:
-        return _spmm_backward(ctx, dy)
-
-
-class _RecordedSpmmT(torch.autograd.Function):
-    """As `_RecordedSpmm`, for the transposed weight."""
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
-        dx = _spmm_t_cpu(*inputs)
-        _spmm_t_context(ctx, inputs, dx)
-        return dx
-
-    @staticmethod
-    def backward(ctx: Any, ddx: Tensor) -> Any:
-        return _spmm_t_backward(ctx, ddx)
-
-
-class _RecordedSddmm(torch.autograd.Function):
-    """As `_RecordedSpmm`, for the product at the structure."""
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
-        dvalues = _sddmm_cpu(*inputs)
-        _sddmm_context(ctx, inputs, dvalues)
-        return dvalues
-
-    @staticmethod
-    def backward(ctx: Any, ddvalues: Tensor) -> Any:
-        return _sddmm_backward(ctx, ddvalues)
-
-
-def _apply(function: type[torch.autograd.Function], *inputs: Any) -> Tensor:
-    return cast(Tensor, function.apply(*inputs))  # type: ignore[no-untyped-call]
+_recorded_spmm = recorded(_spmm_cpu, _spmm_context, _spmm_backward)
+_recorded_spmm_t = recorded(_spmm_t_cpu, _spmm_t_context, _spmm_t_backward)
+_recorded_sddmm = recorded(_sddmm_cpu, _sddmm_context, _sddmm_backward)
 
 
 def _spmm(
@@ -487,7 +446,7 @@ def _spmm(
 ) -> Tensor:
     if is_eager(values, structure, x, bias):
         if records(values, x, bias):
-            return _apply(_RecordedSpmm, values, structure, x, bias, shape, format)
+            return _recorded_spmm(values, structure, x, bias, shape, format)
         return _spmm_cpu(values, structure, x, bias, shape, format)
     _check_devices("spmm", values, structure, x, values if bias is None else bias)
     return _call(_spmm_op, values, structure, x, bias, shape, format)
@@ -513,7 +472,7 @@ def _spmm_t(
 ) -> Tensor:
     if is_eager(values, structure, dy):
         if records(values, dy):
-            return _apply(_RecordedSpmmT, values, structure, dy, shape, format)
+            return _recorded_spmm_t(values, structure, dy, shape, format)
         return _spmm_t_cpu(values, structure, dy, shape, format)
     _check_devices("spmm_t", values, structure, dy)
     return _call(_spmm_t_op, values, structure, dy, shape, format)
@@ -524,7 +483,7 @@ def _sddmm(
 ) -> Tensor:
     if is_eager(structure, dy, x):
         if records(dy, x):
-            return _apply(_RecordedSddmm, structure, dy, x, shape, format, capacity)
+            return _recorded_sddmm(structure, dy, x, shape, format, capacity)
         return _sddmm_cpu(structure, dy, x, shape, format, capacity)
     _check_devices("sddmm", structure, dy, x)
     return _call(_sddmm_op, structure, dy, x, shape, format, capacity)
