@@ -1,20 +1,20 @@
 """What a call costs above its kernel: ``python -m benchmarks.overhead``.
 
-Every contender does one product (or one forward and backward pass) with one thread. Contenders are
-timed in turn, a few calls at a time, and the least time counts: interruptions only ever add. The
-kernel's own time is that of the compiled call on addresses, the shortest way into it.
+Every contender does one product (or one forward and backward pass) with one thread. Contenders take
+turns, and the table shows medians. The kernel's own time is that of the compiled call on addresses,
+the shortest way into it.
 """
 
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable
 
 import numpy as np
 import torch
 
 import spfmt
+from spfmt.bench.timing import interleave
 from spfmt.torch import SparseLinear
 
 Contender = Callable[[], object]
@@ -26,20 +26,6 @@ FORMATS = {
     "shuffled_block": (spfmt.ShuffledBlock, {"block_shape": (16, 16)}),
     "hrbp": (spfmt.HRBP, {}),
 }
-
-
-def least_times(
-    contenders: dict[str, Contender], calls: int = 20, rounds: int = 100
-) -> dict[str, float]:
-    """Return the least time per call of each contender, in µs."""
-    least = dict.fromkeys(contenders, float("inf"))
-    for _ in range(rounds):
-        for name, run in contenders.items():
-            start = time.perf_counter_ns()
-            for _ in range(calls):
-                run()
-            least[name] = min(least[name], (time.perf_counter_ns() - start) / calls / 1000)
-    return least
 
 
 def kernel_call(a: spfmt.SparseTensor, x: np.ndarray) -> Contender:
@@ -112,11 +98,12 @@ def main() -> None:
         scores = np.random.default_rng(0).random((rows, cols), dtype=np.float32)
         for name, (cls, params) in FORMATS.items():
             a = cls.from_scores(scores, 0.1, values=scores, **params)
-            times = least_times(contenders(a, torch.nn.Linear(cols, rows), compiled))
+            found = contenders(a, torch.nn.Linear(cols, rows), compiled)
             if not heading:
-                heading = f"{'µs per call':28}" + "".join(f"{key:>12}" for key in times)
+                heading = f"{'µs per call':28}" + "".join(f"{key:>12}" for key in found)
                 print(heading)
-            print(f"{name:16}{rows:>5}x{cols:<6}" + "".join(f"{t:12.2f}" for t in times.values()))
+            times = [t.median for t in interleave(list(found.values()), 1.0)]
+            print(f"{name:16}{rows:>5}x{cols:<6}" + "".join(f"{t:12.2f}" for t in times))
 
 
 if __name__ == "__main__":

@@ -263,24 +263,37 @@ def _torch_layer(weight: Array, threads: int) -> Callable[[Array], object]:
     return run
 
 
-def _onnx_layer(weight: Array, threads: int) -> Callable[[Array], object]:
-    import onnxruntime
+def dense_gemm(weight: Array, *, transposed: bool = False) -> bytes:
+    """Return an ONNX model of one dense layer, Y = X Wᵀ, or Y = X W where `transposed`.
+
+    Parameters
+    ----------
+    weight : ndarray of float32, shape (R, C)
+    transposed : bool
+        Whether X is (batch, R) and Y (batch, C) instead of the other way round.
+    """
     from onnx import TensorProto, helper, numpy_helper
 
-    rows, cols = weight.shape
+    n_out, n_in = weight.shape[::-1] if transposed else weight.shape
     graph = helper.make_graph(
-        [helper.make_node("Gemm", ["x", "w"], ["y"], transB=1)],
+        [helper.make_node("Gemm", ["x", "w"], ["y"], transB=int(not transposed))],
         "dense",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [None, cols])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [None, rows])],
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [None, n_in])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [None, n_out])],
         [numpy_helper.from_array(weight, "w")],
     )
     opsets = [helper.make_opsetid("", 17)]
-    model = helper.make_model(graph, opset_imports=opsets, ir_version=8)
+    model: bytes = helper.make_model(graph, opset_imports=opsets, ir_version=8).SerializeToString()
+    return model
+
+
+def _onnx_layer(weight: Array, threads: int) -> Callable[[Array], object]:
+    import onnxruntime
+
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     session = onnxruntime.InferenceSession(
-        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+        dense_gemm(weight), options, providers=["CPUExecutionProvider"]
     )
     return lambda x: session.run(None, {"x": x})
 

@@ -263,6 +263,7 @@ ORDER = {
     "bench": {
         "errors",
         "_files",
+        "calibration",
         "ceilings",
         "threads",
         "formats",

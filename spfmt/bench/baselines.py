@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from spfmt.bench.contenders import FEATURES_FIRST, LAYER, Contender, Setting
 from spfmt.bench.machine import available_memory
+from spfmt.calibration import dense_gemm
 from spfmt.formats import CSR, Condensed, SparseTensor
 
 __all__ = [
@@ -170,19 +171,8 @@ def onnx_dense_session(weight: Array, op: str, threads: int) -> Any:
 
 def _make_session(weight: Array, op: str, threads: int) -> Any:
     ort = _require("onnxruntime")
-    from onnx import TensorProto, helper, numpy_helper
-
-    rows, cols = weight.shape if op == "spmm" else weight.shape[::-1]
-    graph = helper.make_graph(
-        [helper.make_node("Gemm", ["x", "w"], ["y"], transB=int(op == "spmm"))],
-        "dense",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [None, cols])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [None, rows])],
-        [numpy_helper.from_array(weight, "w")],
-    )
-    opsets = [helper.make_opsetid("", 17)]
-    model = helper.make_model(graph, opset_imports=opsets, ir_version=8)
-    return ort.InferenceSession(model.SerializeToString(), quiet_options(threads))
+    model = dense_gemm(weight, transposed=op != "spmm")
+    return ort.InferenceSession(model, quiet_options(threads))
 
 
 def quiet_options(threads: int) -> Any:
