@@ -24,6 +24,7 @@ class Kept {
     return nullptr;
   }
   void put(std::unique_ptr<Buffer> buffer) {
+    if (buffer->bytes() > Workspace::kKeptBytes) return;  // or it would push all others out
     bytes_ += buffer->bytes();
     buffers_.push_back(std::move(buffer));
     while (bytes_ > Workspace::kKeptBytes || buffers_.size() > kMost) {
