@@ -35,7 +35,12 @@ spfmt::Isa isa_of(const std::string& name) {
 }
 spfmt::Variant variant_of(const std::string& name) {
   using spfmt::Variant;
-  return from_name(name, {Variant::tokens, Variant::panels}, spfmt::variant_name);
+  return from_name(name, {Variant::tokens, Variant::octets, Variant::panels}, spfmt::variant_name);
+}
+
+spfmt::Layout layout_of(const std::string& name) {
+  using spfmt::Layout;
+  return from_name(name, {Layout::row_lists, Layout::row_groups}, spfmt::layout_name);
 }
 
 Coefficients to_dict(CostModel model) {
@@ -84,8 +89,7 @@ py::object cost_path() {
 }
 
 void force_variant(const std::optional<std::string>& name) {
-  using spfmt::Forced;
-  spfmt::force_variant(name ? static_cast<Forced>(variant_of(*name)) : Forced::chosen);
+  spfmt::force_variant(name ? std::optional(variant_of(*name)) : std::nullopt);
 }
 
 py::tuple as_tuple(const spfmt::Choice& choice) {
@@ -94,9 +98,7 @@ py::tuple as_tuple(const spfmt::Choice& choice) {
 
 spfmt::Summary summary(const std::string& layout, int64_t rows, int64_t cols, int64_t nnz,
                        int64_t vectors) {
-  using spfmt::Layout;
-  return {from_name(layout, {Layout::row_lists, Layout::row_groups}, spfmt::layout_name), rows,
-          cols, nnz, vectors};
+  return {layout_of(layout), rows, cols, nnz, vectors};
 }
 
 }  // namespace
@@ -122,8 +124,9 @@ void bind_cost(py::module_& m) {
   m.def("cost_file", &cost_path);
   m.def("cpu_key", &spfmt::cpu_key);
   m.def("force_variant", &force_variant, py::arg("variant").none(true));
-  m.def("has_variant", [](const std::string& op, const std::string& variant, int64_t batch) {
-    return spfmt::has_variant(op_of(op), variant_of(variant), batch);
+  m.def("has_variant", [](const std::string& layout, const std::string& op,
+                          const std::string& variant, int64_t batch) {
+    return spfmt::has_variant(layout_of(layout), op_of(op), variant_of(variant), batch);
   });
   m.def("kernel_terms", [](const Coefficients& model, const std::string& variant,
                            const spfmt::Summary& s, int64_t batch) {

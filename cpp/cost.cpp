@@ -71,7 +71,7 @@ const Terms& coefficients_of(const CostModel& model, Isa isa, Op op, Variant var
                       [static_cast<int>(variant)];
 }
 
-thread_local Forced forced_variant = Forced::chosen;
+thread_local std::optional<Variant> forced_variant;
 
 // Models that were in use stay: a product on another thread may still be reading one.
 struct InUse {
@@ -131,6 +131,12 @@ Terms kernel_terms(const CostModel& model, Variant variant, const Summary& s, in
     const double passes = static_cast<double>(divide_up(batch, 4));
     return terms_of(model, operands, vectors * passes, vectors * batch, 64 * vectors, passes);
   }
+  if (variant == Variant::octets) {
+    constexpr double kBytes = 6;  // a weight and its offset
+    const double octets = static_cast<double>(divide_up(batch, kOctet));
+    const double staged = static_cast<double>(s.rows + s.cols) * octets * kOctet;
+    return terms_of(model, staged, 0, nnz * octets, kBytes * nnz, 1);
+  }
   const double registers = static_cast<double>(divide_up(batch, kRowTile));
   const double passes = static_cast<double>(divide_up(batch, kPanel));
   const double stream = s.layout == Layout::row_lists ? nnz * passes : vectors * registers;
@@ -158,23 +164,24 @@ double dense_seconds(const CostModel& model, int64_t rows, int64_t cols, int64_t
   return std::min(serial, shared);
 }
 
-bool has_variant(Op op, Variant variant, int64_t batch) {
-  return variant == Variant::panels || (op != Op::sddmm && batch <= kMostTokens);
+bool has_variant(Layout layout, Op op, Variant variant, int64_t batch) {
+  if (variant == Variant::panels) return true;
+  if (variant == Variant::octets && layout != Layout::row_lists) return false;
+  return op != Op::sddmm && batch <= kMostTokens;
 }
 
 Choice choose(const CostModel& model, Isa isa, Op op, const Summary& summary, int64_t batch,
               int threads) {
+  const auto seconds = [&](Variant v, int n) {
+    return kernel_seconds(model, isa, op, v, summary, batch, n);
+  };
+  const auto exists = [&](Variant v) { return has_variant(summary.layout, op, v, batch); };
   Variant variant = Variant::panels;
-  if (has_variant(op, Variant::tokens, batch)) {
-    const auto serial = [&](Variant v) {
-      return kernel_seconds(model, isa, op, v, summary, batch, 1);
-    };
-    const bool tokens = serial(Variant::tokens) <= serial(Variant::panels);
-    variant = tokens ? Variant::tokens : Variant::panels;
-    if (forced_variant != Forced::chosen) variant = static_cast<Variant>(forced_variant);
+  for (const Variant v : {Variant::octets, Variant::tokens}) {
+    if (exists(v) && seconds(v, 1) <= seconds(variant, 1)) variant = v;
   }
-  const double alone = kernel_seconds(model, isa, op, variant, summary, batch, 1);
-  const double shared = kernel_seconds(model, isa, op, variant, summary, batch, threads);
+  if (forced_variant && exists(*forced_variant)) variant = *forced_variant;
+  const double alone = seconds(variant, 1), shared = seconds(variant, threads);
   return shared < alone ? Choice{variant, threads, shared} : Choice{variant, 1, alone};
 }
 
@@ -182,7 +189,7 @@ Choice choose(Isa isa, Op op, const Plan& plan, int64_t batch, int threads) {
   return choose(cost_model(), isa, op, summary_of(plan, op), batch, threads);
 }
 
-void force_variant(Forced forced) { forced_variant = forced; }
+void force_variant(std::optional<Variant> forced) { forced_variant = forced; }
 
 const CostModel& cost_model() {
   InUse& state = in_use();

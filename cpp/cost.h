@@ -5,13 +5,14 @@
 // and read by people. Coefficients are compiled in and may be replaced by a calibration file, which
 // every library that holds this core reads at first use (see cost_file.cpp).
 //
-// The variant depends on the model, the structure and the batch alone, never on the threads: the
-// two variants may round differently, and the number of threads must not change a bit.
+// The variant depends on the model, the structure and the batch alone, never on the threads:
+// variants may round differently, and the number of threads must not change a bit.
 #pragma once
 
 #include <array>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -47,8 +48,8 @@ extern const std::array<const char*, kTerms> kTermNames;
 
 struct CostModel {
   // Seconds per unit of each term: [isa][layout][op][variant]. spmm_t of lists is spmm of the
-  // transposed lists, and sddmm has panels only; the entries in between stay zero.
-  Terms kernels[3][2][3][2];
+  // transposed lists, and not every variant exists; the entries in between stay zero.
+  Terms kernels[3][2][3][kVariants];
   // The dense layer that spfmt is compared with: the fastest library found at calibration.
   Terms dense;
   double l2_bytes, l3_bytes;
@@ -72,7 +73,8 @@ double kernel_seconds(const CostModel& model, Isa isa, Op op, Variant variant,
 double dense_seconds(const CostModel& model, int64_t rows, int64_t cols, int64_t batch,
                      int threads);
 
-bool has_variant(Op op, Variant variant, int64_t batch);
+// sddmm has panels only, octets exist for lists only, and batches above kMostTokens are panels.
+bool has_variant(Layout layout, Op op, Variant variant, int64_t batch);
 
 // The fastest variant, and all of `threads` threads or one.
 Choice choose(const CostModel& model, Isa isa, Op op, const Summary& summary, int64_t batch,
@@ -84,9 +86,8 @@ Choice choose(Isa isa, Op op, const Plan& plan, int64_t batch, int threads);
 const Summary& summary_of(const Plan& plan, Op op);
 
 // Makes products that are called from this thread run one variant wherever it exists; calibration
-// and tests compare variants by it. `chosen` returns to the model's choice.
-enum class Forced : int { chosen = -1, tokens = 0, panels = 1 };
-void force_variant(Forced forced);
+// and tests compare variants by it. None returns to the model's choice.
+void force_variant(std::optional<Variant> forced);
 
 // The model in use: of `cost_file()` if there is a sound one, else the defaults.
 const CostModel& cost_model();

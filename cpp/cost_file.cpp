@@ -26,7 +26,7 @@ namespace spfmt {
 namespace {
 
 // Raise it whenever kernels change enough that old calibrations mislead.
-constexpr const char* kVersion = "1";
+constexpr const char* kVersion = "2";
 constexpr std::streamsize kMostBytes = 1 << 16;
 
 struct CpuId {
@@ -118,9 +118,9 @@ std::vector<std::pair<std::string, double*>> coefficients(CostModel& model) {
   for (const Isa isa : {Isa::scalar, Isa::avx2, Isa::avx512}) {
     for (const Layout layout : {Layout::row_lists, Layout::row_groups}) {
       for (const Op op : {Op::spmm, Op::spmm_t, Op::sddmm}) {
-        for (const Variant variant : {Variant::tokens, Variant::panels}) {
+        for (const Variant variant : {Variant::tokens, Variant::octets, Variant::panels}) {
           const bool transposed = layout == Layout::row_lists && op == Op::spmm_t;
-          if (transposed || !has_variant(op, variant, 1)) continue;
+          if (transposed || !has_variant(layout, op, variant, 1)) continue;
           add(std::string(isa_name(isa)) + "." + layout_name(layout) + "." + op_name(op) + "." +
                   variant_name(variant),
               model.kernels[static_cast<int>(isa)][static_cast<int>(layout)][static_cast<int>(op)]

@@ -111,7 +111,8 @@ const char* layout_name(Layout layout) {
   return layout == Layout::row_lists ? "row_lists" : "row_groups";
 }
 const char* variant_name(Variant variant) {
-  return variant == Variant::tokens ? "tokens" : "panels";
+  constexpr const char* kNames[] = {"tokens", "octets", "panels"};
+  return kNames[static_cast<int>(variant)];
 }
 const char* dtype_name(DType dtype) { return dtype == DType::f32 ? "float32" : "float64"; }
 

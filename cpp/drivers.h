@@ -14,8 +14,11 @@ using Driver = void (*)(const Tiles<T>&, const Plan&, Variant, const Args<T>&, c
 // Y = A X by the kernels for small batches. `permutation` (or null) maps a position of A to a place
 // in the values.
 template <class T>
-void lists_small_batch(const Tiles<T>&, const Plan&, const int64_t* permutation, const Args<T>&,
-                       const Executor&);
+void lists_tokens(const Tiles<T>&, const Plan&, const int64_t* permutation, const Args<T>&,
+                  const Executor&);
+template <class T>
+void lists_octets(const Tiles<T>&, const Plan&, const int64_t* permutation, const Args<T>&,
+                  const Executor&);
 template <class T>
 void lists_spmm(const Tiles<T>&, const Plan&, Variant, const Args<T>&, const Executor&);
 template <class T>

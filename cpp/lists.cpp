@@ -29,8 +29,8 @@ void pack_piece_values(const TilePack& pack, const int64_t* permutation, const T
 // Each chunk of rows is summed in a scratch panel that stays in cache, then written to Y in its own
 // layout: the only time that Y's memory is touched.
 template <class T>
-void spmm_panels(const Tiles<T>& tiles, const RowLists& a, const TilePack& pack, const T* packed,
-                 const Args<T>& args, const Executor& executor) {
+void multiply_panels(const Tiles<T>& tiles, const RowLists& a, const TilePack& pack,
+                     const T* packed, const Args<T>& args, const Executor& executor) {
   for_panels(args.in.cols, kPanel / 2, executor,
              [&](int64_t begin, int64_t end, int width, const Executor& inner) {
                const PanelSet<T> x(args.in.rows, begin, end, width);
@@ -58,7 +58,17 @@ void spmm_panels(const Tiles<T>& tiles, const Plan& plan, const int64_t* permuta
       pack.values.get(args.values_version, sizeof(T) * plan.nnz(), [&](Buffer& buffer) {
         pack_piece_values(pack, permutation, args.values, buffer.as<T>(), executor);
       });
-  spmm_panels(tiles, plan.lists(), pack, packed->template as<T>(), args, executor);
+  multiply_panels(tiles, plan.lists(), pack, packed->template as<T>(), args, executor);
+}
+
+template <class T>
+void spmm(const Tiles<T>& tiles, const Plan& plan, Variant variant, const int64_t* permutation,
+          const Args<T>& args, const Executor& executor) {
+  if (args.out.rows == 0 || args.out.cols == 0) return;
+  const auto run = variant == Variant::tokens   ? lists_tokens<T>
+                   : variant == Variant::octets ? lists_octets<T>
+                                                : spmm_panels<T>;
+  run(tiles, plan, permutation, args, executor);
 }
 
 }  // namespace
@@ -66,25 +76,15 @@ void spmm_panels(const Tiles<T>& tiles, const Plan& plan, const int64_t* permuta
 template <class T>
 void lists_spmm(const Tiles<T>& tiles, const Plan& plan, Variant variant, const Args<T>& args,
                 const Executor& executor) {
-  if (args.out.rows == 0 || args.out.cols == 0) return;
-  if (variant == Variant::tokens) {
-    lists_small_batch(tiles, plan, nullptr, args, executor);
-  } else {
-    spmm_panels(tiles, plan, nullptr, args, executor);
-  }
+  spmm(tiles, plan, variant, nullptr, args, executor);
 }
 
 // The transposed matrix is RowLists too: bring the values into its order, then multiply.
 template <class T>
 void lists_spmm_t(const Tiles<T>& tiles, const Plan& plan, Variant variant, const Args<T>& args,
                   const Executor& executor) {
-  if (args.out.rows == 0 || args.out.cols == 0) return;
   const TransposePack& pack = plan.transpose();
-  if (variant == Variant::tokens) {
-    lists_small_batch(tiles, *pack.plan, pack.source.data(), args, executor);
-  } else {
-    spmm_panels(tiles, *pack.plan, pack.source.data(), args, executor);
-  }
+  spmm(tiles, *pack.plan, variant, pack.source.data(), args, executor);
 }
 
 template <class T>

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <numeric>
 
+#include "octet_pack.h"
 #include "slice_pack.h"
 
 namespace spfmt {
@@ -56,6 +57,7 @@ int64_t Plan::nbytes() const {
   for (const auto& slices : slices_) {
     if (const auto* s = slices.peek()) total += s->nbytes();
   }
+  if (const auto* o = octets_.peek()) total += o->nbytes();
   if (const auto* t = tiles_.peek()) total += t->nbytes();
   if (const auto* t = transpose_.peek()) {
     total += 8 * t->source.size() + t->plan->nbytes();
@@ -114,6 +116,9 @@ std::unique_ptr<ColumnPack> make_columns(const RowGroups& a) {
 
 const SlicePack& Plan::slices(int widest, const Executor& executor) const {
   return slices_[widest > 32].get([&] { return make_slices(lists_, widest, executor); });
+}
+const OctetPack& Plan::octets() const {
+  return octets_.get([this] { return make_octets(lists_); });
 }
 const TilePack& Plan::tiles() const {
   return tiles_.get([this] { return make_tile_pack(lists_); });

@@ -60,6 +60,23 @@ struct SlicePack {
   int64_t nbytes() const;
 };
 
+// Nonzeros [start, stop) of the lists, all of one row of a chunk.
+struct OctetPiece {
+  int64_t start, stop;
+  uint16_t row;
+};
+
+struct OctetPack {
+  std::vector<int64_t> quad_ptr, step_ptr;
+  std::vector<uint16_t> row, offset;
+  std::vector<OctetPiece> piece;  // four per quad
+  RowOctets view;
+  ValueCache values;
+  // Places for values, padding included.
+  int64_t packed() const { return static_cast<int64_t>(offset.size()); }
+  int64_t nbytes() const;
+};
+
 struct TilePack {
   std::vector<int64_t> base, piece_ptr, visit_ptr;
   std::vector<RowPiece> piece;
@@ -99,6 +116,7 @@ class Plan {
   const RowGroups& groups() const { return groups_; }
   // `widest`: columns of the widest window that the caller's kernels look up.
   const SlicePack& slices(int widest, const Executor& executor) const;
+  const OctetPack& octets() const;
   const TilePack& tiles() const;
   const TransposePack& transpose() const;
   const ColumnPack& columns() const;
@@ -112,6 +130,7 @@ class Plan {
   RowLists lists_{};
   RowGroups groups_{};
   Lazy<SlicePack> slices_[2];  // windows of 32 columns; of up to 64
+  Lazy<OctetPack> octets_;
   Lazy<TilePack> tiles_;
   Lazy<TransposePack> transpose_;
   Lazy<ColumnPack> columns_;

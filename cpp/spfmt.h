@@ -19,8 +19,10 @@ enum class Layout : int { row_lists = 0, row_groups = 1 };
 // Applied to A X + bias. gelu is exact (erf), gelu_tanh its approximation by tanh.
 enum class Activation : int { none = 0, relu = 1, gelu = 2, gelu_tanh = 3, silu = 4 };
 // What the lanes of a product run over: rows of the structure (a few tokens at a time), or samples
-// (panels of up to 64). Which one runs is chosen by cost (cost.h).
-enum class Variant : int { tokens = 0, panels = 1 };
+// (eight at a time, which row lists alone can do, or panels of up to 64). Which one runs is chosen
+// by cost (cost.h).
+enum class Variant : int { tokens = 0, octets = 1, panels = 2 };
+constexpr int kVariants = 3;
 
 // Rows are cut into tiles of at most this many rows (one 512-bit register of float32).
 constexpr int kRowTile = 16;

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "row_octets.h"
 #include "row_slices.h"
 #include "spfmt.h"
 
@@ -18,8 +19,6 @@ constexpr int kPanel = 64;
 // Samples that the gradient of row groups takes at a time, in one wide panel: sixteen rows of dY
 // then are half of a first-level cache.
 constexpr int kSampleStrip = 256;
-// Samples per octet: four-byte lanes of a 256-bit register.
-constexpr int kOctet = 8;
 
 // A panel holds up to 64 samples of all features, feature after feature:
 //
@@ -92,13 +91,12 @@ struct Tiles {
   void (*slices_tokens)(const RowSlices&, const T* packed, const T* staged, int n, bool finite,
                         const T* bias, Activation, Strided<T> y, int64_t begin, int64_t end);
   int slice_tokens, widest_window;
-  // Up to eight samples: staged[f * 8 + b] is feature f of sample b, zero where b >= n; then
-  // rows [begin, end) of Y, begin a multiple of 16; y with any strides.
+  // Up to eight samples: staged[f * 8 + b] is feature f of sample b, zero where b >= n.
   void (*stage_octet)(Strided<const T> x, int64_t features, int n, T* staged);
-  void (*lists_octet)(const RowLists&, const T* values, const T* staged, int n, const T* bias,
-                      Activation, Strided<T> y, int64_t begin, int64_t end);
-  // Measured time of one nonzero in an octet, over that of one place of RowSlices for one token.
-  int octet_cost;
+  // n staged samples; the `rows` rows of one chunk, whose first ones bias and y begin with; y with
+  // any strides.
+  void (*lists_octet)(const RowOctets&, const T* values, const T* staged, int n, int64_t chunk,
+                      int rows, const T* bias, Activation, Strided<T> y);
   // gradient[p] (+)= sum_b dY[row, b] X[col, b] over `panels` consecutive panels; one chunk.
   void (*lists_sddmm)(const RowTiles&, const Panel<const T>* dy, const Panel<const T>* x,
                       int panels, bool accumulate, T* gradient, int64_t chunk);

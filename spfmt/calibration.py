@@ -50,10 +50,15 @@ _GRID = (
 )
 _THREADED = (3072, 768, 0.1)
 _DENSE_GRID = ((64, 64), (256, 256), (512, 1024), (768, 3072), (2048, 1536))
-_BATCHES = {"tokens": (1, 2, 4, 8, 12, 16), "panels": (4, 16, 32, 64, 256)}
+_BATCHES = {
+    "tokens": (1, 2, 4, 8, 12, 16),
+    "octets": (1, 4, 8, 16),
+    "panels": (4, 16, 32, 64, 256),
+}
 _DENSE_BATCHES = (1, 4, 16, 64, 256)
 _MOST_WORK = {"scalar": 1e7, "avx2": 6e7, "avx512": 6e7}  # multiply-adds of one timed run
 _SECONDS_PER_POINT = 4e-3
+_SLICE_SECONDS = 1e-3
 
 
 @dataclass(frozen=True)
@@ -163,16 +168,24 @@ def _random_lists(rows: int, cols: int, density: float, rng: np.random.Generator
 def _cases(plan: Plan) -> Iterator[tuple[str, str]]:
     """Yield the (op, variant) pairs that have coefficients of their own."""
     ops = ("spmm", "sddmm") if isinstance(plan.layout, RowLists) else ("spmm", "spmm_t", "sddmm")
-    for op, variant in itertools.product(ops, cost.VARIANTS):
-        if _kernels.has_variant(op, variant, 1):
-            yield op, variant
+    return ((op, variant) for op in ops for variant in variants(plan, op, 1))
+
+
+def variants(plan: Plan, op: str, batch: int) -> list[str]:
+    """Return the kernel variants that can compute a product."""
+    layout = _layout(plan)
+    return [v for v in cost.VARIANTS if _kernels.has_variant(layout, op, v, batch)]
+
+
+def _layout(plan: Plan) -> str:
+    return "row_lists" if isinstance(plan.layout, RowLists) else "row_groups"
 
 
 def _fit_kernels(isa: str, model: dict[str, float]) -> dict[str, float]:
     """Time all variants on all structures and fit their coefficients."""
     points: dict[str, list[_Point]] = {}
     for plan in _structures(np.random.default_rng(0)):
-        layout = "row_lists" if isinstance(plan.layout, RowLists) else "row_groups"
+        layout = _layout(plan)
         values = np.random.default_rng(1).standard_normal(plan.nnz, np.float32)
         for op, variant in _cases(plan):
             summary = _kernels.summary(plan._compile(), op)
@@ -207,7 +220,8 @@ def best_time(
     """Return the shortest time of a call: at least three runs, more while `seconds` last.
 
     Where the call works `alone` on this thread, the time in which others had the core does not
-    count: without that, runs longer than a scheduler's slice would all be slow on a busy machine.
+    count in runs longer than a scheduler's slice, which would all be slow on a busy machine. Some
+    shorter run is undisturbed, and the thread's own clock is too coarse for it on virtual machines.
     """
     run()  # packs layouts and values, allocates
     times: list[float] = []
@@ -217,7 +231,8 @@ def best_time(
         start = time.perf_counter()
         run()
         wall = time.perf_counter() - start
-        times.append(min(wall, time.thread_time() - busy) if alone else wall)
+        busy = time.thread_time() - busy
+        times.append(min(wall, busy) if alone and wall > _SLICE_SECONDS else wall)
     return min(times)
 
 

@@ -21,8 +21,8 @@ from ._files import replace_file
 
 __all__ = ["VARIANTS", "Choice", "CostModel", "cost_model", "duration"]
 
-VARIANTS = ("tokens", "panels")
-"""What the lanes of a product run over: rows of the structure, or samples."""
+VARIANTS = ("tokens", "octets", "panels")
+"""What lanes run over: rows of the structure, eight samples at a time, panels of samples."""
 
 logger = logging.getLogger("spfmt")
 
@@ -32,8 +32,9 @@ class Choice(NamedTuple):
 
     Attributes
     ----------
-    variant : {"tokens", "panels"}
-        Lanes over rows, or over samples. It never depends on the number of threads.
+    variant : {"tokens", "octets", "panels"}
+        Lanes over rows, over eight samples, or over panels of samples. It never depends on the
+        number of threads.
     threads : int
         1 where waking others costs more than it saves.
     seconds : float

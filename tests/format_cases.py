@@ -9,6 +9,7 @@ import numpy as np
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from spfmt import cost
 from spfmt.formats import CSR, HRBP, NM, Condensed, ShuffledBlock, SparseTensor
 
 Rng = np.random.Generator
@@ -158,3 +159,10 @@ def oracle_dense(tensor: SparseTensor) -> NDArray[Any]:
     for (row, col), value in zip(positions(tensor), tensor.values.reshape(-1), strict=True):
         dense[row, col] = value
     return dense.reshape(tensor.shape)
+
+
+def variants(format: str, op: str, batch: int) -> list[str]:
+    """All ways to compute one product: a machine's cost model may choose any of them."""
+    if op == "sddmm" or batch > 16:
+        return ["panels"]
+    return ["tokens", "panels"] if format in ("shuffled_block", "hrbp") else [*cost.VARIANTS]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from format_cases import MAKERS
+from format_cases import MAKERS, variants
 from fresh_python import run_python
 
 import spfmt
@@ -114,7 +114,7 @@ def test_predictions_grow_with_the_work(op: str) -> None:
 
 def test_weights_beyond_the_caches_cost_more() -> None:
     cost.use(model(beyond_l2=1e-9))
-    for variant in cost.VARIANTS:
+    for variant, size in (("tokens", 4), ("octets", 6), ("panels", 4)):  # bytes per nonzero
         terms = [
             kernels.kernel_terms(
                 cost.cost_model().coefficients,
@@ -124,7 +124,8 @@ def test_weights_beyond_the_caches_cost_more() -> None:
             )
             for n in (256, 1024)
         ]
-        assert [t[4] for t in terms] == [0, 4 * 1024 * 1024]
+        assert terms[0][4] == 0
+        assert terms[1][4] == size * 1024 * 1024
         assert [t[5] for t in terms] == [0, 0]
 
 
@@ -201,9 +202,8 @@ def test_the_cheaper_variant_runs(name: str, op: str, caplog: pytest.LogCaptureF
     a = MAKERS[name]((40, 20), np.random.default_rng(3)).astype("float32")
     x = np.ones((5, a.matrix_shape[op != "spmm_t"]), "float32")
     dy = np.ones((5, 40), "float32")
-    for cheap, dear in (cost.VARIANTS, cost.VARIANTS[::-1]):
-        cost.use(model(**{f"{cheap}__call": 0.0, f"{dear}__call": 1.0}))
-        variant = "panels" if op == "sddmm" else cheap
+    for variant in variants(name, op, 5):
+        cost.use(model(call=1.0, **{f"{variant}__call": 0.0}))
         assert explained(a, 5, op=op) == variant
         caplog.clear()
         with caplog.at_level(logging.DEBUG, logger="spfmt"):
@@ -215,7 +215,7 @@ def test_the_cheaper_variant_runs(name: str, op: str, caplog: pytest.LogCaptureF
 
 
 def test_many_samples_always_run_in_panels() -> None:
-    cost.use(model(panels__call=1.0))
+    cost.use(model(panels__call=1.0, octets__call=1.0))
     a = spfmt.CSR.from_dense(np.eye(20, dtype="float32"))
     assert [explained(a, b) for b in (1, 16, 17, 300)] == ["tokens", "tokens", "panels", "panels"]
 
@@ -223,7 +223,7 @@ def test_many_samples_always_run_in_panels() -> None:
 @pytest.mark.parametrize("op", ["spmm", "spmm_t"])
 @pytest.mark.parametrize("name", MAKERS)
 @pytest.mark.parametrize("isa", spfmt.dispatch.LEVELS)
-def test_both_variants_compute_the_product(isa: str, name: str, op: str) -> None:
+def test_a_forced_variant_runs_and_computes_the_product(isa: str, name: str, op: str) -> None:
     if isa not in spfmt.dispatch._available_levels():
         pytest.skip(f"this CPU lacks {isa}")
     rng = np.random.default_rng(4)
@@ -234,7 +234,7 @@ def test_both_variants_compute_the_product(isa: str, name: str, op: str) -> None
         dense = a.to_dense().astype("float64")
         dense = dense if op == "spmm_t" else dense.T
         bound = (max(shape) + 2) * np.finfo("f4").eps * (np.abs(x) @ np.abs(dense))
-        for variant in cost.VARIANTS:
+        for variant in variants(name, op, batch):
             with cost.forced(variant):
                 assert explained(a, batch, op=op) == variant
                 got = run(a, x, batch_first=True, backend=isa)
@@ -247,13 +247,13 @@ def test_threads_never_change_the_variant_or_a_bit() -> None:
     cost.use(model(tokens__multiply=3e-9, wake_seconds=0.0))
     for batch in (1, 4, 12, 16, 40):
         x = rng.standard_normal((batch, 256), np.float32)
-        results, variants = [], set()
+        results, chosen = [], set()
         for threads in (1, 2, 3):
-            variants.add(explained(a, batch, threads))
+            chosen.add(explained(a, batch, threads))
             spfmt.set_num_threads(threads)
             results.append(spfmt.spmm(a, x, batch_first=True))
         spfmt.set_num_threads(None)
-        assert len(variants) == 1
+        assert len(chosen) == 1
         for other in results[1:]:
             np.testing.assert_array_equal(results[0], other)
 
@@ -333,8 +333,8 @@ def test_coefficients_are_finite_and_not_negative(value: float) -> None:
         (lambda text: "\x00\xff" * 5000, "no calibration of spfmt"),
         (lambda text: text[: len(text) // 2], r"cut short|no number|without a value"),
         (lambda text: text + "x" * 100_000, None),
-        (_replaced("spfmt-cost 1", "spfmt-cost 0"), "other kernels"),
-        (_replaced("spfmt-cost 1", "spfmt-cost \xff"), "other kernels"),
+        (_replaced("spfmt-cost 2", "spfmt-cost 0"), "other kernels"),
+        (_replaced("spfmt-cost 2", "spfmt-cost \xff"), "other kernels"),
         (_replaced("\ncpu ", "\ncpu Not "), "another CPU"),
         (_replaced("dense.call ", "dense.call -"), "no number of at least 0"),
         (_replaced("dense.call ", "dense.call nan"), "no number of at least 0"),
@@ -413,7 +413,7 @@ def test_another_process_reads_it_and_products_write_nothing(tmp_path: Path) -> 
     name = Path(kernels.cost_file()).name
     levels = " ".join(spfmt.dispatch.LEVELS)
     text = kernels.format_calibration(
-        dict(model(tokens__call=1.0).coefficients), "2026-01-31", levels
+        dict(model(tokens__call=1.0, octets__call=1.0).coefficients), "2026-01-31", levels
     )
     (folder / name).write_text(text)
     result = run_python(code, SPFMT_CACHE_DIR=str(folder))
@@ -446,7 +446,8 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """A grid too small to be accurate, so that the tests are quick."""
     monkeypatch.setattr(calibration, "_GRID", ((32, 64, 0.3, 16), (64, 48, 0.2, 4)))
     monkeypatch.setattr(calibration, "_DENSE_GRID", ((32, 64),))
-    monkeypatch.setattr(calibration, "_BATCHES", {"tokens": (1, 4), "panels": (16,)})
+    batches = {"tokens": (1, 4), "octets": (1, 4), "panels": (16,)}
+    monkeypatch.setattr(calibration, "_BATCHES", batches)
     monkeypatch.setattr(calibration, "_SECONDS_PER_POINT", 1e-4)
     monkeypatch.setattr(calibration, "_THREADED", (256, 128, 0.1))
 

@@ -70,8 +70,7 @@ KERNELS = {
     "slice_sum_masked": Kernel(
         lambda width: 1, contains={"avx512": "vperm[it]2ps", "avx2": "vpermps"}
     ),
-    "octet_pair": Kernel(lambda: 1, half=True),
-    "octet_row": Kernel(lambda: 1, half=True),
+    "quad_sums": Kernel(lambda: 16, contains=dict.fromkeys(REGISTER, "vpermilps"), half=True),
     "activate": Kernel(
         None, spills={"avx2": "twenty constants beside the operands exceed sixteen registers"}
     ),

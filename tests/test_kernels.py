@@ -7,10 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from format_cases import MAKERS
+from format_cases import MAKERS, variants
 from fresh_python import run_python
 
 import spfmt
+from spfmt import cost
+from spfmt.cost import forced
 
 SHAPES = [(1, 1), (15, 31), (16, 32), (17, 33), (5, 70), (100, 257), (33, 300), (0, 5), (5, 0)]
 CONV_SHAPES = [(7, 5, 3, 3), (20, 33, 1, 2)]
@@ -78,11 +80,13 @@ def test_against_float64(kernel: spfmt.Kernel, shape: tuple[int, ...]) -> None:
             check(got, want, size, batch)
             continue
         weight, right = (dense, x) if kernel.op == "spmm" else (dense.T, dy)
-        frame, out = guarded(weight.shape[0], batch, out_order, kernel.dtype)
         product = spfmt.spmm if kernel.op == "spmm" else spfmt.spmm_t
-        assert product(a, right, out=out, backend=kernel.isa) is out
-        check(out, weight @ right, abs(weight) @ abs(right), weight.shape[1])
-        assert np.isnan(frame).sum() == frame.size - out.size, "wrote outside of the output"
+        for variant in variants(kernel.format, kernel.op, batch):
+            frame, out = guarded(weight.shape[0], batch, out_order, kernel.dtype)
+            with forced(variant):
+                assert product(a, right, out=out, backend=kernel.isa) is out
+            check(out, weight @ right, abs(weight) @ abs(right), weight.shape[1])
+            assert np.isnan(frame).sum() == frame.size - out.size, "wrote outside of the output"
 
 
 @pytest.mark.parametrize("kernel", [p for p in ROWS if p.values[0].op == "spmm"])
@@ -117,7 +121,11 @@ def test_threads_do_not_change_a_bit(kernel: spfmt.Kernel) -> None:
                 product, right = (
                     (spfmt.spmm, x) if kernel.op == "spmm" else (spfmt.spmm_t, dy)
                 )  # fmt: skip
-                results.append(product(a, right, batch_first=True, backend=kernel.isa))
+                found = []
+                for variant in variants(kernel.format, kernel.op, batch):
+                    with forced(variant):
+                        found.append(product(a, right, batch_first=True, backend=kernel.isa))
+                results.append(np.stack(found))
         for other in results[1:]:
             np.testing.assert_array_equal(results[0], other)
 
@@ -138,9 +146,11 @@ def test_padding_never_meets_infinities(kernel: spfmt.Kernel, value: float) -> N
     for batch, feature in product_of((1, 3, 20), (0, 7, 32, mask.shape[1] - 1)):
         x = np.ones((mask.shape[1], batch), kernel.dtype)
         x[feature, 0] = value  # padding looks at the first feature of its chunk of 32
-        got = product(a, x, backend=kernel.isa)
-        np.testing.assert_array_equal(np.isfinite(got[:, 0]), ~mask[:, feature])
-        assert np.isfinite(got[:, 1:]).all()
+        for variant in variants(kernel.format, kernel.op, batch):
+            with forced(variant):
+                got = product(a, x, backend=kernel.isa)
+            np.testing.assert_array_equal(np.isfinite(got[:, 0]), ~mask[:, feature])
+            assert np.isfinite(got[:, 1:]).all()
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -192,7 +202,7 @@ SMALL = [p for p in ROWS if p.values[0].op == "spmm" and p.values[0].format in (
 @pytest.mark.parametrize("per_window", [1, 2, 3, 5])
 @pytest.mark.parametrize("kernel", SMALL)
 def test_every_small_batch(kernel: spfmt.Kernel, per_window: int) -> None:
-    """1 to 15 samples meet every number of steps per record, of tokens per pass, and octets."""
+    """1 to 16 samples meet every number of steps per record and of tokens per pass."""
     rng = np.random.default_rng(per_window)
     scores = rng.random((39, 210))  # 210 columns: the last window is cut short
     if kernel.format == "nm":
@@ -203,12 +213,13 @@ def test_every_small_batch(kernel: spfmt.Kernel, per_window: int) -> None:
         a = csr(mask, "float64")
     a = a.astype(kernel.dtype)
     dense = a.to_dense().astype(np.float64)
-    for batch in range(1, 16):
+    for batch, variant in product_of(range(1, 17), cost.VARIANTS):
         order = ORDERS[batch % 4]
         x = operand(210, batch, order, kernel.dtype, rng)
-        frame, out = guarded(39, batch, ORDERS[batch // 4], kernel.dtype)
+        frame, out = guarded(39, batch, ORDERS[batch // 5], kernel.dtype)
         bias = rng.standard_normal(39).astype(kernel.dtype) if batch % 2 else None
-        spfmt.spmm(a, x, bias=bias, out=out, backend=kernel.isa)
+        with forced(variant):
+            spfmt.spmm(a, x, bias=bias, out=out, backend=kernel.isa)
         shift = 0 if bias is None else bias[:, None].astype(np.float64)
         check(out, dense @ x + shift, abs(dense) @ abs(x) + abs(shift), 211)
         assert np.isnan(frame).sum() == frame.size - out.size, "wrote outside of the output"
@@ -225,13 +236,35 @@ def test_structure_too_large_for_caches() -> None:
         for batch in (1, 2, 3, 8) if kernel.available else ():
             x = rng.standard_normal((batch, cols)).astype("float32")
             terms = values.astype(np.float64) * x[:, columns]
-            got = spfmt.spmm(a, x, batch_first=True, backend=kernel.isa)
+            with forced("tokens"):
+                got = spfmt.spmm(a, x, batch_first=True, backend=kernel.isa)
             check(got, terms.sum(2), abs(terms).sum(2), fan_in)
         x = np.ones(cols, "float32")
         x[[0, 40, 299]] = np.inf, -np.inf, np.nan
         if kernel.available:
             finite = np.isfinite(x[columns]).all(1)
-            np.testing.assert_array_equal(np.isfinite(spfmt.spmm(a, x, backend=kernel.isa)), finite)
+            with forced("tokens"):
+                got = spfmt.spmm(a, x, backend=kernel.isa)
+            np.testing.assert_array_equal(np.isfinite(got), finite)
+
+
+@pytest.mark.parametrize("kernel", CSR_SPMM)
+def test_octets_cut_long_rows_into_tiles(kernel: spfmt.Kernel) -> None:
+    """Rows of all lengths, over three tiles of columns and two chunks of rows, and infinite x."""
+    rng = np.random.default_rng(14)
+    mask = rng.random((150, 2000)) < rng.random((150, 1)) / 3
+    mask[[0, 149]], mask[:, 700:1400] = False, mask[:, 700:1400] & (rng.random((150, 1)) < 0.5)
+    a = csr(mask, kernel.dtype)
+    dense = a.to_dense().astype(float)
+    x = rng.standard_normal((2000, 11)).astype(kernel.dtype)
+    with forced("octets"):
+        assert "octets" in a.plan.explain(11)
+        check(spfmt.spmm(a, x, backend=kernel.isa), dense @ x, abs(dense) @ abs(x), 2000)
+        for feature in (0, 699, 1999):
+            x[feature] = np.inf
+            got = spfmt.spmm(a, x, backend=kernel.isa)
+            np.testing.assert_array_equal(np.isfinite(got).all(1), ~mask[:, feature])
+            x[feature] = 1.0
 
 
 @pytest.mark.parametrize("kernel", CSR_SPMM)

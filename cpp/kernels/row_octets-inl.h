@@ -1,6 +1,8 @@
-// Y = A X of RowLists for up to eight samples, lanes = samples, without any layout of A. Included
-// once per ISA level.
+// Products of RowOctets (small batches of per-row formats), lanes = samples. Included once per ISA
+// level.
 #pragma once
+
+#include <cstring>
 
 #include "../tiles.h"
 #include "activation-inl.h"
@@ -8,104 +10,124 @@
 namespace spfmt {
 namespace {
 
+// stage_octet where a feature's samples are contiguous.
+template <class S, class T = typename S::T>
+void stage_rows(Strided<const T> x, int64_t features, int n, T* to) noexcept {
+  for (int64_t f = 0; f < features; ++f) {
+    const T* from = x.data + f * x.feature_stride;
+    S::half_store(to + f * kOctet, n == kOctet ? S::half_load(from) : S::half_load(from, n));
+  }
+}
+
 // to[f * 8 + b] is feature f of sample b; zero where b >= n.
 template <class S, class T = typename S::T>
 void stage_octet(Strided<const T> x, int64_t features, int n, T* to) noexcept {
-  for (int64_t f = 0; f < features; f += kLanes) {
-    const int nf = features - f < kLanes ? static_cast<int>(features - f) : kLanes;
-    typename S::V tile[kLanes];
-    if (x.feature_stride == 1) {
-      for (int b = 0; b < kLanes; ++b) {
-        const T* from = x.data + b * x.sample_stride + f;
-        tile[b] = b >= n ? S::zero() : nf == kLanes ? S::load(from) : S::load(from, nf);
-      }
-      S::transpose(tile);
-    } else {
-      for (int j = 0; j < nf; ++j) {
-        const T* from = x.data + (f + j) * x.feature_stride;
-        if (x.sample_stride == 1) {
-          tile[j] = S::load(from, n);
-          continue;
-        }
-        T lane[kLanes] = {};
-        for (int b = 0; b < n; ++b) lane[b] = from[b * x.sample_stride];
-        tile[j] = S::load(lane);
-      }
-    }
-    for (int j = 0; j < nf; ++j) S::store(to + (f + j) * kOctet, tile[j], kOctet);
-  }
-}
-
-// Rows r and r + 1, so that four chains of multiply-adds hide their latency.
-template <class S, class T = typename S::T>
-inline void octet_pair(const RowLists& a, const T* values, const T* x, int64_t r,
-                       T* sums) noexcept {
-  const int64_t first = a.indptr[r], middle = a.indptr[r + 1], last = a.indptr[r + 2];
-  const int64_t both = middle - first < last - middle ? middle - first : last - middle;
-  const T *v = values + first, *w = values + middle;
-  const int32_t *i = a.col_indices + first, *j = a.col_indices + middle;
-  const auto term = [&](T weight, int32_t column, typename S::Half acc) {
-    return S::fma(S::half_set1(weight), S::half_load(x + int64_t{column} * kOctet), acc);
-  };
-  auto v0 = S::half_zero(), v1 = S::half_zero(), w0 = S::half_zero(), w1 = S::half_zero();
-  int64_t k = 0;
-  for (; k + 2 <= both; k += 2) {
-    v0 = term(v[k], i[k], v0);
-    w0 = term(w[k], j[k], w0);
-    v1 = term(v[k + 1], i[k + 1], v1);
-    w1 = term(w[k + 1], j[k + 1], w1);
-  }
-  for (int64_t p = k; p < middle - first; ++p) v0 = term(v[p], i[p], v0);
-  for (int64_t p = k; p < last - middle; ++p) w0 = term(w[p], j[p], w0);
-  S::half_store(sums, S::add(v0, v1));
-  S::half_store(sums + kOctet, S::add(w0, w1));
-}
-
-template <class S, class T = typename S::T>
-inline void octet_row(const RowLists& a, const T* values, const T* x, int64_t r, T* sums) noexcept {
-  auto acc = S::half_zero();
-  for (int64_t p = a.indptr[r]; p < a.indptr[r + 1]; ++p) {
-    acc =
-        S::fma(S::half_set1(values[p]), S::half_load(x + int64_t{a.col_indices[p]} * kOctet), acc);
-  }
-  S::half_store(sums, acc);
-}
-
-// sums[i * 8 + b] of `rows` (up to 16) rows to Y, transposed in registers where rows are
-// contiguous.
-template <class S, class T = typename S::T>
-inline void store_octets(T* sums, int rows, const T* bias, Activation kind, int n,
-                         Strided<T> y) noexcept {
-  if (y.feature_stride != 1) {
-    for (int i = 0; i < rows * kOctet; ++i) sums[i] += bias ? bias[i / kOctet] : T(0);
-    activate<S>(kind, sums, 0, kLanes * kOctet, nullptr, 1);
-    for (int i = 0; i < rows; ++i) {
-      for (int b = 0; b < n; ++b) {
-        y.data[i * y.feature_stride + b * y.sample_stride] = sums[i * kOctet + b];
-      }
+  if (x.sample_stride == 1) return stage_rows<S>(x, features, n, to);
+  if (x.feature_stride != 1) {
+    for (int64_t f = 0; f < features; ++f) {
+      const T* from = x.data + f * x.feature_stride;
+      for (int b = 0; b < kOctet; ++b)
+        to[f * kOctet + b] = b < n ? from[b * x.sample_stride] : T(0);
     }
     return;
   }
-  typename S::V tile[kLanes];
-  for (int i = 0; i < kLanes; ++i) tile[i] = S::load(sums + i * kOctet, kOctet);
-  S::transpose(tile);
-  const auto start = bias ? S::load(bias, rows) : S::zero();
-  for (int b = 0; b < n; ++b) {
-    S::store(y.data + b * y.sample_stride, activated<S>(kind, S::add(tile[b], start)), rows);
+  for (int64_t f = 0; f < features; f += kOctet) {
+    const int nf = features - f < kOctet ? static_cast<int>(features - f) : kOctet;
+    typename S::Half tile[kOctet];
+    for (int b = 0; b < kOctet; ++b) {
+      const T* from = x.data + b * x.sample_stride + f;
+      tile[b] = b >= n         ? S::half_zero()
+                : nf == kOctet ? S::half_load(from)
+                               : S::half_load(from, nf);
+    }
+    S::half_transpose(tile);
+    for (int j = 0; j < nf; ++j) S::half_store(to + (f + j) * kOctet, tile[j]);
   }
 }
 
-// Rows [begin, end); begin is a multiple of 16, so that the same rows pair up however work is cut.
+// Steps [begin, end) of one quad, added to its rows' sums; two chains a row hide the latency of the
+// multiply-adds. A weight is loaded with three others and spread inside the register, an offset
+// loaded likewise: what limits this loop is the number of loads.
 template <class S, class T = typename S::T>
-void lists_octet(const RowLists& a, const T* values, const T* staged, int n, const T* bias,
-                 Activation kind, Strided<T> y, int64_t begin, int64_t end) noexcept {
-  alignas(64) T sums[kLanes * kOctet] = {};
-  for (int64_t r = begin; r < end; r += kLanes) {
-    const int rows = end - r < kLanes ? static_cast<int>(end - r) : kLanes;
-    int i = 0;
-    for (; i + 2 <= rows; i += 2) octet_pair<S>(a, values, staged, r + i, sums + i * kOctet);
-    if (i < rows) octet_row<S>(a, values, staged, r + i, sums + i * kOctet);
-    store_octets<S>(sums, rows, bias ? bias + r : nullptr, kind, n,
+inline void quad_sums(const T* w, const uint16_t* offset, const T* w_end, const T* x,
+                      const uint16_t* row, T* sums) noexcept {
+  typename S::Half acc[kQuadRows][2];
+  SPFMT_UNROLL
+  for (int i = 0; i < kQuadRows; ++i) acc[i][0] = acc[i][1] = S::half_zero();
+  for (; w < w_end; w += kQuadRows * kStepTerms, offset += kQuadRows * kStepTerms) {
+    SPFMT_UNROLL
+    for (int i = 0; i < kQuadRows; ++i) {
+      const auto four = S::half_twice(w + kStepTerms * i);
+      uint32_t at[2];
+      std::memcpy(at, offset + kStepTerms * i, sizeof at);
+      const T *x0 = x + (at[0] & 0xffff), *x1 = x + (at[0] >> 16);
+      const T *x2 = x + (at[1] & 0xffff), *x3 = x + (at[1] >> 16);
+      acc[i][0] = S::half_fma(S::template half_spread<0>(four), S::half_load(x0), acc[i][0]);
+      acc[i][1] = S::half_fma(S::template half_spread<1>(four), S::half_load(x1), acc[i][1]);
+      acc[i][0] = S::half_fma(S::template half_spread<2>(four), S::half_load(x2), acc[i][0]);
+      acc[i][1] = S::half_fma(S::template half_spread<3>(four), S::half_load(x3), acc[i][1]);
+    }
+  }
+  SPFMT_UNROLL
+  for (int i = 0; i < kQuadRows; ++i) {
+    T* to = sums + row[i] * kOctet;
+    S::half_store(to, S::half_add(S::half_load(to), S::half_add(acc[i][0], acc[i][1])));
+  }
+}
+
+// store_octets where the rows of a sample are contiguous.
+template <class S, class T = typename S::T>
+inline void store_transposed(const T* sums, int rows, const T* bias, Activation kind, int n,
+                             Strided<T> y) noexcept {
+  typename S::Half upper[kOctet], lower[kOctet];
+  for (int i = 0; i < kOctet; ++i) {
+    upper[i] = S::half_load(sums + i * kOctet);
+    lower[i] = S::half_load(sums + (kOctet + i) * kOctet);
+  }
+  S::half_transpose(upper);
+  S::half_transpose(lower);
+  const auto start = !bias ? S::zero() : rows == kLanes ? S::load(bias) : S::load(bias, rows);
+  for (int b = 0; b < n; ++b) {
+    const auto sum = activated<S>(kind, S::add(S::whole(upper[b], lower[b]), start));
+    T* to = y.data + b * y.sample_stride;
+    rows == kLanes ? S::store(to, sum) : S::store(to, sum, rows);
+  }
+}
+
+// sums[i * 8 + b] of `rows` (up to 16) rows to Y.
+template <class S, class T = typename S::T>
+inline void store_octets(T* sums, int rows, const T* bias, Activation kind, int n,
+                         Strided<T> y) noexcept {
+  if (y.feature_stride == 1) return store_transposed<S>(sums, rows, bias, kind, n, y);
+  for (int i = 0; bias && i < rows * kOctet; ++i) sums[i] += bias[i / kOctet];
+  activate<S>(kind, sums, 0, kLanes * kOctet, nullptr, 1);
+  for (int i = 0; i < rows; ++i) {
+    T* to = y.data + i * y.feature_stride;
+    if (y.sample_stride == 1) {
+      const auto row = S::half_load(sums + i * kOctet);
+      n == kOctet ? S::half_store(to, row) : S::half_store(to, row, n);
+    } else {
+      for (int b = 0; b < n; ++b) to[b * y.sample_stride] = sums[i * kOctet + b];
+    }
+  }
+}
+
+template <class S, class T = typename S::T>
+void lists_octet(const RowOctets& a, const T* values, const T* staged, int n, int64_t chunk,
+                 int rows, const T* bias, Activation kind, Strided<T> y) noexcept {
+  constexpr int kStep = kQuadRows * kStepTerms;
+  alignas(64) T sums[(kOctetRows + 1) * kOctet] = {};  // the last row is that of quads with fewer
+  for (int64_t t = 0; t < a.tiles; ++t) {
+    const T* x = staged + t * (a.width + 1) * kOctet;
+    const int64_t k = chunk * a.tiles + t;
+    for (int64_t q = a.quad_ptr[k]; q < a.quad_ptr[k + 1]; ++q) {
+      const int64_t first = a.step_ptr[q] * kStep, last = a.step_ptr[q + 1] * kStep;
+      quad_sums<S>(values + first, a.offset + first, values + last, x, a.row + q * kQuadRows, sums);
+    }
+  }
+  for (int r = 0; r < rows; r += kLanes) {
+    store_octets<S>(sums + r * kOctet, rows - r < kLanes ? rows - r : kLanes,
+                    bias ? bias + r : nullptr, kind, n,
                     {y.data + r * y.feature_stride, y.feature_stride, y.sample_stride});
   }
 }

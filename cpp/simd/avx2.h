@@ -7,13 +7,14 @@
 
 #include "../row_slices.h"
 #include "../spfmt.h"
+#include "octet.h"
 
 namespace spfmt {
 namespace {
 
 constexpr int kLanes = 16;
 
-struct Avx2Simd {
+struct Avx2Simd : OctetSimd {
   using T = float;
   struct V {
     __m256 lo, hi;
@@ -21,15 +22,7 @@ struct Avx2Simd {
   static constexpr int kBlockVecs = 1;  // four rows by two registers, of sixteen
   static constexpr int kPieces = 1;     // four vectors are eight registers
   static constexpr int kTokens = 6;
-  static constexpr int kSliceTokens = 2, kWidestWindow = 32, kOctetCost = 3;
-
-  // A window into this table is a mask of the first n lanes.
-  static __m256i first8(int n) noexcept {
-    alignas(32) static constexpr int32_t kMask[16] = {-1, -1, -1, -1, -1, -1, -1, -1,
-                                                      0,  0,  0,  0,  0,  0,  0,  0};
-    const int k = n < 0 ? 0 : (n > 8 ? 8 : n);
-    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(kMask + 8 - k));
-  }
+  static constexpr int kSliceTokens = 2, kWidestWindow = 32;
 
   static V zero() noexcept { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
   static V set1(T x) noexcept {
@@ -113,24 +106,6 @@ struct Avx2Simd {
     if constexpr (P == 4) v.lo = _mm256_add_ps(v.lo, _mm256_permute2f128_ps(v.lo, v.lo, 0x01));
     return v;
   }
-  static void transpose8(__m256* r) noexcept {
-    __m256 t[8];
-    for (int i = 0; i < 8; i += 2) {
-      t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
-      t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
-    }
-    for (int i = 0; i < 8; i += 4) {
-      for (int h = 0; h < 2; ++h) {
-        r[i + 2 * h] = _mm256_shuffle_ps(t[i + h], t[i + h + 2], 0x44);
-        r[i + 2 * h + 1] = _mm256_shuffle_ps(t[i + h], t[i + h + 2], 0xee);
-      }
-    }
-    for (int i = 0; i < 4; ++i) {
-      t[i] = _mm256_permute2f128_ps(r[i], r[i + 4], 0x20);
-      t[i + 4] = _mm256_permute2f128_ps(r[i], r[i + 4], 0x31);
-    }
-    for (int i = 0; i < 8; ++i) r[i] = t[i];
-  }
   static void transpose(V* a) noexcept {
     __m256 q[4][8];
     for (int i = 0; i < 8; ++i) {
@@ -139,21 +114,14 @@ struct Avx2Simd {
       q[2][i] = a[i + 8].lo;
       q[3][i] = a[i + 8].hi;
     }
-    for (auto& block : q) transpose8(block);
+    for (auto& block : q) half_transpose(block);
     for (int i = 0; i < 8; ++i) {
       a[i] = {q[0][i], q[2][i]};
       a[i + 8] = {q[1][i], q[3][i]};
     }
   }
 
-  // Eight lanes.
-  using Half = __m256;
-  static Half half_zero() noexcept { return _mm256_setzero_ps(); }
-  static Half half_set1(T x) noexcept { return _mm256_set1_ps(x); }
-  static Half half_load(const T* p) noexcept { return _mm256_loadu_ps(p); }
-  static void half_store(T* p, Half v) noexcept { _mm256_storeu_ps(p, v); }
-  static Half add(Half a, Half b) noexcept { return _mm256_add_ps(a, b); }
-  static Half fma(Half a, Half b, Half c) noexcept { return _mm256_fmadd_ps(a, b, c); }
+  static V whole(Half lo, Half hi) noexcept { return {lo, hi}; }
 
   // Codes of RowSlices, widened once for all tokens.
   template <int kWidth>

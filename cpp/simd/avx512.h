@@ -7,19 +7,20 @@
 
 #include "../row_slices.h"
 #include "../spfmt.h"
+#include "octet.h"
 
 namespace spfmt {
 namespace {
 
 constexpr int kLanes = 16;
 
-struct Avx512Simd {
+struct Avx512Simd : OctetSimd {
   using T = float;
   using V = __m512;
   static constexpr int kBlockVecs = 4;
   static constexpr int kPieces = 2;
   static constexpr int kTokens = 8;
-  static constexpr int kSliceTokens = 8, kWidestWindow = 64, kOctetCost = 10;
+  static constexpr int kSliceTokens = 8, kWidestWindow = 64;
 
   static __mmask16 first(int n) noexcept { return static_cast<__mmask16>((1u << n) - 1u); }
 
@@ -111,14 +112,9 @@ struct Avx512Simd {
     for (int i = 0; i < 16; ++i) a[i] = t[i];
   }
 
-  // Eight lanes.
-  using Half = __m256;
-  static Half half_zero() noexcept { return _mm256_setzero_ps(); }
-  static Half half_set1(T x) noexcept { return _mm256_set1_ps(x); }
-  static Half half_load(const T* p) noexcept { return _mm256_loadu_ps(p); }
-  static void half_store(T* p, Half v) noexcept { _mm256_storeu_ps(p, v); }
-  static Half add(Half a, Half b) noexcept { return _mm256_add_ps(a, b); }
-  static Half fma(Half a, Half b, Half c) noexcept { return _mm256_fmadd_ps(a, b, c); }
+  static V whole(Half lo, Half hi) noexcept {
+    return _mm512_insertf32x8(_mm512_castps256_ps512(lo), hi, 1);
+  }
 
   // Codes of RowSlices, widened once for all tokens.
   template <int kWidth>

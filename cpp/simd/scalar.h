@@ -25,8 +25,8 @@ struct ScalarSimd {
   static constexpr int kPieces = 1;
   // Vectors that fit it next to one of weights, and are enough to hide the latency of an FMA.
   static constexpr int kTokens = 6;
-  // Tokens and columns of a window that one pass over RowSlices takes at most; costs: see Tiles.
-  static constexpr int kSliceTokens = 2, kWidestWindow = 32, kOctetCost = 1;
+  // Tokens and columns of a window that one pass over RowSlices takes at most.
+  static constexpr int kSliceTokens = 2, kWidestWindow = 32;
 
   static V zero() noexcept { return set1(T(0)); }
   static V set1(T x) noexcept {
@@ -126,28 +126,51 @@ struct ScalarSimd {
   struct Half {
     T lane[kLanes / 2];
   };
-  static Half half_zero() noexcept { return half_set1(T(0)); }
-  static Half half_set1(T x) noexcept {
-    Half v;
-    for (T& lane : v.lane) lane = x;
+  static Half half_zero() noexcept { return {}; }
+  static Half half_load(const T* p) noexcept { return half_load(p, kLanes / 2); }
+  static Half half_load(const T* p, int n) noexcept {
+    Half v{};
+    for (int i = 0; i < n; ++i) v.lane[i] = p[i];
     return v;
   }
-  static Half half_load(const T* p) noexcept {
-    Half v;
-    for (int i = 0; i < kLanes / 2; ++i) v.lane[i] = p[i];
-    return v;
+  static void half_store(T* p, const Half& v) noexcept { half_store(p, v, kLanes / 2); }
+  static void half_store(T* p, const Half& v, int n) noexcept {
+    for (int i = 0; i < n; ++i) p[i] = v.lane[i];
   }
-  static void half_store(T* p, const Half& v) noexcept {
-    for (int i = 0; i < kLanes / 2; ++i) p[i] = v.lane[i];
-  }
-  static Half add(const Half& a, const Half& b) noexcept {
+  static Half half_add(const Half& a, const Half& b) noexcept {
     Half v;
     for (int i = 0; i < kLanes / 2; ++i) v.lane[i] = a.lane[i] + b.lane[i];
     return v;
   }
-  static Half fma(const Half& a, const Half& b, const Half& c) noexcept {
+  static Half half_fma(const Half& a, const Half& b, const Half& c) noexcept {
     Half v;
     for (int i = 0; i < kLanes / 2; ++i) v.lane[i] = a.lane[i] * b.lane[i] + c.lane[i];
+    return v;
+  }
+  // Four elements, twice; then one of them in all lanes.
+  static Half half_twice(const T* p) noexcept {
+    Half v;
+    for (int i = 0; i < kLanes / 2; ++i) v.lane[i] = p[i % 4];
+    return v;
+  }
+  template <int K>
+  static Half half_spread(const Half& v) noexcept {
+    Half spread;
+    for (T& lane : spread.lane) lane = v.lane[K];
+    return spread;
+  }
+  static void half_transpose(Half* a) noexcept {
+    for (int i = 0; i < kLanes / 2; ++i) {
+      for (int j = i + 1; j < kLanes / 2; ++j) {
+        const T t = a[i].lane[j];
+        a[i].lane[j] = a[j].lane[i];
+        a[j].lane[i] = t;
+      }
+    }
+  }
+  static V whole(const Half& lo, const Half& hi) noexcept {
+    V v;
+    for (int i = 0; i < kLanes; ++i) v.lane[i] = i < 8 ? lo.lane[i] : hi.lane[i - 8];
     return v;
   }
 

@@ -1,0 +1,19 @@
+// Building RowOctets from RowLists, and bringing values into their order.
+#pragma once
+
+#include <memory>
+#include <vector>
+
+#include "plan.h"
+
+namespace spfmt {
+
+std::unique_ptr<OctetPack> make_octets(const RowLists& lists);
+
+// Values in the order of the steps, zero where there are none. `permutation` (or null) maps a
+// position of the lists to a place in `values`.
+template <class T>
+void pack_octet_values(const OctetPack& pack, const int64_t* permutation, const T* values,
+                       T* packed, const Executor& executor);
+
+}  // namespace spfmt

@@ -1,0 +1,59 @@
+// Eight lanes of AVX2: the register of an octet, at both vector levels. Interface as in scalar.h.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+namespace spfmt {
+namespace {
+
+struct OctetSimd {
+  using Half = __m256;
+
+  // A window into this table is a mask of the first n lanes.
+  static __m256i first8(int n) noexcept {
+    alignas(32) static constexpr int32_t kMask[16] = {-1, -1, -1, -1, -1, -1, -1, -1,
+                                                      0,  0,  0,  0,  0,  0,  0,  0};
+    const int k = n < 0 ? 0 : (n > 8 ? 8 : n);
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(kMask + 8 - k));
+  }
+
+  static Half half_zero() noexcept { return _mm256_setzero_ps(); }
+  static Half half_load(const float* p) noexcept { return _mm256_loadu_ps(p); }
+  static Half half_load(const float* p, int n) noexcept { return _mm256_maskload_ps(p, first8(n)); }
+  static void half_store(float* p, Half v) noexcept { _mm256_storeu_ps(p, v); }
+  static void half_store(float* p, Half v, int n) noexcept { _mm256_maskstore_ps(p, first8(n), v); }
+  static Half half_add(Half a, Half b) noexcept { return _mm256_add_ps(a, b); }
+  static Half half_fma(Half a, Half b, Half c) noexcept { return _mm256_fmadd_ps(a, b, c); }
+  static Half half_twice(const float* p) noexcept {
+    __m256 v = _mm256_broadcast_ps(reinterpret_cast<const __m128*>(p));
+    asm("" : "+x"(v));  // or GCC loads each of the four by itself
+    return v;
+  }
+  template <int K>
+  static Half half_spread(Half v) noexcept {
+    return _mm256_permute_ps(v, K * 0x55);
+  }
+  static void half_transpose(Half* r) noexcept {
+    __m256 t[8];
+    for (int i = 0; i < 8; i += 2) {
+      t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
+      t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
+    }
+    for (int i = 0; i < 8; i += 4) {
+      for (int h = 0; h < 2; ++h) {
+        r[i + 2 * h] = _mm256_shuffle_ps(t[i + h], t[i + h + 2], 0x44);
+        r[i + 2 * h + 1] = _mm256_shuffle_ps(t[i + h], t[i + h + 2], 0xee);
+      }
+    }
+    for (int i = 0; i < 4; ++i) {
+      t[i] = _mm256_permute2f128_ps(r[i], r[i + 4], 0x20);
+      t[i + 4] = _mm256_permute2f128_ps(r[i], r[i + 4], 0x31);
+    }
+    for (int i = 0; i < 8; ++i) r[i] = t[i];
+  }
+};
+
+}  // namespace
+}  // namespace spfmt
