@@ -7,7 +7,8 @@ namespace spfmt {
 namespace {
 
 // N pieces of equal length against NV vectors of samples: y[i] (+)= sum_k w[i][k] * x[col[i][k]].
-// One row alone offers only NV independent chains, fewer than the FMA units' latency needs.
+// One row alone offers only NV independent chains, fewer than the FMA units' latency needs. Weights
+// are loaded four at a time and spread inside the register, so that X has the load units to itself.
 template <class S, int N, int NV, bool kFirst, class T = typename S::T>
 inline void pieces_panel(const RowPiece* piece, const T* w, const uint16_t* col, int count,
                          const T* x, const T* bias, T* y) noexcept {
@@ -21,14 +22,25 @@ inline void pieces_panel(const RowPiece* piece, const T* w, const uint16_t* col,
                          : S::load(y + piece[i].row * kWidth + v * kLanes);
     }
   }
-  for (int k = 0; k < count; ++k) {
+  const auto add = [&](int i, int k, typename S::V weight) {
+    const T* xk = x + col[i * count + k] * kWidth;
+    SPFMT_UNROLL
+    for (int v = 0; v < NV; ++v) acc[i][v] = S::fma(weight, S::load(xk + v * kLanes), acc[i][v]);
+  };
+  int k = 0;
+  for (; k + 4 <= count; k += 4) {
     SPFMT_UNROLL
     for (int i = 0; i < N; ++i) {
-      const auto weight = S::set1(w[i * count + k]);
-      const T* xk = x + col[i * count + k] * kWidth;
-      SPFMT_UNROLL
-      for (int v = 0; v < NV; ++v) acc[i][v] = S::fma(weight, S::load(xk + v * kLanes), acc[i][v]);
+      const auto four = S::repeat4(w + i * count + k);
+      add(i, k, S::template each<0>(four));
+      add(i, k + 1, S::template each<1>(four));
+      add(i, k + 2, S::template each<2>(four));
+      add(i, k + 3, S::template each<3>(four));
     }
+  }
+  for (; k < count; ++k) {
+    SPFMT_UNROLL
+    for (int i = 0; i < N; ++i) add(i, k, S::set1(w[i * count + k]));
   }
   SPFMT_UNROLL
   for (int i = 0; i < N; ++i) {
@@ -37,18 +49,25 @@ inline void pieces_panel(const RowPiece* piece, const T* w, const uint16_t* col,
   }
 }
 
-// One (chunk, tile): pieces sorted by length, in pairs where two lengths agree.
+// One (chunk, tile): pieces sorted by length, as many of one length side by side as fit registers.
 template <class S, int NV, bool kFirst, class T = typename S::T>
 void tile_pieces(const RowPiece* piece, const RowPiece* stop, const T* w, const uint16_t* col,
                  const T* x, const T* bias, T* y) noexcept {
   while (piece < stop) {
+    constexpr int kMost = 4 * S::kPieces / NV < 4 ? 4 * S::kPieces / NV : 4;
     const int count = piece->count;
-    const int n = S::kPieces == 2 && piece + 1 < stop && piece[1].count == count ? 2 : 1;
-    if (n == 2) {
-      pieces_panel<S, 2, NV, kFirst>(piece, w, col, count, x, bias, y);
-    } else {
-      pieces_panel<S, 1, NV, kFirst>(piece, w, col, count, x, bias, y);
+    const auto equal = [&](int n) {
+      return n <= kMost && stop - piece >= n && piece[n - 1].count == count;
+    };
+    const int n = equal(4) ? 4 : equal(2) ? 2 : 1;
+    const auto call = [&](auto body) { body(piece, w, col, count, x, bias, y); };
+    if constexpr (kMost >= 4) {
+      if (n == 4) call(pieces_panel<S, 4, NV, kFirst>);
     }
+    if constexpr (kMost >= 2) {
+      if (n == 2) call(pieces_panel<S, 2, NV, kFirst>);
+    }
+    if (n == 1) call(pieces_panel<S, 1, NV, kFirst>);
     piece += n;
     w += n * count;
     col += n * count;

@@ -121,6 +121,15 @@ struct Avx2Simd : OctetSimd {
     }
   }
 
+  static V repeat4(const T* p) noexcept {
+    const __m256 four = half_twice(p);
+    return {four, four};
+  }
+  template <int K>
+  static V each(V v) noexcept {
+    const __m256 one = half_spread<K>(v.lo);
+    return {one, one};
+  }
   static V whole(Half lo, Half hi) noexcept { return {lo, hi}; }
 
   // Codes of RowSlices, widened once for all tokens.

@@ -112,6 +112,11 @@ struct Avx512Simd : OctetSimd {
     for (int i = 0; i < 16; ++i) a[i] = t[i];
   }
 
+  static V repeat4(const T* p) noexcept { return keep(_mm512_broadcast_f32x4(_mm_loadu_ps(p))); }
+  template <int K>
+  static V each(V v) noexcept {
+    return _mm512_permute_ps(v, K * 0x55);
+  }
   static V whole(Half lo, Half hi) noexcept {
     return _mm512_insertf32x8(_mm512_castps256_ps512(lo), hi, 1);
   }

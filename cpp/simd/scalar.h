@@ -168,6 +168,16 @@ struct ScalarSimd {
       }
     }
   }
+  // Four elements, again and again; then one of them in all lanes.
+  static V repeat4(const T* p) noexcept {
+    V v;
+    for (int i = 0; i < kLanes; ++i) v.lane[i] = p[i % 4];
+    return v;
+  }
+  template <int K>
+  static V each(const V& v) noexcept {
+    return set1(v.lane[K]);
+  }
   static V whole(const Half& lo, const Half& hi) noexcept {
     V v;
     for (int i = 0; i < kLanes; ++i) v.lane[i] = i < 8 ? lo.lane[i] : hi.lane[i - 8];
