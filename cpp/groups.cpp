@@ -111,10 +111,9 @@ void groups_sddmm(const Tiles<T>& tiles, const Plan& plan, Variant, const Args<T
                   const Executor& executor) {
   const RowGroups& a = plan.groups();
   sample_product(tiles, plan, args, executor, kSampleStrip, kSampleStrip, a.tiles,
-                 [&](const PanelSet<T>& dy, const PanelSet<T>& x, bool accumulate, int64_t begin,
+                 [&](const SampleRows<T>* dy, const PanelSet<T>& x, bool accumulate, int64_t begin,
                      int64_t end) {
-                   tiles.groups_sddmm(a, dy.read(0), x.read(0), accumulate, args.values, begin,
-                                      end);
+                   tiles.groups_sddmm(a, *dy, x.read(0), accumulate, args.values, begin, end);
                  });
 }
 

@@ -90,12 +90,15 @@ void lists_spmm_t(const Tiles<T>& tiles, const Plan& plan, Variant variant, cons
 template <class T>
 void lists_sddmm(const Tiles<T>& tiles, const Plan& plan, Variant, const Args<T>& args,
                  const Executor& executor) {
+  // Short strips keep X in L2; longer ones come back less often to a gradient that leaves it.
+  constexpr int64_t kShortStrip = 2 * kPanel, kCachedValues = 1 << 20;
+  const int64_t strip = plan.nnz() <= kCachedValues ? kShortStrip : kStrip;
   const TilePack& pack = plan.tiles();
-  sample_product(tiles, plan, args, executor, kStrip, kPanel, pack.chunks(),
-                 [&](const PanelSet<T>& dy, const PanelSet<T>& x, bool accumulate, int64_t begin,
+  sample_product(tiles, plan, args, executor, strip, kPanel, pack.chunks(),
+                 [&](const SampleRows<T>* dy, const PanelSet<T>& x, bool accumulate, int64_t begin,
                      int64_t end) {
                    for (int64_t chunk = begin; chunk < end; ++chunk) {
-                     tiles.lists_sddmm(pack.view, dy.read(), x.read(), static_cast<int>(x.size()),
+                     tiles.lists_sddmm(pack.view, dy, x.read(), static_cast<int>(x.size()),
                                        accumulate, args.values, chunk);
                    }
                  });

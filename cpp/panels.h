@@ -139,11 +139,22 @@ void sample_product(const Tiles<T>& tiles, const Plan& plan, const Args<T>& args
                     const Compute& compute) {
   std::fill_n(args.values, args.in.cols == 0 ? plan.nnz() : 0, T(0));
   for_strips(args.in.cols, strip, [&](int64_t begin, int64_t end) {
-    const PanelSet<T> dy(plan.rows(), begin, end, width), x(plan.cols(), begin, end, width);
-    dy.pack(tiles, args.in, executor);
+    // Rows of dY are read once per tile, so they may lie anywhere.
+    const bool direct = args.in.col_stride == 1 && (end - begin) % kRowTile == 0;
+    const PanelSet<T> packed(direct ? 0 : plan.rows(), begin, end, width),
+        x(plan.cols(), begin, end, width);
+    packed.pack(tiles, args.in, executor);
     x.pack(tiles, args.in2, executor);
+    std::vector<SampleRows<T>> dy;
+    for (int64_t i = 0; i < x.size(); ++i) {
+      if (direct) {
+        dy.push_back({args.in.data + x.sample(i), args.in.row_stride});
+      } else {
+        dy.push_back({packed[i].data, packed[i].width});
+      }
+    }
     for_ranges(executor, units, range_step(executor, units),
-               [&](int64_t first, int64_t last) { compute(dy, x, begin > 0, first, last); });
+               [&](int64_t first, int64_t last) { compute(dy.data(), x, begin > 0, first, last); });
   });
 }
 

@@ -72,6 +72,13 @@ struct Strided {
   int64_t feature_stride, sample_stride;
 };
 
+// Samples of all features, as in a Panel but with any stride between features: the caller's memory.
+template <class T>
+struct SampleRows {
+  const T* data;
+  int64_t stride;
+};
+
 template <class T>
 struct Tiles {
   // Panel <-> memory for features [begin, end).
@@ -98,8 +105,8 @@ struct Tiles {
   void (*lists_octet)(const RowOctets&, const T* values, const T* staged, int n, int64_t chunk,
                       int rows, const T* bias, Activation, Strided<T> y);
   // gradient[p] (+)= sum_b dY[row, b] X[col, b] over `panels` consecutive panels; one chunk.
-  void (*lists_sddmm)(const RowTiles&, const Panel<const T>* dy, const Panel<const T>* x,
-                      int panels, bool accumulate, T* gradient, int64_t chunk);
+  void (*lists_sddmm)(const RowTiles&, const SampleRows<T>* dy, const Panel<const T>* x, int panels,
+                      bool accumulate, T* gradient, int64_t chunk);
 
   // y[r * ldy + b] for the rows of tiles [begin, end), b < x.width.
   void (*groups_panel)(const RowGroups&, const T* values, const Panel<const T>& x, const T* bias,
@@ -116,7 +123,7 @@ struct Tiles {
   void (*groups_t_tokens)(const RowGroups&, const ColumnEntries&, const T* values,
                           const T* dy_tiles, int n, Strided<T> dx, int64_t begin, int64_t end);
   // gradient (+)= dY X^T at tiles [begin, end), over one panel of at most kSampleStrip samples.
-  void (*groups_sddmm)(const RowGroups&, const Panel<const T>& dy, const Panel<const T>& x,
+  void (*groups_sddmm)(const RowGroups&, const SampleRows<T>& dy, const Panel<const T>& x,
                        bool accumulate, T* gradient, int64_t begin, int64_t end);
 };
 

@@ -282,10 +282,10 @@ void groups_t_tokens(const RowGroups& a, const ColumnEntries& entries, const T* 
 
 // The tile's rows of dY, sixteen samples of all rows after each other; zeros behind a short tile.
 template <class S, class T = typename S::T>
-void gather_rows(const GroupTile& g, const Panel<const T>& dy, T* to) noexcept {
+void gather_rows(const GroupTile& g, const SampleRows<T>& dy, int width, T* to) noexcept {
   for (int i = 0; i < kLanes; ++i) {
-    const T* row = dy.data + int64_t{i < g.rows ? g.row[i] : 0} * dy.width;
-    for (int b = 0; b < dy.width; b += kLanes) {
+    const T* row = dy.data + int64_t{i < g.rows ? g.row[i] : 0} * dy.stride;
+    for (int b = 0; b < width; b += kLanes) {
       S::store(to + b * kLanes + i * kLanes, i < g.rows ? S::load(row + b) : S::zero());
     }
   }
@@ -300,11 +300,11 @@ inline void tile_dots(const T* dy, int rows, const Panel<const T>& x, const int3
   SPFMT_UNROLL
   for (int c = 0; c < CB; ++c) xc[c] = x.data + int64_t{col[c]} * x.width;
   for (int i = 0; i < rows; i += 4) {
-    typename S::V acc[CB][4];
+    typename S::Dot acc[CB][4];
     SPFMT_UNROLL
     for (int c = 0; c < CB; ++c) {
       SPFMT_UNROLL
-      for (int k = 0; k < 4; ++k) acc[c][k] = S::zero();
+      for (int k = 0; k < 4; ++k) acc[c][k] = S::dot_zero();
     }
     const T* d = dy + i * kLanes;
     for (int64_t b = 0; b < x.width; b += kLanes, d += kLanes * kLanes) {
@@ -315,7 +315,7 @@ inline void tile_dots(const T* dy, int rows, const Panel<const T>& x, const int3
       for (int c = 0; c < CB; ++c) {
         const auto xv = S::load(xc[c] + b);
         SPFMT_UNROLL
-        for (int k = 0; k < 4; ++k) acc[c][k] = S::fma(xv, dv[k], acc[c][k]);
+        for (int k = 0; k < 4; ++k) acc[c][k] = S::dot(xv, dv[k], acc[c][k]);
       }
     }
     SPFMT_UNROLL
@@ -339,13 +339,13 @@ void columns_sddmm(const GroupTile& g, int64_t j, const T* dy, const Panel<const
 }
 
 template <class S, class T = typename S::T>
-void groups_sddmm(const RowGroups& a, const Panel<const T>& dy, const Panel<const T>& x,
+void groups_sddmm(const RowGroups& a, const SampleRows<T>& dy, const Panel<const T>& x,
                   bool accumulate, T* gradient, int64_t begin, int64_t end) noexcept {
-  constexpr int kCols = S::kBlockVecs;
+  constexpr int kCols = S::kDotCols;
   alignas(64) T rows[kSampleStrip * kRowTile];
   for (int64_t t = begin; t < end; ++t) {
     const GroupTile g = group_tile(a, t);
-    gather_rows<S>(g, dy, rows);
+    gather_rows<S>(g, dy, x.width, rows);
     int64_t j = 0;
     for (; j + kCols <= g.cols; j += kCols) {
       columns_sddmm<S, kCols>(g, j, rows, x, accumulate, gradient);

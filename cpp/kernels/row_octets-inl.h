@@ -15,7 +15,7 @@ template <class S, class T = typename S::T>
 void stage_rows(Strided<const T> x, int64_t features, int n, T* to) noexcept {
   for (int64_t f = 0; f < features; ++f) {
     const T* from = x.data + f * x.feature_stride;
-    S::half_store(to + f * kOctet, n == kOctet ? S::half_load(from) : S::half_load(from, n));
+    S::half_store(to + f * kOctet, S::half_load(from, n));
   }
 }
 
@@ -36,9 +36,7 @@ void stage_octet(Strided<const T> x, int64_t features, int n, T* to) noexcept {
     typename S::Half tile[kOctet];
     for (int b = 0; b < kOctet; ++b) {
       const T* from = x.data + b * x.sample_stride + f;
-      tile[b] = b >= n         ? S::half_zero()
-                : nf == kOctet ? S::half_load(from)
-                               : S::half_load(from, nf);
+      tile[b] = b < n ? S::half_load(from, nf) : S::half_zero();
     }
     S::half_transpose(tile);
     for (int j = 0; j < nf; ++j) S::half_store(to + (f + j) * kOctet, tile[j]);
@@ -86,11 +84,11 @@ inline void store_transposed(const T* sums, int rows, const T* bias, Activation 
   }
   S::half_transpose(upper);
   S::half_transpose(lower);
-  const auto start = !bias ? S::zero() : rows == kLanes ? S::load(bias) : S::load(bias, rows);
+  const auto start = bias ? S::load(bias, rows) : S::zero();
   for (int b = 0; b < n; ++b) {
     const auto sum = activated<S>(kind, S::add(S::whole(upper[b], lower[b]), start));
     T* to = y.data + b * y.sample_stride;
-    rows == kLanes ? S::store(to, sum) : S::store(to, sum, rows);
+    S::store(to, sum, rows);
   }
 }
 
@@ -104,8 +102,7 @@ inline void store_octets(T* sums, int rows, const T* bias, Activation kind, int 
   for (int i = 0; i < rows; ++i) {
     T* to = y.data + i * y.feature_stride;
     if (y.sample_stride == 1) {
-      const auto row = S::half_load(sums + i * kOctet);
-      n == kOctet ? S::half_store(to, row) : S::half_store(to, row, n);
+      S::half_store(to, S::half_load(sums + i * kOctet), n);
     } else {
       for (int b = 0; b < n; ++b) to[b * y.sample_stride] = sums[i * kOctet + b];
     }

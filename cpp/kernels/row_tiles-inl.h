@@ -119,7 +119,7 @@ inline typename S::V dots(const typename S::V* d, const T* x, const uint16_t* co
       SPFMT_UNROLL
       for (int v = 1; v < NV; ++v) acc[i] = S::fma(d[v], S::load(xk + v * kLanes), acc[i]);
     }
-    quad[q] = S::quad(acc[0], acc[1], acc[2], acc[3]);
+    quad[q] = S::quad(S::dot_of(acc[0]), S::dot_of(acc[1]), S::dot_of(acc[2]), S::dot_of(acc[3]));
   }
   for (int q = Q; q < 4; ++q) quad[q] = quad[0];
   return S::join(quad[0], quad[1], quad[2], quad[3]);
@@ -143,26 +143,27 @@ inline void piece_sddmm(const T* dy, const T* x, const uint16_t* col, int count,
 }
 
 template <class S, int NV, class T = typename S::T>
-void tile_sddmm(const RowTiles& a, int64_t k, const T* dy, const T* x, bool accumulate,
+void tile_sddmm(const RowTiles& a, int64_t k, const SampleRows<T>& dy, const T* x, bool accumulate,
                 T* gradient) noexcept {
   const uint16_t* col = a.col + a.visit_ptr[k];
   for (int64_t p = a.piece_ptr[k]; p < a.piece_ptr[k + 1]; ++p) {
     const RowPiece& piece = a.piece[p];
-    piece_sddmm<S, NV>(dy + piece.row * NV * kLanes, x, col, piece.count, accumulate,
+    piece_sddmm<S, NV>(dy.data + piece.row * dy.stride, x, col, piece.count, accumulate,
                        gradient + piece.start);
     col += piece.count;
   }
 }
 
 template <class S, class T = typename S::T>
-void lists_sddmm(const RowTiles& a, const Panel<const T>* dy, const Panel<const T>* x, int panels,
+void lists_sddmm(const RowTiles& a, const SampleRows<T>* dy, const Panel<const T>* x, int panels,
                  bool accumulate, T* gradient, int64_t chunk) noexcept {
   for (int64_t t = 0; t < a.tiles; ++t) {
     for (int q = 0; q < panels; ++q) {
       const int width = x[q].width;
       const auto call = [&](auto body) {
-        body(a, chunk * a.tiles + t, dy[q].data + chunk * kRowChunk * width,
-             x[q].data + t * a.width * width, accumulate || q > 0, gradient + a.base[chunk]);
+        const SampleRows<T> rows{dy[q].data + chunk * kRowChunk * dy[q].stride, dy[q].stride};
+        body(a, chunk * a.tiles + t, rows, x[q].data + t * a.width * width, accumulate || q > 0,
+             gradient + a.base[chunk]);
       };
       width == 16   ? call(tile_sddmm<S, 1>)
       : width == 32 ? call(tile_sddmm<S, 2>)

@@ -22,6 +22,7 @@ struct Avx2Simd : OctetSimd {
   static constexpr int kBlockVecs = 1;  // four rows by two registers, of sixteen
   static constexpr int kPieces = 1;     // four vectors are eight registers
   static constexpr int kTokens = 6;
+  static constexpr int kDotCols = 2;
   static constexpr int kSliceTokens = 2, kWidestWindow = 32;
 
   static V zero() noexcept { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
@@ -38,8 +39,8 @@ struct Avx2Simd : OctetSimd {
     _mm256_storeu_ps(p + 8, v.hi);
   }
   static void store(T* p, V v, int n) noexcept {
-    _mm256_maskstore_ps(p, first8(n), v.lo);
-    _mm256_maskstore_ps(p + 8, first8(n - 8), v.hi);
+    half_store(p, v.lo, n);
+    half_store(p + 8, v.hi, n - 8);
   }
   // In registers from here on: GCC may load a value again for each of its uses.
   static V keep(V v) noexcept {
@@ -80,11 +81,15 @@ struct Avx2Simd : OctetSimd {
   }
   static V scale(V v, V n) noexcept { return {scale8(v.lo, n.lo), scale8(v.hi, n.hi)}; }
 
-  static __m256 halves(V a) noexcept { return _mm256_add_ps(a.lo, a.hi); }
-  using Quad = __m256;  // its 128-bit lanes hold two partial sums of four vectors side by side
-  static Quad quad(V a, V b, V c, V d) noexcept {
-    return _mm256_hadd_ps(_mm256_hadd_ps(halves(a), halves(b)),
-                          _mm256_hadd_ps(halves(c), halves(d)));
+  using Dot = __m256;
+  static Dot dot_of(V v) noexcept { return _mm256_add_ps(v.lo, v.hi); }
+  static Dot dot_zero() noexcept { return _mm256_setzero_ps(); }
+  static Dot dot(V a, V b, Dot sum) noexcept {
+    return _mm256_fmadd_ps(a.hi, b.hi, _mm256_fmadd_ps(a.lo, b.lo, sum));
+  }
+  using Quad = __m256;  // its 128-bit lanes hold two partial sums of four dots side by side
+  static Quad quad(Dot a, Dot b, Dot c, Dot d) noexcept {
+    return _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
   }
   static __m256 fold128(Quad a, Quad b) noexcept {
     return _mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));

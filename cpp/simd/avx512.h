@@ -20,6 +20,7 @@ struct Avx512Simd : OctetSimd {
   static constexpr int kBlockVecs = 4;
   static constexpr int kPieces = 2;
   static constexpr int kTokens = 8;
+  static constexpr int kDotCols = 4;
   static constexpr int kSliceTokens = 8, kWidestWindow = 64;
 
   static __mmask16 first(int n) noexcept { return static_cast<__mmask16>((1u << n) - 1u); }
@@ -54,8 +55,12 @@ struct Avx512Simd : OctetSimd {
   }
   static V scale(V v, V n) noexcept { return _mm512_scalef_ps(v, n); }
 
-  using Quad = V;  // its 128-bit lanes hold four partial sums of four vectors side by side
-  static Quad quad(V a, V b, V c, V d) noexcept {
+  using Dot = V;
+  static Dot dot_of(V v) noexcept { return v; }
+  static Dot dot_zero() noexcept { return zero(); }
+  static Dot dot(V a, V b, Dot sum) noexcept { return fma(a, b, sum); }
+  using Quad = V;  // its 128-bit lanes hold four partial sums of four dots side by side
+  static Quad quad(Dot a, Dot b, Dot c, Dot d) noexcept {
     const V ab = add(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
     const V cd = add(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
     const __m512d x = _mm512_castps_pd(ab), y = _mm512_castps_pd(cd);

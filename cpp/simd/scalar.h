@@ -25,6 +25,8 @@ struct ScalarSimd {
   static constexpr int kPieces = 1;
   // Vectors that fit it next to one of weights, and are enough to hide the latency of an FMA.
   static constexpr int kTokens = 6;
+  // Columns of X whose dot products with four rows of dY fit it.
+  static constexpr int kDotCols = 1;
   // Tokens and columns of a window that one pass over RowSlices takes at most.
   static constexpr int kSliceTokens = 2, kWidestWindow = 32;
 
@@ -81,14 +83,19 @@ struct ScalarSimd {
   static double exp(double x) noexcept { return std::exp(x); }
   static double erfc(double x) noexcept { return std::erfc(x); }
 
-  // Sums of the lanes of sixteen vectors, in two steps: four vectors to a Quad, four Quads to a V.
+  // Dot products: partial sums of one in a V, in a Dot, which may take fewer registers, and of four
+  // in a Quad; sixteen results in a V.
+  using Dot = V;
+  static Dot dot_of(const V& v) noexcept { return v; }
+  static Dot dot_zero() noexcept { return zero(); }
+  static Dot dot(const V& a, const V& b, const Dot& sum) noexcept { return fma(a, b, sum); }
   struct Quad {
     T sum[4];
   };
-  static Quad quad(const V& a, const V& b, const V& c, const V& d) noexcept {
+  static Quad quad(const Dot& a, const Dot& b, const Dot& c, const Dot& d) noexcept {
     return {{sum(a), sum(b), sum(c), sum(d)}};
   }
-  // Lane 4 q + i is the sum of the i-th vector of quad q.
+  // Lane 4 q + i is the i-th dot product of quad q.
   static V join(const Quad& a, const Quad& b, const Quad& c, const Quad& d) noexcept {
     V v;
     for (int i = 0; i < 4; ++i) {
