@@ -1,7 +1,8 @@
 """Builds the C++ core once and links it into the Python module and the ONNX Runtime library.
 
 Every instruction-set level is always built, each file with its own flags; the level is chosen at
-run time. Set ``SPFMT_SANITIZE=address,undefined`` for a sanitizer build of the C++ code.
+run time. Set ``SPFMT_SANITIZE=address,undefined`` for a sanitizer build of the C++ code, and
+``SPFMT_EMULATE=avx512`` for one whose AVX-512 kernels run on any CPU with AVX2: both are for tests.
 """
 
 import os
@@ -19,8 +20,10 @@ CORE = sorted(str(p) for p in Path("cpp").glob("*.cpp"))
 ORT = sorted(str(p) for p in Path("cpp/ort").glob("*.cpp"))
 HEADERS = sorted(str(p) for place in ("cpp", "bindings") for p in Path(place).rglob("*.h"))
 SANITIZE = os.environ.get("SPFMT_SANITIZE", "")
+EMULATE = os.environ.get("SPFMT_EMULATE", "")
 CORE_FLAGS = runpy.run_path("cpp/flags.py")
 ISA_FLAGS: dict[str, list[str]] = CORE_FLAGS["ISA_FLAGS"]
+EMULATED_FLAGS: dict[str, list[str]] = CORE_FLAGS["EMULATED_FLAGS"]
 FLAGS: list[str] = [*CORE_FLAGS["FLAGS"]]
 LINK: list[str] = []
 if SANITIZE:
@@ -28,6 +31,12 @@ if SANITIZE:
     LINK += [f"-fsanitize={SANITIZE}"]
 else:
     FLAGS += ["-g0"]  # Python's own flags ask for debug information, ten times the code
+
+if EMULATE:
+    if EMULATE not in EMULATED_FLAGS:
+        sys.exit(f"SPFMT_EMULATE={EMULATE}: expected one of {', '.join(EMULATED_FLAGS)}, or unset")
+    ISA_FLAGS[EMULATE] = EMULATED_FLAGS[EMULATE]
+    FLAGS += [f"-DSPFMT_EMULATE_{EMULATE.upper()}"]
 
 ORT_LIBRARY = "spfmt.onnx.libspfmt_ort"
 

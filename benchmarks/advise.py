@@ -144,12 +144,13 @@ def main() -> None:
     if args.defaults:
         calibration._SECONDS_PER_POINT = args.seconds
         return print_defaults()
+    isa = dispatch.timed_isa()
     if not args.no_calibration:
         spfmt.calibrate(threads=1, save=False)
     calibration._SECONDS_PER_POINT = args.seconds
     spfmt.set_num_threads(1)
     runs = measure_all()
-    print(f"{cost.cost_model().cpu}, {dispatch.active_isa()}, one thread")
+    print(f"{cost.cost_model().cpu}, {isa}, one thread")
     print(f"cost model: {cost.cost_model().origin}\n{report(runs)}")
     if args.json:
         args.json.write_text(json.dumps([asdict(r) for r in runs], indent=1) + "\n")

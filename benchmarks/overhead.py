@@ -91,6 +91,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--compiled", action="store_true", help="torch.compile too (slow to start)")
     compiled = parser.parse_args().compiled
+    spfmt.dispatch.timed_isa()  # refuses where times would mean nothing
     torch.set_num_threads(1)
     spfmt.set_num_threads(1)
     heading = ""

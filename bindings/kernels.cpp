@@ -170,6 +170,14 @@ py::list kernel_table() {
   return rows;
 }
 
+py::list emulated_levels() {
+  py::list names;
+  for (const spfmt::Isa isa : {spfmt::Isa::scalar, spfmt::Isa::avx2, spfmt::Isa::avx512}) {
+    if (spfmt::isa_emulated(isa)) names.append(spfmt::isa_name(isa));
+  }
+  return names;
+}
+
 py::array_t<int32_t> group_rows_by_counts(const Contiguous<uint8_t>& counts) {
   require(counts.ndim() == 2, "counts must be (rows, chunks)");
   const auto order = spfmt::group_rows_by_counts(counts.data(), counts.shape(0), counts.shape(1));
@@ -241,6 +249,7 @@ PYBIND11_MODULE(_kernels, m) {
   m.def("summary", &summary, py::arg("plan"), py::arg("op"));
   m.def("kernel_table", &kernel_table, "Rows (op, format, dtype, isa, supported).");
   m.def("active_isa", [] { return spfmt::isa_name(spfmt::active_isa()); });
+  m.def("emulated_levels", &emulated_levels, "Levels that run in other instructions: tests only.");
   m.def("openmp_threads", &omp_get_max_threads);
   m.def("in_forked_child", [] { return forked_child.load(); });
   m.def("group_rows_by_counts", &group_rows_by_counts, py::arg("counts").noconvert());

@@ -116,10 +116,19 @@ const char* variant_name(Variant variant) {
 }
 const char* dtype_name(DType dtype) { return dtype == DType::f32 ? "float32" : "float64"; }
 
+bool isa_emulated([[maybe_unused]] Isa isa) {
+#ifdef SPFMT_EMULATE_AVX512
+  return isa == Isa::avx512;
+#else
+  return false;
+#endif
+}
+
 bool isa_supported(Isa isa) {
   // __builtin_cpu_supports also asks the operating system (XGETBV) whether it saves the registers.
   switch (isa) {
     case Isa::avx512:
+      if (isa_emulated(isa)) return isa_supported(Isa::avx2);
       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     case Isa::avx2:
@@ -134,7 +143,7 @@ Isa active_isa() {
   const Isa levels[] = {Isa::avx512, Isa::avx2, Isa::scalar};
   if (forced == nullptr || *forced == '\0') {
     for (const Isa isa : levels) {
-      if (isa_supported(isa)) return isa;
+      if (isa_supported(isa) && !isa_emulated(isa)) return isa;
     }
   }
   for (const Isa isa : levels) {

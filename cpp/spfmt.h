@@ -127,7 +127,10 @@ const char* dtype_name(DType dtype);
 
 // Levels this CPU and operating system can execute.
 bool isa_supported(Isa isa);
-// The level in use: the best supported one, or what SPFMT_ISA forces.
+// Whether this build runs a level's kernels in other instructions (simd/emulated.h): the results
+// are the level's, the speed is not. Never so but in test builds.
+bool isa_emulated(Isa isa);
+// The level in use: the best supported one that is not emulated, or what SPFMT_ISA forces.
 // Throws std::invalid_argument when SPFMT_ISA names no level or one the CPU lacks.
 Isa active_isa();
 

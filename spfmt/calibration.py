@@ -27,7 +27,7 @@ import spfmt._kernels as _kernels
 
 from . import cost, threads
 from .cost import CostModel
-from .dispatch import Plan, active_isa, check_workload
+from .dispatch import Plan, check_workload, timed_isa
 from .formats._layout import RowGroups, RowLists, lower_groups
 
 __all__ = ["calibrate", "dense_layers"]
@@ -95,10 +95,11 @@ def calibrate(threads: int | None = None, *, save: bool = True) -> CostModel:
     Raises
     ------
     FormatError
-        If `threads` is no positive int, or ``SPFMT_ISA`` is invalid.
+        If `threads` is no positive int, or ``SPFMT_ISA`` is invalid or forces a level that this
+        build only emulates.
     """
     _, used = check_workload(1, threads, "spmm")
-    isa = active_isa()
+    isa = timed_isa()
     logger.info("calibrating the cost model for %s, %d threads", isa, used)
     old = cost.cost_model()
     fitted = dict(old.coefficients) | _cache_sizes()

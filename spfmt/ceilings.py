@@ -138,13 +138,19 @@ def measure_ceilings(threads: int = 1, isa: str | None = None) -> Ceilings:
     Raises
     ------
     FormatError
-        For a number of threads below 1 or above 1024, or a level that is unknown or that this CPU
-        lacks.
+        For a number of threads below 1 or above 1024, or a level that is unknown, that this CPU
+        lacks or that this build only emulates.
     """
     whole = isinstance(threads, int) and not isinstance(threads, bool)
     if not whole or not 1 <= threads <= 1024:
         raise format_error(f"{threads!r} threads", "an int from 1 to 1024", "pass threads=1")
     isa = str(_kernels.active_isa()) if isa is None else isa
+    if isa in _kernels.emulated_levels():
+        raise format_error(
+            f"level {isa!r}, which this build emulates",
+            "a level of this CPU",
+            "pass a level that it has, or build without SPFMT_EMULATE",
+        )
     try:
         _kernels.probe_fma(str(isa), 0, 1)
     except ValueError as error:

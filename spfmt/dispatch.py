@@ -28,6 +28,7 @@ Layout = RowLists | RowGroups
 
 OPS = ("spmm", "spmm_t", "sddmm")
 LEVELS = ("scalar", "avx2", "avx512")
+EMULATED = tuple(_kernels.emulated_levels())  # right but slow; none but in a build for tests
 logger = logging.getLogger("spfmt")
 
 
@@ -80,6 +81,8 @@ def kernels(
 def active_isa() -> str:
     """Return the instruction-set level in use: the CPU's best, or what ``SPFMT_ISA`` forces.
 
+    A level that the build only emulates is in use where it is forced, never by itself.
+
     Raises
     ------
     FormatError
@@ -89,6 +92,24 @@ def active_isa() -> str:
         return str(_kernels.active_isa())
     except ValueError as error:
         raise FormatError(f"{error}; fix: unset SPFMT_ISA to use this CPU's best level") from None
+
+
+def timed_isa() -> str:
+    """Return :func:`active_isa` to callers that measure its speed.
+
+    Raises
+    ------
+    FormatError
+        If ``SPFMT_ISA`` is invalid, or forces a level that this build only emulates.
+    """
+    isa = active_isa()
+    if isa in EMULATED:
+        raise format_error(
+            f"a measurement at level {isa!r}, which this build emulates (SPFMT_EMULATE)",
+            "the level's own instructions",
+            "unset SPFMT_ISA, or build without SPFMT_EMULATE for a CPU that has the level",
+        )
+    return isa
 
 
 def select(op: str, format: str, dtype: str, backend: str = "auto") -> Kernel:
@@ -176,16 +197,23 @@ def show_config() -> str:
 
     lines = [
         f"spfmt {__version__}, numpy {np.__version__}",
-        f"instruction set: {active_isa()} (available: {', '.join(_available_levels())}; "
+        f"instruction set: {_labelled(active_isa())} "
+        f"(available: {', '.join(map(_labelled, _available_levels()))}; "
         "force one with SPFMT_ISA)",
         f"threads: {threads.get_num_threads()}",
         f"cost model: {cost.cost_model().origin}",
         f"{'format':<16}{'op':<9}{'dtype':<9}levels",
     ]
     for fmt, op, dtype in sorted({(k.format, k.op, k.dtype) for k in _TABLE}):
-        levels = [k.isa if k.available else f"({k.isa})" for k in kernels(op, fmt, dtype)]
+        levels = [
+            _labelled(k.isa) if k.available else f"({k.isa})" for k in kernels(op, fmt, dtype)
+        ]
         lines.append(f"{fmt:<16}{op:<9}{dtype:<9}{' '.join(levels)}")
     return "\n".join(lines)
+
+
+def _labelled(isa: str) -> str:
+    return f"{isa}[emulated]" if isa in EMULATED else isa
 
 
 def _available_levels() -> list[str]:

@@ -1,4 +1,5 @@
-// AVX-512 level: compiled with -mavx512{f,bw,dq,vl}, entered only where the CPU has all.
+// AVX-512 level: compiled with -mavx512{f,bw,dq,vl}, entered only where the CPU has all; or, for
+// tests (SPFMT_EMULATE=avx512), with -mavx2 -mfma.
 #include "../simd/avx512.h"
 
 #include "../kernels/probe-inl.h"

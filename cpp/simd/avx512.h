@@ -1,7 +1,11 @@
 // AVX-512 (F, BW, DQ, VL): sixteen lanes are one register. Interface as in scalar.h.
 #pragma once
 
+#ifdef SPFMT_EMULATE_AVX512
+#include "emulated.h"
+#else
 #include <immintrin.h>
+#endif
 
 #include <cstdint>
 
@@ -33,7 +37,9 @@ struct Avx512Simd : OctetSimd {
   static void store(T* p, V v, int n) noexcept { _mm512_mask_storeu_ps(p, first(n), v); }
   // In a register from here on: GCC may load a value again for each of its uses.
   static V keep(V v) noexcept {
+#ifndef SPFMT_EMULATE_AVX512
     asm("" : "+v"(v));
+#endif
     return v;
   }
   static V add(V a, V b) noexcept { return _mm512_add_ps(a, b); }
@@ -148,18 +154,12 @@ struct Avx512Simd : OctetSimd {
   struct Table {
     V a, b, c, d;  // no array: GCC would keep it in memory
     Table(const T* x, int64_t stride) noexcept {
-      a = load_register(x);
-      b = load_register(x + stride);
+      a = keep(load(x));  // or GCC makes each look-up load both of its registers again
+      b = keep(load(x + stride));
       if constexpr (kWidth == 64) {
-        c = load_register(x + 2 * stride);
-        d = load_register(x + 3 * stride);
+        c = keep(load(x + 2 * stride));
+        d = keep(load(x + 3 * stride));
       }
-    }
-    // Or GCC makes each look-up load both of its registers again.
-    static V load_register(const T* p) noexcept {
-      V v = load(p);
-      asm("" : "+v"(v));
-      return v;
     }
     V lookup(const Index<kWidth>& i) const noexcept {
       const V low = _mm512_permutex2var_ps(a, i.column, b);  // ignores all but the lowest five bits

@@ -11,7 +11,7 @@ from typing import Any
 
 import spfmt
 from spfmt.ceilings import cache_sizes
-from spfmt.dispatch import active_isa
+from spfmt.dispatch import timed_isa
 
 __all__ = ["available_cpus", "available_memory", "commit", "cpu_name", "describe", "versions"]
 
@@ -87,11 +87,17 @@ def versions() -> dict[str, str]:
 
 
 def describe() -> dict[str, Any]:
-    """Return what is needed to read a time later: CPU, cores, caches, level, system, commit."""
+    """Return what is needed to read a time later: CPU, cores, caches, level, system, commit.
+
+    Raises
+    ------
+    FormatError
+        If the level in use is emulated: times would say nothing of it.
+    """
     return {
         "cpu": cpu_name(),
         "cores": available_cpus(),
-        "isa": active_isa(),
+        "isa": timed_isa(),
         "caches": cache_sizes(),
         "system": platform.platform(),
         "commit": commit(),

@@ -9,7 +9,7 @@ from typing import Any
 from spfmt.bench.contenders import Case, Contender
 from spfmt.bench.timing import Timing
 from spfmt.ceilings import Ceilings
-from spfmt.dispatch import LEVELS, active_isa, kernels
+from spfmt.dispatch import EMULATED, LEVELS, active_isa, kernels
 
 __all__ = ["Row", "make_rows", "table"]
 
@@ -142,7 +142,7 @@ def _row(
 
 def _highest_level() -> str:
     """Highest level of this CPU: what other libraries use, whatever SPFMT_ISA says."""
-    levels = {k.isa for k in kernels() if k.available}
+    levels = {k.isa for k in kernels() if k.available and k.isa not in EMULATED}
     return max(levels, key=LEVELS.index)
 
 

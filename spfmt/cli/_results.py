@@ -20,7 +20,7 @@ import spfmt
 from spfmt.bench.machine import cpu_name
 from spfmt.cli._measure import BATCHES, THREADS, Latency
 from spfmt.cli._network import HIDDEN, Settings
-from spfmt.dispatch import active_isa
+from spfmt.dispatch import timed_isa
 from spfmt.formats import SparseTensor
 
 __all__ = ["Results", "Row", "label", "machine", "show", "versions", "write_json"]
@@ -112,7 +112,7 @@ def machine() -> dict[str, Any]:
     return {
         "cpu": cpu_name(),
         "cores": len(os.sched_getaffinity(0)),
-        "isa": active_isa(),
+        "isa": timed_isa(),
         "threads": THREADS,
         "system": platform.platform(),
     }

@@ -15,6 +15,7 @@ from spfmt.cli._figures import draw
 from spfmt.cli._network import PARAMS, Digits, Settings, build, load_digits, train
 from spfmt.cli._progress import Reporter
 from spfmt.cli._results import Results, Row, label, write_json
+from spfmt.dispatch import timed_isa
 
 __all__ = ["run"]
 
@@ -24,6 +25,7 @@ _DEPLOY, _OPEN, _MEASURE, _DRAW = 3.0, 2.0, 20.0, 3.0
 
 def run(settings: Settings, folder: Path, keep: bool) -> Results:
     """Run the demo in a folder; `keep` also draws and writes the table there."""
+    timed_isa()  # or the end of it refuses
     names = ("dense", *PARAMS)
     total = len(names) * (settings.epochs + _DEPLOY) + _OPEN + _MEASURE + _DRAW
     with Reporter(total) as reporter, _one_thread():
