@@ -8,6 +8,7 @@ ISA_FLAGS = {
     "avx2": ["-mavx2", "-mfma", *INTRINSICS],
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", *INTRINSICS],
 }
-# Levels that other instructions can stand in for (cpp/simd/emulated.h): for tests, never fast, so
-# that -O1 does, which compiles in a quarter of the time. 512-bit types then have no register ABI.
-EMULATED_FLAGS = {"avx512": ["-mavx2", "-mfma", "-O1", "-Wno-psabi", *INTRINSICS]}
+# Levels that other instructions can stand in for (cpp/simd/emulated.h), for tests. Without
+# optimization: they are slow anyway, and optimizing them, above all for a sanitizer, takes minutes.
+# 512-bit types have no register ABI then, which matters to none but inline functions.
+EMULATED_FLAGS = {"avx512": ["-mavx2", "-mfma", "-O0", "-Wno-psabi", *INTRINSICS]}

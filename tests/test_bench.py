@@ -35,6 +35,7 @@ from spfmt.bench import baselines as baselines_module
 from spfmt.bench.contenders import Contender, Setting, ours
 from spfmt.bench.exact import product
 from spfmt.bench.record import make_record, read_record, select, write_record
+from spfmt.bench.rows import _highest_level
 from spfmt.bench.timing import interleave
 from spfmt.bench.weights import label, random_columns
 from spfmt.bench.work import dense_work, index_bytes, sparse_work
@@ -93,6 +94,14 @@ def test_ceilings_refuse_bad_levels_and_threads() -> None:
     for isa in ("sse9", 5):
         with pytest.raises(spfmt.FormatError, match=f"level {isa!r}"):
             measure_ceilings(isa=isa)  # type: ignore[arg-type]
+
+
+def test_an_emulated_level_has_no_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spfmt.dispatch._kernels, "emulated_levels", lambda: ["scalar"])
+    with pytest.raises(spfmt.FormatError, match="level 'scalar', which this build emulates"):
+        measure_ceilings(isa="scalar")
+    monkeypatch.setattr("spfmt.bench.rows.EMULATED", spfmt.dispatch.LEVELS[1:])
+    assert _highest_level() == "scalar"  # whose roof dense layers are compared with
 
 
 def test_roof_is_the_lower_of_peak_and_bandwidth() -> None:

@@ -17,6 +17,7 @@ from fresh_python import run_python
 
 import spfmt
 from spfmt import dispatch
+from spfmt.bench import machine
 
 PACKAGE = Path(spfmt.__file__).parent
 
@@ -45,6 +46,26 @@ def test_level_may_change_while_the_process_runs(
             spfmt.spmm(a, np.ones((3, 2), "float32"))
         assert f"kernel {isa}," in caplog.text
         assert f"instruction set: {isa}" in spfmt.show_config()
+
+
+def test_an_emulated_level_is_in_use_only_where_it_is_forced() -> None:
+    if not dispatch.EMULATED:
+        pytest.skip("this build emulates no level (SPFMT_EMULATE)")
+    code = "import spfmt; print(spfmt.dispatch.active_isa())"
+    assert run_python(code, SPFMT_ISA="").stdout.strip() not in dispatch.EMULATED
+    for isa in dispatch.EMULATED:
+        assert run_python(code, SPFMT_ISA=isa).stdout.strip() == isa
+
+
+def test_nothing_measures_an_emulated_level(monkeypatch: pytest.MonkeyPatch) -> None:
+    isa = dispatch.active_isa()
+    monkeypatch.setattr(dispatch, "EMULATED", ())
+    assert dispatch.timed_isa() == isa
+    monkeypatch.setattr(dispatch, "EMULATED", (isa,))
+    assert f"instruction set: {isa}[emulated]" in spfmt.show_config()
+    for measure in (dispatch.timed_isa, spfmt.calibrate, machine.describe):
+        with pytest.raises(spfmt.FormatError, match=f"level '{isa}', which this build emulates"):
+            measure()
 
 
 def test_threads_may_exceed_the_default_of_openmp() -> None:
