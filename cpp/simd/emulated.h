@@ -67,6 +67,13 @@ inline __m512 scalef_ps(__m512 a, __m512 b) noexcept {
   return a;
 }
 
+// Within each four lanes: lane i is the one that bits 2 i and 2 i + 1 of `order` name.
+inline __m512 permute_ps(__m512 v, int order) noexcept {
+  const __m512 from = v;
+  for (int i = 0; i < 16; ++i) v[i] = from[i / 4 * 4 + (order >> i % 4 * 2 & 3)];
+  return v;
+}
+
 }  // namespace emulated
 }  // namespace
 }  // namespace spfmt
@@ -78,6 +85,7 @@ inline __m512 scalef_ps(__m512 a, __m512 b) noexcept {
 #undef _mm512_testn_epi32_mask
 #undef _mm512_abs_ps
 #undef _mm512_scalef_ps
+#undef _mm512_permute_ps
 #undef _mm512_shuffle_f32x4
 #define _mm512_cvtepu8_epi32 ::spfmt::emulated::cvtepu8_epi32
 #define _mm512_maskz_loadu_ps ::spfmt::emulated::maskz_loadu_ps
@@ -86,4 +94,5 @@ inline __m512 scalef_ps(__m512 a, __m512 b) noexcept {
 #define _mm512_testn_epi32_mask ::spfmt::emulated::testn_epi32_mask
 #define _mm512_abs_ps ::spfmt::emulated::abs_ps
 #define _mm512_scalef_ps ::spfmt::emulated::scalef_ps
+#define _mm512_permute_ps ::spfmt::emulated::permute_ps
 #define _mm512_shuffle_f32x4 simde_mm512_shuffle_f32x4  // SIMDe 0.7 has it, but for its alias
