@@ -8,18 +8,13 @@
 
 namespace spfmt {
 
-std::shared_ptr<const Buffer> ValueCache::get(int64_t version, size_t bytes,
-                                              const std::function<void(Buffer&)>& fill) const {
-  const std::lock_guard<std::mutex> lock(mutex_);
-  const bool fits = buffer_ && buffer_->bytes() == bytes;
-  if (fits && version != kNoVersion && version == version_) return buffer_;
+Buffer& ValueCache::renew(size_t bytes) const {
   version_ = kNoVersion;
+  const bool fits = buffer_ && buffer_->bytes() == bytes;
   if (!fits || buffer_.use_count() > 1) buffer_ = std::make_shared<Buffer>(bytes);
   // use_count() does not wait for the last reads of who let go of the buffer; this does.
   std::atomic_thread_fence(std::memory_order_acquire);
-  fill(*buffer_);
-  version_ = version;
-  return buffer_;
+  return *buffer_;
 }
 
 size_t ValueCache::nbytes() const {

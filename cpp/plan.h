@@ -2,7 +2,6 @@
 #pragma once
 
 #include <atomic>
-#include <functional>
 #include <memory>
 #include <mutex>
 #include <vector>
@@ -19,11 +18,23 @@ namespace spfmt {
 // so a refresh from another thread never changes it under them.
 class ValueCache {
  public:
-  std::shared_ptr<const Buffer> get(int64_t version, size_t bytes,
-                                    const std::function<void(Buffer&)>& fill) const;
+  // fill(Buffer&) packs the values where no copy of this version is kept. A template, as below:
+  // std::function would allocate at every product.
+  template <class Fill>
+  std::shared_ptr<const Buffer> get(int64_t version, size_t bytes, const Fill& fill) const {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (version != kNoVersion && version == version_ && buffer_->bytes() == bytes) return buffer_;
+    Buffer& fresh = renew(bytes);
+    fill(fresh);
+    version_ = version;
+    return buffer_;
+  }
   size_t nbytes() const;
 
  private:
+  // A buffer that no reader holds, of no version; the mutex is held.
+  Buffer& renew(size_t bytes) const;
+
   mutable std::mutex mutex_;
   mutable int64_t version_ = kNoVersion;
   mutable std::shared_ptr<Buffer> buffer_;
@@ -33,7 +44,9 @@ class ValueCache {
 template <class T>
 class Lazy {
  public:
-  const T& get(const std::function<std::unique_ptr<T>()>& make) const {
+  template <class Make>
+  const T& get(const Make& make) const {
+    if (const T* ready = peek()) return *ready;
     std::call_once(once_, [&] {
       value_ = make();
       ready_.store(value_.get(), std::memory_order_release);
