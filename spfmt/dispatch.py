@@ -170,8 +170,9 @@ def _no_kernel(op: str, format: str, dtype: str, wanted: tuple[str, ...]) -> str
 
 
 def _cached_select(op: str, format: str, dtype: str, backend: str) -> Kernel:
-    # By level, not by "auto": SPFMT_ISA may change while the process runs.
-    key = (op, format, dtype, active_isa() if backend == "auto" else backend)
+    # "auto" with its level: SPFMT_ISA may change while the process runs. A level that was asked for
+    # by name is another key, for "auto" may have had to take a lower one there.
+    key = (op, format, dtype, f"auto {active_isa()}" if backend == "auto" else backend)
     kernel = _selected.get(key)
     if kernel is None:
         kernel = _selected[key] = select(op, format, dtype, backend)

@@ -84,6 +84,18 @@ def test_missing_kernel_names_what_exists(a: spfmt.CSR) -> None:
     np.testing.assert_allclose(spfmt.spmm(half, x, backend="reference"), half.to_dense() @ x)
 
 
+def test_a_level_by_name_is_not_what_auto_found_there(
+    a: spfmt.CSR, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    double, x = a.astype("float64"), np.ones((4, 1))
+    if "avx2" not in spfmt.dispatch._available_levels():
+        pytest.skip("needs avx2")
+    monkeypatch.setenv("SPFMT_ISA", "avx2")
+    spfmt.sddmm(double, np.ones((3, 1)), x)  # takes the scalar kernel, by way of the cache
+    with pytest.raises(KernelNotFound, match="float64 at level avx2"):
+        spfmt.sddmm(double, np.ones((3, 1)), x, backend="avx2")
+
+
 def test_operands_of_packed_records_are_copied(a: spfmt.CSR) -> None:
     record = np.zeros((4, 3), dtype=np.dtype([("pad", "u1"), ("x", "f4")]))
     record["x"] = np.arange(12).reshape(4, 3)
