@@ -2,6 +2,7 @@
 
 #include <sys/mman.h>
 
+#include <cstdint>
 #include <cstdlib>
 #include <new>
 #include <vector>
@@ -51,15 +52,24 @@ thread_local Kept kept;
 }  // namespace
 
 Buffer::Buffer(size_t bytes) : bytes_(bytes) {
+  constexpr size_t kLine = 64, kHugePage = size_t{2} << 20;
+  if (bytes > PTRDIFF_MAX) throw std::bad_alloc();  // rounded up, it could begin at 0 again
+  if (bytes < 2 * kHugePage) {
+    // Whole lines, at a line by hand: aligned_alloc takes longer than malloc, which hands out what
+    // was freed last.
+    owned_ = std::malloc((bytes / kLine + 2) * kLine);
+    if (owned_ == nullptr) throw std::bad_alloc();
+    const auto address = reinterpret_cast<uintptr_t>(owned_);
+    data_ = static_cast<char*>(owned_) + (kLine - address % kLine) % kLine;
+    return;
+  }
   // Streaming from memory, half of the time goes into small pages: prefetchers stop at each.
-  constexpr size_t kHugePage = size_t{2} << 20;
-  const size_t unit = bytes < 2 * kHugePage ? 64 : kHugePage;
-  const size_t whole = (bytes / unit + 1) * unit;
-  data_ = std::aligned_alloc(unit, whole);
+  const size_t whole = (bytes / kHugePage + 1) * kHugePage;
+  data_ = owned_ = std::aligned_alloc(kHugePage, whole);
   if (data_ == nullptr) throw std::bad_alloc();
-  if (unit == kHugePage) madvise(data_, whole, MADV_HUGEPAGE);  // advice: a refusal does no harm
+  madvise(data_, whole, MADV_HUGEPAGE);  // advice: a refusal does no harm
 }
-Buffer::~Buffer() { std::free(data_); }
+Buffer::~Buffer() { std::free(owned_); }
 
 Workspace::Workspace(size_t bytes) : buffer_(kept.take(bytes)) {
   if (!buffer_) buffer_ = std::make_unique<Buffer>(bytes);

@@ -20,7 +20,7 @@ class Buffer {
   size_t bytes() const { return bytes_; }
 
  private:
-  void* data_;
+  void *data_, *owned_;  // `owned_` is what free() takes
   size_t bytes_;
 };
 

@@ -19,6 +19,7 @@ import numpy.typing as npt
 import spfmt._kernels as _kernels
 
 from . import cost, threads
+from ._memory import empty_aligned
 from .activations import activation_code, apply_activation
 from .errors import FormatError, KernelNotFound, format_error
 from .formats._layout import RowGroups, RowLists
@@ -555,7 +556,7 @@ class Plan:
 
     def _gradient_out(self, out: Array | None, dy: Array, x: Array) -> Array:
         if out is None:
-            return np.empty(self.nnz, dy.dtype)
+            return empty_aligned(self.nnz, dy.dtype)
         if out.ndim != 1 or out.size < self.nnz or not out.flags.c_contiguous:
             raise format_error(
                 f"out of shape {out.shape}",
@@ -681,7 +682,7 @@ def _result(out: Array | None, x: Array, features: int, batch_first: bool) -> Ar
     if x.ndim == 2:
         shape = (x.shape[0], features) if batch_first else (features, x.shape[1])
     if out is None:
-        return np.empty(shape, x.dtype)
+        return empty_aligned(shape, x.dtype)
     if out.shape != shape:
         raise format_error(f"out of shape {out.shape}", f"{shape}", "let it be allocated")
     _same_dtype(out.dtype, x.dtype, "out", "the operand")

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from spfmt._memory import aligned, is_aligned, zeros_aligned
 from spfmt.errors import format_error
 from spfmt.formats._checks import (
     Array,
@@ -261,7 +262,9 @@ class SparseTensor(ABC):
                 f"shape {structure.values_shape}, one value per stored position",
                 "check that values and structure belong together",
             )
-        array = frozen(array, array.dtype, copy).reshape(structure.values_shape)
+        # Kernels use them where they lie, so they start at a cache line, see spfmt._memory.
+        array = frozen(array, array.dtype, copy or not is_aligned(array))
+        array = array.reshape(structure.values_shape)
         object.__setattr__(self, "_structure", structure)
         object.__setattr__(self, "_values", array)
         object.__setattr__(self, "_version", new_version())
@@ -304,7 +307,7 @@ class SparseTensor(ABC):
         """Tensor on a structure that covers all of `coords`; positions beyond them hold zero."""
         structure = Structure(cls, coords.shape, arrays, params, copy=False)
         keys = structure.flat_indices()
-        values = np.zeros(keys.size, coords.values.dtype)
+        values = zeros_aligned(keys.size, coords.values.dtype)
         order = None if (keys[1:] > keys[:-1]).all() else np.argsort(keys)
         place = np.searchsorted(keys, coords.keys, sorter=order)
         values[place if order is None else order[place]] = coords.values
@@ -322,7 +325,8 @@ class SparseTensor(ABC):
         """Tensor on a structure found from scores, with values gathered from a dense array."""
         structure = Structure(cls, shape, arrays, params, copy=False)
         if values is None:
-            return cls._on(structure, np.zeros(structure.values_shape, scores.dtype), copy=False)
+            zeros = zeros_aligned(structure.values_shape, scores.dtype)
+            return cls._on(structure, zeros, copy=False)
         return cls._on(structure, _gather(structure, values), copy=False)
 
     @classmethod
@@ -361,7 +365,7 @@ class SparseTensor(ABC):
 
     @property
     def values(self) -> Array:
-        """Stored values, read-only."""
+        """Stored values, read-only; they start at a cache line."""
         return self._values
 
     @property
@@ -481,7 +485,7 @@ class SparseTensor(ABC):
 
     def astype(self: Self, dtype: Any) -> Self:
         """Tensor with values cast to `dtype`."""
-        return self._on(self._structure, self._values.astype(value_dtype(dtype)), copy=False)
+        return self._on(self._structure, aligned(self._values, value_dtype(dtype)), copy=False)
 
     def with_values(self: Self, values: Any) -> Self:
         """Tensor with other values on the same structure and plan.

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from spfmt._memory import aligned
 from spfmt.errors import FormatError, MissingDependency, format_error
 from spfmt.structure._checks import plain_array as plain_array
 
@@ -150,9 +151,12 @@ def float_array(name: str, value: Any) -> Array:
 
 
 def frozen(array: Array, dtype: np.dtype[Any], copy: bool) -> Array:
-    """Read-only C-contiguous `array` of `dtype`; without `copy` a fitting array is shared."""
+    """Read-only C-contiguous `array` of `dtype`; without `copy` a fitting array is shared.
+
+    A copy starts at a cache line.
+    """
     if copy:
-        out = np.array(array, dtype=dtype, order="C", copy=True, subok=False)
+        out = aligned(array, dtype)
     else:
         out = np.ascontiguousarray(array, dtype=dtype).reshape(array.shape).view(np.ndarray)
     out.flags.writeable = False
