@@ -3,7 +3,7 @@
 //
 // bind(plan, kernels) returns functions that carry their plan as `self`. They take the plain case
 // alone and return None (multiply) or False for every other, which then goes the long way, where
-// errors are explained.
+// errors are explained. Until then nothing has been written.
 #include "calls.h"
 
 #include <omp.h>
@@ -16,6 +16,8 @@
 #include <new>
 #include <stdexcept>
 #include <vector>
+
+#include "../cpp/workspace.h"
 
 namespace py = pybind11;
 
@@ -58,6 +60,7 @@ struct Product {
   int64_t version;
   Operand in, in2, out;
   const void* bias;
+  spfmt::Activation activation;
   int threads;
 };
 
@@ -81,6 +84,7 @@ void run_typed(const Calls& calls, const spfmt::Kernel& kernel, const Product& p
   args.in2 = p.in2.matrix<const T>();
   args.out = p.out.matrix<T>();
   args.bias = static_cast<const T*>(p.bias);
+  args.activation = p.activation;
   int threads = forked_child ? 1 : p.threads;
   const spfmt::Executor executor = openmp_executor(threads);
   const Unlocked others;
@@ -136,6 +140,12 @@ spfmt::Op operation(PyObject* o) {
   return static_cast<spfmt::Op>(op);
 }
 
+bool truth(PyObject* o) {
+  const int found = PyObject_IsTrue(o);
+  if (found < 0) throw py::error_already_set();
+  return found != 0;
+}
+
 int64_t version_of(PyObject* o) { return o == Py_None ? spfmt::kNoVersion : integer(o); }
 
 // None stands for OpenMP's own setting.
@@ -188,20 +198,92 @@ Operand operand(PyObject* o, bool batch_first, int64_t itemsize) {
           a->strides[s] / itemsize};
 }
 
-py::array allocate(const Operand& in, int64_t features, int nd, bool batch_first,
-                   const py::dtype& dtype) {
-  if (nd == 1) return py::array(dtype, std::array<py::ssize_t, 1>{features});
-  if (batch_first) return py::array(dtype, std::array<py::ssize_t, 2>{in.samples, features});
-  return py::array(dtype, std::array<py::ssize_t, 2>{features, in.samples});
+// The shape of a result in the layout that its operand came in.
+struct Shape {
+  int nd;
+  std::array<Py_intptr_t, 2> dims;
+
+  Shape(const Operand& in, int64_t features, int rank, bool batch_first) : nd(rank) {
+    dims = nd == 1 || !batch_first ? std::array<Py_intptr_t, 2>{features, in.samples}
+                                   : std::array<Py_intptr_t, 2>{in.samples, features};
+  }
+  bool of(PyObject* o) const {
+    const auto* a = py::detail::array_proxy(o);
+    return a->nd == nd && std::equal(a->dimensions, a->dimensions + nd, dims.begin());
+  }
+};
+
+// A new array that starts at a cache line, as numpy's own memory does not: kernels store a batch's
+// features line by line, and half of the vectors would straddle two.
+py::object new_array(const Shape& shape, const py::dtype& dtype) {
+  size_t bytes = dtype.itemsize();
+  for (int i = 0; i < shape.nd; ++i) {
+    if (__builtin_mul_overflow(bytes, shape.dims[i], &bytes)) throw std::bad_alloc();
+  }
+  auto memory = std::make_unique<spfmt::Buffer>(bytes);
+  void* data = memory->as<void>();
+  py::capsule owner(memory.get(), [](void* buffer) { delete static_cast<spfmt::Buffer*>(buffer); });
+  memory.release();
+  const auto& api = py::detail::npy_api::get();
+  constexpr int kFlags = py::detail::npy_api::NPY_ARRAY_C_CONTIGUOUS_ |
+                         py::detail::npy_api::NPY_ARRAY_ALIGNED_ |
+                         py::detail::npy_api::NPY_ARRAY_WRITEABLE_;
+  auto array = py::reinterpret_steal<py::object>(api.PyArray_NewFromDescr_(
+      reinterpret_cast<PyTypeObject*>(numpy->ndarray), py::dtype(dtype).release().ptr(), shape.nd,
+      shape.dims.data(), nullptr, data, kFlags, nullptr));
+  if (!array || api.PyArray_SetBaseObject_(array.ptr(), owner.release().ptr()) < 0) {
+    throw py::error_already_set();
+  }
+  return array;
 }
 
-// multiply(op, values, version, x, bias, batch_first, threads) -> array, or None
+// The addresses between which an array's elements lie.
+struct Extent {
+  const char *begin, *end;
+
+  explicit Extent(PyObject* o) {
+    const auto* a = py::detail::array_proxy(o);
+    begin = end = a->data;
+    if (size_of(o) == 0) return;
+    for (int i = 0; i < a->nd; ++i) {
+      const int64_t span = (a->dimensions[i] - 1) * a->strides[i];
+      (span < 0 ? begin : end) += span;
+    }
+    end += py::reinterpret_borrow<py::dtype>(a->descr).itemsize();
+  }
+  bool meets(const Extent& other) const { return begin < other.end && other.begin < end; }
+};
+
+// Whether a product may write to `out`: a plain array of its own memory. Where only the extents
+// meet, as those of neighbouring columns do, the long way looks closer.
+bool receives(PyObject* out, const Shape& shape, const py::dtype& dtype,
+              std::initializer_list<PyObject*> operands) {
+  if (!plain(out, dtype) || !shape.of(out)) return false;
+  if (!(py::detail::array_proxy(out)->flags & py::detail::npy_api::NPY_ARRAY_WRITEABLE_)) {
+    return false;
+  }
+  const Extent written(out);
+  return std::none_of(operands.begin(), operands.end(),
+                      [&](PyObject* o) { return o != Py_None && written.meets(Extent(o)); });
+}
+
+spfmt::Activation activation_of(PyObject* o, spfmt::Op op) {
+  const int64_t code = integer(o);
+  if (code < 0 || code > static_cast<int>(spfmt::Activation::silu)) {
+    throw py::value_error("no such activation");
+  }
+  if (code != 0 && op != spfmt::Op::spmm) throw py::value_error("only spmm has activations");
+  return static_cast<spfmt::Activation>(code);
+}
+
+// multiply(op, values, version, x, bias, activation, batch_first, out, threads) -> array, or None
 PyObject* multiply_plain(const Calls& calls, PyObject* const* arg) {
-  PyObject *values = arg[1], *x = arg[3], *bias = arg[4];
-  const bool is_f64 = plain(x, numpy->f64), batch_first = arg[5] == Py_True;
+  PyObject *values = arg[1], *x = arg[3], *bias = arg[4], *out = arg[7];
+  const bool is_f64 = plain(x, numpy->f64), batch_first = truth(arg[6]);
   const py::dtype& dtype = is_f64 ? numpy->f64 : numpy->f32;
   if (!plain(x, dtype) || !plain(values, dtype) || !contiguous(values)) Py_RETURN_NONE;
   const spfmt::Op op = operation(arg[0]);
+  const spfmt::Activation activation = activation_of(arg[5], op);
   const PyPlan& plan = calls.plan;
   const int nd = py::detail::array_proxy(x)->nd;
   const spfmt::Kernel* kernel = calls.kernel(op, is_f64);
@@ -214,17 +296,20 @@ PyObject* multiply_plain(const Calls& calls, PyObject* const* arg) {
     const auto* b = py::detail::array_proxy(bias);
     if (b->nd != 1 || b->dimensions[0] != plan.rows) Py_RETURN_NONE;
   }
-  py::array y = allocate(in, plan.rows + plan.cols - n_in, nd, batch_first, dtype);
+  const Shape shape(in, plan.rows + plan.cols - n_in, nd, batch_first);
+  if (out != Py_None && !receives(out, shape, dtype, {x, values, bias})) Py_RETURN_NONE;
+  py::object y = out == Py_None ? new_array(shape, dtype) : py::reinterpret_borrow<py::object>(out);
   run(calls, *kernel,
       {op, is_f64, py::detail::array_proxy(values)->data, version_of(arg[2]), in, Operand{},
        operand(y.ptr(), batch_first, dtype.itemsize()),
-       bias == Py_None ? nullptr : py::detail::array_proxy(bias)->data, threads_of(arg[6])});
+       bias == Py_None ? nullptr : py::detail::array_proxy(bias)->data, activation,
+       threads_of(arg[8])});
   return y.release().ptr();
 }
 
 PyObject* multiply(PyObject* self, PyObject* const* arg, Py_ssize_t count) {
   return translated([&] {
-    require_count(count, 7);
+    require_count(count, 9);
     return multiply_plain(calls_of(self), arg);
   });
 }
@@ -256,7 +341,8 @@ PyObject* multiply_at(PyObject* self, PyObject* const* arg, Py_ssize_t count) {
     if (bias != nullptr && op != spfmt::Op::spmm) throw py::value_error("only spmm has a bias");
     run(calls, *kernel,
         {op, f64, address(arg[2]), version_of(arg[3]), samples_at(arg[4], arg[5], n_in, batch),
-         Operand{}, Operand{address(arg[7]), n_out, batch, 1, n_out}, bias, threads_of(arg[9])});
+         Operand{}, Operand{address(arg[7]), n_out, batch, 1, n_out}, bias, spfmt::Activation::none,
+         threads_of(arg[9])});
     Py_RETURN_TRUE;
   });
 }
@@ -278,7 +364,7 @@ PyObject* sample_at(PyObject* self, PyObject* const* arg, Py_ssize_t count) {
     run(calls, *kernel,
         {spfmt::Op::sddmm, f64, out, spfmt::kNoVersion,
          samples_at(arg[3], arg[4], plan.rows, batch), samples_at(arg[5], arg[6], plan.cols, batch),
-         Operand{}, nullptr, threads_of(arg[8])});
+         Operand{}, nullptr, spfmt::Activation::none, threads_of(arg[8])});
     if (spare > 0) std::memset(out + nnz * size, 0, spare * size);
     Py_RETURN_TRUE;
   });

@@ -324,8 +324,11 @@ class Plan:
         version: int | None = None,
     ) -> Array:
         """Compute Y = f(A X + bias), f and bias optional; see :func:`spfmt.spmm`."""
-        if out is None and backend == "auto" and activation is None:
-            y = self._quick(0, values, x, bias, batch_first, version)
+        code = 0 if activation is None else activation_code(activation)
+        if backend == "auto" and not logger.isEnabledFor(logging.DEBUG):
+            y: Array | None = (self._calls or self._bind())[0](
+                0, values, version, x, bias, code, batch_first, out, threads._override
+            )
             if y is not None:
                 return y
         if bias is not None:
@@ -345,8 +348,10 @@ class Plan:
         version: int | None = None,
     ) -> Array:
         """Compute dX = Aᵀ dY; see :func:`spfmt.spmm_t`."""
-        if out is None and backend == "auto":
-            dx = self._quick(1, values, dy, None, batch_first, version)
+        if backend == "auto" and not logger.isEnabledFor(logging.DEBUG):
+            dx: Array | None = (self._calls or self._bind())[0](
+                1, values, version, dy, None, 0, batch_first, out, threads._override
+            )
             if dx is not None:
                 return dx
         return self._multiply("spmm_t", values, dy, None, batch_first, out, backend, version)
@@ -440,24 +445,6 @@ class Plan:
         """Return why no kernel runs: `select` raises it where SPFMT_ISA is the reason."""
         select(op, self.format, dtype)
         return KernelNotFound(f"no kernel for {op} of {self.format} in {dtype}")
-
-    def _quick(
-        self,
-        op: int,
-        values: Array,
-        x: Array,
-        bias: Array | None,
-        batch_first: bool,
-        version: int | None,
-    ) -> Array | None:
-        """Multiply plain arrays in one compiled call; None where the long way must decide."""
-        if logger.isEnabledFor(logging.DEBUG):
-            return None
-        multiply = (self._calls or self._bind())[0]
-        y: Array | None = multiply(
-            op, values, version, x, bias, bool(batch_first), threads._override
-        )
-        return y
 
     def _bind(self) -> Any:
         self._calls = _kernels.bind(self._compiled or self._compile(), _indices(self.format))
@@ -641,6 +628,8 @@ def _splits_elements(a: Array) -> bool:
 
 def _check_own_memory(out: Array, *operands: Array) -> None:
     """Refuse an `out` that cannot be written, or whose writing would change an operand."""
+    if not isinstance(out, np.ndarray):
+        raise format_error(f"out of type {type(out).__name__}", "an array", "pass a numpy array")
     if not out.flags.writeable:
         raise format_error("a read-only out", "a writable array", "pass a copy")
     # Bounds alone would refuse neighbouring columns of one buffer; the exact test has its limit.

@@ -52,6 +52,101 @@ def test_quick_multiplication_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
         )
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("activation", [None, *spfmt.activations.ACTIVATIONS])
+def test_quick_multiplication_takes_out_and_activations(
+    dtype: str, activation: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a, rng = weight(dtype), np.random.default_rng(1)
+    x, bias = rng.standard_normal((3, C)).astype(dtype), rng.standard_normal(R).astype(dtype)
+    want = spfmt.activations.apply_activation(activation, x @ a.to_dense().T + bias)
+    monkeypatch.setattr(dispatch.Plan, "_multiply", None)  # the long way would call it
+    frame = np.full((5, R + 4), np.nan, dtype)
+    for out in (
+        np.empty((3, R), dtype),
+        np.empty((R, 3), dtype).T,
+        frame[1:4, 2:-2],  # a window
+        np.empty((3, 2 * R), dtype)[:, ::2],
+        np.empty((3, R), dtype)[::-1, ::-1],
+    ):
+        y = spfmt.spmm(a, x, bias=bias, activation=activation, batch_first=True, out=out)
+        assert y is out
+        np.testing.assert_allclose(y, want, rtol=1e-4, atol=1e-5)
+    assert np.isnan(frame).sum() == frame.size - 3 * R  # nothing beside the window
+    vector = np.empty(R, dtype)
+    assert spfmt.spmm(a, x[0], bias=bias, activation=activation, out=vector) is vector
+    np.testing.assert_allclose(vector, want[0], rtol=1e-4, atol=1e-5)
+    dx = np.empty((C, 3), dtype)
+    assert spfmt.spmm_t(a, want.T.astype(dtype), out=dx) is dx
+    np.testing.assert_allclose(dx, (want @ a.to_dense()).T, rtol=1e-4, atol=1e-4)
+
+
+def test_quick_multiplication_leaves_doubtful_outputs_to_the_long_way() -> None:
+    a = weight()
+    multiply = a.plan._bind()[0]
+    memory = np.ones(200, "float32")
+    x, bias = memory[:C], memory[C : C + R]
+
+    def quick(out: object, values: np.ndarray = a.values) -> object:
+        return multiply(0, values, None, x, bias, 0, False, out, 1)
+
+    read_only = np.ones(R, "float32")
+    read_only.flags.writeable = False
+    for out in (
+        np.ones(R + 1, "float32"),
+        np.ones((R, 1), "float32"),
+        np.ones(R, "float64"),
+        np.ones(R, ">f4"),
+        read_only,
+        misaligned(np.ones(R, "float32")),
+        np.ones(R, "float32").view(Sub),
+        [0.0] * R,
+        memory[C - 1 : C - 1 + R],  # the end of x
+        memory[C + R - 1 : C + 2 * R - 1],  # the end of the bias
+        memory[2 * C - 2 :: -1][: 2 * R : 2],  # backwards, into x
+    ):
+        assert quick(out) is None
+    values = np.ones(a.nnz + R, "float32")
+    assert quick(values[a.nnz - 1 : a.nnz - 1 + R], values[: a.nnz]) is None
+    assert (memory == 1).all()
+    assert (values == 1).all()
+    assert quick(memory[C + R : C + 2 * R]) is not None  # right behind them
+    assert (memory[: C + R] == 1).all()
+    assert (memory[C + 2 * R :] == 1).all()
+
+
+@pytest.mark.parametrize("out", [[0.0] * R, "out", 1, np.float32(1)])
+def test_outputs_that_are_no_arrays_are_refused(out: object) -> None:
+    with pytest.raises(FormatError, match="out of type"):
+        spfmt.spmm(weight(), np.ones(C, "float32"), out=out)  # type: ignore[arg-type]
+
+
+def test_output_over_the_operand_is_refused_and_nothing_written() -> None:
+    a = spfmt.CSR.from_dense(np.ones((4, 4), "float32"))
+    for x in (np.ones((4, 4), "float32"), np.ones(4, "float32")):
+        for out in (x, x[::-1], x.T):
+            with pytest.raises(FormatError, match="shares memory"):
+                spfmt.spmm(a, x, out=out, activation="relu")
+            with pytest.raises(FormatError, match="shares memory"):
+                spfmt.spmm_t(a, x, out=out)
+        assert (x == 1).all()
+
+
+def test_unknown_activations_are_refused() -> None:
+    for name in ("tanh", "", 1, ["relu"]):
+        with pytest.raises(FormatError, match="activation="):
+            spfmt.spmm(weight(), np.ones(C, "float32"), activation=name)  # type: ignore[arg-type]
+
+
+def test_batch_first_may_be_any_truth() -> None:
+    a, x = weight(), np.ones((3, C), "float32")
+    want = spfmt.spmm(a, x, batch_first=True)
+    for true in (1, np.True_, "yes"):
+        np.testing.assert_array_equal(spfmt.spmm(a, x, batch_first=true), want)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="ambiguous"):
+        spfmt.spmm(a, x, batch_first=np.ones(2))  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 @pytest.mark.parametrize("kind", [misaligned, lambda x: x.view(Sub), lambda x: x.tolist()])
 def test_what_is_not_plain_computes_all_the_same(kind, backend: str) -> None:
@@ -120,7 +215,12 @@ def test_bound_functions_check_their_arguments_and_keep_their_plan() -> None:
         with pytest.raises(TypeError):
             function()
     with pytest.raises(IndexError):
-        multiply(9, values, None, x, None, False, None)
+        multiply(9, values, None, x, None, 0, False, None, None)
+    for code in (-1, 5):
+        with pytest.raises(ValueError, match="no such activation"):
+            multiply(0, values, None, x, None, code, False, None, None)
+    with pytest.raises(ValueError, match="only spmm has activations"):
+        multiply(1, values, None, np.ones(R, "float32"), None, 1, False, None, None)
     memory, strides = np.ones(R * C, "float32"), (C, 1)
     place = memory.ctypes.data
     with pytest.raises(ValueError, match="negative"):
@@ -131,13 +231,14 @@ def test_bound_functions_check_their_arguments_and_keep_their_plan() -> None:
         multiply_at(2, False, place, None, place, strides, 1, place, 0, 1)
     with pytest.raises(ValueError, match="fewer elements"):
         sample_at(False, place, 1, place, strides, place, strides, 1, 1)
-    assert multiply(1, values, None, np.ones(R, "float32"), values[:R], False, None) is None
+    dy = np.ones(R, "float32")
+    assert multiply(1, values, None, dy, values[:R], 0, False, None, None) is None
     with pytest.raises(ValueError, match="kernel count"):
         dispatch._kernels.bind(a.plan._compile(), [0])
     del a
     gc.collect()
     np.testing.assert_allclose(
-        multiply(0, values, None, x, None, False, 1), dense.sum(1), rtol=1e-5, atol=1e-5
+        multiply(0, values, None, x, None, 0, False, None, 1), dense.sum(1), rtol=1e-5, atol=1e-5
     )
 
 
