@@ -12,6 +12,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from fresh_python import run_python
 
 ROOT = Path(__file__).resolve().parents[1]
 OURS = ROOT / "cpp" / "ort" / "ort_api.h"
@@ -34,6 +35,10 @@ namespace ours = spfmt::ort;
   static_assert(offsetof(::OrtApi, function) == (slot) * sizeof(void*), #function);       \
   static_assert(offsetof(ours::Api, function) == offsetof(::OrtApi, function), #function);
 SPFMT_ORT_API_SLOTS(CHECK_SLOT)
+#if ORT_API_VERSION >= 24
+static_assert(ours::kShapesVersion == 24, "the condition above");
+SPFMT_ORT_SHAPES_SLOTS(CHECK_SLOT)
+#endif
 
 #define CHECK_FIELD(field) \
   static_assert(offsetof(ours::CustomOp, field) == offsetof(::OrtCustomOp, field), #field);
@@ -96,3 +101,63 @@ def test_the_check_would_notice() -> None:
     done = compile_only(moved.replace("#pragma once", ""))
     assert done.returncode != 0
     assert "AddCustomOpDomain" in done.stderr
+
+
+# A runtime that says to be an older one, and does not know what came later.
+OLD_RUNTIME = r"""
+#include <dlfcn.h>
+
+#include "ort_api.h"
+using namespace spfmt::ort;
+
+static const ApiBase* real;
+static const Api* old_api(uint32_t version) {
+  return version > 23 ? nullptr : real->GetApi(version);
+}
+
+extern "C" __attribute__((visibility("default"))) Status* RegisterCustomOps(
+    SessionOptions* options, const ApiBase* base) {
+  real = base;
+  static const ApiBase old{old_api, [] { return "VERSION"; }};
+  void* library = dlopen("LIBRARY", RTLD_NOW);
+  using Register = Status* (*)(SessionOptions*, const ApiBase*);
+  return reinterpret_cast<Register>(dlsym(library, "RegisterCustomOps"))(options, &old);
+}
+"""
+ONE_LAYER = """if True:
+    import onnxruntime
+    from onnx_cases import bias_of, check, one_layer, samples, weight
+    options = onnxruntime.SessionOptions()
+    options.register_custom_ops_library("LIBRARY")
+    for format in ("csr", "hrbp"):
+        tensor = weight(format, 37, 19)
+        model = one_layer(tensor, bias_of(tensor), rank_known=False)
+        session = onnxruntime.InferenceSession(model.SerializeToString(), options)
+        for lead in ((), (3,), (2, 0), (2, 1, 4)):
+            x = samples(tensor, *lead)
+            check(session.run(None, {"x": x})[0], x, tensor, bias_of(tensor))
+    print("done")
+    """
+
+
+@pytest.mark.parametrize("version", ["1.17.3", "1.23.2", "garbage"])
+def test_a_runtime_without_the_later_functions_runs_without_them(
+    version: str, tmp_path: Path
+) -> None:
+    for package in ("onnx", "onnxruntime"):
+        pytest.importorskip(package)
+    import spfmt
+    import spfmt.onnx
+
+    program = OLD_RUNTIME.replace("VERSION", version)
+    program = program.replace("LIBRARY", spfmt.onnx.library_path())
+    library = tmp_path / "old_runtime.so"
+    flags = ["-std=c++17", "-shared", "-fPIC", f"-I{OURS.parent}", "-x", "c++", "-"]
+    subprocess.run(
+        [*compiler().split(), *flags, "-o", str(library), "-ldl"],
+        input=program, text=True, check=True,
+    )  # fmt: skip
+    folders = (Path(spfmt.__file__).parents[1], Path(__file__).parent)
+    path = os.pathsep.join(map(str, folders))
+    done = run_python(ONE_LAYER.replace("LIBRARY", str(library)), PYTHONPATH=path)
+    assert done.stdout.strip() == "done", done.stderr

@@ -9,8 +9,10 @@
 #include <new>
 #include <stdexcept>
 #include <thread>
+#include <utility>
 
 #include "../cost.h"
+#include "../workspace.h"
 #include "ort_api.h"
 #include "structure.h"
 
@@ -182,23 +184,34 @@ constexpr Fused kFused[] = {
     {Activation::silu, "Silu"},
 };
 
+// The functions of one ONNX Runtime in this process.
+struct Runtime {
+  const Api* api;
+  bool shows_shapes;  // has those of kShapesVersion
+
+  bool operator<(const Runtime& other) const {
+    return std::pair(api, shows_shapes) < std::pair(other.api, other.shows_shapes);
+  }
+};
+
 // An operator as ONNX Runtime sees it, for one activation and one type of X, values, bias and Y.
 struct LinearOp : CustomOp {
-  const Api* api;
+  Runtime runtime;
   const Operator* op;
   Activation activation;
   std::string name;
   ElementType type;
 
-  LinearOp(const Api& runtime, const Operator& described, const Fused& fused,
+  LinearOp(const Runtime& provider, const Operator& described, const Fused& fused,
            ElementType element_type);
 };
 
 // A node of a session. Thread-safe: ONNX Runtime may run it from several threads at once.
 class Linear {
  public:
-  Linear(const Api& api, const LinearOp& linear, const KernelInfo* node)
-      : api_(api), linear_(linear), op_(*linear.op) {
+  Linear(const LinearOp& linear, const KernelInfo* node)
+      : api_(*linear.runtime.api), linear_(linear), op_(*linear.op) {
+    const Api& api = api_;
     Constants constants{
         extent(api, node, "out_features"), extent(api, node, "in_features"), {}, {}};
     rows_ = constants.rows;
@@ -256,21 +269,21 @@ class Linear {
   template <class T>
   void prepare(const Tensor& values, const Tensor& bias) {
     const T* stored = static_cast<const T*>(values.data);
-    reordered_.resize(structure_.source.size() * sizeof(T));
-    T* reordered = reinterpret_cast<T*>(reordered_.data());
-    for (size_t p = 0; p < structure_.source.size(); ++p)
-      reordered[p] = stored[structure_.source[p]];
-    is_reordered_ = !structure_.source.empty();
-    std::vector<int64_t>().swap(structure_.source);  // assigning {} would keep its memory
+    if (!structure_.source.empty()) {
+      reordered_ = std::make_unique<Buffer>(structure_.source.size() * sizeof(T));
+      T* to = reordered_->template as<T>();
+      for (const int64_t from : structure_.source) *to++ = stored[from];
+      std::vector<int64_t>().swap(structure_.source);  // assigning {} would keep its memory
+      stored = reordered_->template as<T>();
+    }
     const std::vector<T> x(cols_);
     std::vector<T> y(rows_);
     multiply(stored, x.data(), static_cast<const T*>(bias.data), y.data(), 1, serial_executor());
   }
 
   template <class T>
-  void multiply(const T* stored, const T* x, const T* bias, T* y, int64_t batch,
+  void multiply(const T* values, const T* x, const T* bias, T* y, int64_t batch,
                 const Executor& executor) const {
-    const T* values = is_reordered_ ? reinterpret_cast<const T*>(reordered_.data()) : stored;
     Args<T> args{};
     args.values = const_cast<T*>(values);  // only sddmm writes them
     args.values_version = kConstantValues;
@@ -305,13 +318,36 @@ class Linear {
     return static_cast<const T*>(data_of(api_, value));
   }
 
+  // The shape of X. Where the runtime must describe it in new memory, that takes longer than a
+  // small product.
+  std::vector<int64_t> shape_of(const Value* x, ElementType wanted) const {
+    const auto check_type = [&](ElementType type) {
+      if (type != wanted) throw std::invalid_argument("X: expected the type of values");
+    };
+    if (!linear_.runtime.shows_shapes) {
+      const Info info = Info::of(api_, x);
+      check_type(info.type());
+      return info.shape();
+    }
+    ElementType type = ElementType::undefined;
+    const int64_t* dims = nullptr;
+    size_t rank = 0;
+    check(api_.GetTensorElementTypeAndShapeDataReference(x, &type, &dims, &rank));
+    check_type(type);
+    return {dims, dims + rank};
+  }
+
+  // In the order of the plan.
+  template <class T>
+  const T* values(const KernelContext* context) const {
+    return reordered_ ? reordered_->template as<T>() : input<T>(context, 1);
+  }
+
   template <class T>
   void run_on(KernelContext* context, ElementType type) const {
     const Value* x = nullptr;
     check(api_.KernelContext_GetInput(context, 0, &x));
-    const Info info = Info::of(api_, x);
-    if (info.type() != type) throw std::invalid_argument("X: expected the type of values");
-    std::vector<int64_t> shape = info.shape();
+    std::vector<int64_t> shape = shape_of(x, type);
     const int64_t batch = batch_of(shape);
     shape.back() = rows_;
     Value* y = nullptr;
@@ -319,7 +355,7 @@ class Linear {
     if (batch == 0 || rows_ == 0) return;
     Pool pool{api_, context};
     tell(batch, pool.executor().threads);
-    multiply(input<T>(context, 1), static_cast<const T*>(data_of(api_, x)),
+    multiply(values<T>(context), static_cast<const T*>(data_of(api_, x)),
              input<T>(context, bias_index()), static_cast<T*>(const_cast<void*>(data_of(api_, y))),
              batch, pool.executor());
   }
@@ -330,14 +366,14 @@ class Linear {
   int64_t rows_ = 0, cols_ = 0;
   const Kernel* kernel_ = nullptr;
   Structure structure_;
-  std::vector<char> reordered_;  // of float or double: operator new aligns for both
-  bool is_reordered_ = false;
+  // Values in the order of the plan, where the file's differs; null otherwise.
+  std::unique_ptr<Buffer> reordered_;
 };
 
 const LinearOp& self(const CustomOp* op) { return *static_cast<const LinearOp*>(op); }
 
 Status* create(const CustomOp* op, const Api* api, const KernelInfo* node, void** kernel) noexcept {
-  return guarded(*api, self(op).name.c_str(), [&] { *kernel = new Linear(*api, self(op), node); });
+  return guarded(*api, self(op).name.c_str(), [&] { *kernel = new Linear(self(op), node); });
 }
 
 Status* compute(void* kernel, KernelContext* context) noexcept {
@@ -347,7 +383,7 @@ Status* compute(void* kernel, KernelContext* context) noexcept {
 
 // Y is X with its last dimension replaced by the length of the bias; symbolic names are kept.
 Status* infer_shape(const CustomOp* op, ShapeInferContext* context) noexcept {
-  const Api& api = *self(op).api;
+  const Api& api = *self(op).runtime.api;
   return guarded(api, self(op).name.c_str(), [&] {
     const Info x = Info::input(api, context, 0);
     const Info bias = Info::input(api, context, self(op).op->inputs.size() + 1);
@@ -373,9 +409,9 @@ ElementType input_type(const CustomOp* op, size_t index) {
   return indices ? ElementType::undefined : self(op).type;
 }
 
-LinearOp::LinearOp(const Api& runtime, const Operator& described, const Fused& fused,
+LinearOp::LinearOp(const Runtime& provider, const Operator& described, const Fused& fused,
                    ElementType element_type)
-    : api(&runtime),
+    : runtime(provider),
       op(&described),
       activation(fused.activation),
       name(std::string(described.name) + fused.suffix),
@@ -403,22 +439,32 @@ LinearOp::LinearOp(const Api& runtime, const Operator& described, const Fused& f
 
 // One domain per ONNX Runtime in the process. Sessions refer to it until they end, and nobody says
 // when that is, so it is never released.
-CustomOpDomain* domain_of(const Api& api) {
+CustomOpDomain* domain_of(const Runtime& runtime) {
   static std::mutex mutex;
-  static auto& domains = *new std::map<const Api*, CustomOpDomain*>;
+  static auto& domains = *new std::map<Runtime, CustomOpDomain*>;
   const std::lock_guard<std::mutex> lock(mutex);
-  CustomOpDomain*& domain = domains[&api];
+  CustomOpDomain*& domain = domains[runtime];
   if (domain != nullptr) return domain;
+  const Api& api = *runtime.api;
   CustomOpDomain* fresh = nullptr;
   check(api.CreateCustomOpDomain(kDomain, &fresh));
   for (const Operator& op : operators()) {
     for (const Fused& fused : kFused) {
       for (const ElementType type : {ElementType::f32, ElementType::f64}) {
-        check(api.CustomOpDomain_Add(fresh, new LinearOp(api, op, fused, type)));
+        check(api.CustomOpDomain_Add(fresh, new LinearOp(runtime, op, fused, type)));
       }
     }
   }
   return domain = fresh;
+}
+
+// The functions of the newest version that both know. The runtime's name tells which that is: asked
+// for one that it lacks, it would complain on the user's terminal.
+Runtime runtime_of(const ApiBase& base) {
+  int major = 0, minor = 0;
+  std::sscanf(base.GetVersionString(), "%d.%d", &major, &minor);
+  const bool shows_shapes = major > 1 || (major == 1 && minor >= static_cast<int>(kShapesVersion));
+  return {base.GetApi(shows_shapes ? kShapesVersion : kApiVersion), shows_shapes};
 }
 
 }  // namespace
@@ -436,12 +482,13 @@ extern "C" __attribute__((visibility("default"))) void spfmt_ort_listen(
 extern "C" __attribute__((visibility("default"))) spfmt::ort::Status* RegisterCustomOps(
     spfmt::ort::SessionOptions* options, const spfmt::ort::ApiBase* base) {
   using namespace spfmt::ort;
-  const Api* api = base->GetApi(kApiVersion);
+  const Runtime runtime = runtime_of(*base);
+  const Api* api = runtime.api;
   if (api == nullptr) {
     // CreateStatus has been the first function since the first release.
     return base->GetApi(1)->CreateStatus(
         ErrorCode::fail, "spfmt: expected ONNX Runtime 1.17 or later; upgrade onnxruntime");
   }
   return guarded(*api, "RegisterCustomOps",
-                 [&] { check(api->AddCustomOpDomain(options, domain_of(*api))); });
+                 [&] { check(api->AddCustomOpDomain(options, domain_of(runtime))); });
 }

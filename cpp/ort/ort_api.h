@@ -11,6 +11,8 @@
 namespace spfmt::ort {
 
 constexpr uint32_t kApiVersion = 17;
+// The version from which a runtime shows a tensor's shape instead of describing it in new memory.
+constexpr uint32_t kShapesVersion = 24;
 
 // Opaque to us: only pointers to these cross the boundary.
 struct Status;
@@ -69,6 +71,10 @@ struct Api {
   void* unused_272[2];
   Status* (*KernelContext_ParallelFor)(const KernelContext*, void (*fn)(void*, size_t),
                                        size_t total, size_t num_batch, void* user_data);
+  // From here on for runtimes of kShapesVersion only.
+  void* unused_275[139];
+  Status* (*GetTensorElementTypeAndShapeDataReference)(const Value*, ElementType* type,
+                                                       const int64_t** dims, size_t* count);
 };
 
 // OrtApiBase.
@@ -132,6 +138,9 @@ struct CustomOp {
   X(SetSymbolicDimensions, 271)                \
   X(KernelContext_ParallelFor, 274)
 
+// Those that kShapesVersion added.
+#define SPFMT_ORT_SHAPES_SLOTS(X) X(GetTensorElementTypeAndShapeDataReference, 414)
+
 // X(field): the fields of OrtCustomOp, in order.
 #define SPFMT_ORT_CUSTOM_OP_FIELDS(X) \
   X(version)                          \
@@ -160,6 +169,7 @@ struct CustomOp {
 #define SPFMT_ORT_CHECK_SLOT(function, slot) \
   static_assert(offsetof(Api, function) == slot * sizeof(void*), #function);
 SPFMT_ORT_API_SLOTS(SPFMT_ORT_CHECK_SLOT)
+SPFMT_ORT_SHAPES_SLOTS(SPFMT_ORT_CHECK_SLOT)
 #undef SPFMT_ORT_CHECK_SLOT
 
 }  // namespace spfmt::ort
