@@ -52,22 +52,18 @@ thread_local Kept kept;
 }  // namespace
 
 Buffer::Buffer(size_t bytes) : bytes_(bytes) {
+  // Streaming from memory, half of the time goes into small pages: prefetchers stop at each.
   constexpr size_t kLine = 64, kHugePage = size_t{2} << 20;
   if (bytes > PTRDIFF_MAX) throw std::bad_alloc();  // rounded up, it could begin at 0 again
-  if (bytes < 2 * kHugePage) {
-    // Whole lines, at a line by hand: aligned_alloc takes longer than malloc, which hands out what
-    // was freed last.
-    owned_ = std::malloc((bytes / kLine + 2) * kLine);
-    if (owned_ == nullptr) throw std::bad_alloc();
-    const auto address = reinterpret_cast<uintptr_t>(owned_);
-    data_ = static_cast<char*>(owned_) + (kLine - address % kLine) % kLine;
-    return;
-  }
-  // Streaming from memory, half of the time goes into small pages: prefetchers stop at each.
-  const size_t whole = (bytes / kHugePage + 1) * kHugePage;
-  data_ = owned_ = std::aligned_alloc(kHugePage, whole);
-  if (data_ == nullptr) throw std::bad_alloc();
-  madvise(data_, whole, MADV_HUGEPAGE);  // advice: a refusal does no harm
+  const size_t unit = bytes < 2 * kHugePage ? kLine : kHugePage;
+  const size_t whole = (bytes / unit + 1) * unit;
+  // Aligned by hand: malloc hands out what was freed last. aligned_alloc takes longer to find a few
+  // bytes, and asks the system for new pages at every call for a few megabytes.
+  owned_ = std::malloc(whole + unit);
+  if (owned_ == nullptr) throw std::bad_alloc();
+  const auto address = reinterpret_cast<uintptr_t>(owned_);
+  data_ = static_cast<char*>(owned_) + (unit - address % unit) % unit;
+  if (unit == kHugePage) madvise(data_, whole, MADV_HUGEPAGE);  // advice: a refusal does no harm
 }
 Buffer::~Buffer() { std::free(owned_); }
 
