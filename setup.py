@@ -85,7 +85,7 @@ class BuildExt(build_ext):
 extensions = [
     Extension(
         "spfmt._kernels",
-        ["bindings/calls.cpp", "bindings/cost.cpp", "bindings/kernels.cpp"],
+        [f"bindings/{name}.cpp" for name in ("calls", "cost", "kernels", "tensors")],
         include_dirs=[get_include()],
         extra_compile_args=[*FLAGS, "-fopenmp"],
         # Plain -fopenmp links libgomp.so.1, the name torch ships its own copy under: whichever is

@@ -6,63 +6,21 @@
 // errors are explained. Until then nothing has been written.
 #include "calls.h"
 
-#include <omp.h>
 #include <pybind11/numpy.h>
 #include <pybind11/stl.h>
 
-#include <algorithm>
 #include <array>
 #include <cstring>
-#include <new>
 #include <stdexcept>
 #include <vector>
 
 #include "../cpp/workspace.h"
+#include "fastcall.h"
 
 namespace py = pybind11;
 
 namespace spfmt_python {
 namespace {
-
-constexpr int kOps = 3, kDTypes = 2, kLevels = 3;
-constexpr const char* kCapsule = "spfmt.calls";
-
-struct Calls {
-  PyPlan plan;
-  std::array<const spfmt::Kernel*, kOps * kDTypes * kLevels> kernels;
-
-  // Null where SPFMT_ISA, which may change while the process runs, asks for what does not exist.
-  const spfmt::Kernel* kernel(spfmt::Op op, bool f64) const {
-    try {
-      const int level = static_cast<int>(spfmt::active_isa());
-      return kernels[(static_cast<int>(op) * kDTypes + f64) * kLevels + level];
-    } catch (const std::invalid_argument&) {
-      return nullptr;
-    }
-  }
-};
-
-// (features, samples) at some address, strides in elements.
-struct Operand {
-  void* data;
-  int64_t features, samples, feature_stride, sample_stride;
-
-  template <class T>
-  spfmt::Matrix<T> matrix() const {
-    return {static_cast<T*>(data), features, samples, feature_stride, sample_stride};
-  }
-};
-
-struct Product {
-  spfmt::Op op;
-  bool f64;
-  void* values;
-  int64_t version;
-  Operand in, in2, out;
-  const void* bias;
-  spfmt::Activation activation;
-  int threads;
-};
 
 class Unlocked {  // the interpreter runs other threads meanwhile
  public:
@@ -91,48 +49,13 @@ void run_typed(const Calls& calls, const spfmt::Kernel& kernel, const Product& p
   spfmt::run(kernel, *calls.plan.plan, args, executor);
 }
 
+}  // namespace
+
 void run(const Calls& calls, const spfmt::Kernel& kernel, const Product& p) {
   p.f64 ? run_typed<double>(calls, kernel, p) : run_typed<float>(calls, kernel, p);
 }
 
-// body() with C++ exceptions turned into Python's, as pybind11 would.
-template <class Body>
-PyObject* translated(const Body& body) {
-  try {
-    return body();
-  } catch (py::error_already_set& error) {
-    error.restore();
-  } catch (const py::builtin_exception& error) {
-    error.set_error();
-  } catch (const std::bad_alloc&) {
-    PyErr_NoMemory();
-  } catch (const std::exception& error) {
-    PyErr_SetString(PyExc_ValueError, error.what());
-  }
-  return nullptr;
-}
-
-void require_count(Py_ssize_t got, Py_ssize_t want) {
-  if (got != want) throw py::type_error("wrong number of arguments");
-}
-
-int64_t integer(PyObject* o) {
-  const int64_t value = PyLong_AsLongLong(o);
-  if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
-  return value;
-}
-
-void* address(PyObject* o) {
-  void* value = PyLong_AsVoidPtr(o);
-  if (value == nullptr && PyErr_Occurred()) throw py::error_already_set();
-  return value;
-}
-
-int64_t count_of(PyObject* o) {
-  const int64_t count = integer(o);
-  if (count < 0) throw py::value_error("a negative count");
-  return count;
-}
+namespace {
 
 spfmt::Op operation(PyObject* o) {
   const int64_t op = integer(o);
@@ -148,13 +71,8 @@ bool truth(PyObject* o) {
 
 int64_t version_of(PyObject* o) { return o == Py_None ? spfmt::kNoVersion : integer(o); }
 
-// None stands for OpenMP's own setting.
-int threads_of(PyObject* o) {
-  return o == Py_None ? omp_get_max_threads() : static_cast<int>(integer(o));
-}
-
 const Calls& calls_of(PyObject* self) {
-  return *static_cast<const Calls*>(PyCapsule_GetPointer(self, kCapsule));
+  return *static_cast<const Calls*>(PyCapsule_GetPointer(self, kCallsCapsule));
 }
 
 // What numpy's objects are compared with; looked up once, when the module is made. In a product it
@@ -302,8 +220,8 @@ PyObject* multiply_plain(const Calls& calls, PyObject* const* arg) {
   run(calls, *kernel,
       {op, is_f64, py::detail::array_proxy(values)->data, version_of(arg[2]), in, Operand{},
        operand(y.ptr(), batch_first, dtype.itemsize()),
-       bias == Py_None ? nullptr : py::detail::array_proxy(bias)->data, activation,
-       threads_of(arg[8])});
+       bias == Py_None ? nullptr : py::detail::array_proxy(bias)->data, threads_of(arg[8]),
+       activation});
   return y.release().ptr();
 }
 
@@ -341,8 +259,7 @@ PyObject* multiply_at(PyObject* self, PyObject* const* arg, Py_ssize_t count) {
     if (bias != nullptr && op != spfmt::Op::spmm) throw py::value_error("only spmm has a bias");
     run(calls, *kernel,
         {op, f64, address(arg[2]), version_of(arg[3]), samples_at(arg[4], arg[5], n_in, batch),
-         Operand{}, Operand{address(arg[7]), n_out, batch, 1, n_out}, bias, spfmt::Activation::none,
-         threads_of(arg[9])});
+         Operand{}, Operand{address(arg[7]), n_out, batch, 1, n_out}, bias, threads_of(arg[9])});
     Py_RETURN_TRUE;
   });
 }
@@ -364,7 +281,7 @@ PyObject* sample_at(PyObject* self, PyObject* const* arg, Py_ssize_t count) {
     run(calls, *kernel,
         {spfmt::Op::sddmm, f64, out, spfmt::kNoVersion,
          samples_at(arg[3], arg[4], plan.rows, batch), samples_at(arg[5], arg[6], plan.cols, batch),
-         Operand{}, nullptr, spfmt::Activation::none, threads_of(arg[8])});
+         Operand{}, nullptr, threads_of(arg[8])});
     if (spare > 0) std::memset(out + nnz * size, 0, spare * size);
     Py_RETURN_TRUE;
   });
@@ -386,8 +303,8 @@ py::tuple bind(const PyPlan& plan, const std::vector<int64_t>& kernels) {
   for (size_t i = 0; i < kernels.size(); ++i) {
     calls->kernels[i] = kernels[i] < 0 ? nullptr : &spfmt::kernel_table().at(kernels[i]);
   }
-  const py::capsule self(calls.release(), kCapsule, [](PyObject* o) {
-    delete static_cast<Calls*>(PyCapsule_GetPointer(o, kCapsule));
+  const py::capsule self(calls.release(), kCallsCapsule, [](PyObject* o) {
+    delete static_cast<Calls*>(PyCapsule_GetPointer(o, kCallsCapsule));
   });
   py::tuple bound(3);
   for (int i = 0; i < 3; ++i) {
@@ -398,49 +315,11 @@ py::tuple bind(const PyPlan& plan, const std::vector<int64_t>& kernels) {
   return bound;
 }
 
-// Four chains, so that multiplications overlap. Each step is a bijection of its chain: one changed
-// element always changes the result, several do but for one time in 2^64.
-template <class Word>
-uint64_t hash_elements(const char* data, int64_t count, int64_t step) {
-  constexpr uint64_t kOdd = 0x9E3779B97F4A7C15;
-  uint64_t chain[4] = {1, 2, 3, 4};
-  int lane = 0;
-  for (int64_t i = count - 1; i >= 0; i -= step, lane = (lane + 1) & 3) {
-    Word word;
-    std::memcpy(&word, data + i * static_cast<int64_t>(sizeof(Word)), sizeof(Word));
-    chain[lane] = (chain[lane] ^ word) * kOdd;
-    chain[lane] ^= chain[lane] >> 32;
-  }
-  uint64_t all = 0;
-  for (const uint64_t c : chain) all = (all ^ c) * kOdd;
-  return all;
-}
-
-// fingerprint(address, count, itemsize) -> int: about 256 evenly spread elements, the last included
-PyObject* fingerprint(PyObject*, PyObject* const* arg, Py_ssize_t n) {
-  return translated([&] {
-    require_count(n, 3);
-    const char* data = static_cast<const char*>(address(arg[0]));
-    const int64_t count = integer(arg[1]), size = integer(arg[2]);
-    const int64_t step = std::max<int64_t>(1, count / 256);
-    if (size != 4 && size != 8) throw std::invalid_argument("elements of 4 or 8 bytes only");
-    return PyLong_FromUnsignedLongLong(size == 4 ? hash_elements<uint32_t>(data, count, step)
-                                                 : hash_elements<uint64_t>(data, count, step));
-  });
-}
-
-PyMethodDef kModule[] = {
-    {"fingerprint", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(fingerprint)),
-     METH_FASTCALL, nullptr},
-    {nullptr, nullptr, 0, nullptr},
-};
-
 }  // namespace
 
 void define_calls(py::module_& m) {
   numpy = new Numpy;  // for the life of the process
   m.def("bind", &bind, py::arg("plan"), py::arg("kernels"));
-  if (PyModule_AddFunctions(m.ptr(), kModule) != 0) throw py::error_already_set();
 }
 
 }  // namespace spfmt_python

@@ -245,6 +245,7 @@ PYBIND11_MODULE(_kernels, m) {
         py::arg("a"), py::arg("b").none(true), py::arg("out").none(true),
         py::arg("bias").none(true), py::arg("threads"), py::arg("activation") = 0);
   spfmt_python::define_calls(m);
+  spfmt_python::define_tensors(m);
   bind_cost(m);
   m.def("summary", &summary, py::arg("plan"), py::arg("op"));
   m.def("kernel_table", &kernel_table, "Rows (op, format, dtype, isa, supported).");

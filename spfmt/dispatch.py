@@ -446,6 +446,10 @@ class Plan:
         select(op, self.format, dtype)
         return KernelNotFound(f"no kernel for {op} of {self.format} in {dtype}")
 
+    def capsule(self) -> Any:
+        """Return the compiled plan with its kernels, as other compiled code holds it."""
+        return (self._calls or self._bind())[0].__self__
+
     def _bind(self) -> Any:
         self._calls = _kernels.bind(self._compiled or self._compile(), _indices(self.format))
         return self._calls

@@ -10,7 +10,7 @@ from torch.overrides import TorchFunctionMode  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 from spfmt.torch import SparseLinear, functional  # noqa: E402
-from spfmt.torch._eager import is_eager  # noqa: E402
+from spfmt.torch._eager import is_ordinary, is_unobserved  # noqa: E402
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def test_eager_and_dispatched_agree_with_gradients(layer, monkeypatch):
     x = torch.randn(4, 16, requires_grad=True)
     parameters = [x, layer.values, layer.bias]
     quick = torch.autograd.grad(layer(x).square().sum(), parameters)
-    monkeypatch.setattr(functional, "is_eager", lambda *_: False)
+    monkeypatch.setattr(functional, "is_unobserved", lambda: False)
     long = torch.autograd.grad(layer(x).square().sum(), parameters)
     for a, b in zip(quick, long, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
@@ -54,19 +54,20 @@ def test_profiler_names_the_operator(layer):
     assert "spfmt::spmm" in {event.name for event in profile.events()}
 
 
-def test_only_ordinary_tensors_are_eager():
+def test_only_ordinary_tensors_are_quick():
     class Sub(torch.Tensor):
         pass
 
     x = torch.randn(2, 3)
-    assert is_eager(x, None, torch.nn.Parameter(x))
-    assert not is_eager(x.as_subclass(Sub))
-    assert not is_eager(x.to("meta"))
-    assert not is_eager(torch._neg_view(x))
-    assert not is_eager(x.to_sparse())
-    assert not is_eager(torch._efficientzerotensor((2, 3)))
+    assert is_ordinary(x, None, torch.nn.Parameter(x))
+    assert not is_ordinary(x.as_subclass(Sub))
+    assert not is_ordinary(x.to("meta"))
+    assert not is_ordinary(torch._neg_view(x))
+    assert not is_ordinary(x.to_sparse())
+    assert not is_ordinary(torch._efficientzerotensor((2, 3)))
+    assert is_unobserved()
     with torch.autocast("cpu"):
-        assert not is_eager(x)
+        assert not is_unobserved()
 
 
 def test_lazily_negated_input(layer):

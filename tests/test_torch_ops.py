@@ -435,22 +435,24 @@ def test_every_write_is_seen(write, mode):
 
 def test_packed_values_are_reused_while_nothing_changes(monkeypatch):
     layer = SparseLinear(40, 30, density=0.3)
-    seen = []
     compiled = _identity.compiled_structure(layer.structure)
-    multiply_at = compiled.plan.multiply_at
+    versions = []
+    publish = _identity.CompiledStructure.publish
 
-    def spy(op, dtype, values, version, *args):
-        seen.append(version)
-        return multiply_at(op, dtype, values, version, *args)
+    def spy(self, values):
+        publish(self, values)
+        versions.append(self.version(values))
 
-    monkeypatch.setattr(compiled.plan, "multiply_at", spy)
+    monkeypatch.setattr(_identity.CompiledStructure, "publish", spy)
     with torch.no_grad():
         for _ in range(3):
             layer(torch.zeros(1, 40))
+        assert len(versions) == 1
+        assert versions[0] == compiled.version(layer.values) is not None
         layer.values.mul_(2)
         layer(torch.zeros(1, 40))
-    assert seen[0] is not None
-    assert seen[0] == seen[1] == seen[2] != seen[3]
+    assert len(versions) == 2
+    assert versions[0] != versions[1]
     assert _identity.compiled_structure(layer.structure) is compiled
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-__all__ = ["is_eager", "recorded", "records"]
+__all__ = ["is_ordinary", "is_unobserved", "recorded", "records"]
 
 _PLAIN = (Tensor, nn.Parameter)
 _functorch_active = torch._C._are_functorch_transforms_active
@@ -26,9 +26,9 @@ _excluded = torch._C._dispatch_tls_is_dispatch_key_excluded
 _AUTOGRAD = torch._C.DispatchKey.AutogradCPU
 
 
-def is_eager(*operands: Tensor | None) -> bool:
-    """Tell whether nothing but autograd stands between a call with `operands` and its kernel."""
-    if (
+def is_unobserved() -> bool:
+    """Tell whether nothing but autograd looks into calls of operators or changes them."""
+    return not (
         torch.compiler.is_compiling()
         or _dispatch_modes()
         or _function_modes()
@@ -37,8 +37,11 @@ def is_eager(*operands: Tensor | None) -> bool:
         or _profiled()
         or forward_ad._current_level >= 0
         or torch.is_autocast_enabled("cpu")
-    ):
-        return False
+    )
+
+
+def is_ordinary(*operands: Tensor | None) -> bool:
+    """Tell whether every operand is a tensor in the CPU's memory and nothing else."""
     for t in operands:
         if t is None:
             continue

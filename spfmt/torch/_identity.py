@@ -21,18 +21,18 @@ taken for unchanged. Reading all values instead would double the time of a batch
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from spfmt._kernels import fingerprint
+from spfmt._kernels import Content, Memo, fingerprint
 from spfmt.dispatch import Plan
 from spfmt.formats import Structure, decode_structure, new_version
 
-__all__ = ["CompiledStructure", "compiled_structure", "invalidate"]
+__all__ = ["CompiledStructure", "compiled_structure", "invalidate", "refresh"]
 
 _HEADER = 4  # magic, version, length and checksum of structure words
 _Key = tuple[Any, ...]
@@ -41,13 +41,15 @@ _Key = tuple[Any, ...]
 def _key(tensor: torch.Tensor, count: int) -> _Key | None:
     """Return what identifies the content of a 1-D tensor; None for an inference tensor.
 
-    The fingerprint is that of the first `count` elements.
+    The fingerprint is that of the first `count` elements. `read_content` in bindings/tensors.cpp
+    reads the same.
     """
     if tensor.is_inference():
         return None
-    storage, address, dtype = tensor.untyped_storage()._cdata, tensor.data_ptr(), tensor.dtype
-    sampled = fingerprint(address, count, 8 if dtype is torch.float64 else 4)
-    return storage, address, tensor.numel(), dtype, tensor._version, sampled
+    storage, address = tensor.untyped_storage()._cdata, tensor.data_ptr()
+    itemsize = 8 if tensor.dtype is torch.float64 else 4
+    sampled = fingerprint(address, count, itemsize)
+    return storage, address, tensor.numel(), itemsize, tensor._version, sampled
 
 
 def _weak(tensor: torch.Tensor) -> StorageWeakRef:
@@ -71,7 +73,10 @@ class CompiledStructure:
         The decoded structure.
     """
 
-    __slots__ = ("_key", "_ref", "_seen", "_words", "format", "nnz", "plan", "shape", "structure")
+    __slots__ = (
+        "_key", "_memo", "_ref", "_seen", "_words",
+        "format", "nnz", "plan", "shape", "structure",
+    )  # fmt: skip
 
     def __init__(self, structure: torch.Tensor, words: NDArray[np.int32], key: _Key | None) -> None:
         self.structure: Structure = decode_structure(words)
@@ -83,6 +88,7 @@ class CompiledStructure:
         self._key = key
         self._words = words.copy()
         self._seen: tuple[_Key | None, StorageWeakRef | None, int] = (None, None, 0)
+        self._memo: Memo | None = None
 
     def is_current(self, key: _Key | None, structure: torch.Tensor) -> bool:
         """Tell whether the structure buffer still holds what was compiled.
@@ -119,6 +125,20 @@ class CompiledStructure:
         # One assignment: another thread sees the old triple or the new one, never a mixture.
         self._seen = (key, _weak(values), version)
         return version
+
+    def publish(self, values: torch.Tensor | None) -> None:
+        """Tell compiled code which tensors this structure, and a version of its values, are."""
+        if self._memo is None:
+            self._memo = Memo(self.plan.capsule(), self.format)
+        if self._key is not None:
+            self._memo.set_structure(Content(*self._key))
+        if values is not None and self.version(values) is not None:
+            key, _, version = self._seen
+            self._memo.set_values(Content(*cast(_Key, key)), version)
+
+    def withdraw(self) -> None:
+        """Take back what `publish` told."""
+        self._memo = None
 
 
 def _place(tensor: torch.Tensor) -> _Key:
@@ -158,4 +178,17 @@ def invalidate(structure: torch.Tensor) -> None:
     Needed only after a write to a few elements through ``.data`` or ``.numpy()``.
     """
     if structure.device.type == "cpu":
-        _compiled.pop(_place(structure), None)
+        known = _compiled.pop(_place(structure), None)
+        if known is not None:  # may live on: in a frame of another thread, for instance
+            known.withdraw()
+
+
+def refresh(structure: torch.Tensor, values: torch.Tensor | None) -> None:
+    """Look at tensors again that compiled code does not recognize.
+
+    Raises
+    ------
+    FormatError
+        Where the words are corrupt.
+    """
+    compiled_structure(structure).publish(values)

@@ -22,8 +22,9 @@ log; low-precision tensors outside autocast raise :class:`spfmt.KernelNotFound`.
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -32,7 +33,9 @@ from torch.autograd import forward_ad
 
 from spfmt.activations import activation_code
 from spfmt.errors import KernelNotFound, format_error
-from spfmt.torch._eager import is_eager, recorded, records
+from spfmt.torch._compiled import lower_products
+from spfmt.torch._direct import SPMM, SPMM_T, multiply, sample
+from spfmt.torch._eager import is_ordinary, is_unobserved, recorded, records
 from spfmt.torch._identity import CompiledStructure, compiled_structure
 
 __all__ = ["sddmm", "spmm", "spmm_t"]
@@ -110,6 +113,8 @@ def _check_devices(op: str, *tensors: Tensor) -> None:
 
 
 # --------------------------------------------------------------------- the operators on the CPU
+#
+# Each at once, or else the long way, which says what is wrong and serves what is not plain.
 
 
 def _compiled(structure: Tensor, shape: Sequence[int], format: str) -> CompiledStructure:
@@ -165,7 +170,7 @@ def _multiply(
     )
 
 
-def _spmm_cpu(
+def _spmm_long(
     values: Tensor,
     structure: Tensor,
     x: Tensor,
@@ -181,7 +186,7 @@ def _spmm_cpu(
     return y
 
 
-def _spmm_act_cpu(
+def _spmm_act_long(
     values: Tensor,
     structure: Tensor,
     x: Tensor,
@@ -205,7 +210,7 @@ def _spmm_act_cpu(
     return y
 
 
-def _spmm_t_cpu(
+def _spmm_t_long(
     values: Tensor, structure: Tensor, dy: Tensor, shape: Sequence[int], format: str
 ) -> Tensor:
     dx = _spmm_t_fake(values, structure, dy, shape, format)
@@ -213,7 +218,7 @@ def _spmm_t_cpu(
     return dx
 
 
-def _sddmm_cpu(
+def _sddmm_long(
     structure: Tensor, dy: Tensor, x: Tensor, shape: Sequence[int], format: str, capacity: int
 ) -> Tensor:
     grad = _sddmm_fake(structure, dy, x, shape, format, capacity)
@@ -232,6 +237,50 @@ def _sddmm_cpu(
         x.shape[0],
     )
     return grad
+
+
+def _spmm_cpu(
+    values: Tensor,
+    structure: Tensor,
+    x: Tensor,
+    bias: Tensor | None,
+    shape: Sequence[int],
+    format: str,
+) -> Tensor:
+    y = multiply(SPMM, values, structure, x, bias, shape, format)
+    return _spmm_long(values, structure, x, bias, shape, format) if y is None else y
+
+
+def _spmm_act_cpu(
+    values: Tensor,
+    structure: Tensor,
+    x: Tensor,
+    bias: Tensor | None,
+    shape: Sequence[int],
+    format: str,
+    activation: str,
+) -> Tensor:
+    code = activation_code(activation)
+    y = multiply(SPMM, values, structure, x, bias, shape, format, code)
+    if y is not None:
+        return y
+    return _spmm_act_long(values, structure, x, bias, shape, format, activation)
+
+
+def _spmm_t_cpu(
+    values: Tensor, structure: Tensor, dy: Tensor, shape: Sequence[int], format: str
+) -> Tensor:
+    dx = multiply(SPMM_T, values, structure, dy, None, shape, format)
+    return _spmm_t_long(values, structure, dy, shape, format) if dx is None else dx
+
+
+def _sddmm_cpu(
+    structure: Tensor, dy: Tensor, x: Tensor, shape: Sequence[int], format: str, capacity: int
+) -> Tensor:
+    gradient = sample(structure, dy, x, shape, format, capacity)
+    if gradient is not None:
+        return gradient
+    return _sddmm_long(structure, dy, x, shape, format, capacity)
 
 
 def _spmm_fake(
@@ -444,10 +493,15 @@ def _spmm(
     shape: Sequence[int],
     format: str,
 ) -> Tensor:
-    if is_eager(values, structure, x, bias):
-        if records(values, x, bias):
-            return _recorded_spmm(values, structure, x, bias, shape, format)
-        return _spmm_cpu(values, structure, x, bias, shape, format)
+    if is_unobserved():
+        recording = records(values, x, bias)
+        if not recording:
+            y = multiply(SPMM, values, structure, x, bias, shape, format)
+            if y is not None:
+                return y
+        if is_ordinary(values, structure, x, bias):
+            compute = _recorded_spmm if recording else _spmm_long
+            return compute(values, structure, x, bias, shape, format)
     _check_devices("spmm", values, structure, x, values if bias is None else bias)
     return _call(_spmm_op, values, structure, x, bias, shape, format)
 
@@ -461,8 +515,13 @@ def _spmm_act(
     format: str,
     activation: str,
 ) -> Tensor:
-    if is_eager(values, structure, x, bias) and not records(values, x, bias):
-        return _spmm_act_cpu(values, structure, x, bias, shape, format, activation)
+    if is_unobserved() and not records(values, x, bias):
+        code = activation_code(activation)
+        y = multiply(SPMM, values, structure, x, bias, shape, format, code)
+        if y is not None:
+            return y
+        if is_ordinary(values, structure, x, bias):
+            return _spmm_act_long(values, structure, x, bias, shape, format, activation)
     _check_devices("spmm_act", values, structure, x, values if bias is None else bias)
     return _call(_spmm_act_op, values, structure, x, bias, shape, format, activation)
 
@@ -470,10 +529,15 @@ def _spmm_act(
 def _spmm_t(
     values: Tensor, structure: Tensor, dy: Tensor, shape: Sequence[int], format: str
 ) -> Tensor:
-    if is_eager(values, structure, dy):
-        if records(values, dy):
-            return _recorded_spmm_t(values, structure, dy, shape, format)
-        return _spmm_t_cpu(values, structure, dy, shape, format)
+    if is_unobserved():
+        recording = records(values, dy)
+        if not recording:
+            dx = multiply(SPMM_T, values, structure, dy, None, shape, format)
+            if dx is not None:
+                return dx
+        if is_ordinary(values, structure, dy):
+            compute = _recorded_spmm_t if recording else _spmm_t_long
+            return compute(values, structure, dy, shape, format)
     _check_devices("spmm_t", values, structure, dy)
     return _call(_spmm_t_op, values, structure, dy, shape, format)
 
@@ -481,10 +545,15 @@ def _spmm_t(
 def _sddmm(
     structure: Tensor, dy: Tensor, x: Tensor, shape: Sequence[int], format: str, capacity: int
 ) -> Tensor:
-    if is_eager(structure, dy, x):
-        if records(dy, x):
-            return _recorded_sddmm(structure, dy, x, shape, format, capacity)
-        return _sddmm_cpu(structure, dy, x, shape, format, capacity)
+    if is_unobserved():
+        recording = records(dy, x)
+        if not recording:
+            gradient = sample(structure, dy, x, shape, format, capacity)
+            if gradient is not None:
+                return gradient
+        if is_ordinary(structure, dy, x):
+            compute = _recorded_sddmm if recording else _sddmm_long
+            return compute(structure, dy, x, shape, format, capacity)
     _check_devices("sddmm", structure, dy, x)
     return _call(_sddmm_op, structure, dy, x, shape, format, capacity)
 
@@ -500,11 +569,22 @@ def _register(schema: str, cpu: Any, fake: Any, backward: Any, context: Any) -> 
     name = schema.partition("(")[0]
     qualified = f"spfmt::{name}"
     torch.library.impl(qualified, "cpu", cpu, lib=_library)
-    torch.library.register_fake(qualified, fake, lib=_library)
+    torch.library.register_fake(qualified, _traced(fake), lib=_library)
     torch.library.register_autograd(qualified, backward, setup_context=context, lib=_library)
     for device in ("cpu", "cuda"):
         torch.library.register_autocast(qualified, device, torch.float32, lib=_library)
     return getattr(torch.ops.spfmt, name).default
+
+
+def _traced(fake: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return a fake kernel that first makes sure that Inductor knows how to call the real one."""
+
+    @functools.wraps(fake)
+    def kernel(*operands: Any) -> Tensor:
+        lower_products()
+        return fake(*operands)
+
+    return kernel
 
 
 _spmm_op = _register(
