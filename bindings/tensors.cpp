@@ -13,6 +13,7 @@
 #include <algorithm>
 #include <cstring>
 #include <map>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -228,9 +229,10 @@ class Memo {
   bool describes(PyObject* shape, PyObject* format) const {
     const bool listed = PyTuple_Check(shape) || PyList_Check(shape);
     if (!listed || PySequence_Fast_GET_SIZE(shape) != 2 || !PyUnicode_Check(format)) return false;
+    PyObject *rows = PySequence_Fast_GET_ITEM(shape, 0), *cols = PySequence_Fast_GET_ITEM(shape, 1);
     const PyPlan& plan = calls_.get_pointer<Calls>()->plan;
-    return integer(PySequence_Fast_GET_ITEM(shape, 0)) == plan.rows &&
-           integer(PySequence_Fast_GET_ITEM(shape, 1)) == plan.cols &&
+    return PyLong_Check(rows) && integer(rows) == plan.rows && PyLong_Check(cols) &&
+           integer(cols) == plan.cols &&
            PyUnicode_CompareWithASCIIString(format, format_.c_str()) == 0;
   }
 
@@ -264,12 +266,12 @@ Content content(uintptr_t storage, uintptr_t data, int64_t count, int64_t itemsi
 constexpr int64_t kHeader = 4;  // structure words that carry a checksum of all of them
 
 // The Memo for a structure and, where there are any, its values; null for inference tensors.
-Memo* recall(const Tensor& structure, const Tensor* values) {
+const Memo* recall(const Tensor& structure, const Tensor* values) {
   Content words, numbers;
   if (values != nullptr && !read_content(*values, values->size(0), numbers)) return nullptr;
   for (const bool asked : {false, true}) {
     if (!read_content(structure, std::min(kHeader, structure.size(0)), words)) return nullptr;
-    Memo* memo = Memo::find(words);
+    const Memo* memo = Memo::find(words);
     if (memo != nullptr && (values == nullptr || memo->saw(numbers))) return memo;
     if (asked) break;
     PyObject* seen[] = {structure.object, values == nullptr ? Py_None : values->object};
@@ -282,14 +284,51 @@ Memo* recall(const Tensor& structure, const Tensor* values) {
 
 // ------------------------------------------------------------------------------------- products
 
-int bits_of(PyObject* x, int ndim, Tensor& t) {
-  return plain_floats(x, ndim, 32, t) ? 32 : plain_floats(x, ndim, 64, t) ? 64 : 0;
+// What a product takes from a Memo, which may go while Python code runs.
+struct Weight {
+  py::capsule held;
+  int64_t version;
+
+  const Calls& calls() const { return *held.get_pointer<Calls>(); }
+  const PyPlan& plan() const { return calls().plan; }
+  int64_t nnz() const { return spfmt::plan_nnz(*plan().plan); }
+};
+
+// Nothing where the structure is not plain, or is not of this shape and format.
+std::optional<Weight> weight(PyObject* structure, const Tensor* values, PyObject* shape,
+                             PyObject* format) {
+  Tensor words;
+  if (!plain(structure, 1, kInt, 32, words) || !words.contiguous()) return std::nullopt;
+  const Memo* memo = recall(words, values);
+  if (memo == nullptr || !memo->describes(shape, format)) return std::nullopt;
+  return Weight{memo->calls(), memo->version()};
 }
 
-py::object allocate(const py::tuple& shape, const py::tuple& strides, PyObject* like) {
+// 32 or 64, or 0 where x is no plain matrix of floats.
+int bits_of(PyObject* x, Tensor& t) {
+  return plain_floats(x, 2, 32, t) ? 32 : plain_floats(x, 2, 64, t) ? 64 : 0;
+}
+
+// None, or a vector of `size` floats.
+bool plain_bias(PyObject* bias, int bits, int64_t size, Tensor& t) {
+  if (bias == Py_None) return true;
+  return plain_floats(bias, 1, bits, t) && t.contiguous() && t.size(0) == size;
+}
+
+// `given`, or a new tensor where that is None.
+py::object output(PyObject* given, const py::tuple& shape, const py::tuple& strides,
+                  PyObject* like) {
+  if (given != Py_None) return py::reinterpret_borrow<py::object>(given);
   const py::object dtype = attribute(like, torch->dtype);
   if (!dtype) throw py::error_already_set();
   return py::handle(torch->empty)(shape, strides, dtype);
+}
+
+spfmt::Op operation(int64_t op, int64_t activation) {
+  if (op < 0 || op > 1) throw py::index_error("no such operation");
+  const int64_t last = op == 0 ? static_cast<int64_t>(spfmt::Activation::silu) : 0;
+  if (activation < 0 || activation > last) throw py::index_error("no such activation");
+  return static_cast<spfmt::Op>(op);
 }
 
 // multiply_tensors(op, values, structure, x, bias, shape, format, activation, out, threads)
@@ -297,35 +336,27 @@ py::object allocate(const py::tuple& shape, const py::tuple& strides, PyObject* 
 PyObject* multiply(PyObject*, PyObject* const* arg, Py_ssize_t count) {
   return translated([&]() -> PyObject* {
     require_count(count, 10);
-    if (torch == nullptr) Py_RETURN_NONE;
-    Tensor values, structure, x, bias, y;
-    const int bits = bits_of(arg[3], 2, x);
+    const int64_t activation = integer(arg[7]);
+    const spfmt::Op op = operation(integer(arg[0]), activation);
+    Tensor values, x, bias, y;
+    const int bits = torch == nullptr ? 0 : bits_of(arg[3], x);
     if (bits == 0 || !plain_floats(arg[1], 1, bits, values) || !values.contiguous()) Py_RETURN_NONE;
-    if (!plain(arg[2], 1, kInt, 32, structure) || !structure.contiguous()) Py_RETURN_NONE;
-    const spfmt::Op op = integer(arg[0]) == 0 ? spfmt::Op::spmm : spfmt::Op::spmm_t;
-    const Memo* memo = recall(structure, &values);
-    if (memo == nullptr || !memo->describes(arg[5], arg[6])) Py_RETURN_NONE;
-    const py::capsule held = memo->calls();  // the Memo itself may go while Python code runs
-    const int64_t version = memo->version();
-    const Calls& calls = *held.get_pointer<Calls>();
-    const PyPlan& plan = calls.plan;
-    const int64_t n_in = op == spfmt::Op::spmm ? plan.cols : plan.rows;
-    const int64_t n_out = plan.rows + plan.cols - n_in, batch = x.size(0);
-    if (x.size(1) != n_in || values.size(0) < spfmt::plan_nnz(*plan.plan)) Py_RETURN_NONE;
-    const bool biased = arg[4] != Py_None;
-    if (biased && (!plain_floats(arg[4], 1, bits, bias) || !bias.contiguous())) Py_RETURN_NONE;
-    if (biased && (bias.size(0) != plan.rows || op != spfmt::Op::spmm)) Py_RETURN_NONE;
-    const spfmt::Kernel* kernel = calls.kernel(op, bits == 64);
+    const auto a = weight(arg[2], &values, arg[5], arg[6]);
+    if (!a || values.size(0) < a->nnz()) Py_RETURN_NONE;
+    const bool forward = op == spfmt::Op::spmm;
+    const int64_t rows = a->plan().rows, cols = a->plan().cols, batch = x.size(0);
+    const int64_t n_in = forward ? cols : rows, n_out = forward ? rows : cols;
+    if (x.size(1) != n_in || !plain_bias(arg[4], bits, forward ? rows : -1, bias)) Py_RETURN_NONE;
+    const spfmt::Kernel* kernel = a->calls().kernel(op, bits == 64);
     if (kernel == nullptr) Py_RETURN_NONE;
-    const auto out = arg[8] != Py_None
-                         ? py::reinterpret_borrow<py::object>(arg[8])
-                         : allocate(py::make_tuple(batch, n_out), py::make_tuple(n_out, 1), arg[3]);
+    const py::object out =
+        output(arg[8], py::make_tuple(batch, n_out), py::make_tuple(n_out, 1), arg[3]);
     if (!plain(out.ptr(), 2, kFloat, bits, y)) Py_RETURN_NONE;
     if (y.size(0) != batch || y.size(1) != n_out) Py_RETURN_NONE;
-    run(calls, *kernel,
-        {op, bits == 64, values.data(), version, x.samples(), Operand{}, y.samples(),
-         biased ? bias.data() : nullptr, threads_of(arg[9]),
-         static_cast<spfmt::Activation>(integer(arg[7]))});
+    run(a->calls(), *kernel,
+        {op, bits == 64, values.data(), a->version, x.samples(), Operand{}, y.samples(),
+         arg[4] == Py_None ? nullptr : bias.data(), threads_of(arg[9]),
+         static_cast<spfmt::Activation>(activation)});
     return out.inc_ref().ptr();
   });
 }
@@ -335,32 +366,23 @@ PyObject* multiply(PyObject*, PyObject* const* arg, Py_ssize_t count) {
 PyObject* sample(PyObject*, PyObject* const* arg, Py_ssize_t count) {
   return translated([&]() -> PyObject* {
     require_count(count, 8);
-    if (torch == nullptr) Py_RETURN_NONE;
-    Tensor structure, dy, x, gradient;
-    const int bits = bits_of(arg[1], 2, dy);
+    Tensor dy, x, gradient;
+    const int bits = torch == nullptr ? 0 : bits_of(arg[1], dy);
     if (bits == 0 || !plain_floats(arg[2], 2, bits, x)) Py_RETURN_NONE;
-    if (!plain(arg[0], 1, kInt, 32, structure) || !structure.contiguous()) Py_RETURN_NONE;
-    const Memo* memo = recall(structure, nullptr);
-    if (memo == nullptr || !memo->describes(arg[3], arg[4])) Py_RETURN_NONE;
-    const py::capsule held = memo->calls();
-    const Calls& calls = *held.get_pointer<Calls>();
-    const PyPlan& plan = calls.plan;
-    if (dy.size(1) != plan.rows || x.size(1) != plan.cols || dy.size(0) != x.size(0))
-      Py_RETURN_NONE;
-    const int64_t nnz = spfmt::plan_nnz(*plan.plan);
-    const spfmt::Kernel* kernel = calls.kernel(spfmt::Op::sddmm, bits == 64);
-    if (kernel == nullptr || (arg[6] == Py_None && integer(arg[5]) < nnz)) Py_RETURN_NONE;
-    const auto out = arg[6] != Py_None
-                         ? py::reinterpret_borrow<py::object>(arg[6])
-                         : allocate(py::make_tuple(py::handle(arg[5])), py::make_tuple(1), arg[1]);
-    if (!plain(out.ptr(), 1, kFloat, bits, gradient)) Py_RETURN_NONE;
-    const int64_t capacity = gradient.size(0);
-    if (!gradient.contiguous() || capacity < nnz) Py_RETURN_NONE;
-    run(calls, *kernel,
+    const auto a = weight(arg[0], nullptr, arg[3], arg[4]);
+    if (!a || dy.size(1) != a->plan().rows || x.size(1) != a->plan().cols) Py_RETURN_NONE;
+    const spfmt::Kernel* kernel = a->calls().kernel(spfmt::Op::sddmm, bits == 64);
+    if (kernel == nullptr || dy.size(0) != x.size(0)) Py_RETURN_NONE;
+    if (arg[6] == Py_None && integer(arg[5]) < a->nnz()) Py_RETURN_NONE;
+    const py::object out =
+        output(arg[6], py::make_tuple(py::handle(arg[5])), py::make_tuple(1), arg[1]);
+    if (!plain(out.ptr(), 1, kFloat, bits, gradient) || !gradient.contiguous()) Py_RETURN_NONE;
+    const int64_t nnz = a->nnz(), spare = gradient.size(0) - nnz, size = gradient.itemsize();
+    if (spare < 0) Py_RETURN_NONE;
+    run(a->calls(), *kernel,
         {spfmt::Op::sddmm, bits == 64, gradient.data(), spfmt::kNoVersion, dy.samples(),
          x.samples(), Operand{}, nullptr, threads_of(arg[7])});
-    const int64_t size = gradient.itemsize();
-    std::memset(static_cast<char*>(gradient.data()) + nnz * size, 0, (capacity - nnz) * size);
+    if (spare > 0) std::memset(static_cast<char*>(gradient.data()) + nnz * size, 0, spare * size);
     return out.inc_ref().ptr();
   });
 }

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-__all__ = ["is_ordinary", "is_unobserved", "recorded", "records"]
+__all__ = ["is_ordinary", "is_unobserved", "recorded", "records", "requires_grad"]
 
 _PLAIN = (Tensor, nn.Parameter)
 _functorch_active = torch._C._are_functorch_transforms_active
@@ -52,11 +52,17 @@ def is_ordinary(*operands: Tensor | None) -> bool:
     return True
 
 
+def requires_grad(*operands: Tensor | None) -> bool:
+    """Tell whether any of `operands` wants a gradient."""
+    for t in operands:  # noqa: SIM110 (a generator costs more than the loop)
+        if t is not None and t.requires_grad:
+            return True
+    return False
+
+
 def records(*operands: Tensor | None) -> bool:
     """Tell whether autograd would record a product of `operands`."""
-    if not torch.is_grad_enabled():
-        return False
-    wanted = any(t is not None and t.requires_grad for t in operands)
+    wanted = torch.is_grad_enabled() and requires_grad(*operands)
     return wanted and not _excluded(_AUTOGRAD)  # excluded inside the kernel of another operator
 
 

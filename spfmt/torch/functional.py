@@ -35,7 +35,7 @@ from spfmt.activations import activation_code
 from spfmt.errors import KernelNotFound, format_error
 from spfmt.torch._compiled import lower_products
 from spfmt.torch._direct import SPMM, SPMM_T, multiply, sample
-from spfmt.torch._eager import is_ordinary, is_unobserved, recorded, records
+from spfmt.torch._eager import is_ordinary, is_unobserved, recorded, records, requires_grad
 from spfmt.torch._identity import CompiledStructure, compiled_structure
 
 __all__ = ["sddmm", "spmm", "spmm_t"]
@@ -515,7 +515,8 @@ def _spmm_act(
     format: str,
     activation: str,
 ) -> Tensor:
-    if is_unobserved() and not records(values, x, bias):
+    """Compute the fused product; the caller has made sure that no gradient is recorded."""
+    if is_unobserved():
         code = activation_code(activation)
         y = multiply(SPMM, values, structure, x, bias, shape, format, code)
         if y is not None:
@@ -706,8 +707,7 @@ def spmm(
     if activation is None:
         return _spmm(values, structure, x, bias, shape, format)
     activation_code(activation)
-    wanted = any(t is not None and t.requires_grad for t in (values, x, bias))
-    if torch.is_grad_enabled() and wanted:
+    if torch.is_grad_enabled() and requires_grad(values, x, bias):
         return _activated(_spmm(values, structure, x, bias, shape, format), activation)
     return _spmm_act(values, structure, x, bias, shape, format, activation)
 
