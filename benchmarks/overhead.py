@@ -3,11 +3,16 @@
 Every contender does one product (or one forward and backward pass) with one thread. Contenders take
 turns, and the table shows medians. The kernel's own time is that of the compiled call on addresses,
 the shortest way into it.
+
+With ``--compiled`` a second table shows what one layer costs inside a graph of torch.compile: the
+slope between chains of 4 and of 16 small layers, from which the cost of entering the graph cancels
+out. A dense layer's slope in the same table says what Inductor itself takes for a layer.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 from collections.abc import Callable
 
 import numpy as np
@@ -19,6 +24,7 @@ from spfmt.torch import SparseLinear
 
 Contender = Callable[[], object]
 SHAPES = ((128, 128), (256, 128), (3072, 768))  # (R, C)
+WIDTH, LENGTHS = 128, (4, 16)  # of chains of layers
 FORMATS = {
     "condensed": (spfmt.Condensed, {}),
     "nm": (spfmt.NM, {"m": 32}),
@@ -79,11 +85,46 @@ def contenders(
         "dense f+b": forward_and_backward(dense, tensor),
     }
     if compiled:
+        torch.compiler.reset()  # of the graphs before, which would be looked through at every call
         found["compiled"] = without_grad(torch.compile(layer, fullgraph=True), tensor)
         found["dense comp."] = without_grad(torch.compile(dense, fullgraph=True), tensor)
     for run in found.values():
         run()
     return found
+
+
+def chains(make: Callable[[], torch.nn.Module]) -> list[Contender]:
+    """Return compiled chains of 4 and of 16 layers, without gradients and then with both passes."""
+    x = torch.rand(1, WIDTH)
+    found = []
+    for wrap in (without_grad, forward_and_backward):
+        for count in LENGTHS:
+            model = torch.nn.Sequential(*(make() for _ in range(count)))
+            found.append(wrap(torch.compile(model, fullgraph=True), x))
+            found[-1]()
+    return found
+
+
+def slopes(times: list[float]) -> list[float]:
+    """Return what a layer adds to a chain, from times of short and long ones in turns."""
+    pairs = zip(times[::2], times[1::2], strict=True)
+    return [(long - short) / (LENGTHS[1] - LENGTHS[0]) for short, long in pairs]
+
+
+def print_slopes() -> None:
+    """Print what a layer costs inside a compiled graph, in µs at batch 1."""
+    names = ("kernel", "compiled", "fwd+bwd", "dense", "dense f+b")
+    print(f"\n{'µs per layer of a graph':28}" + "".join(f"{name:>12}" for name in names))
+    scores = np.random.default_rng(0).random((WIDTH, WIDTH), dtype=np.float32)
+    for name, (cls, params) in FORMATS.items():
+        torch.compiler.reset()  # torch keeps eight graphs of a kind, as many as a row needs
+        a = cls.from_scores(scores, 0.1, values=scores, **params)
+        found = [kernel_call(a, scores[:1].copy())]
+        found += chains(functools.partial(SparseLinear.from_tensor, a, bias=torch.zeros(WIDTH)))
+        found += chains(functools.partial(torch.nn.Linear, WIDTH, WIDTH))
+        kernel, *times = [t.median for t in interleave(found, 5.0)]
+        row = "".join(f"{t:12.2f}" for t in (kernel, *slopes(times)))
+        print(f"{name:16}{WIDTH:>5}x{WIDTH:<6}{row}")
 
 
 def main() -> None:
@@ -105,6 +146,8 @@ def main() -> None:
                 print(heading)
             times = [t.median for t in interleave(list(found.values()), 1.0)]
             print(f"{name:16}{rows:>5}x{cols:<6}" + "".join(f"{t:12.2f}" for t in times))
+    if compiled:
+        print_slopes()
 
 
 if __name__ == "__main__":

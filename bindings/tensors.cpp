@@ -35,13 +35,17 @@ template <class Word>
 uint64_t hash_elements(const char* data, int64_t count, int64_t step) {
   constexpr uint64_t kOdd = 0x9E3779B97F4A7C15;
   uint64_t chain[4] = {1, 2, 3, 4};
-  int lane = 0;
-  for (int64_t i = count - 1; i >= 0; i -= step, lane = (lane + 1) & 3) {
+  const auto mix = [&](uint64_t& state, int64_t i) {
     Word word;
     std::memcpy(&word, data + i * static_cast<int64_t>(sizeof(Word)), sizeof(Word));
-    chain[lane] = (chain[lane] ^ word) * kOdd;
-    chain[lane] ^= chain[lane] >> 32;
+    state = (state ^ word) * kOdd;
+    state ^= state >> 32;
+  };
+  int64_t i = count - 1;
+  for (; i >= 3 * step; i -= 4 * step) {
+    for (int lane = 0; lane < 4; ++lane) mix(chain[lane], i - lane * step);
   }
+  for (; i >= 0; i -= step) mix(chain[0], i);
   uint64_t all = 0;
   for (const uint64_t c : chain) all = (all ^ c) * kOdd;
   return all;
