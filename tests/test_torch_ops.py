@@ -16,7 +16,7 @@ from torch.autograd import forward_ad  # noqa: E402
 
 from spfmt.errors import FormatError, KernelNotFound  # noqa: E402
 from spfmt.formats import get_format  # noqa: E402
-from spfmt.torch import SparseLinear, _identity, functional, sddmm, spmm, spmm_t  # noqa: E402
+from spfmt.torch import SparseLinear, _identity, _operators, _products, sddmm, spmm, spmm_t  # noqa: E402
 
 # torch.compile imports parts of torch that use its own deprecated torch.jit.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
@@ -126,16 +126,16 @@ def test_backward_computes_only_what_is_asked(wants, monkeypatch):
     }
     operands[wants].requires_grad_()
     called = []
-    for name in ("_sddmm", "_spmm_t"):
-        op = getattr(functional, name)
+    for name in ("sddmm", "spmm_t"):
+        op = getattr(_products, name)
         monkeypatch.setattr(
-            functional, name, lambda *a, op=op, name=name: (called.append(name), op(*a))[1]
+            _products, name, lambda *a, op=op, name=name: (called.append(name), op(*a))[1]
         )
     y = spmm(
         operands["values"], structure, operands["x"], operands["bias"], shape=(R, C), format="csr"
     )
     y.sum().backward()
-    assert called == {"values": ["_sddmm"], "x": ["_spmm_t"], "bias": []}[wants]
+    assert called == {"values": ["sddmm"], "x": ["spmm_t"], "bias": []}[wants]
     assert operands[wants].grad is not None
 
 
@@ -285,16 +285,16 @@ def test_activations_are_fused_where_no_gradient_is_recorded(monkeypatch):
     called = []
 
     def watch(name):
-        op = getattr(functional, name)
-        monkeypatch.setattr(functional, name, lambda *args: called.append(name) or op(*args))
+        op = getattr(_products, name)
+        monkeypatch.setattr(_products, name, lambda *args: called.append(name) or op(*args))
 
-    watch("_spmm")
-    watch("_spmm_act")
+    watch("spmm")
+    watch("spmm_act")
     layer(torch.zeros(1, 16), activation="relu").sum().backward()
     with torch.no_grad():
         layer(torch.zeros(1, 16), activation="relu")
     layer.requires_grad_(False)(torch.zeros(1, 16), activation="relu")
-    assert called == ["_spmm", "_spmm_act", "_spmm_act"]
+    assert called == ["spmm", "spmm_act", "spmm_act"]
 
 
 # ------------------------------------------------------------------------------------ errors
@@ -340,7 +340,7 @@ def test_low_precision_has_no_kernel(dtype):
 
 
 def test_autocast_computes_in_float32_and_says_so_once(caplog, monkeypatch):
-    monkeypatch.setattr(functional, "_autocast_announced", False)
+    monkeypatch.setattr(_operators, "_autocast_announced", False)
     values, structure, dense = make("csr", dtype=torch.float32)
     x = torch.randn(3, C).bfloat16().requires_grad_()
     with torch.autocast("cpu", dtype=torch.bfloat16), caplog.at_level(logging.WARNING):
