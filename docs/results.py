@@ -65,7 +65,7 @@ def page(record: Record, name: str, others: Mapping[str, Record]) -> str:
         f"## How it is measured\n\n{METHOD}",
         *_missing(record),
         _repeat(name),
-        *_others(others),
+        *_others(record, others),
     ]
     return "\n\n".join(part.strip("\n") for part in parts) + "\n"
 
@@ -322,12 +322,13 @@ spfmt bench --shape 4096x1024 --format condensed,nm:2:4 --sparsity 0.8,0.9 --jso
 ```"""
 
 
-def _others(others: Mapping[str, Record]) -> Iterator[str]:
+def _others(own: Record, others: Mapping[str, Record]) -> Iterator[str]:
     for name, record in others.items():
         machine = record["machine"]
-        yield f"## Another machine, with earlier kernels: {machine['cpu']}"
+        age = "earlier" if record["date"] < own["date"] else "later"
+        yield f"## Another machine, with {age} kernels: {machine['cpu']}"
         where = f"{record['date'][:10]}, {machine['isa']}, 768 → 3072, 90 % sparse"
-        yield f"{where} ([{name}]({name})):"
+        yield f"{where}, commit `{machine['commit'] or 'unknown'}` ([{name}]({name})):"
         yield speed_table(record)
 
 
