@@ -97,8 +97,8 @@ py::tuple as_tuple(const spfmt::Choice& choice) {
 }
 
 spfmt::Summary summary(const std::string& layout, int64_t rows, int64_t cols, int64_t nnz,
-                       int64_t vectors) {
-  return {layout_of(layout), rows, cols, nnz, vectors};
+                       int64_t vectors, int64_t octet_places) {
+  return {layout_of(layout), rows, cols, nnz, vectors, octet_places};
 }
 
 }  // namespace
@@ -106,13 +106,14 @@ spfmt::Summary summary(const std::string& layout, int64_t rows, int64_t cols, in
 void bind_cost(py::module_& m) {
   py::class_<spfmt::Summary>(m, "Summary", "What the cost model knows of a structure.")
       .def(py::init(&summary), py::arg("layout"), py::arg("rows"), py::arg("cols"), py::arg("nnz"),
-           py::arg("vectors"))
+           py::arg("vectors"), py::arg("octet_places") = 0)
       .def_property_readonly("layout",
                              [](const spfmt::Summary& s) { return spfmt::layout_name(s.layout); })
       .def_readonly("rows", &spfmt::Summary::rows)
       .def_readonly("cols", &spfmt::Summary::cols)
       .def_readonly("nnz", &spfmt::Summary::nnz)
-      .def_readonly("vectors", &spfmt::Summary::vectors);
+      .def_readonly("vectors", &spfmt::Summary::vectors)
+      .def_readonly("octet_places", &spfmt::Summary::octet_places);
   m.def("cost_model", [] { return to_dict(spfmt::cost_model()); });
   m.def("default_cost_model", [] { return to_dict(spfmt::default_cost_model()); });
   m.def("set_cost_model", [](const Coefficients& c) { spfmt::set_cost_model(from_dict(c)); });

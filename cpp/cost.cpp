@@ -5,6 +5,7 @@
 #include <atomic>
 #include <mutex>
 
+#include "octet_pack.h"
 #include "plan.h"
 #include "tiles.h"
 
@@ -110,13 +111,16 @@ Summary summarize(const RowLists& a) {
   const double scale = sample > 0 ? static_cast<double>(slices) / sample : 0.0;
   const double full = static_cast<double>(a.indptr[a.rows]) / kRowTile;
   const double vectors = (full + std::max(full, steps * scale)) / 2;
-  return {Layout::row_lists, a.rows, a.cols, a.indptr[a.rows], static_cast<int64_t>(vectors)};
+  const int64_t nnz = a.indptr[a.rows];
+  const double places = octet_padding(a) * static_cast<double>(nnz);
+  return {Layout::row_lists,           a.rows, a.cols, nnz, static_cast<int64_t>(vectors),
+          static_cast<int64_t>(places)};
 }
 
 Summary summarize(const RowGroups& a) {
   int64_t columns = 0;
   for (int64_t t = 0; t < a.tiles; ++t) columns += a.col_end[t] - a.col_begin[t];
-  return {Layout::row_groups, a.rows, a.cols, a.value_ptr[a.tiles], columns};
+  return {Layout::row_groups, a.rows, a.cols, a.value_ptr[a.tiles], columns, 0};
 }
 
 const Summary& summary_of(const Plan& plan, Op op) {
@@ -125,22 +129,23 @@ const Summary& summary_of(const Plan& plan, Op op) {
 }
 
 Terms kernel_terms(const CostModel& model, Variant variant, const Summary& s, int64_t batch) {
-  const double operands = static_cast<double>(s.rows + s.cols) * batch;
+  const double features = static_cast<double>(s.rows + s.cols);
   const double nnz = static_cast<double>(s.nnz), vectors = static_cast<double>(s.vectors);
   if (variant == Variant::tokens) {
     const double passes = static_cast<double>(divide_up(batch, 4));
-    return terms_of(model, operands, vectors * passes, vectors * batch, 64 * vectors, passes);
+    return terms_of(model, features * batch, vectors * passes, vectors * batch, 64 * vectors,
+                    passes);
   }
   if (variant == Variant::octets) {
     constexpr double kBytes = 6;  // a weight and its offset
     const double octets = static_cast<double>(divide_up(batch, kOctet));
-    const double staged = static_cast<double>(s.rows + s.cols) * octets * kOctet;
-    return terms_of(model, staged, 0, nnz * octets, kBytes * nnz, 1);
+    const double places = static_cast<double>(s.octet_places);
+    return terms_of(model, features * octets * kOctet, 0, places * octets, kBytes * places, 1);
   }
   const double registers = static_cast<double>(divide_up(batch, kRowTile));
   const double passes = static_cast<double>(divide_up(batch, kPanel));
   const double stream = s.layout == Layout::row_lists ? nnz * passes : vectors * registers;
-  return terms_of(model, operands, stream, nnz * registers, 4 * nnz, passes);
+  return terms_of(model, features * registers * kRowTile, stream, nnz * registers, 4 * nnz, passes);
 }
 
 Terms dense_terms(const CostModel& model, int64_t rows, int64_t cols, int64_t batch) {

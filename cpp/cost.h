@@ -32,13 +32,15 @@ struct Summary {
   // widths of all tiles. Lists: the steps of slices of 16 rows, padding included, estimated from a
   // sample of neighbouring rows, so that it never depends on what was built before.
   int64_t vectors;
+  // Lists: weights that octets hold, padding included, estimated likewise. Groups have none.
+  int64_t octet_places;
 };
 
 Summary summarize(const RowLists& view);
 Summary summarize(const RowGroups& view);
 
 // The terms of a cost in order: `call` is 1; the others count, in vectors of 16 elements or bytes,
-//   operands    elements of X and Y
+//   operands    elements of X and Y, with samples that only fill a vector
 //   stream      weight vectors loaded; where lanes run over samples, weights or vectors of X
 //   multiply    multiply-adds
 //   beyond_l2   bytes of weights that come from behind the L2 cache; beyond_l3 likewise

@@ -72,8 +72,7 @@ std::unique_ptr<OctetPack> make_octets(const RowLists& a) {
   for (int64_t row = 0; row < a.rows; row += kOctetRows) {
     std::vector<int64_t> at(a.indptr + row, a.indptr + std::min(a.rows, row + kOctetRows));
     for (int64_t t = 0; t < tiles; ++t) {
-      const int64_t end = t == tiles - 1 ? a.cols : (t + 1) * width;
-      const auto pieces = take_pieces(a, row, end, at);
+      const auto pieces = take_pieces(a, row, std::min(a.cols, (t + 1) * width), at);
       for (size_t i = 0; i < pieces.size(); i += kQuadRows) {
         append_quad(a, &pieces[i], std::min<size_t>(kQuadRows, pieces.size() - i), t * width,
                     *pack);
@@ -86,6 +85,24 @@ std::unique_ptr<OctetPack> make_octets(const RowLists& a) {
   pack->view.row = pack->row.data();
   pack->view.offset = pack->offset.data();
   return pack;
+}
+
+double octet_padding(const RowLists& a) {
+  constexpr int64_t kSample = 4;
+  const int64_t tiles = tile_count(a), chunks = (a.rows + kOctetRows - 1) / kOctetRows;
+  const int64_t width = (a.cols + tiles - 1) / tiles, sample = std::min(chunks, kSample);
+  int64_t places = 0, nonzeros = 0;
+  for (int64_t i = 0; i < sample; ++i) {
+    const int64_t row = i * chunks / sample * kOctetRows;
+    const int64_t stop = std::min(a.rows, row + kOctetRows);
+    std::vector<int64_t> at(a.indptr + row, a.indptr + stop);
+    nonzeros += a.indptr[stop] - a.indptr[row];
+    for (int64_t t = 0; t < tiles; ++t) {
+      const auto pieces = take_pieces(a, row, std::min(a.cols, (t + 1) * width), at);
+      for (size_t p = 0; p < pieces.size(); p += kQuadRows) places += kStep * steps_of(pieces[p]);
+    }
+  }
+  return nonzeros > 0 ? static_cast<double>(places) / static_cast<double>(nonzeros) : 1.0;
 }
 
 int64_t OctetPack::nbytes() const {

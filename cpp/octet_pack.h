@@ -10,6 +10,9 @@ namespace spfmt {
 
 std::unique_ptr<OctetPack> make_octets(const RowLists& lists);
 
+// Places per nonzero of make_octets(lists), estimated from a few chunks of rows; at least 1.
+double octet_padding(const RowLists& lists);
+
 // Values in the order of the steps, zero where there are none. `permutation` (or null) maps a
 // position of the lists to a place in `values`.
 template <class T>

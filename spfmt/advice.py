@@ -364,15 +364,17 @@ def _lists_like(name: str, shape: tuple[int, int], density: float, op: str) -> t
     tiles = -(-rows // _BLOCK)
     if name == "nm" and not transposed:
         vectors = tiles * per_row  # rows alike: nothing is padded
+        places = -(-per_row // 4) * 4 * rows
     else:
         # Of rows too long even for one tile a part of the columns: all parts need as many steps.
         shrink = -(-_BLOCK * per_row // _SAMPLE_DRAWS)
         part = -(-per_row // shrink)
         sample = _sample(rows, -(-cols // shrink), part)
-        steps = _kernels.summary(Plan("csr", sample)._compile(), "spmm").vectors
-        vectors = round(steps * tiles / -(-sample.rows // _BLOCK) * per_row / part)
+        found = _kernels.summary(Plan("csr", sample)._compile(), "spmm")
+        vectors = round(found.vectors * tiles / -(-sample.rows // _BLOCK) * per_row / part)
+        places = round(found.octet_places / found.nnz * rows * per_row)
     # By the product's own structure, which spmm_t takes as transposed already.
-    summary = _kernels.Summary("row_lists", rows, cols, rows * per_row, vectors)
+    summary = _kernels.Summary("row_lists", rows, cols, rows * per_row, vectors, places)
     return text, summary
 
 

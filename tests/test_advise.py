@@ -112,6 +112,36 @@ def test_predictions_grow_with_the_work(op: str) -> None:
         assert (np.diff(found, axis=1) > 0).all()
 
 
+@pytest.mark.parametrize(
+    ("shape", "fan_in", "places"),
+    [
+        ((8, 50), 0, 0),  # nothing, and no padding of it
+        ((8, 50), 4, 32),
+        ((8, 50), 1, 32),  # a row fills a step of four nonzeros
+        ((1, 50), 1, 16),  # and a quad of four rows
+        ((300, 50), 5, 300 * 8),  # over three chunks, quads of which are full
+        ((4, 9000), 1, 16),  # wider than 16-bit offsets reach: two tiles, all in the first
+    ],
+)
+def test_octets_count_their_padding(shape: tuple[int, int], fan_in: int, places: int) -> None:
+    indptr = np.arange(shape[0] + 1) * fan_in
+    columns = np.tile(np.arange(fan_in, dtype="int32"), shape[0])
+    a = spfmt.CSR(shape, indptr, columns, np.ones(columns.size, "float32"))
+    summary = kernels.summary(a.plan._compile(), "spmm")
+    assert summary.octet_places == places
+    terms = kernels.kernel_terms(model().coefficients, "octets", summary, 9)
+    assert terms[3] == 2 * places
+
+
+def test_samples_that_fill_a_vector_cost_like_others() -> None:
+    summary = kernels.Summary("row_lists", 40, 24, 100, 10, 160)
+    for variant, batches in (("octets", (1, 8)), ("panels", (1, 16)), ("panels", (17, 32))):
+        few, full = (
+            kernels.kernel_terms(model().coefficients, variant, summary, b)[1] for b in batches
+        )
+        assert few == full == 64 * batches[1] / 16
+
+
 def test_weights_beyond_the_caches_cost_more() -> None:
     cost.use(model(beyond_l2=1e-9))
     for variant, size in (("tokens", 4), ("octets", 6), ("panels", 4)):  # bytes per nonzero
@@ -119,7 +149,7 @@ def test_weights_beyond_the_caches_cost_more() -> None:
             kernels.kernel_terms(
                 cost.cost_model().coefficients,
                 variant,
-                kernels.Summary("row_groups", n, n, n * n, n * n // 16),
+                kernels.Summary("row_lists", n, n, n * n, n * n // 16, n * n),
                 1,
             )
             for n in (256, 1024)
@@ -333,8 +363,8 @@ def test_coefficients_are_finite_and_not_negative(value: float) -> None:
         (lambda text: "\x00\xff" * 5000, "no calibration of spfmt"),
         (lambda text: text[: len(text) // 2], r"cut short|no number|without a value"),
         (lambda text: text + "x" * 100_000, None),
-        (_replaced("spfmt-cost 2", "spfmt-cost 0"), "other kernels"),
-        (_replaced("spfmt-cost 2", "spfmt-cost \xff"), "other kernels"),
+        (_replaced("spfmt-cost 3", "spfmt-cost 0"), "other kernels"),
+        (_replaced("spfmt-cost 3", "spfmt-cost \xff"), "other kernels"),
         (_replaced("\ncpu ", "\ncpu Not "), "another CPU"),
         (_replaced("dense.call ", "dense.call -"), "no number of at least 0"),
         (_replaced("dense.call ", "dense.call nan"), "no number of at least 0"),
