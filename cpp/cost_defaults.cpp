@@ -1,6 +1,6 @@
 // Coefficients that hold until this machine is calibrated, measured on a Zen 4 core (1 MiB of L2,
-// 32 MiB of L3), the octets' on Zen 3 and scaled by its clock. `python -m benchmarks.advise
-// --defaults` prints the table for another one.
+// 32 MiB of L3), those of octets and of avx2's tokens of lists on Zen 3 and scaled by its clock.
+// `python -m benchmarks.advise --defaults` prints the table for another one.
 #include <map>
 
 #include "cost.h"
@@ -21,16 +21,16 @@ constexpr Row kRows[] = {
     {"avx2.row_groups.spmm_t.panels", {1.22e-06, 2.68e-09, 9.47e-10, 3.22e-10, 0, 2.5e-11}},
     {"avx2.row_groups.spmm_t.tokens", {8.34e-07, 8.18e-09, 1.64e-09, 4.31e-10, 0, 2.5e-11}},
     {"avx2.row_lists.sddmm.panels", {4.38e-06, 3.45e-09, 8.91e-10, 4.45e-10, 0, 2.5e-11}},
-    {"avx2.row_lists.spmm.octets", {1.1e-06, 4.5e-09, 0, 2.9e-10, 0, 2.5e-11}},
+    {"avx2.row_lists.spmm.octets", {1.1e-06, 7e-09, 0, 2.9e-10, 0, 2.5e-11}},
     {"avx2.row_lists.spmm.panels", {1.24e-06, 2.2e-09, 2.77e-10, 4.05e-10, 4.16e-11, 2.5e-11}},
-    {"avx2.row_lists.spmm.tokens", {9.21e-07, 1.98e-08, 2.01e-09, 3.85e-10, 5.68e-12, 2.5e-11}},
+    {"avx2.row_lists.spmm.tokens", {9.21e-07, 6e-09, 6e-10, 3.7e-09, 0, 2.5e-11}},
     {"avx512.row_groups.sddmm.panels", {5.46e-06, 0, 1.58e-09, 4.4e-10, 6.53e-11, 2.5e-11}},
     {"avx512.row_groups.spmm.panels", {1.26e-06, 1.63e-09, 9.22e-11, 2.85e-10, 0, 2.5e-11}},
     {"avx512.row_groups.spmm.tokens", {9.23e-07, 5.65e-09, 4.82e-10, 1.54e-10, 1.05e-12, 2.5e-11}},
     {"avx512.row_groups.spmm_t.panels", {1.19e-06, 1.9e-09, 7.91e-10, 2.75e-10, 0, 2.5e-11}},
     {"avx512.row_groups.spmm_t.tokens", {7.7e-07, 1.53e-08, 1.2e-09, 4.16e-10, 0, 2.5e-11}},
     {"avx512.row_lists.sddmm.panels", {4.16e-06, 2.37e-09, 4.27e-10, 3.75e-10, 0, 2.5e-11}},
-    {"avx512.row_lists.spmm.octets", {1.1e-06, 4.5e-09, 0, 2.9e-10, 0, 2.5e-11}},
+    {"avx512.row_lists.spmm.octets", {1.1e-06, 7e-09, 0, 2.9e-10, 0, 2.5e-11}},
     {"avx512.row_lists.spmm.panels", {1.15e-06, 1.25e-09, 1.66e-10, 3.89e-10, 0, 2.5e-11}},
     {"avx512.row_lists.spmm.tokens", {9.14e-07, 8.33e-09, 6.16e-10, 3.63e-10, 0, 2.5e-11}},
     {"dense", {4.07e-06, 1e-09, 4.27e-10, 2.69e-10, 0, 2.5e-11}},

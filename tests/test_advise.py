@@ -133,6 +133,17 @@ def test_octets_count_their_padding(shape: tuple[int, int], fan_in: int, places:
     assert terms[3] == 2 * places
 
 
+@pytest.mark.parametrize("density", [0.1, 0.5])
+def test_defaults_take_octets_where_avx2_would_look_up_for_each_sample(density: float) -> None:
+    """AVX2 looks x up once per weight and sample; octets load each weight once for eight."""
+    rng = np.random.default_rng(6)
+    a = spfmt.CSR.from_dense((rng.random((768, 768)) < density).astype("float32"))
+    summary = kernels.summary(a.plan._compile(), "spmm")
+    cost.use(cost.CostModel(kernels.default_cost_model(), kernels.cpu_key()))
+    for batch in (3, 4, 8):
+        assert kernels.choose("avx2", "spmm", summary, batch, 1)[0] == "octets"
+
+
 def test_samples_that_fill_a_vector_cost_like_others() -> None:
     summary = kernels.Summary("row_lists", 40, 24, 100, 10, 160)
     for variant, batches in (("octets", (1, 8)), ("panels", (1, 16)), ("panels", (17, 32))):
