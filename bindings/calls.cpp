@@ -121,6 +121,7 @@ struct Shape {
   int nd;
   std::array<Py_intptr_t, 2> dims;
 
+  explicit Shape(int64_t count) : nd(1), dims{count, 1} {}
   Shape(const Operand& in, int64_t features, int rank, bool batch_first) : nd(rank) {
     dims = nd == 1 || !batch_first ? std::array<Py_intptr_t, 2>{features, in.samples}
                                    : std::array<Py_intptr_t, 2>{in.samples, features};
@@ -315,11 +316,29 @@ py::tuple bind(const PyPlan& plan, const std::vector<int64_t>& kernels) {
   return bound;
 }
 
+// empty(count, dtype) -> a new vector of any dtype without Python objects, at a cache line
+PyObject* empty(PyObject*, PyObject* const* arg, Py_ssize_t n) {
+  return translated([&] {
+    require_count(n, 2);
+    if (!py::isinstance<py::dtype>(arg[1])) throw py::type_error("expected a numpy dtype");
+    const auto dtype = py::reinterpret_borrow<py::dtype>(arg[1]);
+    if (truth(dtype.attr("hasobject").ptr())) throw py::type_error("a dtype with Python objects");
+    return new_array(Shape(count_of(arg[0])), dtype).release().ptr();
+  });
+}
+
+PyMethodDef kModule[] = {
+    {"empty", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(empty)), METH_FASTCALL,
+     nullptr},
+    {nullptr, nullptr, 0, nullptr},
+};
+
 }  // namespace
 
 void define_calls(py::module_& m) {
   numpy = new Numpy;  // for the life of the process
   m.def("bind", &bind, py::arg("plan"), py::arg("kernels"));
+  if (PyModule_AddFunctions(m.ptr(), kModule) != 0) throw py::error_already_set();
 }
 
 }  // namespace spfmt_python

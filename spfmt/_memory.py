@@ -42,13 +42,16 @@ def aligned(array: Array, dtype: npt.DTypeLike) -> Array:
 
 def is_aligned(array: Array) -> bool:
     """Tell whether `array` starts at a cache line; an empty one is nowhere."""
-    return array.size == 0 or array.ctypes.data % LINE == 0
+    return array.size == 0 or _address(array) % LINE == 0
+
+
+def _address(array: Array) -> int:
+    address: int = array.__array_interface__["data"][0]  # ctypes.data takes microseconds
+    return address
 
 
 def _placed(make: Any, shape: int | tuple[int, ...], dtype: npt.DTypeLike) -> Array:
     dtype = np.dtype(dtype)
     size = math.prod((shape,) if isinstance(shape, int) else shape) * dtype.itemsize
     raw = make(size + LINE - 1, np.uint8)
-    start = -raw.ctypes.data % LINE
-    array: Array = raw[start : start + size].view(dtype).reshape(shape)
-    return array
+    return np.ndarray(shape, dtype, raw, -_address(raw) % LINE)

@@ -12,6 +12,7 @@ import pytest
 from format_cases import MAKERS
 
 import spfmt
+from spfmt import dispatch
 from spfmt._memory import LINE, aligned, empty_aligned, is_aligned, zeros_aligned
 
 FORMATS = sorted(MAKERS)
@@ -43,6 +44,30 @@ def test_arrays_start_at_a_line(shape: Any, dtype: str) -> None:
             assert a.flags.c_contiguous
             assert a.flags.writeable
         assert not a.any()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64", ">f4"])
+def test_compiled_vectors_start_at_a_line(dtype: str) -> None:
+    for count in (0, 1, 17, 2_000_000):
+        a = dispatch._kernels.empty(count, np.dtype(dtype))
+        assert is_aligned(a)
+        assert a.shape == (count,)
+        assert a.dtype == dtype
+        assert a.flags.writeable
+        a[...] = 1  # all of it is ours
+
+
+def test_compiled_vectors_check_their_arguments() -> None:
+    for arguments in ((), (1,), (1, "f4"), (1.5, np.dtype("f4")), (1, np.dtype(object))):
+        with pytest.raises(TypeError):
+            dispatch._kernels.empty(*arguments)
+    with pytest.raises(TypeError, match="Python objects"):
+        dispatch._kernels.empty(1, np.dtype([("a", "f4"), ("b", object)]))
+    with pytest.raises(ValueError, match="negative"):
+        dispatch._kernels.empty(-1, np.dtype("f4"))
+    for count in (2**62, 2**63 - 1):
+        with pytest.raises(MemoryError):
+            dispatch._kernels.empty(count, np.dtype("f8"))
 
 
 def test_aligned_copies_and_casts() -> None:
