@@ -18,7 +18,7 @@ from torch._inductor.lowering import lowerings  # noqa: E402
 from torch._inductor.utils import run_and_get_code  # noqa: E402
 
 from spfmt.errors import FormatError  # noqa: E402
-from spfmt.torch import SparseLinear, _compiled, _direct, spmm  # noqa: E402
+from spfmt.torch import SparseLinear, _compiled, _direct, spmm, spmm_t  # noqa: E402
 
 # torch.compile imports parts of torch that use its own deprecated torch.jit.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
@@ -182,6 +182,57 @@ def test_every_write_to_the_values_is_seen() -> None:
             assert not torch.equal(before, after), write.__name__
             torch.testing.assert_close(after.T, torch.from_numpy(module.tensor().to_dense()))
             before = after
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_writes_of_generated_code_are_seen(transposed: bool) -> None:
+    """It writes in place without advancing the version, and here where no sample is taken."""
+    module = SparseLinear(256, 256, format="csr", density=0.25, bias=False)
+    shape, structure, last = module.shape, module.structure, module.nnz - 2
+    product = spmm_t if transposed else spmm
+
+    def multiply(values: Any, x: Any) -> Any:
+        return product(values, structure, x, shape=shape, format="csr")
+
+    def write_between(values: Any, x: Any) -> Any:
+        before = multiply(values, x)
+        values[last] = -100.0
+        return before, multiply(values, x)
+
+    def write_before(values: Any, x: Any) -> Any:
+        values[last] = 50.0
+        return multiply(values, x)
+
+    x = torch.randn(64, 256)
+    with torch.no_grad():
+        values = module.values.detach().clone()
+        same = values.clone()
+        for function in (write_between, write_before):
+            multiply(values, x)  # packed and remembered
+            result, code = code_of(lambda f=function: torch.compile(f, fullgraph=True)(values, x))
+            assert_direct(code, f"{product.__name__}_into_v1")
+            torch.testing.assert_close(result, function(same, x))
+
+
+def test_values_that_a_graph_computes_are_never_taken_for_others() -> None:
+    """Generated code gives one buffer to several tensors, one after the other."""
+    module = SparseLinear(256, 256, format="csr", density=0.25, bias=False)
+    masks = torch.ones(3, module.capacity)
+    masks[1, module.nnz - 2] = -100.0
+    masks[2, module.nnz - 2] = 50.0
+
+    def chain(values: Any, masks: Any, x: Any) -> Any:
+        for mask in masks:
+            scaled = values * mask * x.sum().tanh()  # known only after the product before
+            x = torch.tanh(spmm(scaled, module.structure, x, shape=module.shape, format="csr"))
+        return x
+
+    x = torch.randn(64, 256)
+    with torch.no_grad():
+        values = module.values.detach()
+        result, code = code_of(lambda: torch.compile(chain, fullgraph=True)(values, masks, x))
+        assert_direct(code, "spmm_into_v1")
+        torch.testing.assert_close(result, chain(values, masks, x), rtol=1e-4, atol=1e-4)
 
 
 def test_every_new_structure_is_seen_without_compiling_again() -> None:

@@ -11,6 +11,7 @@ import sys
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from spfmt.activations import activation_code
 from spfmt.torch._direct import SPMM, SPMM_T, multiply, sample
@@ -34,9 +35,15 @@ def spmm_into_v1(
     shape: tuple[int, int],
     format: str,
     activation: str | None,
+    written: bool = False,
     out: Tensor,
 ) -> None:
-    """Compute ``spfmt::spmm``, or ``spfmt::spmm_act`` where there is an activation, into `out`."""
+    """Compute ``spfmt::spmm``, or ``spfmt::spmm_act`` where there is an activation, into `out`.
+
+    `written` tells that generated code writes the values, whose version then means nothing.
+    """
+    if written:
+        increment_version(values)
     code = activation_code(activation)
     if _profiled() or multiply(SPMM, values, structure, x, bias, shape, format, code, out) is None:
         operands = values, structure, x, bias, shape, format
@@ -51,9 +58,12 @@ def spmm_t_into_v1(
     *,
     shape: tuple[int, int],
     format: str,
+    written: bool = False,
     out: Tensor,
 ) -> None:
-    """Compute ``spfmt::spmm_t`` into `out`."""
+    """Compute ``spfmt::spmm_t`` into `out`; `written` as for `spmm_into_v1`."""
+    if written:
+        increment_version(values)
     if _profiled() or multiply(SPMM_T, values, structure, dy, None, shape, format, 0, out) is None:
         out.copy_(torch.ops.spfmt.spmm_t(values, structure, dy, shape, format))
 

@@ -32,18 +32,36 @@ class _Product(ir.ExternKernelOut):
         super().codegen(wrapper)
 
 
+class _WeightedProduct(_Product):
+    """A product whose first operand is values: it is told when generated code writes them too."""
+
+    def codegen(self, wrapper: Any) -> None:
+        values: Any = self.inputs[0]
+        name, graph = values.get_name(), V.graph
+        given = name in graph.graph_inputs or name in graph.constants
+        # What the graph allocates lies where other values may have been; what it writes in place,
+        # it writes without advancing the version. Neither is known before all code is.
+        if not given or name in graph.mutated_buffers:
+            self.kwargs["written"] = True
+        super().codegen(wrapper)
+
+
 def _call(
-    function: Callable[..., None], operands: Sequence[Any], size: Sequence[Any], **constants: Any
+    product: type[_Product],
+    function: Callable[..., None],
+    operands: Sequence[Any],
+    size: Sequence[Any],
+    **constants: Any,
 ) -> Any:
     """Let `function` compute a contiguous buffer of this size from operands of any strides."""
     like = operands[-1]
-    product = _Product(
+    call = product(
         layout=ir.FixedLayout(like.get_device(), like.get_dtype(), list(size)),
         inputs=[ir.ExternKernel.realize_input(t) for t in operands],
         kwargs=constants,
         python_kernel_name=function.__name__,
     )
-    return ir.TensorBox.create(product)
+    return ir.TensorBox.create(call)
 
 
 def _register(op: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -75,13 +93,15 @@ def _spmm(
 ) -> Any:
     operands = [values, structure, x] if bias is None else [values, structure, x, bias]
     constants = {"shape": tuple(shape), "format": format, "activation": activation}
-    return _call(_compiled.spmm_into_v1, operands, (x.get_size()[0], shape[0]), **constants)
+    size = x.get_size()[0], shape[0]
+    return _call(_WeightedProduct, _compiled.spmm_into_v1, operands, size, **constants)
 
 
 @_register(torch.ops.spfmt.spmm_t.default)
 def _spmm_t(values: Any, structure: Any, dy: Any, shape: Sequence[int], format: str) -> Any:
     size, constants = (dy.get_size()[0], shape[1]), {"shape": tuple(shape), "format": format}
-    return _call(_compiled.spmm_t_into_v1, [values, structure, dy], size, **constants)
+    operands = [values, structure, dy]
+    return _call(_WeightedProduct, _compiled.spmm_t_into_v1, operands, size, **constants)
 
 
 @_register(torch.ops.spfmt.sddmm.default)
@@ -89,4 +109,5 @@ def _sddmm(
     structure: Any, dy: Any, x: Any, shape: Sequence[int], format: str, capacity: Any
 ) -> Any:
     constants = {"shape": tuple(shape), "format": format}
-    return _call(_compiled.sddmm_into_v1, [structure, dy, x], (capacity,), **constants)
+    operands = [structure, dy, x]
+    return _call(_Product, _compiled.sddmm_into_v1, operands, (capacity,), **constants)
