@@ -199,6 +199,12 @@ bool read_content(const Tensor& t, int64_t sampled, Content& content) {
   return true;
 }
 
+// Whether an object is an int, perhaps a huge one, of this value.
+bool is_size(PyObject* o, int64_t size) {
+  int overflow = 0;
+  return PyLong_Check(o) && PyLong_AsLongLongAndOverflow(o, &overflow) == size && overflow == 0;
+}
+
 // What Python found out about one structure buffer; it holds the Memo, weak references that keep
 // storages from being given to others, and nothing else.
 class Memo {
@@ -235,8 +241,7 @@ class Memo {
     if (!listed || PySequence_Fast_GET_SIZE(shape) != 2 || !PyUnicode_Check(format)) return false;
     PyObject *rows = PySequence_Fast_GET_ITEM(shape, 0), *cols = PySequence_Fast_GET_ITEM(shape, 1);
     const PyPlan& plan = calls_.get_pointer<Calls>()->plan;
-    return PyLong_Check(rows) && integer(rows) == plan.rows && PyLong_Check(cols) &&
-           integer(cols) == plan.cols &&
+    return is_size(rows, plan.rows) && is_size(cols, plan.cols) &&
            PyUnicode_CompareWithASCIIString(format, format_.c_str()) == 0;
   }
 
@@ -377,9 +382,10 @@ PyObject* sample(PyObject*, PyObject* const* arg, Py_ssize_t count) {
     if (!a || dy.size(1) != a->plan().rows || x.size(1) != a->plan().cols) Py_RETURN_NONE;
     const spfmt::Kernel* kernel = a->calls().kernel(spfmt::Op::sddmm, bits == 64);
     if (kernel == nullptr || dy.size(0) != x.size(0)) Py_RETURN_NONE;
-    if (arg[6] == Py_None && integer(arg[5]) < a->nnz()) Py_RETURN_NONE;
-    const py::object out =
-        output(arg[6], py::make_tuple(py::handle(arg[5])), py::make_tuple(1), arg[1]);
+    // torch's allocation takes ints proper and nothing else that stands for one.
+    const int64_t capacity = arg[6] == Py_None ? integer(arg[5]) : 0;
+    if (arg[6] == Py_None && capacity < a->nnz()) Py_RETURN_NONE;
+    const py::object out = output(arg[6], py::make_tuple(capacity), py::make_tuple(1), arg[1]);
     if (!plain(out.ptr(), 1, kFloat, bits, gradient) || !gradient.contiguous()) Py_RETURN_NONE;
     const int64_t nnz = a->nnz(), spare = gradient.size(0) - nnz, size = gradient.itemsize();
     if (spare < 0) Py_RETURN_NONE;

@@ -107,6 +107,7 @@ def declined(layer):
         ("x", [torch._neg_view(torch.randn(3, 16)), torch._efficientzerotensor((3, 16))]),
         ("bias", [torch.randn(11), torch.randn(12).double(), torch.randn(24)[::2], 0]),
         ("shape", [(16, 12), (12,), "ab", None, (12.0, 16), ("12", "16"), (12, None)]),
+        ("shape", [(2**70, 16), (12 + 2**64, 16), (-1, 16)]),
         ("format", ["csr", None, 3, "condensed "]),
         ("out", [torch.ones(3, 11), torch.ones(2, 12), torch.ones(36), torch.ones(3, 12).half()]),
     ]

@@ -324,6 +324,57 @@ def test_errors_are_clear():
         spmm(values, structure, good.to("meta"), **weight)
 
 
+@pytest.mark.parametrize("shape", [(12,), (12, 16, 1), (2**70, 16), (-1, 16), (12.0, 16), None])
+def test_what_is_no_shape_is_refused(shape):
+    values, structure, _ = make("csr")
+    x, dy = torch.zeros(1, C, dtype=torch.float64), torch.zeros(1, R, dtype=torch.float64)
+    weight = {"shape": shape, "format": "csr"}
+    for call in (
+        lambda: spmm(values.detach(), structure, x, **weight),
+        lambda: spmm(values, structure, x, **weight),
+        lambda: spmm_t(values.detach(), structure, dy, **weight),
+        lambda: sddmm(structure, dy, x, capacity=values.numel(), **weight),
+    ):
+        with pytest.raises(FormatError, match=r"shape .*; expected two ints.*fix:"):
+            call()
+
+
+@pytest.mark.parametrize("freed", ["values", "structure", "x", "bias"])
+def test_a_freed_storage_is_refused(freed):
+    """Sharded modules free their parameters so; torch's own operators raise too."""
+    values, structure, _ = make("csr")
+    operands = {
+        "values": values.detach().clone(),
+        "structure": structure.clone(),
+        "x": torch.randn(3, C, dtype=torch.float64),
+        "bias": torch.randn(R, dtype=torch.float64),
+    }
+    operands[freed].untyped_storage().resize_(0)
+    values, structure, x, bias = operands.values()
+    weight = {"shape": (R, C), "format": "csr"}
+    dy = torch.randn(3, R, dtype=torch.float64)
+    calls = [
+        lambda: spmm(values, structure, x, bias, **weight),
+        lambda: spmm(values, structure, x, bias, activation="relu", **weight),
+    ]
+    if freed in ("values", "structure"):
+        calls.append(lambda: spmm_t(values, structure, dy, **weight))
+    if freed in ("structure", "x"):
+        calls.append(lambda: sddmm(structure, dy, x, capacity=values.numel(), **weight))
+    for call in calls:
+        with pytest.raises(FormatError, match="freed"):
+            call()
+
+
+def test_capacity_may_be_any_integer():
+    values, structure, _ = make("csr")
+    dy, x = torch.randn(3, R, dtype=torch.float64), torch.randn(3, C, dtype=torch.float64)
+    weight = {"shape": (R, C), "format": "csr"}
+    expected = sddmm(structure, dy, x, capacity=values.numel(), **weight)
+    found = sddmm(structure, dy, x, capacity=np.int64(values.numel()), **weight)
+    torch.testing.assert_close(found, expected)
+
+
 def test_corrupt_words_are_refused():
     values, structure, _ = make("csr")
     broken = structure.clone()
@@ -477,6 +528,18 @@ def test_a_reused_address_is_not_mistaken_for_the_old_tensor():
             torch.testing.assert_close(layer(x).T, torch.from_numpy(layer.tensor().to_dense()))
             del layer
     assert len(addresses) < 50  # otherwise this test has tested nothing
+
+
+def test_storages_that_compiled_code_knows_are_not_given_to_others():
+    """Also when other values have gone the long way since, which compiled code hears nothing of."""
+    values, structure, _ = make("csr")
+    known = values.detach().clone()
+    address = known.untyped_storage()._cdata
+    _identity.refresh(structure, known)
+    _identity.compiled_structure(structure).version(values.detach())
+    del known
+    others = [torch.empty_like(values) for _ in range(1000)]
+    assert address not in {other.untyped_storage()._cdata for other in others}
 
 
 def test_plans_of_dead_structures_are_dropped():

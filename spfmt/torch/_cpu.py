@@ -7,6 +7,7 @@ are plain. ``*_long`` computes in Python what is not, or says what is wrong with
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -42,6 +43,18 @@ def _check_matrix(name: str, x: Tensor, columns: int, like: Tensor) -> None:
             f"{name} of {x.dtype} beside {like.dtype}",
             "one dtype for all operands",
             f"cast with {name}.to({like.dtype}), or the module with .to({x.dtype})",
+        )
+
+
+def _check_shape(shape: Sequence[int]) -> None:
+    """Check the shape of a weight before anything is allocated for it."""
+    try:
+        sizes = [operator.index(n) for n in shape]
+    except TypeError:
+        sizes = []
+    if len(sizes) != 2 or not all(0 <= n < 2**31 for n in sizes):
+        raise format_error(
+            f"a weight of shape {shape!r}", "two ints, (R, C)", "pass the shape of its SparseLinear"
         )
 
 
@@ -82,6 +95,7 @@ def spmm_fake(
     activation: str | None = None,
 ) -> Tensor:
     activation_code(activation)
+    _check_shape(shape)
     _check_weight(values, structure)
     _check_matrix("x", x, shape[1], values)
     _check_bias(bias, shape[0], values)
@@ -92,6 +106,7 @@ def spmm_fake(
 def spmm_t_fake(
     values: Tensor, structure: Tensor, dy: Tensor, shape: Sequence[int], format: str
 ) -> Tensor:
+    _check_shape(shape)
     _check_weight(values, structure)
     _check_matrix("dy", dy, shape[0], values)
     _check_dtype("spmm_t", dy)
@@ -101,6 +116,7 @@ def spmm_t_fake(
 def sddmm_fake(
     structure: Tensor, dy: Tensor, x: Tensor, shape: Sequence[int], format: str, capacity: int
 ) -> Tensor:
+    _check_shape(shape)
     _check_matrix("dy", dy, shape[0], x)
     _check_matrix("x", x, shape[1], dy)
     if dy.shape[0] != x.shape[0]:
@@ -133,6 +149,16 @@ def _check_capacity(values: Tensor, compiled: CompiledStructure) -> None:
             f"{values.numel()} values (contiguous: {values.is_contiguous()})",
             f"at least {compiled.nnz}, contiguous",
             "use the structure of the module that the values come from",
+        )
+
+
+def _check_memory(*tensors: Tensor | None) -> None:
+    """Check that elements lie somewhere: a storage can be freed under its tensors."""
+    if any(t is not None and t.numel() and t.data_ptr() == 0 for t in tensors):
+        raise format_error(
+            "a tensor whose storage has been freed",
+            "elements in memory",
+            "bring it back first; sharded modules free parameters between their passes",
         )
 
 
@@ -178,6 +204,7 @@ def spmm_long(
     format: str,
 ) -> Tensor:
     y = spmm_fake(values, structure, x, bias, shape, format)
+    _check_memory(values, structure, x, bias)
     compiled = _compiled(structure, shape, format)
     if bias is not None:
         bias = bias.contiguous()  # alive until the product is done
@@ -195,6 +222,7 @@ def spmm_act_long(
     activation: str,
 ) -> Tensor:
     y = spmm_fake(values, structure, x, bias, shape, format, activation)
+    _check_memory(values, structure, x, bias)
     compiled = _compiled(structure, shape, format)
     _check_capacity(values, compiled)
     compiled.plan.spmm(
@@ -213,6 +241,7 @@ def spmm_t_long(
     values: Tensor, structure: Tensor, dy: Tensor, shape: Sequence[int], format: str
 ) -> Tensor:
     dx = spmm_t_fake(values, structure, dy, shape, format)
+    _check_memory(values, structure, dy)
     _multiply("spmm_t", _compiled(structure, shape, format), values, dy, dx)
     return dx
 
@@ -221,6 +250,7 @@ def sddmm_long(
     structure: Tensor, dy: Tensor, x: Tensor, shape: Sequence[int], format: str, capacity: int
 ) -> Tensor:
     grad = sddmm_fake(structure, dy, x, shape, format, capacity)
+    _check_memory(structure, dy, x)
     compiled = _compiled(structure, shape, format)
     _check_capacity(grad, compiled)
     dy_at, x_at = dy.data_ptr(), x.data_ptr()
