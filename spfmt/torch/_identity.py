@@ -74,7 +74,7 @@ class CompiledStructure:
     """
 
     __slots__ = (
-        "_key", "_memo", "_ref", "_seen", "_words",
+        "_key", "_known", "_memo", "_ref", "_seen", "_words",
         "format", "nnz", "plan", "shape", "structure",
     )  # fmt: skip
 
@@ -89,6 +89,7 @@ class CompiledStructure:
         self._words = words.copy()
         self._seen: tuple[_Key | None, StorageWeakRef | None, int] = (None, None, 0)
         self._memo: Memo | None = None
+        self._known: StorageWeakRef | None = None
 
     def is_current(self, key: _Key | None, structure: torch.Tensor) -> bool:
         """Tell whether the structure buffer still holds what was compiled.
@@ -133,7 +134,8 @@ class CompiledStructure:
         if self._key is not None:
             self._memo.set_structure(Content(*self._key))
         if values is not None and self.version(values) is not None:
-            key, _, version = self._seen
+            # The storage of what compiled code knows is held, whatever is seen after it.
+            key, self._known, version = self._seen
             self._memo.set_values(Content(*cast(_Key, key)), version)
 
     def withdraw(self) -> None:
