@@ -181,13 +181,18 @@ Choice choose(const CostModel& model, Isa isa, Op op, const Summary& summary, in
     return kernel_seconds(model, isa, op, v, summary, batch, n);
   };
   const auto exists = [&](Variant v) { return has_variant(summary.layout, op, v, batch); };
-  Variant variant = Variant::panels;
+  Choice best{Variant::panels, 1, seconds(Variant::panels, 1)};
   for (const Variant v : {Variant::octets, Variant::tokens}) {
-    if (exists(v) && seconds(v, 1) <= seconds(variant, 1)) variant = v;
+    if (!exists(v)) continue;
+    const double alone = seconds(v, 1);
+    if (alone <= best.seconds) best = {v, 1, alone};
   }
-  if (forced_variant && exists(*forced_variant)) variant = *forced_variant;
-  const double alone = seconds(variant, 1), shared = seconds(variant, threads);
-  return shared < alone ? Choice{variant, threads, shared} : Choice{variant, 1, alone};
+  if (forced_variant && exists(*forced_variant)) {
+    best = {*forced_variant, 1, seconds(*forced_variant, 1)};
+  }
+  if (threads <= 1) return best;
+  const double shared = seconds(best.variant, threads);
+  return shared < best.seconds ? Choice{best.variant, threads, shared} : best;
 }
 
 Choice choose(Isa isa, Op op, const Plan& plan, int64_t batch, int threads) {
