@@ -328,7 +328,9 @@ def _others(own: Record, others: Mapping[str, Record]) -> Iterator[str]:
         age = "earlier" if record["date"] < own["date"] else "later"
         yield f"## Another machine, with {age} kernels: {machine['cpu']}"
         where = f"{record['date'][:10]}, {machine['isa']}, 768 → 3072, 90 % sparse"
-        yield f"{where}, commit `{machine['commit'] or 'unknown'}` ([{name}]({name})):"
+        where += f", commit `{machine['commit'] or 'unknown'}` ([{name}]({name}))"
+        peak = "".join(f", peak {c['gflops']:.0f} GFLOP/s" for c in record["ceilings"][:1])
+        yield f"{where}{peak}:"
         yield speed_table(record)
 
 
