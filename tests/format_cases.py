@@ -101,6 +101,15 @@ MAKERS: dict[str, Callable[[Shape, Rng], SparseTensor]] = {
     "csr": make_csr,
 }
 
+OPTIONS: dict[str, dict[str, Any]] = {
+    "condensed": {},
+    "nm": {"m": 4},
+    "shuffled_block": {"block_shape": (4, 2)},
+    "hrbp": {"groups": 2},
+    "csr": {},
+}
+"""Options with which `from_scores` and layers divide a 12 x 16 weight."""
+
 SHAPES = st.one_of(
     st.tuples(st.integers(0, 40), st.integers(0, 20)),
     st.tuples(st.integers(0, 9), st.integers(0, 5), st.integers(0, 3), st.integers(0, 3)),

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from format_cases import OPTIONS
 from fresh_python import run_python
 
 torch = pytest.importorskip("torch")
@@ -23,14 +24,6 @@ from spfmt.torch import SparseLinear, _compiled, _direct, spmm, spmm_t  # noqa: 
 # torch.compile imports parts of torch that use its own deprecated torch.jit.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 
-FORMATS = {
-    "condensed": {},
-    "nm": {"m": 4},
-    "shuffled_block": {"block_shape": (4, 2)},
-    "hrbp": {"groups": 2},
-    "csr": {},
-}
-
 
 @pytest.fixture(autouse=True)
 def fresh_graphs() -> Iterator[None]:
@@ -43,7 +36,7 @@ def fresh_graphs() -> Iterator[None]:
 
 
 def layer(format: str = "condensed", seed: int = 0, **options: Any) -> SparseLinear:
-    options = {"density": 0.3, **FORMATS[format], **options}
+    options = {"density": 0.3, **OPTIONS[format], **options}
     generator = torch.Generator().manual_seed(seed)
     return SparseLinear(16, 12, format=format, generator=generator, **options)
 
@@ -62,7 +55,7 @@ def assert_direct(code: str, *functions: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", OPTIONS)
 def test_both_passes_call_functions_and_agree(format: str, dtype: torch.dtype) -> None:
     model = nn.Sequential(
         layer(format, dtype=dtype),

@@ -9,6 +9,7 @@ import pickle
 
 import numpy as np
 import pytest
+from format_cases import OPTIONS
 
 torch = pytest.importorskip("torch")
 
@@ -19,18 +20,10 @@ from spfmt.errors import FormatError, KernelNotFound  # noqa: E402
 from spfmt.formats import CSR, get_format  # noqa: E402
 from spfmt.torch import SparseLinear, follow  # noqa: E402
 
-FORMATS = {
-    "condensed": {},
-    "nm": {"m": 4},
-    "shuffled_block": {"block_shape": (4, 2)},
-    "hrbp": {"groups": 2},
-    "csr": {},
-}
-
 
 def make(format: str = "condensed", seed: int = 0, **kwargs) -> SparseLinear:
     generator = torch.Generator().manual_seed(seed)
-    params = FORMATS[format] | {"density": 0.25, "generator": generator} | kwargs
+    params = OPTIONS[format] | {"density": 0.25, "generator": generator} | kwargs
     return SparseLinear(16, 12, format=format, **params)
 
 
@@ -38,7 +31,7 @@ def dense(layer: SparseLinear) -> torch.Tensor:
     return torch.from_numpy(layer.tensor().to_dense())
 
 
-@pytest.fixture(params=FORMATS)
+@pytest.fixture(params=OPTIONS)
 def format(request) -> str:
     return request.param
 
@@ -153,14 +146,14 @@ def test_from_tensor_and_back(format):
 def test_from_linear_keeps_the_largest(format):
     linear = nn.Linear(16, 12)
     linear.weight.requires_grad_(False)
-    layer = SparseLinear.from_linear(linear.eval(), format=format, density=0.25, **FORMATS[format])
+    layer = SparseLinear.from_linear(linear.eval(), format=format, density=0.25, **OPTIONS[format])
     weight = linear.weight.detach()
     mask = torch.from_numpy(layer.tensor().mask())
     assert torch.equal(dense(layer), weight * mask)
     assert layer.bias is linear.bias
     assert not layer.values.requires_grad
     assert not layer.training
-    expected = get_format(format).project(weight.abs().numpy(), 0.25, **FORMATS[format])
+    expected = get_format(format).project(weight.abs().numpy(), 0.25, **OPTIONS[format])
     assert torch.equal(mask, torch.from_numpy(expected))
 
 

@@ -8,6 +8,7 @@ import weakref
 
 import numpy as np
 import pytest
+from format_cases import OPTIONS
 from fresh_python import run_python
 
 torch = pytest.importorskip("torch")
@@ -21,13 +22,6 @@ from spfmt.torch import SparseLinear, _identity, _operators, _products, sddmm, s
 # torch.compile imports parts of torch that use its own deprecated torch.jit.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 
-FORMATS = {
-    "condensed": {},
-    "nm": {"m": 4},
-    "shuffled_block": {"block_shape": (4, 2)},
-    "hrbp": {"groups": 2},
-    "csr": {},
-}
 R, C = 12, 16
 
 
@@ -35,12 +29,12 @@ def make(format: str, *, dtype=torch.float64, extra: int = 3, density: float = 0
     """Return values (with spare capacity), structure words and the dense weight."""
     rng = np.random.default_rng(0)
     scores = rng.random((R, C))
-    tensor = get_format(format).from_scores(scores, density, values=scores, **FORMATS[format])
+    tensor = get_format(format).from_scores(scores, density, values=scores, **OPTIONS[format])
     layer = SparseLinear.from_tensor(tensor, capacity=tensor.nnz + extra, dtype=dtype)
     return layer.values, layer.structure, torch.from_numpy(tensor.to_dense()).to(dtype)
 
 
-@pytest.fixture(params=FORMATS)
+@pytest.fixture(params=OPTIONS)
 def format(request) -> str:
     return request.param
 
