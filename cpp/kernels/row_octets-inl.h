@@ -43,9 +43,9 @@ void stage_octet(Strided<const T> x, int64_t features, int n, T* to) noexcept {
   }
 }
 
-// Steps [begin, end) of one quad, added to its rows' sums; two chains a row hide the latency of the
-// multiply-adds. A weight is loaded with three others and spread inside the register, an offset
-// loaded likewise: what limits this loop is the number of loads.
+// The steps of one quad, added to its rows' sums; two chains a row hide the latency of the
+// multiply-adds. A weight comes with three others in one load and is spread inside the register,
+// an offset comes with another one: what limits this loop is the number of loads.
 template <class S, class T = typename S::T>
 inline void quad_sums(const T* w, const uint16_t* offset, const T* w_end, const T* x,
                       const uint16_t* row, T* sums) noexcept {
