@@ -9,6 +9,7 @@ import os
 import platform
 import runpy
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from Cython.Build import cythonize
@@ -56,19 +57,21 @@ class BuildExt(build_ext):
 
     def build_extensions(self) -> None:
         check_platform()
-        core = self._compile(CORE, FLAGS)
-        for isa, flags in ISA_FLAGS.items():
-            core += self._compile([f"cpp/isa/{isa}.cpp"], FLAGS + flags)
+        sources = [(f"cpp/isa/{isa}.cpp", FLAGS + flags) for isa, flags in ISA_FLAGS.items()]
+        sources += [(source, FLAGS) for source in CORE]  # the levels take longest: they go first
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            core = list(pool.map(self._compile, *zip(*sources, strict=True)))
         for ext in self.extensions:
             if ext.name in ("spfmt._kernels", ORT_LIBRARY):
                 ext.extra_objects = core
                 ext.depends = [*ext.depends, *core]  # relink when only the core changed
         super().build_extensions()
 
-    def _compile(self, sources: list[str], flags: list[str]) -> list[str]:
-        return self.compiler.compile(
-            sources, output_dir=self.build_temp, extra_postargs=flags, depends=HEADERS
+    def _compile(self, source: str, flags: list[str]) -> str:
+        (found,) = self.compiler.compile(
+            [source], output_dir=self.build_temp, extra_postargs=flags, depends=HEADERS
         )
+        return found
 
     def get_ext_filename(self, fullname: str) -> str:
         if fullname in (
