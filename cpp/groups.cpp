@@ -71,7 +71,7 @@ void spmm_t_tokens(const Tiles<T>& tiles, const Plan& plan, const Args<T>& args,
   const ColumnEntries& entries = plan.columns().view;
   const auto dy = gather_tiles(a, args.in);
   for_ranges(executor, a.cols, range_step(executor, a.cols), [&](int64_t begin, int64_t end) {
-    for_tokens(args.in.cols, 4, [&](int64_t b, int n) {
+    for_parts(args.in.cols, 4, [&](int64_t b, int n) {
       tiles.groups_t_tokens(a, entries, args.values, dy->template as<T>() + b * a.tiles * kRowTile,
                             n, samples_from(args.out, b), begin, end);
     });
@@ -88,7 +88,7 @@ void groups_spmm(const Tiles<T>& tiles, const Plan& plan, Variant variant, const
   if (variant == Variant::panels) return spmm_panels(tiles, plan, args, executor);
   const Samples<T> x(tiles, args.in);
   for_ranges(executor, a.tiles, range_step(executor, a.tiles), [&](int64_t begin, int64_t end) {
-    for_tokens(args.in.cols, tiles.most_tokens, [&](int64_t b, int n) {
+    for_parts(args.in.cols, tiles.most_tokens, [&](int64_t b, int n) {
       tiles.groups_tokens(a, args.values, x[b], x.stride(), n, args.bias, args.activation,
                           samples_from(args.out, b), begin, end);
     });

@@ -94,17 +94,6 @@ class Samples {
   std::unique_ptr<Workspace> copy_;
 };
 
-// body(first, n) over a small batch in as few parts of at most `most` tokens as there can be, all
-// about equal: a part of one or two would load every weight for little.
-template <class Body>
-void for_tokens(int64_t batch, int64_t most, const Body& body) {
-  const int64_t parts = (batch + most - 1) / most;
-  for (int64_t i = 0; i < parts; ++i) {
-    const int64_t first = batch * i / parts, end = batch * (i + 1) / parts;
-    body(first, static_cast<int>(end - first));
-  }
-}
-
 // body(begin, end) over strips of the batch.
 template <class Body>
 void for_strips(int64_t batch, int64_t strip, const Body& body) {

@@ -79,6 +79,17 @@ struct SampleRows {
   int64_t stride;
 };
 
+// body(first, n) over `count` tokens or registers in as few parts of at most `most` as there can
+// be, all about equal: a part of one or two would load every weight for little.
+template <class Body>
+inline void for_parts(int64_t count, int64_t most, const Body& body) {
+  const int64_t parts = (count + most - 1) / most;
+  for (int64_t i = 0; i < parts; ++i) {
+    const int64_t first = count * i / parts, end = count * (i + 1) / parts;
+    body(first, static_cast<int>(end - first));
+  }
+}
+
 template <class T>
 struct Tiles {
   // Panel <-> memory for features [begin, end).

@@ -44,21 +44,23 @@ class Kernel:
     iteration; a compiler may unroll, so a loop has a multiple of them. None: not counted, for loops
     that the compiler peels and merges. `contains` maps a level to a mnemonic that must occur,
     `spills` a level to the reason why its loops cannot avoid the stack yet. `half`: eight samples
-    are the lanes, so that AVX-512 has them in a ymm register too.
+    are the lanes, so that AVX-512 has them in a ymm register too. `registers`: the arguments count
+    the level's registers, however many lanes they have.
     """
 
     fmas: Callable[..., int] | None
     contains: dict[str, str] = field(default_factory=dict)
     spills: dict[str, str] = field(default_factory=dict)
     half: bool = False
+    registers: bool = False
 
 
 KERNELS = {
     "probe_fma": Kernel(lambda chains: chains),
-    "tile_panel": Kernel(lambda rows, vectors: rows * vectors),
+    "tile_panel": Kernel(lambda rows, vectors: rows * vectors, registers=True),
     "tile_tokens": Kernel(lambda tokens, chains, columns: tokens),
     "last_columns": Kernel(lambda: 1),
-    "tile_t_panel": Kernel(lambda columns, vectors: 16 * columns * vectors),  # rows unrolled
+    "tile_t_panel": Kernel(lambda columns, vectors: columns * vectors, registers=True),
     "groups_t_tokens_n": Kernel(lambda tokens: tokens),
     "tile_dots": Kernel(lambda columns: 4 * columns),
     "pieces_panel": Kernel(lambda rows, vectors, first: rows * vectors),
@@ -98,7 +100,8 @@ def faults(loop: Loop, isa: str, kernel: Kernel) -> list[str]:
         found.append(f"{len(loop.scalar_reloads)} scalars from the stack")
     if kernel.fmas:
         values = [int(a) if a.isdigit() else a == "true" for a in loop.arguments]
-        expected = (1 if kernel.half else VECTORS[isa]) * kernel.fmas(*values)
+        vectors = 1 if kernel.half or kernel.registers else VECTORS[isa]
+        expected = vectors * kernel.fmas(*values)
         if len(loop.fmas) % expected:
             found.append(f"{len(loop.fmas)} FMAs, not a multiple of {expected}")
     return found

@@ -193,6 +193,39 @@ def csr(mask: np.ndarray, dtype: str) -> spfmt.CSR:
     return spfmt.CSR.from_dense(rng.standard_normal(mask.shape).astype(dtype), mask)
 
 
+BLOCK_PRODUCTS = [
+    p
+    for p in ROWS
+    if p.values[0].format == "shuffled_block" and p.values[0].op in ("spmm", "spmm_t")
+]
+
+
+@pytest.mark.parametrize("cols", [95, 97, 1000, 4200])
+@pytest.mark.parametrize("kernel", BLOCK_PRODUCTS)
+def test_tiles_take_many_columns_in_parts(kernel: spfmt.Kernel, cols: int) -> None:
+    """Wide tiles are split where L1 would not hold them; 64 samples of 4200 columns exceed L2."""
+    rng = np.random.default_rng(cols)
+    widths = [cols, 0, cols * 2 // 3]
+    pointer = np.append(0, np.cumsum(widths))
+    columns = np.concatenate([rng.permutation(cols)[:n] for n in widths])
+    values = rng.standard_normal(np.dot([16, 16, 5], widths)).astype(kernel.dtype)
+    a = spfmt.ShuffledBlock((37, cols), (16, 1), rng.permutation(37), pointer, columns, values)
+    forward = kernel.op == "spmm"
+    dense = a.to_dense().astype(float) if forward else a.to_dense().astype(float).T
+    for batch, order in product_of((16, 40, 64, 130), ("features_first", "batch_first")):
+        x = operand(dense.shape[1], batch, order, kernel.dtype, rng)
+        frame, out = guarded(dense.shape[0], batch, order, kernel.dtype)
+        bias = rng.standard_normal(37).astype(kernel.dtype) if forward else None
+        with forced("panels"):
+            if forward:
+                spfmt.spmm(a, x, bias=bias, out=out, backend=kernel.isa)
+            else:
+                spfmt.spmm_t(a, x, out=out, backend=kernel.isa)
+        shift = 0 if bias is None else bias[:, None].astype(float)
+        check(out, dense @ x + shift, abs(dense) @ abs(x) + abs(shift), dense.shape[1])
+        assert np.isnan(frame).sum() == frame.size - out.size, "wrote outside of the output"
+
+
 CSR_SPMM = [p for p in ROWS if (p.values[0].op, p.values[0].format) == ("spmm", "csr")]
 
 

@@ -1,6 +1,8 @@
 // Products of RowGroups (shuffled block, HRBP). Included once per ISA level.
 #pragma once
 
+#include <type_traits>
+
 #include "../tiles.h"
 #include "activation-inl.h"
 
@@ -21,58 +23,100 @@ inline GroupTile group_tile(const RowGroups& a, int64_t t) noexcept {
           a.value_ptr[t]};
 }
 
-// RB rows by NV vectors of samples stay in registers while the tile's columns pass by.
-template <class S, int RB, int NV, class T = typename S::T>
-inline void tile_panel(const GroupTile& g, const T* w, int first, const T* x, int64_t width,
-                       const T* bias, T* y, int64_t ldy) noexcept {
-  typename S::V acc[RB][NV];
+// Columns [begin, end) of a tile. The first of them start rows of Y, later ones add to them.
+struct Columns {
+  int64_t begin, end;
+};
+
+// RB rows by NV registers of samples stay in place while columns pass by.
+template <class R, int RB, int NV, class T = typename R::T>
+inline void tile_panel(const GroupTile& g, Columns columns, const T* w, int first, const T* x,
+                       int64_t width, const T* bias, T* y, int64_t ldy) noexcept {
+  typename R::V acc[RB][NV];
   SPFMT_UNROLL
   for (int i = 0; i < RB; ++i) {
-    const auto start = S::set1(bias ? bias[g.row[first + i]] : T(0));
+    const int32_t row = g.row[first + i];
+    const auto start = R::set1(bias ? bias[row] : T(0));
     SPFMT_UNROLL
-    for (int v = 0; v < NV; ++v) acc[i][v] = start;
+    for (int v = 0; v < NV; ++v) {
+      acc[i][v] = columns.begin == 0 ? start : R::load(y + row * ldy + v * R::kSamples);
+    }
   }
-  const T* weight = w + first;
-  for (int64_t j = 0; j < g.cols; ++j, weight += g.rows) {
+  const T* weight = w + columns.begin * g.rows + first;
+  // Twice, for fewer instructions beside the multiply-adds: two threads that share a core, as in a
+  // cloud, share the instructions that it starts per cycle.
+#pragma GCC unroll 2
+  for (int64_t j = columns.begin; j < columns.end; ++j, weight += g.rows) {
     const T* xj = x + g.col[j] * width;
-    typename S::V xv[NV];
+    typename R::V xv[NV];
     SPFMT_UNROLL
-    for (int v = 0; v < NV; ++v) xv[v] = S::load(xj + v * kLanes);
+    for (int v = 0; v < NV; ++v) xv[v] = R::load(xj + v * R::kSamples);
     SPFMT_UNROLL
     for (int i = 0; i < RB; ++i) {
-      const auto wi = S::set1(weight[i]);
+      const auto wi = R::set1(weight[i]);
       SPFMT_UNROLL
-      for (int v = 0; v < NV; ++v) acc[i][v] = S::fma(wi, xv[v], acc[i][v]);
+      for (int v = 0; v < NV; ++v) acc[i][v] = R::fma(wi, xv[v], acc[i][v]);
     }
   }
   SPFMT_UNROLL
   for (int i = 0; i < RB; ++i) {
     T* out = y + g.row[first + i] * ldy;
     SPFMT_UNROLL
-    for (int v = 0; v < NV; ++v) S::store(out + v * kLanes, acc[i][v]);
+    for (int v = 0; v < NV; ++v) R::store(out + v * R::kSamples, acc[i][v]);
   }
 }
 
 // Rows [first, ...) of a tile, RB at a time, then the rest by halves.
-template <class S, int RB, int NV, class T = typename S::T>
-inline void tile_rows(const GroupTile& g, const T* w, int first, const T* x, int64_t width,
-                      const T* bias, T* y, int64_t ldy) noexcept {
+template <class R, int RB, int NV, class T = typename R::T>
+inline void tile_rows(const GroupTile& g, Columns columns, const T* w, int first, const T* x,
+                      int64_t width, const T* bias, T* y, int64_t ldy) noexcept {
   for (; first + RB <= g.rows; first += RB) {
-    tile_panel<S, RB, NV>(g, w, first, x, width, bias, y, ldy);
+    tile_panel<R, RB, NV>(g, columns, w, first, x, width, bias, y, ldy);
   }
   if constexpr (RB > 1) {
-    if (first < g.rows) tile_rows<S, RB / 2, NV>(g, w, first, x, width, bias, y, ldy);
+    if (first < g.rows) tile_rows<R, RB / 2, NV>(g, columns, w, first, x, width, bias, y, ldy);
   }
 }
 
+// Samples [sample, sample + NV registers) of a panel. A function of its own, or its caller's
+// variables take registers that addresses need.
 template <class S, int NV, class T = typename S::T>
-void groups_panel_nv(const RowGroups& a, const T* values, const T* x, int64_t width, const T* bias,
-                     T* y, int64_t ldy, int64_t begin, int64_t end) noexcept {
-  constexpr int kRows = S::kBlockVecs == 1 ? 4 : NV > 2 ? 4 : NV == 2 ? 8 : 16;
+__attribute__((noinline)) void groups_panel_nv(const RowGroups& a, const T* values,
+                                               const Panel<const T>& x, int64_t sample,
+                                               const T* bias, T* y, int64_t ldy, int64_t begin,
+                                               int64_t end) noexcept {
+  constexpr int kRows = S::kBlockRegisters < 4 || NV > 2 ? 4 : NV == 2 ? 8 : 16;
+  const bool fed = x.features * x.width * static_cast<int64_t>(sizeof(T)) <= S::kFeedingPanel;
   for (int64_t t = begin; t < end; ++t) {
     const GroupTile g = group_tile(a, t);
-    tile_rows<S, kRows, NV>(g, values + g.value, 0, x, width, bias, y, ldy);
+    const int64_t parts = fed ? 1 : (g.cols + S::kBlockColumns / 2) / S::kBlockColumns;
+    int64_t column = 0, part = 0;
+    do {  // once for a tile without columns: its rows are bias
+      const int64_t stop = parts > 1 ? g.cols * ++part / parts : g.cols;
+      tile_rows<typename S::Register, kRows, NV>(g, {column, stop}, values + g.value, 0,
+                                                 x.data + sample, x.width, bias, y + sample, ldy);
+      column = stop;
+    } while (column < g.cols);
   }
+}
+
+// body(first, vecs) over a panel's samples, as many registers at a time as accumulators allow.
+template <class S, class Body>
+void for_registers(int64_t width, const Body& body) {
+  using R = typename S::Register;
+  constexpr int kMost = S::kBlockRegisters;
+  for_parts(width / R::kSamples, kMost, [&](int64_t first, int n) {
+    const int64_t sample = first * R::kSamples;
+    if constexpr (kMost >= 4) {
+      if (n == 4) return body(std::integral_constant<int, 4>(), sample);
+    }
+    if constexpr (kMost >= 3) {
+      if (n == 3) return body(std::integral_constant<int, 3>(), sample);
+      if (n == 2) return body(std::integral_constant<int, 2>(), sample);
+    }
+    // A panel's width is a multiple of kLanes.
+    if constexpr (R::kSamples == kLanes) body(std::integral_constant<int, 1>(), sample);
+  });
 }
 
 template <class S, class T = typename S::T>
@@ -82,21 +126,9 @@ void groups_panel(const RowGroups& a, const T* values, const Panel<const T>& x, 
   constexpr int64_t kStep = 8;
   for (int64_t t = begin; t < end; t += kStep) {
     const int64_t stop = t + kStep < end ? t + kStep : end;
-    for (int b = 0; b < x.width; b += S::kBlockVecs * kLanes) {
-      const int vecs = (x.width - b) / kLanes;
-      const int nv = vecs < S::kBlockVecs ? vecs : S::kBlockVecs;
-      const auto call = [&](auto tile) {
-        tile(a, values, x.data + b, x.width, bias, y + b, ldy, t, stop);
-      };
-      if constexpr (S::kBlockVecs == 1) {
-        call(groups_panel_nv<S, 1>);
-      } else {
-        nv == 4   ? call(groups_panel_nv<S, 4>)
-        : nv == 3 ? call(groups_panel_nv<S, 3>)
-        : nv == 2 ? call(groups_panel_nv<S, 2>)
-                  : call(groups_panel_nv<S, 1>);
-      }
-    }
+    for_registers<S>(x.width, [&](auto vecs, int64_t sample) {
+      groups_panel_nv<S, vecs()>(a, values, x, sample, bias, y, ldy, t, stop);
+    });
   }
 }
 
@@ -187,66 +219,59 @@ void groups_tokens(const RowGroups& a, const T* values, const T* x, int64_t ldx,
            : call(groups_tokens_n<S, 1>);
 }
 
-// CB columns of dX by NV vectors stay in registers while the tile's rows of dY pass by.
-template <class S, int CB, int NV, class T = typename S::T>
+// CB columns of dX by NV registers stay in place while the tile's rows of dY pass by.
+template <class R, int CB, int NV, class T = typename R::T>
 inline void tile_t_panel(const GroupTile& g, const T* w, const int32_t* col, const T* dy,
                          int64_t width, T* dx) noexcept {
-  typename S::V acc[CB][NV];
+  typename R::V acc[CB][NV];
+  const T* weights[CB];
   SPFMT_UNROLL
   for (int c = 0; c < CB; ++c) {
+    weights[c] = w + c * g.rows;
     SPFMT_UNROLL
-    for (int v = 0; v < NV; ++v) acc[c][v] = S::load(dx + col[c] * width + v * kLanes);
+    for (int v = 0; v < NV; ++v) acc[c][v] = R::load(dx + col[c] * width + v * R::kSamples);
   }
   SPFMT_UNROLL
   for (int i = 0; i < g.rows; ++i) {
     const T* dyi = dy + g.row[i] * width;
-    typename S::V d[NV];
+    typename R::V d[NV];
     SPFMT_UNROLL
-    for (int v = 0; v < NV; ++v) d[v] = S::load(dyi + v * kLanes);
+    for (int v = 0; v < NV; ++v) d[v] = R::load(dyi + v * R::kSamples);
     SPFMT_UNROLL
     for (int c = 0; c < CB; ++c) {
-      const auto wi = S::set1(w[c * g.rows + i]);
+      const auto wi = R::set1(weights[c][i]);
       SPFMT_UNROLL
-      for (int v = 0; v < NV; ++v) acc[c][v] = S::fma(wi, d[v], acc[c][v]);
+      for (int v = 0; v < NV; ++v) acc[c][v] = R::fma(wi, d[v], acc[c][v]);
     }
   }
   SPFMT_UNROLL
   for (int c = 0; c < CB; ++c) {
     SPFMT_UNROLL
-    for (int v = 0; v < NV; ++v) S::store(dx + col[c] * width + v * kLanes, acc[c][v]);
+    for (int v = 0; v < NV; ++v) R::store(dx + col[c] * width + v * R::kSamples, acc[c][v]);
   }
 }
 
-template <class S, int NV, class T = typename S::T>
-void groups_t_panel_nv(const RowGroups& a, const T* values, const T* dy, int64_t width,
-                       T* dx) noexcept {
+template <class R, int NV, class T = typename R::T>
+__attribute__((noinline)) void groups_t_panel_nv(const RowGroups& a, const T* values, const T* dy,
+                                                 int64_t width, T* dx) noexcept {
   for (int64_t t = 0; t < a.tiles; ++t) {
     const GroupTile g = group_tile(a, t);
     const T* w = values + g.value;
     int64_t j = 0;
     for (; j + 4 <= g.cols; j += 4) {
-      tile_t_panel<S, 4, NV>(g, w + j * g.rows, g.col + j, dy, width, dx);
+      tile_t_panel<R, 4, NV>(g, w + j * g.rows, g.col + j, dy, width, dx);
     }
-    for (; j < g.cols; ++j) tile_t_panel<S, 1, NV>(g, w + j * g.rows, g.col + j, dy, width, dx);
+    for (; j < g.cols; ++j) tile_t_panel<R, 1, NV>(g, w + j * g.rows, g.col + j, dy, width, dx);
   }
 }
 
 template <class S, class T = typename S::T>
 void groups_t_panel(const RowGroups& a, const T* values, const Panel<const T>& dy,
                     const Panel<T>& dx) noexcept {
-  for (int b = 0; b < dy.width; b += S::kBlockVecs * kLanes) {
-    const int vecs = (dy.width - b) / kLanes;
-    const int nv = vecs < S::kBlockVecs ? vecs : S::kBlockVecs;
-    const auto call = [&](auto body) { body(a, values, dy.data + b, dy.width, dx.data + b); };
-    if constexpr (S::kBlockVecs == 1) {
-      call(groups_t_panel_nv<S, 1>);
-    } else {
-      nv == 4   ? call(groups_t_panel_nv<S, 4>)
-      : nv == 3 ? call(groups_t_panel_nv<S, 3>)
-      : nv == 2 ? call(groups_t_panel_nv<S, 2>)
-                : call(groups_t_panel_nv<S, 1>);
-    }
-  }
+  for_registers<S>(dy.width, [&](auto vecs, int64_t sample) {
+    groups_t_panel_nv<typename S::Register, vecs()>(a, values, dy.data + sample, dy.width,
+                                                    dx.data + sample);
+  });
 }
 
 template <class S, int N, class T = typename S::T>

@@ -11,16 +11,16 @@ namespace spfmt {
 namespace {
 
 // stage_octet where a feature's samples are contiguous.
-template <class S, class T = typename S::T>
+template <class S, class T = typename S::T, class H = typename S::Half>
 void stage_rows(Strided<const T> x, int64_t features, int n, T* to) noexcept {
   for (int64_t f = 0; f < features; ++f) {
     const T* from = x.data + f * x.feature_stride;
-    S::half_store(to + f * kOctet, S::half_load(from, n));
+    H::store(to + f * kOctet, H::load(from, n));
   }
 }
 
 // to[f * 8 + b] is feature f of sample b; zero where b >= n.
-template <class S, class T = typename S::T>
+template <class S, class T = typename S::T, class H = typename S::Half>
 void stage_octet(Strided<const T> x, int64_t features, int n, T* to) noexcept {
   if (x.sample_stride == 1) return stage_rows<S>(x, features, n, to);
   if (x.feature_stride != 1) {
@@ -33,57 +33,57 @@ void stage_octet(Strided<const T> x, int64_t features, int n, T* to) noexcept {
   }
   for (int64_t f = 0; f < features; f += kOctet) {
     const int nf = features - f < kOctet ? static_cast<int>(features - f) : kOctet;
-    typename S::Half tile[kOctet];
+    typename H::V tile[kOctet];
     for (int b = 0; b < kOctet; ++b) {
       const T* from = x.data + b * x.sample_stride + f;
-      tile[b] = b < n ? S::half_load(from, nf) : S::half_zero();
+      tile[b] = b < n ? H::load(from, nf) : H::zero();
     }
-    S::half_transpose(tile);
-    for (int j = 0; j < nf; ++j) S::half_store(to + (f + j) * kOctet, tile[j]);
+    H::transpose(tile);
+    for (int j = 0; j < nf; ++j) H::store(to + (f + j) * kOctet, tile[j]);
   }
 }
 
 // The steps of one quad, added to its rows' sums; two chains a row hide the latency of the
 // multiply-adds. A weight comes with three others in one load and is spread inside the register,
 // an offset comes with another one: what limits this loop is the number of loads.
-template <class S, class T = typename S::T>
+template <class S, class T = typename S::T, class H = typename S::Half>
 inline void quad_sums(const T* w, const uint16_t* offset, const T* w_end, const T* x,
                       const uint16_t* row, T* sums) noexcept {
-  typename S::Half acc[kQuadRows][2];
+  typename H::V acc[kQuadRows][2];
   SPFMT_UNROLL
-  for (int i = 0; i < kQuadRows; ++i) acc[i][0] = acc[i][1] = S::half_zero();
+  for (int i = 0; i < kQuadRows; ++i) acc[i][0] = acc[i][1] = H::zero();
   for (; w < w_end; w += kQuadRows * kStepTerms, offset += kQuadRows * kStepTerms) {
     SPFMT_UNROLL
     for (int i = 0; i < kQuadRows; ++i) {
-      const auto four = S::half_twice(w + kStepTerms * i);
+      const auto four = H::twice(w + kStepTerms * i);
       uint32_t at[2];
       std::memcpy(at, offset + kStepTerms * i, sizeof at);
       const T *x0 = x + (at[0] & 0xffff), *x1 = x + (at[0] >> 16);
       const T *x2 = x + (at[1] & 0xffff), *x3 = x + (at[1] >> 16);
-      acc[i][0] = S::half_fma(S::template half_spread<0>(four), S::half_load(x0), acc[i][0]);
-      acc[i][1] = S::half_fma(S::template half_spread<1>(four), S::half_load(x1), acc[i][1]);
-      acc[i][0] = S::half_fma(S::template half_spread<2>(four), S::half_load(x2), acc[i][0]);
-      acc[i][1] = S::half_fma(S::template half_spread<3>(four), S::half_load(x3), acc[i][1]);
+      acc[i][0] = H::fma(H::template spread<0>(four), H::load(x0), acc[i][0]);
+      acc[i][1] = H::fma(H::template spread<1>(four), H::load(x1), acc[i][1]);
+      acc[i][0] = H::fma(H::template spread<2>(four), H::load(x2), acc[i][0]);
+      acc[i][1] = H::fma(H::template spread<3>(four), H::load(x3), acc[i][1]);
     }
   }
   SPFMT_UNROLL
   for (int i = 0; i < kQuadRows; ++i) {
     T* to = sums + row[i] * kOctet;
-    S::half_store(to, S::half_add(S::half_load(to), S::half_add(acc[i][0], acc[i][1])));
+    H::store(to, H::add(H::load(to), H::add(acc[i][0], acc[i][1])));
   }
 }
 
 // store_octets where the rows of a sample are contiguous.
-template <class S, class T = typename S::T>
+template <class S, class T = typename S::T, class H = typename S::Half>
 inline void store_transposed(const T* sums, int rows, const T* bias, Activation kind, int n,
                              Strided<T> y) noexcept {
-  typename S::Half upper[kOctet], lower[kOctet];
+  typename H::V upper[kOctet], lower[kOctet];
   for (int i = 0; i < kOctet; ++i) {
-    upper[i] = S::half_load(sums + i * kOctet);
-    lower[i] = S::half_load(sums + (kOctet + i) * kOctet);
+    upper[i] = H::load(sums + i * kOctet);
+    lower[i] = H::load(sums + (kOctet + i) * kOctet);
   }
-  S::half_transpose(upper);
-  S::half_transpose(lower);
+  H::transpose(upper);
+  H::transpose(lower);
   const auto start = bias ? S::load(bias, rows) : S::zero();
   for (int b = 0; b < n; ++b) {
     const auto sum = activated<S>(kind, S::add(S::whole(upper[b], lower[b]), start));
@@ -93,7 +93,7 @@ inline void store_transposed(const T* sums, int rows, const T* bias, Activation 
 }
 
 // sums[i * 8 + b] of `rows` (up to 16) rows to Y.
-template <class S, class T = typename S::T>
+template <class S, class T = typename S::T, class H = typename S::Half>
 inline void store_octets(T* sums, int rows, const T* bias, Activation kind, int n,
                          Strided<T> y) noexcept {
   if (y.feature_stride == 1) return store_transposed<S>(sums, rows, bias, kind, n, y);
@@ -102,7 +102,7 @@ inline void store_octets(T* sums, int rows, const T* bias, Activation kind, int 
   for (int i = 0; i < rows; ++i) {
     T* to = y.data + i * y.feature_stride;
     if (y.sample_stride == 1) {
-      S::half_store(to, S::half_load(sums + i * kOctet), n);
+      H::store(to, H::load(sums + i * kOctet), n);
     } else {
       for (int b = 0; b < n; ++b) to[b * y.sample_stride] = sums[i * kOctet + b];
     }

@@ -14,13 +14,16 @@ namespace {
 
 constexpr int kLanes = 16;
 
-struct Avx2Simd : OctetSimd {
+struct Avx2Simd {
   using T = float;
   struct V {
     __m256 lo, hi;
   };
-  static constexpr int kBlockVecs = 1;  // four rows by two registers, of sixteen
-  static constexpr int kPieces = 1;     // four vectors are eight registers
+  using Half = YmmSimd;
+  using Register = YmmSimd;
+  static constexpr int kBlockRegisters = 3;  // four rows by three, of sixteen
+  static constexpr int64_t kFeedingPanel = 0, kBlockColumns = 64;
+  static constexpr int kPieces = 1;  // four vectors are eight registers
   static constexpr int kTokens = 6;
   static constexpr int kDotCols = 2;
   static constexpr int kSliceTokens = 2, kWidestWindow = 32;
@@ -32,15 +35,16 @@ struct Avx2Simd : OctetSimd {
   }
   static V load(const T* p) noexcept { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
   static V load(const T* p, int n) noexcept {
-    return {_mm256_maskload_ps(p, first8(n)), _mm256_maskload_ps(p + 8, first8(n - 8))};
+    return {_mm256_maskload_ps(p, YmmSimd::first(n)),
+            _mm256_maskload_ps(p + 8, YmmSimd::first(n - 8))};
   }
   static void store(T* p, V v) noexcept {
     _mm256_storeu_ps(p, v.lo);
     _mm256_storeu_ps(p + 8, v.hi);
   }
   static void store(T* p, V v, int n) noexcept {
-    half_store(p, v.lo, n);
-    half_store(p + 8, v.hi, n - 8);
+    YmmSimd::store(p, v.lo, n);
+    YmmSimd::store(p + 8, v.hi, n - 8);
   }
   // In registers from here on: GCC may load a value again for each of its uses.
   static V keep(V v) noexcept {
@@ -119,7 +123,7 @@ struct Avx2Simd : OctetSimd {
       q[2][i] = a[i + 8].lo;
       q[3][i] = a[i + 8].hi;
     }
-    for (auto& block : q) half_transpose(block);
+    for (auto& block : q) YmmSimd::transpose(block);
     for (int i = 0; i < 8; ++i) {
       a[i] = {q[0][i], q[2][i]};
       a[i + 8] = {q[1][i], q[3][i]};
@@ -127,15 +131,15 @@ struct Avx2Simd : OctetSimd {
   }
 
   static V repeat4(const T* p) noexcept {
-    const __m256 four = half_twice(p);
+    const __m256 four = YmmSimd::twice(p);
     return {four, four};
   }
   template <int K>
   static V each(V v) noexcept {
-    const __m256 one = half_spread<K>(v.lo);
+    const __m256 one = YmmSimd::spread<K>(v.lo);
     return {one, one};
   }
-  static V whole(Half lo, Half hi) noexcept { return {lo, hi}; }
+  static V whole(__m256 lo, __m256 hi) noexcept { return {lo, hi}; }
 
   // Codes of RowSlices, widened once for all tokens.
   template <int kWidth>

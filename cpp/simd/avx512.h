@@ -18,10 +18,13 @@ namespace {
 
 constexpr int kLanes = 16;
 
-struct Avx512Simd : OctetSimd {
+struct Avx512Simd {
   using T = float;
   using V = __m512;
-  static constexpr int kBlockVecs = 4;
+  using Half = YmmSimd;
+  using Register = Avx512Simd;
+  static constexpr int kSamples = kLanes, kBlockRegisters = 4;
+  static constexpr int64_t kFeedingPanel = 1 << 20, kBlockColumns = 64;
   static constexpr int kPieces = 2;
   static constexpr int kTokens = 8;
   static constexpr int kDotCols = 4;
@@ -128,7 +131,7 @@ struct Avx512Simd : OctetSimd {
   static V each(V v) noexcept {
     return _mm512_permute_ps(v, K * 0x55);
   }
-  static V whole(Half lo, Half hi) noexcept {
+  static V whole(__m256 lo, __m256 hi) noexcept {
     return _mm512_insertf32x8(_mm512_castps256_ps512(lo), hi, 1);
   }
 

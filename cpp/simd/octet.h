@@ -1,4 +1,5 @@
-// Eight lanes of AVX2: the register of an octet, at both vector levels. Interface as in scalar.h.
+// Eight lanes of AVX2: the register of an octet at both vector levels, and of a panel at AVX2's.
+// Interface as in scalar.h.
 #pragma once
 
 #include <immintrin.h>
@@ -8,41 +9,44 @@
 namespace spfmt {
 namespace {
 
-struct OctetSimd {
-  using Half = __m256;
+struct YmmSimd {
+  using T = float;
+  using V = __m256;
+  static constexpr int kSamples = 8;
 
   // A window into this table is a mask of the first n lanes.
-  static __m256i first8(int n) noexcept {
+  static __m256i first(int n) noexcept {
     alignas(32) static constexpr int32_t kMask[16] = {-1, -1, -1, -1, -1, -1, -1, -1,
                                                       0,  0,  0,  0,  0,  0,  0,  0};
     const int k = n < 0 ? 0 : (n > 8 ? 8 : n);
     return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(kMask + 8 - k));
   }
 
-  static Half half_zero() noexcept { return _mm256_setzero_ps(); }
-  static Half half_load(const float* p) noexcept { return _mm256_loadu_ps(p); }
-  static Half half_load(const float* p, int n) noexcept { return _mm256_maskload_ps(p, first8(n)); }
-  static void half_store(float* p, Half v) noexcept { _mm256_storeu_ps(p, v); }
+  static V zero() noexcept { return _mm256_setzero_ps(); }
+  static V set1(T x) noexcept { return _mm256_set1_ps(x); }
+  static V load(const T* p) noexcept { return _mm256_loadu_ps(p); }
+  static V load(const T* p, int n) noexcept { return _mm256_maskload_ps(p, first(n)); }
+  static void store(T* p, V v) noexcept { _mm256_storeu_ps(p, v); }
   // AMD stores under a mask in microcode, some twenty cycles.
-  static void half_store(float* p, Half v, int n) noexcept {
+  static void store(T* p, V v, int n) noexcept {
     if (n >= 8) {
-      half_store(p, v);
+      store(p, v);
     } else if (n > 0) {
-      _mm256_maskstore_ps(p, first8(n), v);
+      _mm256_maskstore_ps(p, first(n), v);
     }
   }
-  static Half half_add(Half a, Half b) noexcept { return _mm256_add_ps(a, b); }
-  static Half half_fma(Half a, Half b, Half c) noexcept { return _mm256_fmadd_ps(a, b, c); }
-  static Half half_twice(const float* p) noexcept {
+  static V add(V a, V b) noexcept { return _mm256_add_ps(a, b); }
+  static V fma(V a, V b, V c) noexcept { return _mm256_fmadd_ps(a, b, c); }
+  static V twice(const T* p) noexcept {
     __m256 v = _mm256_broadcast_ps(reinterpret_cast<const __m128*>(p));
     asm("" : "+x"(v));  // or GCC loads each of the four by itself
     return v;
   }
   template <int K>
-  static Half half_spread(Half v) noexcept {
+  static V spread(V v) noexcept {
     return _mm256_permute_ps(v, K * 0x55);
   }
-  static void half_transpose(Half* r) noexcept {
+  static void transpose(V* r) noexcept {
     __m256 t[8];
     for (int i = 0; i < 8; i += 2) {
       t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);

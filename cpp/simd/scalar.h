@@ -13,14 +13,72 @@ namespace {
 
 constexpr int kLanes = 16;
 
+// Eight lanes.
+template <class Real>
+struct ScalarHalfSimd {
+  using T = Real;
+  static constexpr int kSamples = kLanes / 2;
+  struct V {
+    T lane[kSamples];
+  };
+  static V zero() noexcept { return {}; }
+  static V load(const T* p) noexcept { return load(p, kSamples); }
+  static V load(const T* p, int n) noexcept {
+    V v{};
+    for (int i = 0; i < n; ++i) v.lane[i] = p[i];
+    return v;
+  }
+  static void store(T* p, const V& v) noexcept { store(p, v, kSamples); }
+  static void store(T* p, const V& v, int n) noexcept {
+    for (int i = 0; i < n; ++i) p[i] = v.lane[i];
+  }
+  static V add(const V& a, const V& b) noexcept {
+    V v;
+    for (int i = 0; i < kSamples; ++i) v.lane[i] = a.lane[i] + b.lane[i];
+    return v;
+  }
+  static V fma(const V& a, const V& b, const V& c) noexcept {
+    V v;
+    for (int i = 0; i < kSamples; ++i) v.lane[i] = a.lane[i] * b.lane[i] + c.lane[i];
+    return v;
+  }
+  // Four elements, twice; then one of them in all lanes.
+  static V twice(const T* p) noexcept {
+    V v;
+    for (int i = 0; i < kSamples; ++i) v.lane[i] = p[i % 4];
+    return v;
+  }
+  template <int K>
+  static V spread(const V& v) noexcept {
+    V spread;
+    for (T& lane : spread.lane) lane = v.lane[K];
+    return spread;
+  }
+  static void transpose(V* a) noexcept {
+    for (int i = 0; i < kSamples; ++i) {
+      for (int j = i + 1; j < kSamples; ++j) {
+        const T t = a[i].lane[j];
+        a[i].lane[j] = a[j].lane[i];
+        a[j].lane[i] = t;
+      }
+    }
+  }
+};
+
 template <class Real>
 struct ScalarSimd {
   using T = Real;
   struct V {
     T lane[kLanes];
   };
-  // Accumulator vectors per row that fit the register file next to four rows.
-  static constexpr int kBlockVecs = 1;
+  using Half = ScalarHalfSimd<Real>;
+  // The register that holds samples of a panel, how many samples that is, and how many registers of
+  // accumulators each of four rows may have. A panel of X of up to kFeedingPanel bytes comes from
+  // L2 as fast as these four rows need it; from a larger one a tile takes kBlockColumns columns at
+  // a time, so that its other rows find them in L1.
+  using Register = ScalarSimd;
+  static constexpr int kSamples = kLanes, kBlockRegisters = 1;
+  static constexpr int64_t kFeedingPanel = 0, kBlockColumns = 64;
   // Rows whose four accumulator vectors fit it side by side.
   static constexpr int kPieces = 1;
   // Vectors that fit it next to one of weights, and are enough to hide the latency of an FMA.
@@ -129,52 +187,6 @@ struct ScalarSimd {
       }
     }
   }
-  // Eight lanes.
-  struct Half {
-    T lane[kLanes / 2];
-  };
-  static Half half_zero() noexcept { return {}; }
-  static Half half_load(const T* p) noexcept { return half_load(p, kLanes / 2); }
-  static Half half_load(const T* p, int n) noexcept {
-    Half v{};
-    for (int i = 0; i < n; ++i) v.lane[i] = p[i];
-    return v;
-  }
-  static void half_store(T* p, const Half& v) noexcept { half_store(p, v, kLanes / 2); }
-  static void half_store(T* p, const Half& v, int n) noexcept {
-    for (int i = 0; i < n; ++i) p[i] = v.lane[i];
-  }
-  static Half half_add(const Half& a, const Half& b) noexcept {
-    Half v;
-    for (int i = 0; i < kLanes / 2; ++i) v.lane[i] = a.lane[i] + b.lane[i];
-    return v;
-  }
-  static Half half_fma(const Half& a, const Half& b, const Half& c) noexcept {
-    Half v;
-    for (int i = 0; i < kLanes / 2; ++i) v.lane[i] = a.lane[i] * b.lane[i] + c.lane[i];
-    return v;
-  }
-  // Four elements, twice; then one of them in all lanes.
-  static Half half_twice(const T* p) noexcept {
-    Half v;
-    for (int i = 0; i < kLanes / 2; ++i) v.lane[i] = p[i % 4];
-    return v;
-  }
-  template <int K>
-  static Half half_spread(const Half& v) noexcept {
-    Half spread;
-    for (T& lane : spread.lane) lane = v.lane[K];
-    return spread;
-  }
-  static void half_transpose(Half* a) noexcept {
-    for (int i = 0; i < kLanes / 2; ++i) {
-      for (int j = i + 1; j < kLanes / 2; ++j) {
-        const T t = a[i].lane[j];
-        a[i].lane[j] = a[j].lane[i];
-        a[j].lane[i] = t;
-      }
-    }
-  }
   // Four elements, again and again; then one of them in all lanes.
   static V repeat4(const T* p) noexcept {
     V v;
@@ -185,7 +197,7 @@ struct ScalarSimd {
   static V each(const V& v) noexcept {
     return set1(v.lane[K]);
   }
-  static V whole(const Half& lo, const Half& hi) noexcept {
+  static V whole(const typename Half::V& lo, const typename Half::V& hi) noexcept {
     V v;
     for (int i = 0; i < kLanes; ++i) v.lane[i] = i < 8 ? lo.lane[i] : hi.lane[i - 8];
     return v;
