@@ -31,6 +31,38 @@ void spmm_panels(const Tiles<T>& tiles, const Plan& plan, const Args<T>& args,
              });
 }
 
+// Samples are read where the caller keeps them.
+template <class T>
+void multiply_tokens(const Tiles<T>& tiles, const RowGroups& a, const Args<T>& args,
+                     const Matrix<T>& y, bool quads, const Executor& executor) {
+  for_ranges(executor, a.tiles, range_step(executor, a.tiles), [&](int64_t begin, int64_t end) {
+    for_parts(args.in.cols, tiles.most_tokens, [&](int64_t b, int n) {
+      tiles.groups_tokens(a, args.values, samples_from(args.in, b), n, args.bias, args.activation,
+                          samples_from(y, b), quads, begin, end);
+    });
+  });
+}
+
+// Rows come in arbitrary order. A sample's features contiguous, each number would meet another
+// cache line, and from four samples on they do not fit L1: a row's samples are then written side by
+// side, and transposed in the end.
+template <class T>
+void spmm_tokens(const Tiles<T>& tiles, const RowGroups& a, const Args<T>& args,
+                 const Executor& executor) {
+  const Matrix<T>& out = args.out;
+  const bool quads = out.cols == 4 || out.cols == 8;
+  if (out.cols < 4 || out.cols > kOctet || out.col_stride == 1) {
+    return multiply_tokens(tiles, a, args, out, quads && out.col_stride == 1, executor);
+  }
+  const Workspace rows(sizeof(T) * out.rows * kOctet);
+  const Matrix<T> y{rows.template as<T>(), out.rows, out.cols, kOctet, 1};
+  multiply_tokens(tiles, a, args, y, true, executor);
+  const Panel<const T> panel{y.data, out.rows, kOctet, static_cast<int>(out.cols)};
+  for_ranges(executor, out.rows, range_step(executor, out.rows), [&](int64_t begin, int64_t end) {
+    tiles.unpack(panel, samples_from(out, 0), begin, end);
+  });
+}
+
 // A panel accumulates all tiles in order, so panels are the only parallel work.
 template <class T>
 void spmm_t_panels(const Tiles<T>& tiles, const Plan& plan, const Args<T>& args,
@@ -86,13 +118,7 @@ void groups_spmm(const Tiles<T>& tiles, const Plan& plan, Variant variant, const
   if (args.out.rows == 0 || args.out.cols == 0) return;
   const RowGroups& a = plan.groups();
   if (variant == Variant::panels) return spmm_panels(tiles, plan, args, executor);
-  const Samples<T> x(tiles, args.in);
-  for_ranges(executor, a.tiles, range_step(executor, a.tiles), [&](int64_t begin, int64_t end) {
-    for_parts(args.in.cols, tiles.most_tokens, [&](int64_t b, int n) {
-      tiles.groups_tokens(a, args.values, x[b], x.stride(), n, args.bias, args.activation,
-                          samples_from(args.out, b), begin, end);
-    });
-  });
+  spmm_tokens(tiles, a, args, executor);
 }
 
 template <class T>

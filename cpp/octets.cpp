@@ -15,8 +15,8 @@ void stage(const Tiles<T>& tiles, const RowOctets& a, Strided<const T> x, int64_
            T* to) {
   for (int64_t t = 0; t < a.tiles; ++t, to += (a.width + 1) * kOctet) {
     const int64_t first = std::min(cols, t * a.width), features = std::min(a.width, cols - first);
-    tiles.stage_octet({x.data + first * x.feature_stride, x.feature_stride, x.sample_stride},
-                      features, n, to);
+    tiles.pack({x.data + first * x.feature_stride, x.feature_stride, x.sample_stride},
+               {to, features, kOctet, n}, 0, features);
     std::fill_n(to + a.width * kOctet, kOctet, T(0));
   }
 }

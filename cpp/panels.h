@@ -72,28 +72,6 @@ class PanelSet {
   std::vector<Panel<const T>> read_;
 };
 
-// A small batch with each feature's samples side by side: the caller's memory where it is so
-// already.
-template <class T>
-class Samples {
- public:
-  Samples(const Tiles<T>& tiles, const Matrix<const T>& m) : data_(m.data), stride_(m.row_stride) {
-    if (m.col_stride == 1 || m.cols == 1) return;
-    copy_ = std::make_unique<Workspace>(sizeof(T) * (m.rows * m.cols + kRowTile));
-    const int n = static_cast<int>(m.cols);
-    tiles.pack(samples_from(m, 0), {copy_->template as<T>(), m.rows, n, n}, 0, m.rows);
-    data_ = copy_->template as<T>();
-    stride_ = m.cols;
-  }
-  const T* operator[](int64_t sample) const { return data_ + sample; }
-  int64_t stride() const { return stride_; }
-
- private:
-  const T* data_;
-  int64_t stride_;
-  std::unique_ptr<Workspace> copy_;
-};
-
 // body(begin, end) over strips of the batch.
 template <class Body>
 void for_strips(int64_t batch, int64_t strip, const Body& body) {

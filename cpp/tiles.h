@@ -6,11 +6,8 @@
 
 #include "row_octets.h"
 #include "row_slices.h"
+#include "simd/unroll.h"
 #include "spfmt.h"
-
-// Before a loop over accumulators. GCC decides which arrays live in registers before it unrolls
-// loops of its own accord, and keeps a copy of the others on the stack.
-#define SPFMT_UNROLL _Pragma("GCC unroll 16")
 
 namespace spfmt {
 
@@ -23,12 +20,13 @@ constexpr int kSampleStrip = 256;
 // A panel holds up to 64 samples of all features, feature after feature:
 //
 //   data[f * width + b],   width = samples rounded up to a multiple of 16, zeros behind the last
+//
+// An octet is a panel of up to eight samples that is kOctet wide.
 template <class T>
 struct Panel {
   T* data;
   int64_t features;
-  int width;    // 16, 32, 48 or 64; for the gradient of row groups up to kSampleStrip; for small
-                // batches samples, with room for 16 elements behind the last feature
+  int width;    // kOctet, 16, 32, 48 or 64; for the gradient of row groups up to kSampleStrip
   int samples;  // 1 .. width
 };
 
@@ -109,10 +107,8 @@ struct Tiles {
   void (*slices_tokens)(const RowSlices&, const T* packed, const T* staged, int n, bool finite,
                         const T* bias, Activation, Strided<T> y, int64_t begin, int64_t end);
   int slice_tokens, widest_window;
-  // Up to eight samples: staged[f * 8 + b] is feature f of sample b, zero where b >= n.
-  void (*stage_octet)(Strided<const T> x, int64_t features, int n, T* staged);
-  // n staged samples; the `rows` rows of one chunk, whose first ones bias and y begin with; y with
-  // any strides.
+  // n samples staged as octets, tile after tile, a feature of zeros behind each; the `rows` rows of
+  // one chunk, whose first ones bias and y begin with; y with any strides.
   void (*lists_octet)(const RowOctets&, const T* values, const T* staged, int n, int64_t chunk,
                       int rows, const T* bias, Activation, Strided<T> y);
   // gradient[p] (+)= sum_b dY[row, b] X[col, b] over `panels` consecutive panels; one chunk.
@@ -122,10 +118,11 @@ struct Tiles {
   // y[r * ldy + b] for the rows of tiles [begin, end), b < x.width.
   void (*groups_panel)(const RowGroups&, const T* values, const Panel<const T>& x, const T* bias,
                        T* y, int64_t ldy, int64_t begin, int64_t end);
-  // Samples x[c * ldx + b], b < n (1..most_tokens); y with any strides; tiles [begin, end).
+  // n samples (1..most_tokens), x and y with any strides; tiles [begin, end). `quads` where a row's
+  // samples are contiguous in y, with room for n rounded up to four.
   int most_tokens;
-  void (*groups_tokens)(const RowGroups&, const T* values, const T* x, int64_t ldx, int n,
-                        const T* bias, Activation, Strided<T> y, int64_t begin, int64_t end);
+  void (*groups_tokens)(const RowGroups&, const T* values, Strided<const T> x, int n, const T* bias,
+                        Activation, Strided<T> y, bool quads, int64_t begin, int64_t end);
   // dx += A^T dy over all tiles, in order; dx starts as zeros.
   void (*groups_t_panel)(const RowGroups&, const T* values, const Panel<const T>& dy,
                          const Panel<T>& dx);

@@ -200,6 +200,31 @@ BLOCK_PRODUCTS = [
 ]
 
 
+@pytest.mark.parametrize("block_rows", [4, 8, 13, 24])
+@pytest.mark.parametrize("kernel", [p for p in BLOCK_PRODUCTS if p.values[0].op == "spmm"])
+def test_blocks_of_every_small_batch(kernel: spfmt.Kernel, block_rows: int) -> None:
+    """1 to 17 samples from and to every layout: rows are written one by one or four samples wide."""
+    rng = np.random.default_rng(block_rows)
+    scores = rng.random((71, 90))
+    a = spfmt.ShuffledBlock.from_scores(
+        scores,
+        0.3,
+        block_shape=(block_rows, 3),
+        row_perm=rng.permutation(71),
+        values=scores - 0.5,
+    ).astype(kernel.dtype)
+    dense = a.to_dense().astype(float)
+    bias = rng.standard_normal(71).astype(kernel.dtype)
+    for batch, order, out_order in product_of(range(1, 18), ORDERS[:3], ORDERS):
+        x = operand(90, batch, order, kernel.dtype, rng)
+        frame, out = guarded(71, batch, out_order, kernel.dtype)
+        with forced("tokens"):
+            spfmt.spmm(a, x, bias=bias, out=out, backend=kernel.isa)
+        shift = bias[:, None].astype(float)
+        check(out, dense @ x + shift, abs(dense) @ abs(x) + abs(shift), 91)
+        assert np.isnan(frame).sum() == frame.size - out.size, "wrote outside of the output"
+
+
 @pytest.mark.parametrize("cols", [95, 97, 1000, 4200])
 @pytest.mark.parametrize("kernel", BLOCK_PRODUCTS)
 def test_tiles_take_many_columns_in_parts(kernel: spfmt.Kernel, cols: int) -> None:

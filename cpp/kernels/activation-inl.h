@@ -168,20 +168,46 @@ inline V activated(Activation kind, V v) noexcept {
   return S::load(lane);
 }
 
+// Four vectors, a token each, to the rows that they belong to, four tokens side by side.
+template <class S, class T = typename S::T>
+inline void store_quads(const typename S::V* sum, const int32_t* row, int rows, T* y,
+                        int64_t stride) noexcept {
+  if (rows == kLanes) {
+    S::store_quads(sum, [&](int i, auto quad) { quad(y + row[i] * stride); });
+  } else {
+    S::store_quads(sum, [&](int i, auto quad) {
+      if (i < rows) quad(y + row[i] * stride);
+    });
+  }
+}
+
 // The end of a product with N tokens: lanes, with bias and activation, to the rows of Y that they
-// belong to, whose order is arbitrary.
+// belong to, whose order is arbitrary. `quads`: the samples of a row are contiguous, with room for
+// N rounded up to four, which are written together.
 template <class S, int N, class T = typename S::T>
 inline void scatter_rows(const typename S::V* out, const int32_t* row, int rows, const T* bias,
-                         Activation kind, Strided<T> y) noexcept {
+                         Activation kind, Strided<T> y, bool quads) noexcept {
   T add[kLanes] = {};
   if (bias) {
     for (int i = 0; i < rows; ++i) add[i] = bias[row[i]];
   }
   const auto start = S::load(add);
+  if (quads) {
+    constexpr int kQuads = (N + 3) / 4;
+    typename S::V sum[4 * kQuads];
+    SPFMT_UNROLL
+    for (int b = 0; b < 4 * kQuads; ++b) {
+      sum[b] = b < N ? activated<S>(kind, S::add(out[b], start)) : S::zero();
+    }
+    SPFMT_UNROLL
+    for (int q = 0; q < kQuads; ++q) {
+      store_quads<S>(sum + 4 * q, row, rows, y.data + 4 * q, y.feature_stride);
+    }
+    return;
+  }
   for (int b = 0; b < N; ++b) {
     T lane[kLanes];
-    S::store(lane, S::add(out[b], start));
-    if (kind != Activation::none) activate<S>(kind, lane, kLanes, kLanes, nullptr, 1);
+    S::store(lane, activated<S>(kind, S::add(out[b], start)));
     T* to = y.data + b * y.sample_stride;
     for (int i = 0; i < rows; ++i) to[row[i] * y.feature_stride] = lane[i];
   }

@@ -134,12 +134,14 @@ void groups_panel(const RowGroups& a, const T* values, const Panel<const T>& x, 
 
 // Lanes = the tile's rows: broadcasts of x and a contiguous run of weights, no gather. P columns of
 // a tile of 16 / P rows share a vector of weights; with P = 1 the upper lanes of a short tile see
-// weights of the next column and are not stored. CH chains per token hide the FMA latency when
-// there are few tokens. `readable` columns, a multiple of P, have sixteen weights that belong to
-// the caller.
-template <class S, int N, int CH, int P, class T = typename S::T>
-inline void tile_tokens(const GroupTile& g, int64_t readable, const T* w, const T* x, int64_t ldx,
+// weights of the next column and are not stored. kSide: a feature's samples are side by side, which
+// saves addresses; elsewhere each sample is read from its own place, for a copy costs more. CH
+// chains per token hide the FMA latency when there are few tokens. `readable` columns, a multiple
+// of P, have sixteen weights that belong to the caller.
+template <class S, int N, int CH, int P, bool kSide, class T = typename S::T>
+inline void tile_tokens(const GroupTile& g, int64_t readable, const T* w, Strided<const T> x,
                         typename S::V* out) noexcept {
+  const int64_t sample = kSide ? 1 : x.sample_stride;
   typename S::V acc[CH][N];
   SPFMT_UNROLL
   for (int c = 0; c < CH; ++c) {
@@ -150,9 +152,11 @@ inline void tile_tokens(const GroupTile& g, int64_t readable, const T* w, const 
     const auto weights = S::keep(S::load(w + j * g.rows));
     const T* xj[P];
     SPFMT_UNROLL
-    for (int p = 0; p < P; ++p) xj[p] = x + g.col[j + p] * ldx;
+    for (int p = 0; p < P; ++p) xj[p] = x.data + g.col[j + p] * x.feature_stride;
     SPFMT_UNROLL
-    for (int b = 0; b < N; ++b) sum[b] = S::fma(weights, S::template spread<P>(xj, b), sum[b]);
+    for (int b = 0; b < N; ++b) {
+      sum[b] = S::fma(weights, S::template spread<P>(xj, b * sample), sum[b]);
+    }
   };
   int64_t j = 0;
   for (; j + CH * P <= readable; j += CH * P) {
@@ -170,19 +174,23 @@ inline void tile_tokens(const GroupTile& g, int64_t readable, const T* w, const 
 
 // The columns of the last tiles that have fewer weights behind them than a vector holds.
 template <class S, class T = typename S::T>
-__attribute__((noinline)) void last_columns(const GroupTile& g, int64_t j, const T* w, const T* x,
-                                            int64_t ldx, int n, typename S::V* out) noexcept {
+__attribute__((noinline)) void last_columns(const GroupTile& g, int64_t j, const T* w,
+                                            Strided<const T> x, int n,
+                                            typename S::V* out) noexcept {
   for (; j < g.cols; ++j) {
     const auto wj = S::load(w + j * g.rows, g.rows);
-    for (int b = 0; b < n; ++b) out[b] = S::fma(wj, S::set1(x[g.col[j] * ldx + b]), out[b]);
+    const T* xj = x.data + g.col[j] * x.feature_stride;
+    for (int b = 0; b < n; ++b) out[b] = S::fma(wj, S::set1(xj[b * x.sample_stride]), out[b]);
   }
 }
 
 constexpr int most_chains(int chains) { return chains < 1 ? 1 : chains > 4 ? 4 : chains; }
 
-template <class S, int N, class T = typename S::T>
-void groups_tokens_n(const RowGroups& a, const T* values, const T* x, int64_t ldx, const T* bias,
-                     Activation kind, Strided<T> y, int64_t begin, int64_t end) noexcept {
+template <class S, int N, bool kSide, class T = typename S::T>
+__attribute__((noinline)) void groups_tokens_n(const RowGroups& a, const T* values,
+                                               Strided<const T> x, const T* bias, Activation kind,
+                                               Strided<T> y, bool quads, int64_t begin,
+                                               int64_t end) noexcept {
   constexpr int kChains = most_chains(S::kTokens / N);
   for (int64_t t = begin; t < end; ++t) {
     const GroupTile g = group_tile(a, t);
@@ -190,33 +198,37 @@ void groups_tokens_n(const RowGroups& a, const T* values, const T* x, int64_t ld
     const int64_t left = (a.value_ptr[a.tiles] - g.value - kLanes + g.rows) / g.rows;
     const int64_t readable = (left < 0 ? 0 : left < g.cols ? left : g.cols) / pack * pack;
     typename S::V out[N];
-    const auto call = [&](auto body) { body(g, readable, values + g.value, x, ldx, out); };
-    if (pack == 1) call(tile_tokens<S, N, kChains, 1>);
-    if (pack == 2) call(tile_tokens<S, N, kChains, 2>);
+    const auto call = [&](auto body) { body(g, readable, values + g.value, x, out); };
+    if (pack == 1) call(tile_tokens<S, N, kChains, 1, kSide>);
+    if (pack == 2) call(tile_tokens<S, N, kChains, 2, kSide>);
     if constexpr (N <= 4) {
-      // Four broadcasts need two registers more.
-      if (pack == 4) call(tile_tokens<S, N, most_chains((S::kTokens - 2) / N), 4>);
+      // Four broadcasts need two registers more, and four places of each sample their addresses.
+      constexpr int kFewer = (S::kTokens - 2) / N / (kSide ? 1 : 2);
+      if (pack == 4) call(tile_tokens<S, N, most_chains(kFewer), 4, kSide>);
     }
-    if (readable < g.cols) last_columns<S>(g, readable, values + g.value, x, ldx, N, out);
-    scatter_rows<S, N>(out, g.row, g.rows, bias, kind, y);
+    if (readable < g.cols) last_columns<S>(g, readable, values + g.value, x, N, out);
+    scatter_rows<S, N>(out, g.row, g.rows, bias, kind, y, quads);
+  }
+}
+
+template <class S, int N, class T = typename S::T>
+void groups_tokens_to(const RowGroups& a, const T* values, Strided<const T> x, int n, const T* bias,
+                      Activation kind, Strided<T> y, bool quads, int64_t begin,
+                      int64_t end) noexcept {
+  const auto call = [&](auto body) { body(a, values, x, bias, kind, y, quads, begin, end); };
+  if (n < N) {
+    if constexpr (N > 1)
+      groups_tokens_to<S, N - 1>(a, values, x, n, bias, kind, y, quads, begin, end);
+  } else {
+    N == 1 || x.sample_stride == 1 ? call(groups_tokens_n<S, N, true>)
+                                   : call(groups_tokens_n<S, N, (N == 1)>);
   }
 }
 
 template <class S, class T = typename S::T>
-void groups_tokens(const RowGroups& a, const T* values, const T* x, int64_t ldx, int n,
-                   const T* bias, Activation kind, Strided<T> y, int64_t begin,
-                   int64_t end) noexcept {
-  const auto call = [&](auto body) { body(a, values, x, ldx, bias, kind, y, begin, end); };
-  if constexpr (S::kTokens >= 8) {
-    if (n == 8) return call(groups_tokens_n<S, 8>);
-    if (n == 7) return call(groups_tokens_n<S, 7>);
-  }
-  n == 6   ? call(groups_tokens_n<S, 6>)
-  : n == 5 ? call(groups_tokens_n<S, 5>)
-  : n == 4 ? call(groups_tokens_n<S, 4>)
-  : n == 3 ? call(groups_tokens_n<S, 3>)
-  : n == 2 ? call(groups_tokens_n<S, 2>)
-           : call(groups_tokens_n<S, 1>);
+void groups_tokens(const RowGroups& a, const T* values, Strided<const T> x, int n, const T* bias,
+                   Activation kind, Strided<T> y, bool quads, int64_t begin, int64_t end) noexcept {
+  groups_tokens_to<S, S::kTokens>(a, values, x, n, bias, kind, y, quads, begin, end);
 }
 
 // CB columns of dX by NV registers stay in place while the tile's rows of dY pass by.

@@ -10,39 +10,6 @@
 namespace spfmt {
 namespace {
 
-// stage_octet where a feature's samples are contiguous.
-template <class S, class T = typename S::T, class H = typename S::Half>
-void stage_rows(Strided<const T> x, int64_t features, int n, T* to) noexcept {
-  for (int64_t f = 0; f < features; ++f) {
-    const T* from = x.data + f * x.feature_stride;
-    H::store(to + f * kOctet, H::load(from, n));
-  }
-}
-
-// to[f * 8 + b] is feature f of sample b; zero where b >= n.
-template <class S, class T = typename S::T, class H = typename S::Half>
-void stage_octet(Strided<const T> x, int64_t features, int n, T* to) noexcept {
-  if (x.sample_stride == 1) return stage_rows<S>(x, features, n, to);
-  if (x.feature_stride != 1) {
-    for (int64_t f = 0; f < features; ++f) {
-      const T* from = x.data + f * x.feature_stride;
-      for (int b = 0; b < kOctet; ++b)
-        to[f * kOctet + b] = b < n ? from[b * x.sample_stride] : T(0);
-    }
-    return;
-  }
-  for (int64_t f = 0; f < features; f += kOctet) {
-    const int nf = features - f < kOctet ? static_cast<int>(features - f) : kOctet;
-    typename H::V tile[kOctet];
-    for (int b = 0; b < kOctet; ++b) {
-      const T* from = x.data + b * x.sample_stride + f;
-      tile[b] = b < n ? H::load(from, nf) : H::zero();
-    }
-    H::transpose(tile);
-    for (int j = 0; j < nf; ++j) H::store(to + (f + j) * kOctet, tile[j]);
-  }
-}
-
 // The steps of one quad, added to its rows' sums; two chains a row hide the latency of the
 // multiply-adds. A weight comes with three others in one load and is spread inside the register,
 // an offset comes with another one: what limits this loop is the number of loads.

@@ -114,7 +114,7 @@ inline void store_lanes(const int32_t* row, typename S::V sum, const T* bias, Ac
   }
   int rows = 0;
   while (rows < kLanes && row[rows] >= 0) ++rows;
-  scatter_rows<S, 1>(&sum, row, rows, bias, kind, Strided<T>{y, stride, 0});
+  scatter_rows<S, 1>(&sum, row, rows, bias, kind, Strided<T>{y, stride, 0}, false);
 }
 
 template <class S, int kWidth, int kSteps, int N, class T = typename S::T>

@@ -14,11 +14,10 @@ namespace {
 template <class S>
 const Tiles<typename S::T>& tiles_of() noexcept {
   static constexpr Tiles<typename S::T> kTiles = {
-      pack<S>,         unpack<S>,        activate<S>,       lists_panel<S>,
-      stage_tokens<S>, slices_tokens<S>, S::kSliceTokens,   S::kWidestWindow,
-      stage_octet<S>,  lists_octet<S>,   lists_sddmm<S>,    groups_panel<S>,
-      S::kTokens,      groups_tokens<S>, groups_t_panel<S>, groups_t_tokens<S>,
-      groups_sddmm<S>,
+      pack<S>,          unpack<S>,         activate<S>,        lists_panel<S>,
+      stage_tokens<S>,  slices_tokens<S>,  S::kSliceTokens,    S::kWidestWindow,
+      lists_octet<S>,   lists_sddmm<S>,    groups_panel<S>,    S::kTokens,
+      groups_tokens<S>, groups_t_panel<S>, groups_t_tokens<S>, groups_sddmm<S>,
   };
   return kTiles;
 }

@@ -46,6 +46,24 @@ struct Avx2Simd {
     YmmSimd::store(p, v.lo, n);
     YmmSimd::store(p + 8, v.hi, n - 8);
   }
+  template <class To>
+  static void store_quads(const V* v, const To& to) noexcept {
+    quads8(v[0].lo, v[1].lo, v[2].lo, v[3].lo, to);
+    quads8(v[0].hi, v[1].hi, v[2].hi, v[3].hi, [&](int i, auto quad) { to(8 + i, quad); });
+  }
+  template <class To>
+  static void quads8(__m256 a, __m256 b, __m256 c, __m256 d, const To& to) noexcept {
+    const __m256 ab = _mm256_unpacklo_ps(a, b), ab_high = _mm256_unpackhi_ps(a, b);
+    const __m256 cd = _mm256_unpacklo_ps(c, d), cd_high = _mm256_unpackhi_ps(c, d);
+    const auto lanes = [&](int i, __m256 v) {
+      to(i, [&](T* p) { _mm_storeu_ps(p, _mm256_castps256_ps128(v)); });
+      to(4 + i, [&](T* p) { _mm_storeu_ps(p, _mm256_extractf128_ps(v, 1)); });
+    };
+    lanes(0, _mm256_shuffle_ps(ab, cd, 0x44));
+    lanes(1, _mm256_shuffle_ps(ab, cd, 0xee));
+    lanes(2, _mm256_shuffle_ps(ab_high, cd_high, 0x44));
+    lanes(3, _mm256_shuffle_ps(ab_high, cd_high, 0xee));
+  }
   // In registers from here on: GCC may load a value again for each of its uses.
   static V keep(V v) noexcept {
     asm("" : "+x"(v.lo), "+x"(v.hi));
@@ -104,7 +122,7 @@ struct Avx2Simd {
     return _mm256_blend_ps(_mm256_set1_ps(a), _mm256_set1_ps(b), 0xf0);
   }
   template <int P>
-  static V spread(const T* const* x, int b) noexcept {
+  static V spread(const T* const* x, int64_t b) noexcept {
     if constexpr (P == 1) return set1(x[0][b]);
     if constexpr (P == 2) return {_mm256_set1_ps(x[0][b]), _mm256_set1_ps(x[1][b])};
     if constexpr (P == 4) return {spread2(x[0][b], x[1][b]), spread2(x[2][b], x[3][b])};
@@ -117,13 +135,16 @@ struct Avx2Simd {
   }
   static void transpose(V* a) noexcept {
     __m256 q[4][8];
+    SPFMT_UNROLL
     for (int i = 0; i < 8; ++i) {
       q[0][i] = a[i].lo;
       q[1][i] = a[i].hi;
       q[2][i] = a[i + 8].lo;
       q[3][i] = a[i + 8].hi;
     }
+    SPFMT_UNROLL
     for (auto& block : q) YmmSimd::transpose(block);
+    SPFMT_UNROLL
     for (int i = 0; i < 8; ++i) {
       a[i] = {q[0][i], q[2][i]};
       a[i + 8] = {q[1][i], q[3][i]};

@@ -38,6 +38,21 @@ struct Avx512Simd {
   static V load(const T* p, int n) noexcept { return _mm512_maskz_loadu_ps(first(n), p); }
   static void store(T* p, V v) noexcept { _mm512_storeu_ps(p, v); }
   static void store(T* p, V v, int n) noexcept { _mm512_mask_storeu_ps(p, first(n), v); }
+  template <class To>
+  static void store_quads(const V* v, const To& to) noexcept {
+    const V ab = _mm512_unpacklo_ps(v[0], v[1]), ab_high = _mm512_unpackhi_ps(v[0], v[1]);
+    const V cd = _mm512_unpacklo_ps(v[2], v[3]), cd_high = _mm512_unpackhi_ps(v[2], v[3]);
+    const auto lanes = [&](int i, V four) {
+      to(i, [&](T* p) { _mm_storeu_ps(p, _mm512_castps512_ps128(four)); });
+      to(4 + i, [&](T* p) { _mm_storeu_ps(p, _mm512_extractf32x4_ps(four, 1)); });
+      to(8 + i, [&](T* p) { _mm_storeu_ps(p, _mm512_extractf32x4_ps(four, 2)); });
+      to(12 + i, [&](T* p) { _mm_storeu_ps(p, _mm512_extractf32x4_ps(four, 3)); });
+    };
+    lanes(0, _mm512_shuffle_ps(ab, cd, 0x44));
+    lanes(1, _mm512_shuffle_ps(ab, cd, 0xee));
+    lanes(2, _mm512_shuffle_ps(ab_high, cd_high, 0x44));
+    lanes(3, _mm512_shuffle_ps(ab_high, cd_high, 0xee));
+  }
   // In a register from here on: GCC may load a value again for each of its uses.
   static V keep(V v) noexcept {
 #ifndef SPFMT_EMULATE_AVX512
@@ -87,7 +102,7 @@ struct Avx512Simd {
     return _mm256_blend_ps(_mm256_set1_ps(a), _mm256_set1_ps(b), 0xf0);
   }
   template <int P>
-  static V spread(const T* const* x, int b) noexcept {
+  static V spread(const T* const* x, int64_t b) noexcept {
     if constexpr (P == 1) return set1(x[0][b]);
     const __m256 lo = P == 2 ? _mm256_set1_ps(x[0][b]) : halves(x[0][b], x[1][b]);
     const __m256 hi = P == 2 ? _mm256_set1_ps(x[1][b]) : halves(x[P - 2][b], x[P - 1][b]);
@@ -101,11 +116,14 @@ struct Avx512Simd {
   }
   static void transpose(V* a) noexcept {
     V t[kLanes];
+    SPFMT_UNROLL
     for (int i = 0; i < 16; i += 2) {
       t[i] = _mm512_unpacklo_ps(a[i], a[i + 1]);
       t[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
     }
+    SPFMT_UNROLL
     for (int i = 0; i < 16; i += 4) {
+      SPFMT_UNROLL
       for (int h = 0; h < 2; ++h) {
         const __m512d x = _mm512_castps_pd(t[i + h]), y = _mm512_castps_pd(t[i + h + 2]);
         a[i + 2 * h] = _mm512_castpd_ps(_mm512_unpacklo_pd(x, y));
@@ -113,6 +131,7 @@ struct Avx512Simd {
       }
     }
     // Now 4x4 blocks are transposed; transpose the 4x4 grid of 128-bit lanes.
+    SPFMT_UNROLL
     for (int j = 0; j < 4; ++j) {
       const V x = _mm512_shuffle_f32x4(a[j], a[j + 4], 0x88);
       const V y = _mm512_shuffle_f32x4(a[j], a[j + 4], 0xdd);
@@ -123,6 +142,7 @@ struct Avx512Simd {
       t[j + 4] = _mm512_shuffle_f32x4(y, w, 0x88);
       t[j + 12] = _mm512_shuffle_f32x4(y, w, 0xdd);
     }
+    SPFMT_UNROLL
     for (int i = 0; i < 16; ++i) a[i] = t[i];
   }
 

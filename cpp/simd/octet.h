@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+#include "unroll.h"
+
 namespace spfmt {
 namespace {
 
@@ -48,20 +50,25 @@ struct YmmSimd {
   }
   static void transpose(V* r) noexcept {
     __m256 t[8];
+    SPFMT_UNROLL
     for (int i = 0; i < 8; i += 2) {
       t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
       t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
     }
+    SPFMT_UNROLL
     for (int i = 0; i < 8; i += 4) {
+      SPFMT_UNROLL
       for (int h = 0; h < 2; ++h) {
         r[i + 2 * h] = _mm256_shuffle_ps(t[i + h], t[i + h + 2], 0x44);
         r[i + 2 * h + 1] = _mm256_shuffle_ps(t[i + h], t[i + h + 2], 0xee);
       }
     }
+    SPFMT_UNROLL
     for (int i = 0; i < 4; ++i) {
       t[i] = _mm256_permute2f128_ps(r[i], r[i + 4], 0x20);
       t[i + 4] = _mm256_permute2f128_ps(r[i], r[i + 4], 0x31);
     }
+    SPFMT_UNROLL
     for (int i = 0; i < 8; ++i) r[i] = t[i];
   }
 };

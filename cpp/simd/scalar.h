@@ -111,6 +111,15 @@ struct ScalarSimd {
   static void store(T* p, const V& v, int n) noexcept {
     for (int i = 0; i < n; ++i) p[i] = v.lane[i];
   }
+  // to(i, quad) for every lane i; quad(p) stores that lane of four vectors at p.
+  template <class To>
+  static void store_quads(const V* v, const To& to) noexcept {
+    for (int i = 0; i < kLanes; ++i) {
+      to(i, [&](T* p) {
+        for (int b = 0; b < 4; ++b) p[b] = v[b].lane[i];
+      });
+    }
+  }
   static V keep(const V& v) noexcept { return v; }
   static V add(const V& a, const V& b) noexcept {
     V v;
@@ -166,7 +175,7 @@ struct ScalarSimd {
   }
   // Lanes in P equal parts, part p filled with x[p][b].
   template <int P>
-  static V spread(const T* const* x, int b) noexcept {
+  static V spread(const T* const* x, int64_t b) noexcept {
     V v;
     for (int i = 0; i < kLanes; ++i) v.lane[i] = x[i * P / kLanes][b];
     return v;
