@@ -13,7 +13,7 @@ namespace {
 // smaller one, at a few percent more padding, and the widest of them one that bounds the counts
 // looked at.
 int64_t window_size(int64_t rows, int64_t chunks) {
-  constexpr int64_t kMostCounts = int64_t{1} << 32;  // about half a second
+  constexpr int64_t kMostCounts = int64_t{1} << 28;  // about a tenth of a second
   const int64_t affordable = kMostCounts / std::max<int64_t>(1, rows * chunks);
   return std::clamp<int64_t>(affordable, kRowTile, rows <= 8192 ? 2048 : 256);
 }

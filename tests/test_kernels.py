@@ -203,7 +203,7 @@ BLOCK_PRODUCTS = [
 @pytest.mark.parametrize("block_rows", [4, 8, 13, 24])
 @pytest.mark.parametrize("kernel", [p for p in BLOCK_PRODUCTS if p.values[0].op == "spmm"])
 def test_blocks_of_every_small_batch(kernel: spfmt.Kernel, block_rows: int) -> None:
-    """1 to 17 samples from and to every layout: rows are written one by one or four samples wide."""
+    """1 to 17 samples from and to every layout: rows go out one by one or four samples wide."""
     rng = np.random.default_rng(block_rows)
     scores = rng.random((71, 90))
     a = spfmt.ShuffledBlock.from_scores(
