@@ -114,7 +114,8 @@ struct Avx512Simd {
     if constexpr (P == 4) v = add(v, _mm512_shuffle_f32x4(v, v, 0xb1));  // quarters
     return v;
   }
-  static void transpose(V* a) noexcept {
+  // Out of line its operands would pass through memory.
+  __attribute__((always_inline)) static void transpose(V* a) noexcept {
     V t[kLanes];
     SPFMT_UNROLL
     for (int i = 0; i < 16; i += 2) {

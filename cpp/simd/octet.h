@@ -48,7 +48,8 @@ struct YmmSimd {
   static V spread(V v) noexcept {
     return _mm256_permute_ps(v, K * 0x55);
   }
-  static void transpose(V* r) noexcept {
+  // Out of line its operands would pass through memory.
+  __attribute__((always_inline)) static void transpose(V* r) noexcept {
     __m256 t[8];
     SPFMT_UNROLL
     for (int i = 0; i < 8; i += 2) {
