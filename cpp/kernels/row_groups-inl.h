@@ -184,6 +184,15 @@ __attribute__((noinline)) void last_columns(const GroupTile& g, int64_t j, const
   }
 }
 
+// Columns of a tile, a multiple of the power of two `pack`, that have sixteen weights behind their
+// start which belong to the caller: all but a few of the last tile's.
+inline int64_t readable_columns(const RowGroups& a, const GroupTile& g, int pack) noexcept {
+  const int64_t left = a.value_ptr[a.tiles] - g.value, needed = g.cols * g.rows + kLanes - g.rows;
+  int64_t columns = g.cols;
+  if (left < needed) columns = left < kLanes ? 0 : (left - kLanes) / g.rows + 1;
+  return columns & -int64_t{pack};
+}
+
 constexpr int most_chains(int chains) { return chains < 1 ? 1 : chains > 4 ? 4 : chains; }
 
 template <class S, int N, bool kSide, class T = typename S::T>
@@ -195,8 +204,7 @@ __attribute__((noinline)) void groups_tokens_n(const RowGroups& a, const T* valu
   for (int64_t t = begin; t < end; ++t) {
     const GroupTile g = group_tile(a, t);
     const int pack = g.rows == 8 ? 2 : g.rows == 4 && N <= 4 ? 4 : 1;  // as registers allow
-    const int64_t left = (a.value_ptr[a.tiles] - g.value - kLanes + g.rows) / g.rows;
-    const int64_t readable = (left < 0 ? 0 : left < g.cols ? left : g.cols) / pack * pack;
+    const int64_t readable = readable_columns(a, g, pack);
     typename S::V out[N];
     const auto call = [&](auto body) { body(g, readable, values + g.value, x, out); };
     if (pack == 1) call(tile_tokens<S, N, kChains, 1, kSide>);
