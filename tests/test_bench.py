@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -33,10 +33,11 @@ from spfmt.bench import (
 )
 from spfmt.bench import baselines as baselines_module
 from spfmt.bench.contenders import Contender, Setting, ours
+from spfmt.bench.core import Core, this_core
 from spfmt.bench.exact import product
+from spfmt.bench.machine import highest_level
 from spfmt.bench.record import make_record, read_record, select, write_record
-from spfmt.bench.rows import _highest_level
-from spfmt.bench.timing import interleave
+from spfmt.bench.timing import _Sample, _timings, interleave
 from spfmt.bench.weights import label, random_columns
 from spfmt.bench.work import dense_work, index_bytes, sparse_work
 from spfmt.ceilings import Ceilings, Level, cache_sizes, measure_ceilings
@@ -100,8 +101,8 @@ def test_an_emulated_level_has_no_ceilings(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(spfmt.dispatch._kernels, "emulated_levels", lambda: ["scalar"])
     with pytest.raises(spfmt.FormatError, match="level 'scalar', which this build emulates"):
         measure_ceilings(isa="scalar")
-    monkeypatch.setattr("spfmt.bench.rows.EMULATED", spfmt.dispatch.LEVELS[1:])
-    assert _highest_level() == "scalar"  # whose roof dense layers are compared with
+    monkeypatch.setattr("spfmt.bench.machine.EMULATED", spfmt.dispatch.LEVELS[1:])
+    assert highest_level() == "scalar"  # whose roof dense layers are compared with
 
 
 def test_roof_is_the_lower_of_peak_and_bandwidth() -> None:
@@ -284,6 +285,28 @@ def test_contenders_take_turns() -> None:
     for t in timings:
         assert 0 < t.low <= t.median <= t.high
         assert 0 <= t.waited <= 1
+        assert 0 <= t.shared <= 1
+
+
+@pytest.mark.parametrize(("alone", "median", "samples"), [(5, 10.0, 5), (4, 20.0, 9)])
+def test_samples_of_a_shared_core_are_left_out(alone: int, median: float, samples: int) -> None:
+    """Unless too few are left, of any contender: five are the least a median needs."""
+    core = cast("Core", SimpleNamespace(shared=lambda pace: pace > 1.15))
+    steady = [_Sample(wall=10.0, own=9.0, pace=1.0)] * 9
+    disturbed = steady[:alone] + [_Sample(wall=20.0, own=20.0, pace=1.5)] * (9 - alone)
+    first, second = _timings([steady, disturbed], core)
+    assert (second.median, second.samples, second.left_out) == (median, samples, alone == 5)
+    assert second.shared == pytest.approx(1 - alone / 9)
+    assert (first.median, first.samples, first.shared) == (10.0, 9, 0.0)
+    assert first.waited == pytest.approx(0.1)
+
+
+def test_a_core_is_shared_when_its_loads_take_longer() -> None:
+    core = Core()
+    assert 0 < core.best <= core.pace()
+    assert not core.shared(1.1 * core.best)
+    assert core.shared(1.5 * core.best)
+    assert this_core() is this_core()
 
 
 def test_untimed_calls_last_for_milliseconds(monkeypatch: pytest.MonkeyPatch) -> None:

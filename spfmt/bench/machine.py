@@ -11,9 +11,17 @@ from typing import Any
 
 import spfmt
 from spfmt.ceilings import cache_sizes
-from spfmt.dispatch import timed_isa
+from spfmt.dispatch import EMULATED, LEVELS, kernels, timed_isa
 
-__all__ = ["available_cpus", "available_memory", "commit", "cpu_name", "describe", "versions"]
+__all__ = [
+    "available_cpus",
+    "available_memory",
+    "commit",
+    "cpu_name",
+    "describe",
+    "highest_level",
+    "versions",
+]
 
 _PACKAGES = (
     "numpy",
@@ -55,6 +63,12 @@ def cpu_name() -> str:
         return name
     # Clouds cut the names of their CPUs; family and model still tell the generation.
     return f"{name} (family {fields.get('cpu family', '?')}, model {fields.get('model', '?')})"
+
+
+def highest_level() -> str:
+    """Return the highest level of this CPU: what other libraries use, whatever SPFMT_ISA says."""
+    levels = {k.isa for k in kernels() if k.available and k.isa not in EMULATED}
+    return max(levels, key=LEVELS.index)
 
 
 def commit() -> str:

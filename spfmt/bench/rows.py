@@ -7,9 +7,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from spfmt.bench.contenders import Case, Contender
+from spfmt.bench.machine import highest_level
 from spfmt.bench.timing import Timing
 from spfmt.ceilings import Ceilings
-from spfmt.dispatch import EMULATED, LEVELS, active_isa, kernels
+from spfmt.dispatch import active_isa
 
 __all__ = ["Row", "make_rows", "table"]
 
@@ -38,8 +39,9 @@ class Row:
     us, low, high : float
         Microseconds of one call: median, first and ninth decile.
     samples : int
-    waited : float
-        Share of the time in which other programs had the core; see `Timing`.
+    shared, left_out, waited : float, bool, float
+        Share of samples in which something else used the core, and whether they do not count;
+        share of the time in which other programs had it; see `Timing`.
     gflops, gbytes : float
         Operations and bytes that are needed at least (`spfmt.bench.work`), per second, in 1e9.
     roof : float
@@ -66,6 +68,8 @@ class Row:
     low: float
     high: float
     samples: int
+    shared: float
+    left_out: bool
     waited: float
     gflops: float
     gbytes: float
@@ -110,7 +114,7 @@ def _row(
     best: float | None,
     roof: Callable[[str, int], Ceilings],
 ) -> Row:
-    isa = c.isa or (active_isa() if c.kind == "sparse" else _highest_level())
+    isa = c.isa or (active_isa() if c.kind == "sparse" else highest_level())
     ceilings = roof(isa, case.threads)
     gflops = c.work.flops / t.median / 1e3
     return Row(
@@ -130,6 +134,8 @@ def _row(
         low=t.low,
         high=t.high,
         samples=t.samples,
+        shared=t.shared,
+        left_out=t.left_out,
         waited=t.waited,
         gflops=gflops,
         gbytes=c.work.nbytes / t.median / 1e3,
@@ -138,12 +144,6 @@ def _row(
         level=ceilings.level(c.work.nbytes).name,
         speedup=None if best is None else best / t.median,
     )
-
-
-def _highest_level() -> str:
-    """Highest level of this CPU: what other libraries use, whatever SPFMT_ISA says."""
-    levels = {k.isa for k in kernels() if k.available and k.isa not in EMULATED}
-    return max(levels, key=LEVELS.index)
 
 
 def table(case: Case, rows: Sequence[Row]) -> Iterator[str]:
@@ -160,6 +160,10 @@ def table(case: Case, rows: Sequence[Row]) -> Iterator[str]:
             f"{f'{r.low:.1f} to {r.high:.1f}':>20}{ratio:>9}"
             f"{r.gflops:>9.1f}{r.gbytes:>7.1f}{100 * r.roof:>7.0f} %"
         )
+    shared = max((r.shared for r in rows), default=0.0)
+    if shared > _BUSY:
+        left = "which are left out" if rows[0].left_out else "too many to leave out"
+        yield f"  (something shared the core in up to {100 * shared:.0f} % of the samples, {left})"
     waited = max((r.waited for r in rows), default=0.0)
     if waited > _BUSY:
         yield (

@@ -6,9 +6,11 @@ import gc
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+
+from spfmt.bench.core import Core, this_core
 
 __all__ = ["Timing", "interleave"]
 
@@ -32,6 +34,12 @@ class Timing:
     median, low, high : float
         Median, first and ninth decile.
     samples : int
+        Those that they are of.
+    shared : float
+        Share of all samples during which something else used the calling thread's core: another
+        hardware thread, a hypervisor, another program (`spfmt.bench.core`).
+    left_out : bool
+        Whether those samples do not count. They do where any contender has fewer than five others.
     waited : float
         Share of the time in which this process did not run: other programs held the core, or a
         call slept. Of several threads the busiest one would count, so it is 0 where they keep more
@@ -42,6 +50,8 @@ class Timing:
     low: float
     high: float
     samples: int
+    shared: float
+    left_out: bool
     waited: float
 
 
@@ -67,8 +77,9 @@ def interleave(
     -------
     list of Timing
     """
-    samples: list[list[tuple[float, float]]] = [[] for _ in calls]
+    samples: list[list[_Sample]] = [[] for _ in calls]
     repeats = [0] * len(calls)
+    core = this_core()
     was_enabled = gc.isenabled()
     gc.collect()
     gc.disable()
@@ -80,13 +91,13 @@ def interleave(
                     before[i]()
                 warm = _warm(call)
                 repeats[i] = repeats[i] or max(1, min(100, round(_SAMPLE_SECONDS / warm)))
-                samples[i].append(_sample(call, repeats[i]))
+                samples[i].append(_sample(call, repeats[i], core))
             if round_ + 1 >= _LEAST_ROUNDS and time.perf_counter() > stop:
                 break
     finally:
         if was_enabled:
             gc.enable()
-    return [_timing(s) for s in samples]
+    return _timings(samples, core)
 
 
 def _warm(call: Callable[[], Any]) -> float:
@@ -100,19 +111,38 @@ def _warm(call: Callable[[], Any]) -> float:
             return end - begin
 
 
-def _sample(call: Callable[[], Any], repeats: int) -> tuple[float, float]:
-    """Return microseconds per call, by the wall clock and by the process's own."""
+class _Sample(NamedTuple):
+    wall: float  # microseconds per call by the wall clock
+    own: float  # and by the process's own
+    pace: float  # seconds of the slower of two probes of the core, before and after
+
+
+def _sample(call: Callable[[], Any], repeats: int, core: Core) -> _Sample:
+    before = core.pace()
     own = time.process_time()
     start = time.perf_counter()
     for _ in range(repeats):
         call()
     wall = time.perf_counter() - start
     own = time.process_time() - own
-    return 1e6 * wall / repeats, 1e6 * own / repeats
+    return _Sample(1e6 * wall / repeats, 1e6 * own / repeats, max(before, core.pace()))
 
 
-def _timing(samples: list[tuple[float, float]]) -> Timing:
-    wall, own = np.array(samples).T
-    low, median, high = np.percentile(wall, (10, 50, 90))
-    waited = max(0.0, 1 - float(own.sum() / wall.sum()))
-    return Timing(float(median), float(low), float(high), len(samples), waited)
+def _timings(samples: list[list[_Sample]], core: Core) -> list[Timing]:
+    alone = [[s for s in own if not core.shared(s.pace)] for own in samples]
+    leave_out = all(len(own) >= _LEAST_ROUNDS for own in alone)
+    return [_timing(s, a, leave_out) for s, a in zip(samples, alone, strict=True)]
+
+
+def _timing(samples: list[_Sample], alone: list[_Sample], leave_out: bool) -> Timing:
+    used = alone if leave_out else samples
+    low, median, high = np.percentile([s.wall for s in used], (10, 50, 90))
+    return Timing(
+        median=float(median),
+        low=float(low),
+        high=float(high),
+        samples=len(used),
+        shared=1 - len(alone) / len(samples),
+        left_out=leave_out,
+        waited=max(0.0, 1 - sum(s.own for s in used) / sum(s.wall for s in used)),
+    )
