@@ -2,8 +2,8 @@
 // small product takes less time than pybind11 needs for nine arguments.
 //
 // bind(plan, kernels) returns functions that carry their plan as `self`. They take the plain case
-// alone and return None (multiply) or False for every other, which then goes the long way, where
-// errors are explained. Until then nothing has been written.
+// alone and return None (multiply, sample) or False for every other, which then goes the long way,
+// where errors are explained. Until then nothing has been written.
 #include "calls.h"
 
 #include <pybind11/numpy.h>
@@ -233,6 +233,49 @@ PyObject* multiply(PyObject* self, PyObject* const* arg, Py_ssize_t count) {
   });
 }
 
+// The gradient of a plan's nonzeros to `out`; what it has room for behind them becomes zero.
+void sample_to(const Calls& calls, const spfmt::Kernel& kernel, bool f64, void* out, int64_t room,
+               const Operand& dy, const Operand& x, int threads) {
+  const int64_t size = f64 ? 8 : 4, nnz = spfmt::plan_nnz(*calls.plan.plan);
+  run(calls, kernel,
+      {spfmt::Op::sddmm, f64, out, spfmt::kNoVersion, dy, x, Operand{}, nullptr, threads});
+  if (room > nnz) std::memset(static_cast<char*>(out) + nnz * size, 0, (room - nnz) * size);
+}
+
+// sample(dy, x, batch_first, out, threads) -> vector, or None
+PyObject* sample_plain(const Calls& calls, PyObject* const* arg) {
+  PyObject *dy = arg[0], *x = arg[1], *out = arg[3];
+  const bool is_f64 = plain(x, numpy->f64), batch_first = truth(arg[2]);
+  const py::dtype& dtype = is_f64 ? numpy->f64 : numpy->f32;
+  if (!plain(x, dtype) || !plain(dy, dtype)) Py_RETURN_NONE;
+  const int nd = py::detail::array_proxy(x)->nd;
+  const spfmt::Kernel* kernel = calls.kernel(spfmt::Op::sddmm, is_f64);
+  if ((nd != 1 && nd != 2) || py::detail::array_proxy(dy)->nd != nd || !kernel) Py_RETURN_NONE;
+  const Operand from = operand(dy, batch_first, dtype.itemsize());
+  const Operand in = operand(x, batch_first, dtype.itemsize());
+  const PyPlan& plan = calls.plan;
+  const bool fits = from.features == plan.rows && in.features == plan.cols;
+  if (!fits || from.samples != in.samples) Py_RETURN_NONE;
+  Shape shape(spfmt::plan_nnz(*plan.plan));
+  if (out != Py_None) {
+    const auto* room = py::detail::array_proxy(out);
+    if (!plain(out, dtype) || room->nd != 1 || room->dimensions[0] < shape.dims[0]) Py_RETURN_NONE;
+    shape = Shape(room->dimensions[0]);
+    if (!contiguous(out) || !receives(out, shape, dtype, {dy, x})) Py_RETURN_NONE;
+  }
+  py::object g = out == Py_None ? new_array(shape, dtype) : py::reinterpret_borrow<py::object>(out);
+  sample_to(calls, *kernel, is_f64, py::detail::array_proxy(g.ptr())->data, shape.dims[0], from, in,
+            threads_of(arg[4]));
+  return g.release().ptr();
+}
+
+PyObject* sample(PyObject* self, PyObject* const* arg, Py_ssize_t count) {
+  return translated([&] {
+    require_count(count, 5);
+    return sample_plain(calls_of(self), arg);
+  });
+}
+
 // (batch, features) at an address, with the strides (sample, feature) of a tensor.
 Operand samples_at(PyObject* data, PyObject* strides, int64_t features, int64_t batch) {
   if (!PyTuple_Check(strides) || PyTuple_GET_SIZE(strides) != 2) {
@@ -275,15 +318,11 @@ PyObject* sample_at(PyObject* self, PyObject* const* arg, Py_ssize_t count) {
     const spfmt::Kernel* kernel = calls.kernel(spfmt::Op::sddmm, f64);
     if (kernel == nullptr) Py_RETURN_FALSE;
     const PyPlan& plan = calls.plan;
-    const int64_t size = f64 ? 8 : 4, nnz = spfmt::plan_nnz(*plan.plan), batch = count_of(arg[7]);
-    char* out = static_cast<char*>(address(arg[1]));
-    const int64_t spare = count_of(arg[2]) - nnz;
-    if (spare < 0) throw py::value_error("fewer elements than nonzeros");
-    run(calls, *kernel,
-        {spfmt::Op::sddmm, f64, out, spfmt::kNoVersion,
-         samples_at(arg[3], arg[4], plan.rows, batch), samples_at(arg[5], arg[6], plan.cols, batch),
-         Operand{}, nullptr, threads_of(arg[8])});
-    if (spare > 0) std::memset(out + nnz * size, 0, spare * size);
+    const int64_t room = count_of(arg[2]), batch = count_of(arg[7]);
+    if (room < spfmt::plan_nnz(*plan.plan)) throw py::value_error("fewer elements than nonzeros");
+    sample_to(calls, *kernel, f64, address(arg[1]), room,
+              samples_at(arg[3], arg[4], plan.rows, batch),
+              samples_at(arg[5], arg[6], plan.cols, batch), threads_of(arg[8]));
     Py_RETURN_TRUE;
   });
 }
@@ -291,6 +330,8 @@ PyObject* sample_at(PyObject* self, PyObject* const* arg, Py_ssize_t count) {
 PyMethodDef kBound[] = {
     {"multiply", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(multiply)),
      METH_FASTCALL, nullptr},
+    {"sample", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(sample)), METH_FASTCALL,
+     nullptr},
     {"multiply_at", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(multiply_at)),
      METH_FASTCALL, nullptr},
     {"sample_at", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(sample_at)),
@@ -307,8 +348,8 @@ py::tuple bind(const PyPlan& plan, const std::vector<int64_t>& kernels) {
   const py::capsule self(calls.release(), kCallsCapsule, [](PyObject* o) {
     delete static_cast<Calls*>(PyCapsule_GetPointer(o, kCallsCapsule));
   });
-  py::tuple bound(3);
-  for (int i = 0; i < 3; ++i) {
+  py::tuple bound(std::size(kBound));
+  for (size_t i = 0; i < std::size(kBound); ++i) {
     PyObject* function = PyCFunction_NewEx(&kBound[i], self.ptr(), nullptr);
     if (function == nullptr) throw py::error_already_set();
     bound[i] = py::reinterpret_steal<py::object>(function);

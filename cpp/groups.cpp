@@ -31,28 +31,31 @@ void spmm_panels(const Tiles<T>& tiles, const Plan& plan, const Args<T>& args,
              });
 }
 
-// Samples are read where the caller keeps them.
 template <class T>
 void multiply_tokens(const Tiles<T>& tiles, const RowGroups& a, const Args<T>& args,
                      const Matrix<T>& y, bool quads, const Executor& executor) {
+  const Samples<T> x(tiles, args.in);
   for_ranges(executor, a.tiles, range_step(executor, a.tiles), [&](int64_t begin, int64_t end) {
     for_parts(args.in.cols, tiles.most_tokens, [&](int64_t b, int n) {
-      tiles.groups_tokens(a, args.values, samples_from(args.in, b), n, args.bias, args.activation,
-                          samples_from(y, b), quads, begin, end);
+      tiles.groups_tokens(a, args.values, x[b], n, args.bias, args.activation, samples_from(y, b),
+                          quads, begin, end);
     });
   });
 }
 
-// Rows come in arbitrary order. A sample's features contiguous, each number would meet another
-// cache line, and from four samples on they do not fit L1: a row's samples are then written side by
-// side, and transposed in the end.
+// Rows come in arbitrary order. Where a sample's features are contiguous, each number would meet
+// another cache line, and from four samples on they do not fit L1: a row's samples are then written
+// side by side, and transposed in the end. More than eight are the business of panels.
 template <class T>
 void spmm_tokens(const Tiles<T>& tiles, const RowGroups& a, const Args<T>& args,
                  const Executor& executor) {
   const Matrix<T>& out = args.out;
-  const bool quads = out.cols == 4 || out.cols == 8;
-  if (out.cols < 4 || out.cols > kOctet || out.col_stride == 1) {
-    return multiply_tokens(tiles, a, args, out, quads && out.col_stride == 1, executor);
+  if (out.col_stride == 1) {
+    const bool quads = out.cols == 4 || out.cols == 8;  // whole ones: no room is needed
+    return multiply_tokens(tiles, a, args, out, quads, executor);
+  }
+  if (out.cols < 4 || out.cols > kOctet) {
+    return multiply_tokens(tiles, a, args, out, false, executor);
   }
   const Workspace rows(sizeof(T) * out.rows * kOctet);
   const Matrix<T> y{rows.template as<T>(), out.rows, out.cols, kOctet, 1};

@@ -72,6 +72,32 @@ class PanelSet {
   std::vector<Panel<const T>> read_;
 };
 
+// A small batch as its kernels read it: where the caller keeps it, or a copy with each feature's
+// samples side by side.
+template <class T>
+class Samples {
+ public:
+  Samples(const Tiles<T>& tiles, const Matrix<const T>& m) : view_(samples_from(m, 0)) {
+    // A feature's samples are as many cache lines, which costs nothing while L1 holds them all and
+    // more than the copy does beyond.
+    constexpr int64_t kReadInPlace = 28 << 10;
+    const int64_t numbers = m.rows * m.cols;
+    if (m.col_stride == 1 || numbers * static_cast<int64_t>(sizeof(T)) <= kReadInPlace) return;
+    const int64_t width = m.cols <= kOctet ? m.cols : (m.cols + kRowTile - 1) / kRowTile * kRowTile;
+    copy_ = std::make_unique<Workspace>(sizeof(T) * (m.rows * width + kOctet));
+    T* data = copy_->template as<T>();
+    tiles.pack(view_, {data, m.rows, static_cast<int>(width), static_cast<int>(m.cols)}, 0, m.rows);
+    view_ = {data, width, 1};
+  }
+  Strided<const T> operator[](int64_t sample) const {
+    return {view_.data + sample * view_.sample_stride, view_.feature_stride, view_.sample_stride};
+  }
+
+ private:
+  Strided<const T> view_;
+  std::unique_ptr<Workspace> copy_;
+};
+
 // body(begin, end) over strips of the batch.
 template <class Body>
 void for_strips(int64_t batch, int64_t strip, const Body& body) {

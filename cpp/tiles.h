@@ -21,12 +21,13 @@ constexpr int kSampleStrip = 256;
 //
 //   data[f * width + b],   width = samples rounded up to a multiple of 16, zeros behind the last
 //
-// An octet is a panel of up to eight samples that is kOctet wide.
+// A small panel holds up to eight samples; it is as wide as there are samples, with room for eight
+// numbers behind the last feature, or kOctet wide.
 template <class T>
 struct Panel {
   T* data;
   int64_t features;
-  int width;    // kOctet, 16, 32, 48 or 64; for the gradient of row groups up to kSampleStrip
+  int width;    // 1 .. 8, 16, 32, 48 or 64; for the gradient of row groups up to kSampleStrip
   int samples;  // 1 .. width
 };
 
@@ -119,7 +120,8 @@ struct Tiles {
   void (*groups_panel)(const RowGroups&, const T* values, const Panel<const T>& x, const T* bias,
                        T* y, int64_t ldy, int64_t begin, int64_t end);
   // n samples (1..most_tokens), x and y with any strides; tiles [begin, end). `quads` where a row's
-  // samples are contiguous in y, with room for n rounded up to four.
+  // samples are contiguous in y: n rounded up to four are written, so that parts of a batch go in
+  // order, and eight samples of room are enough for all parts of up to eight.
   int most_tokens;
   void (*groups_tokens)(const RowGroups&, const T* values, Strided<const T> x, int n, const T* bias,
                         Activation, Strided<T> y, bool quads, int64_t begin, int64_t end);

@@ -366,6 +366,12 @@ class Plan:
         backend: str = "auto",
     ) -> Array:
         """Compute the values' gradient, (nnz,) or `out` (zero behind nnz); see `spfmt.sddmm`."""
+        if backend == "auto" and not logger.isEnabledFor(logging.DEBUG):
+            gradient: Array | None = (self._calls or self._bind())[1](
+                dy, x, batch_first, out, threads._override
+            )
+            if gradient is not None:
+                return gradient
         rows, cols = self.shape
         dy, x = np.asarray(dy), np.asarray(x)
         dy2 = _features_first(dy, rows, batch_first, "dY")
@@ -415,7 +421,7 @@ class Plan:
         """
         if logger.isEnabledFor(logging.DEBUG):
             self._log(_cached_select(op, self.format, dtype, "auto"), batch)
-        multiply = (self._calls or self._bind())[1]
+        multiply = (self._calls or self._bind())[2]
         f64, number = dtype == "float64", 0 if op == "spmm" else 1
         if not multiply(
             number, f64, values, version, x, strides, batch, out, bias, threads._override
@@ -436,7 +442,7 @@ class Plan:
         """Compute the values' gradient from addresses, zero behind nnz; as `multiply_at`."""
         if logger.isEnabledFor(logging.DEBUG):
             self._log(_cached_select("sddmm", self.format, dtype, "auto"), batch)
-        sample = (self._calls or self._bind())[2]
+        sample = (self._calls or self._bind())[3]
         f64 = dtype == "float64"
         if not sample(f64, out, capacity, dy, dy_strides, x, x_strides, batch, threads._override):
             raise self._refusal("sddmm", dtype)

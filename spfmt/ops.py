@@ -143,8 +143,8 @@ def sddmm(
         As :func:`spmm`.
     """
     _check(a)
-    gradient = a.plan.sddmm(dy, x, batch_first=batch_first, backend=backend)
-    return gradient.reshape(a.values.shape)
+    gradient = a._structure.plan.sddmm(dy, x, batch_first=batch_first, backend=backend)
+    return gradient.reshape(a._values.shape)
 
 
 def _check(a: object) -> None:

@@ -115,6 +115,64 @@ def test_quick_multiplication_leaves_doubtful_outputs_to_the_long_way() -> None:
     assert (memory[C + 2 * R :] == 1).all()
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_quick_sampling_is_taken(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch.Plan, "_gradient_out", None)  # the long way would call it
+    a, rng = weight(dtype), np.random.default_rng(3)
+    dy, x = rng.standard_normal((3, R)).astype(dtype), rng.standard_normal((3, C)).astype(dtype)
+    at = a.layout().coordinates()
+    want = (dy.T @ x)[at]
+    for left, right in (
+        (dy, x),
+        (np.asfortranarray(dy), x[::-1][::-1]),
+        (dy, np.repeat(x, 2, 1)[:, ::2]),
+    ):
+        got = spfmt.sddmm(a, left, right, batch_first=True)
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+        assert (got.dtype, got.shape, type(got)) == (x.dtype, a.values.shape, np.ndarray)
+        np.testing.assert_array_equal(spfmt.sddmm(a, left.T, right.T), got)
+    got = spfmt.sddmm(a, dy[0], x[0])
+    np.testing.assert_allclose(got, np.outer(dy[0], x[0])[at], rtol=1e-4, atol=1e-5)
+    assert (spfmt.sddmm(a, dy[:0], x[:0], batch_first=True) == 0).all()
+    out = np.full(a.nnz + 5, np.nan, dtype)
+    assert a.plan.sddmm(dy, x, batch_first=True, out=out) is out
+    np.testing.assert_allclose(out, np.append(want, np.zeros(5)), rtol=1e-4, atol=1e-5)
+
+
+def test_quick_sampling_leaves_what_is_not_plain_to_the_long_way() -> None:
+    a = weight()
+    sample = a.plan._bind()[1]
+    memory = np.ones(400, "float32")
+    dy, x = memory[:R], memory[R : R + C]
+
+    def quick(dy: object = dy, x: object = x, out: object = None) -> object:
+        return sample(dy, x, False, out, 1)
+
+    assert quick() is not None
+    for other in (np.ones(R + 1, "float32"), np.ones((R, 1), "float32"), np.ones(R), dy.view(Sub)):
+        assert quick(dy=other) is None
+    for other in (x[1:], x[:, None], x[None, :, None], misaligned(x), x.tolist(), x.astype(">f4")):
+        assert quick(x=other) is None
+    assert sample(np.ones((R, 2), "float32"), np.ones((C, 3), "float32"), False, None, 1) is None
+    read_only = np.ones(a.nnz, "float32")
+    read_only.flags.writeable = False
+    for out in (
+        np.ones(a.nnz - 1, "float32"),
+        np.ones((a.nnz, 1), "float32"),
+        np.ones(a.nnz),
+        np.ones(2 * a.nnz, "float32")[::2],
+        read_only,
+        [0.0] * a.nnz,
+        memory[R + C - 1 : R + C - 1 + a.nnz],  # the end of x
+        memory[R - 1 :],
+    ):
+        assert quick(out=out) is None
+    assert (memory == 1).all()
+    assert quick(out=memory[R + C : R + C + a.nnz]) is not None  # right behind them
+    assert (memory[: R + C] == 1).all()
+    assert (memory[R + C + a.nnz :] == 1).all()
+
+
 @pytest.mark.parametrize("out", [[0.0] * R, "out", 1, np.float32(1)])
 def test_outputs_that_are_no_arrays_are_refused(out: object) -> None:
     with pytest.raises(FormatError, match="out of type"):
@@ -207,11 +265,11 @@ def test_a_level_that_does_not_exist_is_an_error_at_every_call(
 
 def test_bound_functions_check_their_arguments_and_keep_their_plan() -> None:
     a = weight()
-    multiply, multiply_at, sample_at = dispatch._kernels.bind(
+    multiply, sample, multiply_at, sample_at = dispatch._kernels.bind(
         a.plan._compile(), dispatch._indices("csr")
     )
     values, x, dense = a.values, np.ones(C, "float32"), a.to_dense()
-    for function in (multiply, multiply_at, sample_at, dispatch._kernels.fingerprint):
+    for function in (multiply, sample, multiply_at, sample_at, dispatch._kernels.fingerprint):
         with pytest.raises(TypeError):
             function()
     with pytest.raises(IndexError):

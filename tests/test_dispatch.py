@@ -285,6 +285,7 @@ ORDER = {
     "bench": {
         "errors",
         "_files",
+        "_memory",
         "calibration",
         "ceilings",
         "threads",

@@ -109,7 +109,7 @@ def test_bias_vector_and_batch_first(kernel: spfmt.Kernel) -> None:
 def test_threads_do_not_change_a_bit(kernel: spfmt.Kernel) -> None:
     a = tensor(kernel.format, (300, 280), "float32", 4)
     rng = np.random.default_rng(5)
-    for batch in (3, 40, 150, 700):
+    for batch in (3, 6, 40, 150, 700):
         x = rng.standard_normal((batch, 280)).astype("float32")
         dy = rng.standard_normal((batch, 300)).astype("float32")
         results = []
@@ -200,12 +200,15 @@ BLOCK_PRODUCTS = [
 ]
 
 
-@pytest.mark.parametrize("block_rows", [4, 8, 13, 24])
+@pytest.mark.parametrize(("block_rows", "cols"), [(4, 90), (8, 90), (13, 90), (24, 2000)])
 @pytest.mark.parametrize("kernel", [p for p in BLOCK_PRODUCTS if p.values[0].op == "spmm"])
-def test_blocks_of_every_small_batch(kernel: spfmt.Kernel, block_rows: int) -> None:
-    """1 to 17 samples from and to every layout: rows go out one by one or four samples wide."""
+def test_blocks_of_every_small_batch(kernel: spfmt.Kernel, block_rows: int, cols: int) -> None:
+    """1 to 16 samples from and to every layout: rows go out one by one or four samples wide.
+
+    Several samples of 2000 features do not fit L1 and are copied side by side first.
+    """
     rng = np.random.default_rng(block_rows)
-    scores = rng.random((71, 90))
+    scores = rng.random((71, cols))
     a = spfmt.ShuffledBlock.from_scores(
         scores,
         0.3,
@@ -215,13 +218,15 @@ def test_blocks_of_every_small_batch(kernel: spfmt.Kernel, block_rows: int) -> N
     ).astype(kernel.dtype)
     dense = a.to_dense().astype(float)
     bias = rng.standard_normal(71).astype(kernel.dtype)
-    for batch, order, out_order in product_of(range(1, 18), ORDERS[:3], ORDERS):
-        x = operand(90, batch, order, kernel.dtype, rng)
+    for batch, order, out_order in product_of(range(1, 17), ORDERS, ORDERS):
+        x = operand(cols, batch, order, kernel.dtype, rng)
         frame, out = guarded(71, batch, out_order, kernel.dtype)
         with forced("tokens"):
             spfmt.spmm(a, x, bias=bias, out=out, backend=kernel.isa)
+            active = spfmt.spmm(a, x, bias=bias, activation="relu", backend=kernel.isa)
+        np.testing.assert_array_equal(active, np.maximum(out, 0))
         shift = bias[:, None].astype(float)
-        check(out, dense @ x + shift, abs(dense) @ abs(x) + abs(shift), 91)
+        check(out, dense @ x + shift, abs(dense) @ abs(x) + abs(shift), cols + 1)
         assert np.isnan(frame).sum() == frame.size - out.size, "wrote outside of the output"
 
 

@@ -29,15 +29,15 @@ int64_t lead(const T* p, int64_t sample_stride) noexcept {
   return sample_stride % kLine == 0 ? (kLine - address % kLine) % kLine : 0;
 }
 
-// A square tile of `samples` by `features` numbers, transposed; zeros behind the last sample.
+// Up to kSide samples of up to kSide features, transposed; zeros behind the last sample.
 template <class R, class T = typename R::T>
 inline void pack_tile(const T* from, int64_t stride, int samples, int features, T* to,
                       int width) noexcept {
   constexpr int kSide = R::kSamples;
   typename R::V tile[kSide];
-  if (samples >= kSide && features == kSide) {
+  if (features == kSide) {
     SPFMT_UNROLL
-    for (int i = 0; i < kSide; ++i) tile[i] = R::load(from + i * stride);
+    for (int i = 0; i < kSide; ++i) tile[i] = i < samples ? R::load(from + i * stride) : R::zero();
     R::transpose(tile);
     SPFMT_UNROLL
     for (int i = 0; i < kSide; ++i) R::store(to + i * width, tile[i]);
@@ -79,11 +79,12 @@ void pack_in(Strided<const T> from, const Panel<T>& to, int64_t begin, int64_t e
   }
 }
 
-// An octet is one register of eight, wider panels are registers as the level has them.
+// A small panel is at most one register of eight wide, and features are stored in order: what one
+// writes into the next is overwritten. Wider panels are moved in whole cache lines.
 template <class S, class T = typename S::T>
 void pack(Strided<const T> from, const Panel<T>& to, int64_t begin, int64_t end) noexcept {
-  if (to.width == kOctet) return pack_in<typename S::Half>(from, to, begin, end);
-  pack_in<typename S::Register>(from, to, begin, end);
+  if (to.width <= kOctet) return pack_in<typename S::Half>(from, to, begin, end);
+  pack_in<S>(from, to, begin, end);
 }
 
 template <class R, class T = typename R::T>
@@ -162,7 +163,7 @@ void unpack_in(const Panel<const T>& from, Strided<T> to, int64_t begin, int64_t
 template <class S, class T = typename S::T>
 void unpack(const Panel<const T>& from, Strided<T> to, int64_t begin, int64_t end) noexcept {
   if (from.width == kOctet) return unpack_in<typename S::Half>(from, to, begin, end);
-  unpack_in<typename S::Register>(from, to, begin, end);
+  unpack_in<S>(from, to, begin, end);
 }
 
 }  // namespace

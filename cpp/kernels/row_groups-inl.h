@@ -85,6 +85,7 @@ __attribute__((noinline)) void groups_panel_nv(const RowGroups& a, const T* valu
                                                const Panel<const T>& x, int64_t sample,
                                                const T* bias, T* y, int64_t ldy, int64_t begin,
                                                int64_t end) noexcept {
+  // Fewer samples leave room for more rows where there are 32 registers.
   constexpr int kRows = S::kBlockRegisters < 4 || NV > 2 ? 4 : NV == 2 ? 8 : 16;
   const bool fed = x.features * x.width * static_cast<int64_t>(sizeof(T)) <= S::kFeedingPanel;
   for (int64_t t = begin; t < end; ++t) {
@@ -100,11 +101,11 @@ __attribute__((noinline)) void groups_panel_nv(const RowGroups& a, const T* valu
   }
 }
 
-// body(first, vecs) over a panel's samples, as many registers at a time as accumulators allow.
-template <class S, class Body>
+// body(n, sample) over a panel's samples in parts of up to kMost registers of R, n a constant. A
+// panel's width is a multiple of sixteen samples, so that parts of eight samples never come up.
+template <class R, int kMost, class Body>
 void for_registers(int64_t width, const Body& body) {
-  using R = typename S::Register;
-  constexpr int kMost = S::kBlockRegisters;
+  static_assert(kMost <= 4 && kMost * R::kSamples >= kLanes);
   for_parts(width / R::kSamples, kMost, [&](int64_t first, int n) {
     const int64_t sample = first * R::kSamples;
     if constexpr (kMost >= 4) {
@@ -112,9 +113,10 @@ void for_registers(int64_t width, const Body& body) {
     }
     if constexpr (kMost >= 3) {
       if (n == 3) return body(std::integral_constant<int, 3>(), sample);
+    }
+    if constexpr (kMost >= 2) {
       if (n == 2) return body(std::integral_constant<int, 2>(), sample);
     }
-    // A panel's width is a multiple of kLanes.
     if constexpr (R::kSamples == kLanes) body(std::integral_constant<int, 1>(), sample);
   });
 }
@@ -126,22 +128,22 @@ void groups_panel(const RowGroups& a, const T* values, const Panel<const T>& x, 
   constexpr int64_t kStep = 8;
   for (int64_t t = begin; t < end; t += kStep) {
     const int64_t stop = t + kStep < end ? t + kStep : end;
-    for_registers<S>(x.width, [&](auto vecs, int64_t sample) {
-      groups_panel_nv<S, vecs()>(a, values, x, sample, bias, y, ldy, t, stop);
-    });
+    for_registers<typename S::Register, S::kBlockRegisters>(
+        x.width, [&](auto vecs, int64_t sample) {
+          groups_panel_nv<S, vecs()>(a, values, x, sample, bias, y, ldy, t, stop);
+        });
   }
 }
 
 // Lanes = the tile's rows: broadcasts of x and a contiguous run of weights, no gather. P columns of
 // a tile of 16 / P rows share a vector of weights; with P = 1 the upper lanes of a short tile see
-// weights of the next column and are not stored. kSide: a feature's samples are side by side, which
-// saves addresses; elsewhere each sample is read from its own place, for a copy costs more. CH
-// chains per token hide the FMA latency when there are few tokens. `readable` columns, a multiple
-// of P, have sixteen weights that belong to the caller.
-template <class S, int N, int CH, int P, bool kSide, class T = typename S::T>
+// weights of the next column and are not stored. kAdjacent: a feature's samples are side by side,
+// which saves addresses. CH chains per token hide the FMA latency when there are few tokens.
+// `readable` columns, a multiple of P, have sixteen weights that belong to the caller.
+template <class S, int N, int CH, int P, bool kAdjacent, class T = typename S::T>
 inline void tile_tokens(const GroupTile& g, int64_t readable, const T* w, Strided<const T> x,
                         typename S::V* out) noexcept {
-  const int64_t sample = kSide ? 1 : x.sample_stride;
+  const int64_t sample = kAdjacent ? 1 : x.sample_stride;
   typename S::V acc[CH][N];
   SPFMT_UNROLL
   for (int c = 0; c < CH; ++c) {
@@ -195,7 +197,7 @@ inline int64_t readable_columns(const RowGroups& a, const GroupTile& g, int pack
 
 constexpr int most_chains(int chains) { return chains < 1 ? 1 : chains > 4 ? 4 : chains; }
 
-template <class S, int N, bool kSide, class T = typename S::T>
+template <class S, int N, bool kAdjacent, class T = typename S::T>
 __attribute__((noinline)) void groups_tokens_n(const RowGroups& a, const T* values,
                                                Strided<const T> x, const T* bias, Activation kind,
                                                Strided<T> y, bool quads, int64_t begin,
@@ -207,12 +209,12 @@ __attribute__((noinline)) void groups_tokens_n(const RowGroups& a, const T* valu
     const int64_t readable = readable_columns(a, g, pack);
     typename S::V out[N];
     const auto call = [&](auto body) { body(g, readable, values + g.value, x, out); };
-    if (pack == 1) call(tile_tokens<S, N, kChains, 1, kSide>);
-    if (pack == 2) call(tile_tokens<S, N, kChains, 2, kSide>);
+    if (pack == 1) call(tile_tokens<S, N, kChains, 1, kAdjacent>);
+    if (pack == 2) call(tile_tokens<S, N, kChains, 2, kAdjacent>);
     if constexpr (N <= 4) {
       // Four broadcasts need two registers more, and four places of each sample their addresses.
-      constexpr int kFewer = (S::kTokens - 2) / N / (kSide ? 1 : 2);
-      if (pack == 4) call(tile_tokens<S, N, most_chains(kFewer), 4, kSide>);
+      constexpr int kFewer = (S::kTokens - 2) / N / (kAdjacent ? 1 : 2);
+      if (pack == 4) call(tile_tokens<S, N, most_chains(kFewer), 4, kAdjacent>);
     }
     if (readable < g.cols) last_columns<S>(g, readable, values + g.value, x, N, out);
     scatter_rows<S, N>(out, g.row, g.rows, bias, kind, y, quads);
@@ -224,18 +226,17 @@ void groups_tokens_to(const RowGroups& a, const T* values, Strided<const T> x, i
                       Activation kind, Strided<T> y, bool quads, int64_t begin,
                       int64_t end) noexcept {
   const auto call = [&](auto body) { body(a, values, x, bias, kind, y, quads, begin, end); };
-  if (n < N) {
-    if constexpr (N > 1)
-      groups_tokens_to<S, N - 1>(a, values, x, n, bias, kind, y, quads, begin, end);
-  } else {
-    N == 1 || x.sample_stride == 1 ? call(groups_tokens_n<S, N, true>)
-                                   : call(groups_tokens_n<S, N, (N == 1)>);
+  if constexpr (N > 1) {
+    if (n < N) return groups_tokens_to<S, N - 1>(a, values, x, n, bias, kind, y, quads, begin, end);
+    if (x.sample_stride != 1) return call(groups_tokens_n<S, N, false>);
   }
+  call(groups_tokens_n<S, N, true>);  // a single sample is adjacent to itself
 }
 
 template <class S, class T = typename S::T>
 void groups_tokens(const RowGroups& a, const T* values, Strided<const T> x, int n, const T* bias,
                    Activation kind, Strided<T> y, bool quads, int64_t begin, int64_t end) noexcept {
+  static_assert(S::kTokens >= 4, "a part of fewer would write past eight samples");
   groups_tokens_to<S, S::kTokens>(a, values, x, n, bias, kind, y, quads, begin, end);
 }
 
@@ -272,8 +273,8 @@ inline void tile_t_panel(const GroupTile& g, const T* w, const int32_t* col, con
 }
 
 template <class R, int NV, class T = typename R::T>
-__attribute__((noinline)) void groups_t_panel_nv(const RowGroups& a, const T* values, const T* dy,
-                                                 int64_t width, T* dx) noexcept {
+void groups_t_panel_nv(const RowGroups& a, const T* values, const T* dy, int64_t width,
+                       T* dx) noexcept {
   for (int64_t t = 0; t < a.tiles; ++t) {
     const GroupTile g = group_tile(a, t);
     const T* w = values + g.value;
@@ -288,9 +289,11 @@ __attribute__((noinline)) void groups_t_panel_nv(const RowGroups& a, const T* va
 template <class S, class T = typename S::T>
 void groups_t_panel(const RowGroups& a, const T* values, const Panel<const T>& dy,
                     const Panel<T>& dx) noexcept {
-  for_registers<S>(dy.width, [&](auto vecs, int64_t sample) {
-    groups_t_panel_nv<typename S::Register, vecs()>(a, values, dy.data + sample, dy.width,
-                                                    dx.data + sample);
+  using R = typename S::Register;
+  // Every part loads and stores dX: parts of whole cache lines, or short tiles slow down.
+  constexpr int kMost = S::kBlockRegisters * R::kSamples / kLanes * kLanes / R::kSamples;
+  for_registers<R, kMost>(dy.width, [&](auto vecs, int64_t sample) {
+    groups_t_panel_nv<R, vecs()>(a, values, dy.data + sample, dy.width, dx.data + sample);
   });
 }
 

@@ -21,6 +21,7 @@ struct Avx2Simd {
   };
   using Half = YmmSimd;
   using Register = YmmSimd;
+  static constexpr int kSamples = kLanes;
   static constexpr int kBlockRegisters = 3;  // four rows by three, of sixteen
   static constexpr int64_t kFeedingPanel = 0, kBlockColumns = 64;
   static constexpr int kPieces = 1;  // four vectors are eight registers
