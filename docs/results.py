@@ -24,6 +24,10 @@ METHOD = """\
 - **Interleaved.** All contenders of a case take turns in one process. Before each sample the
   contender runs untimed for 5 ms, so that its data is as warm as in a loop of its own. Tables show
   medians; the record has the first and ninth decile too.
+- **A core of its own.** In a cloud another hardware thread may use the same core: instructions and
+  loads then take up to 1.7 times as long, a sparse kernel's more than a dense one's. A probe
+  before and after each sample (`spfmt/bench/core.py`) tells, and such samples are left out where
+  every contender has five others; records before 2026-11-21, 20:00 UTC, have no such probe.
 - **Speed-ups** refer to the *faster* of torch's `F.linear` and ONNX Runtime's `Gemm` in the
   same run, each called from Python as its user would: `spfmt.spmm` on arrays, `F.linear` on
   tensors, `session.run`. ONNX Runtime's idle threads spin for two milliseconds
@@ -330,8 +334,21 @@ def _others(own: Record, others: Mapping[str, Record]) -> Iterator[str]:
         where = f"{record['date'][:10]}, {machine['isa']}, 768 → 3072, 90 % sparse"
         where += f", commit `{machine['commit'] or 'unknown'}` ([{name}]({name}))"
         peak = "".join(f", peak {c['gflops']:.0f} GFLOP/s" for c in record["ceilings"][:1])
-        yield f"{where}{peak}:"
+        yield f"{where}{peak}{_sharing(record)}:"
         yield speed_table(record)
+
+
+def _sharing(record: Record) -> str:
+    """How often something shared the core, where the record knows."""
+    rows = [r for r in record["results"] if "shared" in r]
+    if not rows:
+        return ""
+    share = sum(r["shared"] for r in rows) / len(rows)
+    out = sum(r["left_out"] for r in rows)
+    return (
+        f"; something shared the core in {100 * share:.0f} % of the samples, which could be left "
+        f"out for {out} of {len(rows)} times only"
+    )
 
 
 # ------------------------------------------------------------------------------------- cells
