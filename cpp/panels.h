@@ -81,8 +81,8 @@ class Samples {
     // A feature's samples are as many cache lines, which costs nothing while L1 holds them all and
     // more than the copy does beyond.
     constexpr int64_t kReadInPlace = 28 << 10;
-    const int64_t numbers = m.rows * m.cols;
-    if (m.col_stride == 1 || numbers * static_cast<int64_t>(sizeof(T)) <= kReadInPlace) return;
+    const int64_t bytes = m.rows * m.cols * static_cast<int64_t>(sizeof(T));
+    if (m.cols == 1 || m.col_stride == 1 || bytes <= kReadInPlace) return;
     const int64_t width = m.cols <= kOctet ? m.cols : (m.cols + kRowTile - 1) / kRowTile * kRowTile;
     copy_ = std::make_unique<Workspace>(sizeof(T) * (m.rows * width + kOctet));
     T* data = copy_->template as<T>();
