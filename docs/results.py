@@ -27,7 +27,7 @@ METHOD = """\
 - **A core of its own.** In a cloud another hardware thread may use the same core: instructions and
   loads then take up to 1.7 times as long, a sparse kernel's more than a dense one's. A probe
   before and after each sample (`spfmt/bench/core.py`) tells, and such samples are left out where
-  every contender has five others; records before 2026-11-21, 20:00 UTC, have no such probe.
+  every contender has five others. Records without `shared` are from before that probe.
 - **Speed-ups** refer to the *faster* of torch's `F.linear` and ONNX Runtime's `Gemm` in the
   same run, each called from Python as its user would: `spfmt.spmm` on arrays, `F.linear` on
   tensors, `session.run`. ONNX Runtime's idle threads spin for two milliseconds

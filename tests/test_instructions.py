@@ -58,7 +58,7 @@ class Kernel:
 KERNELS = {
     "probe_fma": Kernel(lambda chains: chains),
     "tile_panel": Kernel(lambda rows, vectors: rows * vectors, registers=True),
-    "tile_tokens": Kernel(lambda tokens, chains, columns, side: tokens),
+    "tile_tokens": Kernel(lambda tokens, chains, columns, adjacent: tokens),
     "last_columns": Kernel(lambda: 1),
     "tile_t_panel": Kernel(lambda columns, vectors: columns * vectors, registers=True),
     "groups_t_tokens_n": Kernel(lambda tokens: tokens),

@@ -13,50 +13,50 @@ namespace {
 
 constexpr int kLanes = 16;
 
-// Eight lanes.
-template <class Real>
-struct ScalarHalfSimd {
+// N lanes: what eight and sixteen have in common.
+template <class Real, int N>
+struct ScalarLanes {
   using T = Real;
-  static constexpr int kSamples = kLanes / 2;
+  static constexpr int kSamples = N;
   struct V {
-    T lane[kSamples];
+    T lane[N];
   };
-  static V zero() noexcept { return {}; }
-  static V load(const T* p) noexcept { return load(p, kSamples); }
-  static V load(const T* p, int n) noexcept {
-    V v{};
-    for (int i = 0; i < n; ++i) v.lane[i] = p[i];
+  static V zero() noexcept { return set1(T(0)); }
+  static V set1(T x) noexcept {
+    V v;
+    for (T& lane : v.lane) lane = x;
     return v;
   }
-  static void store(T* p, const V& v) noexcept { store(p, v, kSamples); }
+  static V load(const T* p) noexcept {
+    V v;
+    for (int i = 0; i < N; ++i) v.lane[i] = p[i];
+    return v;
+  }
+  // The first n lanes from memory, zero in the rest; memory behind them is not touched.
+  static V load(const T* p, int n) noexcept {
+    V v;
+    for (int i = 0; i < N; ++i) v.lane[i] = i < n ? p[i] : T(0);
+    return v;
+  }
+  static void store(T* p, const V& v) noexcept {
+    for (int i = 0; i < N; ++i) p[i] = v.lane[i];
+  }
   static void store(T* p, const V& v, int n) noexcept {
-    for (int i = 0; i < n; ++i) p[i] = v.lane[i];
+    for (int i = 0; i < n && i < N; ++i) p[i] = v.lane[i];
   }
   static V add(const V& a, const V& b) noexcept {
     V v;
-    for (int i = 0; i < kSamples; ++i) v.lane[i] = a.lane[i] + b.lane[i];
+    for (int i = 0; i < N; ++i) v.lane[i] = a.lane[i] + b.lane[i];
     return v;
   }
   static V fma(const V& a, const V& b, const V& c) noexcept {
     V v;
-    for (int i = 0; i < kSamples; ++i) v.lane[i] = a.lane[i] * b.lane[i] + c.lane[i];
+    for (int i = 0; i < N; ++i) v.lane[i] = a.lane[i] * b.lane[i] + c.lane[i];
     return v;
-  }
-  // Four elements, twice; then one of them in all lanes.
-  static V twice(const T* p) noexcept {
-    V v;
-    for (int i = 0; i < kSamples; ++i) v.lane[i] = p[i % 4];
-    return v;
-  }
-  template <int K>
-  static V spread(const V& v) noexcept {
-    V spread;
-    for (T& lane : spread.lane) lane = v.lane[K];
-    return spread;
   }
   static void transpose(V* a) noexcept {
-    for (int i = 0; i < kSamples; ++i) {
-      for (int j = i + 1; j < kSamples; ++j) {
+    for (int i = 0; i < N; ++i) {
+      for (int j = i + 1; j < N; ++j) {
         const T t = a[i].lane[j];
         a[i].lane[j] = a[j].lane[i];
         a[j].lane[i] = t;
@@ -66,18 +66,33 @@ struct ScalarHalfSimd {
 };
 
 template <class Real>
-struct ScalarSimd {
+struct ScalarHalfSimd : ScalarLanes<Real, kLanes / 2> {
+  using V = typename ScalarLanes<Real, kLanes / 2>::V;
+  // Four elements, twice; then one of them in all lanes.
+  static V twice(const Real* p) noexcept {
+    V v;
+    for (int i = 0; i < kLanes / 2; ++i) v.lane[i] = p[i % 4];
+    return v;
+  }
+  template <int K>
+  static V spread(const V& v) noexcept {
+    return ScalarHalfSimd::set1(v.lane[K]);
+  }
+};
+
+template <class Real>
+struct ScalarSimd : ScalarLanes<Real, kLanes> {
+  using Lanes = ScalarLanes<Real, kLanes>;
   using T = Real;
-  struct V {
-    T lane[kLanes];
-  };
+  using V = typename Lanes::V;
+  using Lanes::fma, Lanes::set1, Lanes::zero;
   using Half = ScalarHalfSimd<Real>;
-  // The register that holds samples of a panel, how many samples that is, and how many registers of
+  // The register that holds samples of a panel, kSamples of them, and how many registers of
   // accumulators each of four rows may have. A panel of X of up to kFeedingPanel bytes comes from
   // L2 as fast as these four rows need it; from a larger one a tile takes kBlockColumns columns at
   // a time, so that its other rows find them in L1.
   using Register = ScalarSimd;
-  static constexpr int kSamples = kLanes, kBlockRegisters = 1;
+  static constexpr int kBlockRegisters = 1;
   static constexpr int64_t kFeedingPanel = 0, kBlockColumns = 64;
   // Rows whose four accumulator vectors fit it side by side.
   static constexpr int kPieces = 1;
@@ -88,29 +103,6 @@ struct ScalarSimd {
   // Tokens and columns of a window that one pass over RowSlices takes at most.
   static constexpr int kSliceTokens = 2, kWidestWindow = 32;
 
-  static V zero() noexcept { return set1(T(0)); }
-  static V set1(T x) noexcept {
-    V v;
-    for (T& lane : v.lane) lane = x;
-    return v;
-  }
-  static V load(const T* p) noexcept {
-    V v;
-    for (int i = 0; i < kLanes; ++i) v.lane[i] = p[i];
-    return v;
-  }
-  // The first n lanes from memory, zero in the rest; memory behind them is not touched.
-  static V load(const T* p, int n) noexcept {
-    V v;
-    for (int i = 0; i < kLanes; ++i) v.lane[i] = i < n ? p[i] : T(0);
-    return v;
-  }
-  static void store(T* p, const V& v) noexcept {
-    for (int i = 0; i < kLanes; ++i) p[i] = v.lane[i];
-  }
-  static void store(T* p, const V& v, int n) noexcept {
-    for (int i = 0; i < n; ++i) p[i] = v.lane[i];
-  }
   // to(i, quad) for every lane i; quad(p) stores that lane of four vectors at p.
   template <class To>
   static void store_quads(const V* v, const To& to) noexcept {
@@ -121,19 +113,9 @@ struct ScalarSimd {
     }
   }
   static V keep(const V& v) noexcept { return v; }
-  static V add(const V& a, const V& b) noexcept {
-    V v;
-    for (int i = 0; i < kLanes; ++i) v.lane[i] = a.lane[i] + b.lane[i];
-    return v;
-  }
   static V mul(const V& a, const V& b) noexcept {
     V v;
     for (int i = 0; i < kLanes; ++i) v.lane[i] = a.lane[i] * b.lane[i];
-    return v;
-  }
-  static V fma(const V& a, const V& b, const V& c) noexcept {
-    V v;
-    for (int i = 0; i < kLanes; ++i) v.lane[i] = a.lane[i] * b.lane[i] + c.lane[i];
     return v;
   }
   static T sum(const V& v) noexcept {
@@ -186,15 +168,6 @@ struct ScalarSimd {
     V sum = v;
     for (int i = kLanes / P; i < kLanes; ++i) sum.lane[i % (kLanes / P)] += v.lane[i];
     return sum;
-  }
-  static void transpose(V* a) noexcept {
-    for (int i = 0; i < kLanes; ++i) {
-      for (int j = i + 1; j < kLanes; ++j) {
-        const T t = a[i].lane[j];
-        a[i].lane[j] = a[j].lane[i];
-        a[j].lane[i] = t;
-      }
-    }
   }
   // Four elements, again and again; then one of them in all lanes.
   static V repeat4(const T* p) noexcept {
