@@ -14,7 +14,7 @@
 #include <stdexcept>
 #include <vector>
 
-#include "../cpp/workspace.h"
+#include "../cpp/core/workspace.h"
 #include "fastcall.h"
 
 namespace py = pybind11;

@@ -8,7 +8,7 @@
 #include <memory>
 #include <stdexcept>
 
-#include "../cpp/spfmt.h"
+#include "../cpp/core/spfmt.h"
 
 namespace spfmt_python {
 

@@ -8,7 +8,7 @@
 #include <map>
 #include <stdexcept>
 
-#include "../cpp/cost.h"
+#include "../cpp/cost/cost.h"
 
 namespace py = pybind11;
 
@@ -40,7 +40,7 @@ spfmt::Variant variant_of(const std::string& name) {
 
 spfmt::Layout layout_of(const std::string& name) {
   using spfmt::Layout;
-  return from_name(name, {Layout::row_lists, Layout::row_groups}, spfmt::layout_name);
+  return from_name(name, {Layout::lists, Layout::groups}, spfmt::layout_name);
 }
 
 Coefficients to_dict(CostModel model) {

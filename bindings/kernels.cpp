@@ -8,8 +8,8 @@
 #include <optional>
 #include <stdexcept>
 
-#include "../cpp/cost.h"
-#include "../cpp/probe.h"
+#include "../cpp/cost/cost.h"
+#include "../cpp/core/probe.h"
 #include "calls.h"
 #include "cost.h"
 
@@ -65,7 +65,7 @@ PyPlan lists_plan(int64_t rows, int64_t cols, const Contiguous<int64_t>& indptr,
   require(rows >= 0 && indptr.size() == rows + 1, "indptr needs rows + 1 entries");
   require(indptr.data()[rows] == col_indices.size(),
           "indptr does not end at the last column index");
-  const spfmt::RowLists view{rows, cols, elements<const int64_t>(indptr),
+  const spfmt::Lists view{rows, cols, elements<const int64_t>(indptr),
                              elements<const int32_t>(col_indices)};
   const std::string error = spfmt::validate(view);
   require(error.empty(), error.c_str());
@@ -80,7 +80,7 @@ PyPlan groups_plan(int64_t rows, int64_t cols, const Contiguous<int32_t>& row_pe
   require(row_perm.size() == rows, "row_perm needs one entry per row");
   require(row_ptr.size() == tiles + 1 && value_ptr.size() == tiles + 1 && col_end.size() == tiles,
           "row_ptr and value_ptr need tiles + 1 entries, col_begin and col_end one per tile");
-  const spfmt::RowGroups view{rows,
+  const spfmt::Groups view{rows,
                               cols,
                               tiles,
                               col_indices.size(),

@@ -18,7 +18,7 @@ from .convert import convert
 from .dispatch import Plan, active_isa, check_workload
 from .errors import FormatError, MissingDependency, SpfmtError, format_error
 from .formats import CSR, FORMATS, SparseTensor
-from .formats._layout import RowLists
+from .formats._layout import Lists
 
 __all__ = ["Advice", "Candidate", "advise"]
 
@@ -343,7 +343,7 @@ def _groups_like(name: str, shape: tuple[int, int], density: float) -> tuple[str
     text = (
         f"block_shape=({_BLOCK}, {_BLOCK})" if name == "shuffled_block" else "groups of 16 k rows"
     )
-    return text, _kernels.Summary("row_groups", rows, cols, rows * width, tiles * width)
+    return text, _kernels.Summary("groups", rows, cols, rows * width, tiles * width)
 
 
 def _lists_like(name: str, shape: tuple[int, int], density: float, op: str) -> tuple[str, Any]:
@@ -374,11 +374,11 @@ def _lists_like(name: str, shape: tuple[int, int], density: float, op: str) -> t
         vectors = round(found.vectors * tiles / -(-sample.rows // _BLOCK) * per_row / part)
         places = round(found.octet_places / found.nnz * rows * per_row)
     # By the product's own structure, which spmm_t takes as transposed already.
-    summary = _kernels.Summary("row_lists", rows, cols, rows * per_row, vectors, places)
+    summary = _kernels.Summary("lists", rows, cols, rows * per_row, vectors, places)
     return text, summary
 
 
-def _sample(rows: int, cols: int, per_row: int) -> RowLists:
+def _sample(rows: int, cols: int, per_row: int) -> Lists:
     """Draw a few random rows with `per_row` columns each."""
     rng = np.random.default_rng(0)
     most = _SAMPLE_DRAWS // per_row // _BLOCK * _BLOCK
@@ -389,4 +389,4 @@ def _sample(rows: int, cols: int, per_row: int) -> RowLists:
         chosen = rng.integers(0, cols, (count, per_row))
     columns: list[npt.NDArray[Any]] = [np.unique(row) for row in chosen]
     indptr = np.append(0, np.cumsum([c.size for c in columns])).astype(np.int64)
-    return RowLists(count, cols, indptr, np.concatenate(columns).astype(np.int32))
+    return Lists(count, cols, indptr, np.concatenate(columns).astype(np.int32))

@@ -28,7 +28,7 @@ import spfmt._kernels as _kernels
 from . import cost, threads
 from .cost import CostModel
 from .dispatch import Plan, check_workload, timed_isa
-from .formats._layout import RowGroups, RowLists, lower_groups
+from .formats._layout import Groups, Lists, lower_groups
 
 __all__ = ["calibrate", "dense_layers"]
 
@@ -149,7 +149,7 @@ def _structures(rng: np.random.Generator) -> Iterator[Plan]:
 
 def _random_groups(
     rows: int, cols: int, density: float, height: int, rng: np.random.Generator
-) -> RowGroups:
+) -> Groups:
     groups, width = -(-rows // height), max(1, round(density * cols))
     chosen = np.argsort(rng.random((groups, cols)), axis=1)[:, :width]
     group_ptr = np.minimum(np.arange(groups + 1) * height, rows)
@@ -159,16 +159,16 @@ def _random_groups(
     return lower_groups((rows, cols), perm, group_ptr, col_ptr, columns)
 
 
-def _random_lists(rows: int, cols: int, density: float, rng: np.random.Generator) -> RowLists:
+def _random_lists(rows: int, cols: int, density: float, rng: np.random.Generator) -> Lists:
     fan_in = max(1, round(density * cols))
     chosen = np.argpartition(rng.random((rows, cols), np.float32), fan_in - 1)[:, :fan_in]
     columns = np.sort(chosen, axis=1).astype(np.int32).reshape(-1)
-    return RowLists(rows, cols, np.arange(rows + 1, dtype=np.int64) * fan_in, columns)
+    return Lists(rows, cols, np.arange(rows + 1, dtype=np.int64) * fan_in, columns)
 
 
 def _cases(plan: Plan) -> Iterator[tuple[str, str]]:
     """Yield the (op, variant) pairs that have coefficients of their own."""
-    ops = ("spmm", "sddmm") if isinstance(plan.layout, RowLists) else ("spmm", "spmm_t", "sddmm")
+    ops = ("spmm", "sddmm") if isinstance(plan.layout, Lists) else ("spmm", "spmm_t", "sddmm")
     return ((op, variant) for op in ops for variant in variants(plan, op, 1))
 
 
@@ -179,7 +179,7 @@ def variants(plan: Plan, op: str, batch: int) -> list[str]:
 
 
 def _layout(plan: Plan) -> str:
-    return "row_lists" if isinstance(plan.layout, RowLists) else "row_groups"
+    return "lists" if isinstance(plan.layout, Lists) else "groups"
 
 
 def _fit_kernels(isa: str, model: dict[str, float]) -> dict[str, float]:

@@ -53,7 +53,7 @@ class CostModel:
     Attributes
     ----------
     coefficients : mapping of str to float
-        Seconds per unit, by names such as ``"avx512.row_lists.spmm.tokens.stream"``; cache sizes in
+        Seconds per unit, by names such as ``"avx512.lists.spmm.tokens.stream"``; cache sizes in
         bytes; `docs/advise.md` explains them.
     cpu : str
         The CPU that they are used on.

@@ -22,10 +22,10 @@ from . import cost, threads
 from ._memory import empty_aligned
 from .activations import activation_code, apply_activation
 from .errors import FormatError, KernelNotFound, format_error
-from .formats._layout import RowGroups, RowLists
+from .formats._layout import Groups, Lists
 
 Array = npt.NDArray[Any]
-Layout = RowLists | RowGroups
+Layout = Lists | Groups
 
 OPS = ("spmm", "spmm_t", "sddmm")
 LEVELS = ("scalar", "avx2", "avx512")
@@ -229,7 +229,7 @@ class Plan:
     ----------
     format : str
         The format's name in the kernel table.
-    layout : RowLists or RowGroups
+    layout : Lists or Groups
         The structure as kernels see it.
 
     Notes
@@ -598,7 +598,7 @@ def check_workload(batch: int, threads_: int | None, op: str) -> tuple[int, int]
 
 def _compile(layout: Layout) -> Any:
     cost.cost_model()  # says so in the log where a calibration is ignored
-    if isinstance(layout, RowLists):
+    if isinstance(layout, Lists):
         return _kernels.lists_plan(layout.rows, layout.cols, layout.indptr, layout.col_indices)
     return _kernels.groups_plan(
         layout.rows,

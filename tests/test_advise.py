@@ -76,7 +76,7 @@ def test_dense_wins_on_small_layers_and_where_it_computes_faster() -> None:
 
 
 def test_ranking_is_by_time_and_dense_takes_part() -> None:
-    cost.use(model(row_lists__multiply=4e-9))
+    cost.use(model(lists__multiply=4e-9))
     advice = advise((1024, 512), 0.1, batch=64)
     times = [c.seconds for c in advice.candidates]
     assert times == sorted(times)
@@ -145,7 +145,7 @@ def test_defaults_take_octets_where_avx2_would_look_up_for_each_sample(density: 
 
 
 def test_samples_that_fill_a_vector_cost_like_others() -> None:
-    summary = kernels.Summary("row_lists", 40, 24, 100, 10, 160)
+    summary = kernels.Summary("lists", 40, 24, 100, 10, 160)
     for variant, batches in (("octets", (1, 8)), ("panels", (1, 16)), ("panels", (17, 32))):
         few, full = (
             kernels.kernel_terms(model().coefficients, variant, summary, b)[1] for b in batches
@@ -160,7 +160,7 @@ def test_weights_beyond_the_caches_cost_more() -> None:
             kernels.kernel_terms(
                 cost.cost_model().coefficients,
                 variant,
-                kernels.Summary("row_lists", n, n, n * n, n * n // 16, n * n),
+                kernels.Summary("lists", n, n, n * n, n * n // 16, n * n),
                 1,
             )
             for n in (256, 1024)

@@ -21,7 +21,7 @@ from spfmt.formats import (
     HRBP,
     NM,
     Condensed,
-    RowGroups,
+    Groups,
     ShuffledBlock,
     SparseTensor,
     get_format,
@@ -74,7 +74,7 @@ def test_dense_forms_follow_the_definition(a: SparseTensor) -> None:
 @settings(max_examples=100, deadline=None)
 def test_layout_of_groups_is_made_of_small_tiles(a: SparseTensor) -> None:
     layout = a.layout()
-    if isinstance(layout, RowGroups):
+    if isinstance(layout, Groups):
         heights = np.diff(layout.row_ptr)
         assert heights.size == 0 or (heights.min() >= 1 and heights.max() <= 16)
         assert sorted(layout.row_perm) == list(range(layout.rows))

@@ -7,7 +7,7 @@
 // and infinities have their limits: f(-inf) = -0, where x * sigmoid(x) computed literally is NaN.
 #pragma once
 
-#include "../tiles.h"
+#include "../core/bodies.h"
 
 namespace spfmt {
 namespace {

@@ -1,7 +1,7 @@
 // Ceilings of one ISA level, for one SIMD interface. Included once per level.
 #pragma once
 
-#include "../probe.h"
+#include "../core/probe.h"
 
 namespace spfmt {
 namespace {

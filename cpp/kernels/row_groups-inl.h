@@ -1,9 +1,9 @@
-// Products of RowGroups (shuffled block, HRBP). Included once per ISA level.
+// Products of Groups (shuffled block, HRBP). Included once per ISA level.
 #pragma once
 
 #include <type_traits>
 
-#include "../tiles.h"
+#include "../core/bodies.h"
 #include "activation-inl.h"
 
 namespace spfmt {
@@ -17,7 +17,7 @@ struct GroupTile {
   int64_t value;
 };
 
-inline GroupTile group_tile(const RowGroups& a, int64_t t) noexcept {
+inline GroupTile group_tile(const Groups& a, int64_t t) noexcept {
   return {a.row_perm + a.row_ptr[t], a.col_indices + a.col_begin[t],
           static_cast<int>(a.row_ptr[t + 1] - a.row_ptr[t]), a.col_end[t] - a.col_begin[t],
           a.value_ptr[t]};
@@ -81,7 +81,7 @@ inline void tile_rows(const GroupTile& g, Columns columns, const T* w, int first
 // Samples [sample, sample + NV registers) of a panel. A function of its own, or its caller's
 // variables take registers that addresses need.
 template <class S, int NV, class T = typename S::T>
-__attribute__((noinline)) void groups_panel_nv(const RowGroups& a, const T* values,
+__attribute__((noinline)) void groups_panel_nv(const Groups& a, const T* values,
                                                const Panel<const T>& x, int64_t sample,
                                                const T* bias, T* y, int64_t ldy, int64_t begin,
                                                int64_t end) noexcept {
@@ -122,7 +122,7 @@ void for_registers(int64_t width, const Body& body) {
 }
 
 template <class S, class T = typename S::T>
-void groups_panel(const RowGroups& a, const T* values, const Panel<const T>& x, const T* bias, T* y,
+void groups_panel(const Groups& a, const T* values, const Panel<const T>& x, const T* bias, T* y,
                   int64_t ldy, int64_t begin, int64_t end) noexcept {
   // A few tiles at a time, so that a level with narrow registers revisits weights in L1.
   constexpr int64_t kStep = 8;
@@ -188,7 +188,7 @@ __attribute__((noinline)) void last_columns(const GroupTile& g, int64_t j, const
 
 // Columns of a tile, a multiple of the power of two `pack`, that have sixteen weights behind their
 // start which belong to the caller: all but a few of the last tile's.
-inline int64_t readable_columns(const RowGroups& a, const GroupTile& g, int pack) noexcept {
+inline int64_t readable_columns(const Groups& a, const GroupTile& g, int pack) noexcept {
   const int64_t left = a.value_ptr[a.tiles] - g.value, needed = g.cols * g.rows + kLanes - g.rows;
   int64_t columns = g.cols;
   if (left < needed) columns = left < kLanes ? 0 : (left - kLanes) / g.rows + 1;
@@ -198,7 +198,7 @@ inline int64_t readable_columns(const RowGroups& a, const GroupTile& g, int pack
 constexpr int most_chains(int chains) { return chains < 1 ? 1 : chains > 4 ? 4 : chains; }
 
 template <class S, int N, bool kAdjacent, class T = typename S::T>
-__attribute__((noinline)) void groups_tokens_n(const RowGroups& a, const T* values,
+__attribute__((noinline)) void groups_tokens_n(const Groups& a, const T* values,
                                                Strided<const T> x, const T* bias, Activation kind,
                                                Strided<T> y, bool quads, int64_t begin,
                                                int64_t end) noexcept {
@@ -222,7 +222,7 @@ __attribute__((noinline)) void groups_tokens_n(const RowGroups& a, const T* valu
 }
 
 template <class S, int N, class T = typename S::T>
-void groups_tokens_to(const RowGroups& a, const T* values, Strided<const T> x, int n, const T* bias,
+void groups_tokens_to(const Groups& a, const T* values, Strided<const T> x, int n, const T* bias,
                       Activation kind, Strided<T> y, bool quads, int64_t begin,
                       int64_t end) noexcept {
   const auto call = [&](auto body) { body(a, values, x, bias, kind, y, quads, begin, end); };
@@ -234,7 +234,7 @@ void groups_tokens_to(const RowGroups& a, const T* values, Strided<const T> x, i
 }
 
 template <class S, class T = typename S::T>
-void groups_tokens(const RowGroups& a, const T* values, Strided<const T> x, int n, const T* bias,
+void groups_tokens(const Groups& a, const T* values, Strided<const T> x, int n, const T* bias,
                    Activation kind, Strided<T> y, bool quads, int64_t begin, int64_t end) noexcept {
   static_assert(S::kTokens >= 4, "a part of fewer would write past eight samples");
   groups_tokens_to<S, S::kTokens>(a, values, x, n, bias, kind, y, quads, begin, end);
@@ -273,7 +273,7 @@ inline void tile_t_panel(const GroupTile& g, const T* w, const int32_t* col, con
 }
 
 template <class R, int NV, class T = typename R::T>
-void groups_t_panel_nv(const RowGroups& a, const T* values, const T* dy, int64_t width,
+void groups_t_panel_nv(const Groups& a, const T* values, const T* dy, int64_t width,
                        T* dx) noexcept {
   for (int64_t t = 0; t < a.tiles; ++t) {
     const GroupTile g = group_tile(a, t);
@@ -287,7 +287,7 @@ void groups_t_panel_nv(const RowGroups& a, const T* values, const T* dy, int64_t
 }
 
 template <class S, class T = typename S::T>
-void groups_t_panel(const RowGroups& a, const T* values, const Panel<const T>& dy,
+void groups_t_panel(const Groups& a, const T* values, const Panel<const T>& dy,
                     const Panel<T>& dx) noexcept {
   using R = typename S::Register;
   // Every part loads and stores dX: parts of whole cache lines, or short tiles slow down.
@@ -298,7 +298,7 @@ void groups_t_panel(const RowGroups& a, const T* values, const Panel<const T>& d
 }
 
 template <class S, int N, class T = typename S::T>
-void groups_t_tokens_n(const RowGroups& a, const ColumnEntries& entries, const T* values,
+void groups_t_tokens_n(const Groups& a, const ColumnEntries& entries, const T* values,
                        const T* dy_tiles, Strided<T> dx, int64_t begin, int64_t end) noexcept {
   for (int64_t c = begin; c < end; ++c) {
     typename S::V acc[N];
@@ -319,7 +319,7 @@ void groups_t_tokens_n(const RowGroups& a, const ColumnEntries& entries, const T
 }
 
 template <class S, class T = typename S::T>
-void groups_t_tokens(const RowGroups& a, const ColumnEntries& entries, const T* values,
+void groups_t_tokens(const Groups& a, const ColumnEntries& entries, const T* values,
                      const T* dy_tiles, int n, Strided<T> dx, int64_t begin, int64_t end) noexcept {
   const auto call = [&](auto body) { body(a, entries, values, dy_tiles, dx, begin, end); };
   n == 1   ? call(groups_t_tokens_n<S, 1>)
@@ -387,7 +387,7 @@ void columns_sddmm(const GroupTile& g, int64_t j, const T* dy, const Panel<const
 }
 
 template <class S, class T = typename S::T>
-void groups_sddmm(const RowGroups& a, const SampleRows<T>& dy, const Panel<const T>& x,
+void groups_sddmm(const Groups& a, const SampleRows<T>& dy, const Panel<const T>& x,
                   bool accumulate, T* gradient, int64_t begin, int64_t end) noexcept {
   constexpr int kCols = S::kDotCols;
   alignas(64) T rows[kSampleStrip * kRowTile];

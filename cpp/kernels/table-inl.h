@@ -2,11 +2,11 @@
 #pragma once
 
 #include "activation-inl.h"
-#include "panel-inl.h"
+#include "samples-inl.h"
 #include "row_groups-inl.h"
-#include "row_octets-inl.h"
-#include "row_slices-inl.h"
-#include "row_tiles-inl.h"
+#include "lists_octets-inl.h"
+#include "lists_lookup-inl.h"
+#include "lists_panels-inl.h"
 
 namespace spfmt {
 namespace {

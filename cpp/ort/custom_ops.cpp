@@ -11,8 +11,8 @@
 #include <thread>
 #include <utility>
 
-#include "../cost.h"
-#include "../workspace.h"
+#include "../cost/cost.h"
+#include "../core/workspace.h"
 #include "ort_api.h"
 #include "structure.h"
 

@@ -73,7 +73,7 @@ std::vector<int64_t> read_pointers(const Tensor& tensor, int64_t total, const ch
 
 Structure list_structure(const Constants& node, const std::vector<int64_t>& indptr,
                          const Indices& columns) {
-  const RowLists view{node.rows, node.cols, indptr.data(), columns.data()};
+  const Lists view{node.rows, node.cols, indptr.data(), columns.data()};
   const std::string error = validate(view);
   expect(error.empty(), "col_indices: " + error);
   return {make_plan(view), {}};
@@ -158,7 +158,7 @@ std::vector<std::pair<int64_t, int32_t>> rows_in_order(const Constants& node,
   return rows;
 }
 
-// The arrays that a RowGroups view points to.
+// The arrays that a Groups view points to.
 struct Tiles {
   Indices row_perm;
   std::vector<int64_t> row_ptr{0}, col_begin, col_end, value_ptr{0}, source;
@@ -182,7 +182,7 @@ Structure group_structure(const Constants& node, const Grouped& grouped) {
     }
     tiles.value_ptr.push_back(static_cast<int64_t>(tiles.source.size()));
   }
-  const RowGroups view{node.rows,
+  const Groups view{node.rows,
                        node.cols,
                        static_cast<int64_t>(tiles.col_begin.size()),
                        static_cast<int64_t>(grouped.columns.size()),

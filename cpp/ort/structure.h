@@ -7,7 +7,7 @@
 #include <string>
 #include <vector>
 
-#include "../spfmt.h"
+#include "../core/spfmt.h"
 #include "ort_api.h"
 
 namespace spfmt::ort {

@@ -5,8 +5,8 @@
 
 #include <cstdint>
 
-#include "../row_slices.h"
-#include "../spfmt.h"
+#include "../lists/row_slices.h"
+#include "../core/spfmt.h"
 #include "octet.h"
 
 namespace spfmt {

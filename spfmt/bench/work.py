@@ -15,7 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from spfmt.formats import SparseTensor
-from spfmt.formats._layout import RowLists
+from spfmt.formats._layout import Lists
 
 __all__ = ["Work", "dense_work", "index_bytes", "sparse_work"]
 
@@ -38,7 +38,7 @@ def index_bytes(a: SparseTensor) -> int:
     """Return bytes that a structure takes at least; see the module's text."""
     layout = a.plan.layout
     wide = 2 if max(layout.rows, layout.cols) <= 1 << 16 else 4
-    if not isinstance(layout, RowLists):
+    if not isinstance(layout, Lists):
         return wide * (int(layout.col_indices.size) + layout.rows)
     near = layout.rows * layout.cols <= 256 * layout.nnz
     return layout.nnz * (1 if near else 2)

@@ -8,7 +8,7 @@ from spfmt.errors import format_error
 from spfmt.formats._base import SparseTensor, Structure, Transposed, new_version
 from spfmt.formats._coords import Coordinates
 from spfmt.formats._io import load, read_metadata, save
-from spfmt.formats._layout import ROW_TILE, Layout, RowGroups, RowLists
+from spfmt.formats._layout import ROW_TILE, Layout, Groups, Lists
 from spfmt.formats._words import decode, decode_structure, encode, words_capacity
 from spfmt.formats.condensed import Condensed
 from spfmt.formats.csr import CSR
@@ -25,8 +25,8 @@ __all__ = [
     "Condensed",
     "Coordinates",
     "Layout",
-    "RowGroups",
-    "RowLists",
+    "Groups",
+    "Lists",
     "ShuffledBlock",
     "SparseTensor",
     "Structure",

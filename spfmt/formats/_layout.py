@@ -1,10 +1,10 @@
 """The two layouts that kernels understand; every format lowers to one of them.
 
-``RowLists`` is a list of columns per row (Condensed, NM, CSR)::
+``Lists`` is a list of columns per row (Condensed, NM, CSR)::
 
     values of row r = values[indptr[r]:indptr[r+1]], at columns col_indices[same range]
 
-``RowGroups`` is a dense tile per small group of rows (ShuffledBlock, HRBP)::
+``Groups`` is a dense tile per small group of rows (ShuffledBlock, HRBP)::
 
     tile t: rows row_perm[row_ptr[t]:row_ptr[t+1]]        1..16 of them
             cols col_indices[col_begin[t]:col_end[t]]     tiles may share a list
@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["ROW_TILE", "Layout", "RowGroups", "RowLists", "group_tiles", "lower_groups"]
+__all__ = ["ROW_TILE", "Layout", "Groups", "Lists", "group_tiles", "lower_groups"]
 
 ROW_TILE = 16
 """Most rows of a tile: the lanes of a 512-bit register in float32."""
@@ -32,7 +32,7 @@ Int64s = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, eq=False)
-class RowLists:
+class Lists:
     """A list of ascending columns per row.
 
     Attributes
@@ -60,7 +60,7 @@ class RowLists:
 
 
 @dataclass(frozen=True, eq=False)
-class RowGroups:
+class Groups:
     """Dense tiles of at most `ROW_TILE` rows.
 
     Attributes
@@ -104,7 +104,7 @@ class RowGroups:
         return rows.astype(np.int64), np.repeat(cols.astype(np.int64), columns)
 
 
-Layout = RowLists | RowGroups
+Layout = Lists | Groups
 
 
 def group_tiles(group_ptr: npt.NDArray[Any]) -> tuple[Int64s, Int64s]:
@@ -133,8 +133,8 @@ def lower_groups(
     group_ptr: npt.NDArray[Any],
     col_ptr: npt.NDArray[Any],
     col_indices: Int32s,
-) -> RowGroups:
-    """`RowGroups` of row groups with one column list each.
+) -> Groups:
+    """`Groups` of row groups with one column list each.
 
     Parameters
     ----------
@@ -152,4 +152,4 @@ def lower_groups(
     value_ptr = np.zeros(row_ptr.size, np.int64)
     np.cumsum(np.diff(row_ptr) * (end - begin), out=value_ptr[1:])
     rows, cols = shape
-    return RowGroups(rows, cols, row_perm, row_ptr, begin, end, col_indices, value_ptr)
+    return Groups(rows, cols, row_perm, row_ptr, begin, end, col_indices, value_ptr)

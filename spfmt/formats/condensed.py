@@ -19,7 +19,7 @@ from spfmt.formats._checks import (
     plain_array,
 )
 from spfmt.formats._coords import Coordinates, fill_short_lists
-from spfmt.formats._layout import RowLists
+from spfmt.formats._layout import Lists
 
 __all__ = ["Condensed"]
 
@@ -96,11 +96,11 @@ class Condensed(SparseTensor):
         return s["col_indices"].shape
 
     @classmethod
-    def _lower(cls, s: Structure) -> RowLists:
+    def _lower(cls, s: Structure) -> Lists:
         rows, cols = s.matrix_shape
         indptr = np.zeros(rows + 1, np.int64)
         indptr[s["row_indices"].astype(np.int64) + 1] = s.params["fan_in"]
-        return RowLists(rows, cols, np.cumsum(indptr), s["col_indices"].reshape(-1))
+        return Lists(rows, cols, np.cumsum(indptr), s["col_indices"].reshape(-1))
 
     @classmethod
     def _most_words(cls, shape: Shape, nnz: int, params: Mapping[str, int]) -> int:

@@ -10,7 +10,7 @@ import numpy as np
 from spfmt.formats._base import SparseTensor, Structure, scores_budget
 from spfmt.formats._checks import Array, Shape, check_pointer, check_range, matrix_shape, unsorted
 from spfmt.formats._coords import Coordinates
-from spfmt.formats._layout import RowLists
+from spfmt.formats._layout import Lists
 
 __all__ = ["CSR"]
 
@@ -75,8 +75,8 @@ class CSR(SparseTensor):
         return (s["col_indices"].size,)
 
     @classmethod
-    def _lower(cls, s: Structure) -> RowLists:
-        return RowLists(*s.matrix_shape, s["indptr"], s["col_indices"])
+    def _lower(cls, s: Structure) -> Lists:
+        return Lists(*s.matrix_shape, s["indptr"], s["col_indices"])
 
     @classmethod
     def _most_words(cls, shape: Shape, nnz: int, params: Mapping[str, int]) -> int:

@@ -23,7 +23,7 @@ from spfmt.formats._checks import (
     plain_array,
 )
 from spfmt.formats._coords import Coordinates, fill_short_lists, group_by_support
-from spfmt.formats._layout import RowGroups, lower_groups
+from spfmt.formats._layout import Groups, lower_groups
 
 __all__ = ["HRBP"]
 
@@ -137,7 +137,7 @@ class HRBP(SparseTensor):
         return (s.matrix_shape[0] * width,)
 
     @classmethod
-    def _lower(cls, s: Structure) -> RowGroups:
+    def _lower(cls, s: Structure) -> Groups:
         channels, cells = s["channel_indices"], s["pattern_indices"]
         columns = channels[:, :, None] * np.int32(s.cells) + cells[:, None, :]
         width = channels.shape[1] * cells.shape[1]

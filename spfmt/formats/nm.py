@@ -18,7 +18,7 @@ from spfmt.formats._checks import (
     kernel_cells,
 )
 from spfmt.formats._coords import Coordinates, fill_short_lists
-from spfmt.formats._layout import RowLists
+from spfmt.formats._layout import Lists
 
 __all__ = ["NM"]
 
@@ -105,10 +105,10 @@ class NM(SparseTensor):
         return s["col_indices"].shape
 
     @classmethod
-    def _lower(cls, s: Structure) -> RowLists:
+    def _lower(cls, s: Structure) -> Lists:
         rows, cols = s.matrix_shape
         indptr = np.arange(rows + 1, dtype=np.int64) * s["col_indices"].shape[1]
-        return RowLists(rows, cols, indptr, s["col_indices"].reshape(-1))
+        return Lists(rows, cols, indptr, s["col_indices"].reshape(-1))
 
     @classmethod
     def _most_words(cls, shape: Shape, nnz: int, params: Mapping[str, int]) -> int:

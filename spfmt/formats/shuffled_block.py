@@ -21,7 +21,7 @@ from spfmt.formats._checks import (
     permutation_array,
 )
 from spfmt.formats._coords import Coordinates, group_by_support
-from spfmt.formats._layout import RowGroups, lower_groups
+from spfmt.formats._layout import Groups, lower_groups
 
 __all__ = ["ShuffledBlock"]
 
@@ -110,7 +110,7 @@ class ShuffledBlock(SparseTensor):
         short group or at the end of a group's columns.
         """
         layout = self.layout()
-        assert isinstance(layout, RowGroups)
+        assert isinstance(layout, Groups)
         flat, width = self.values, self.block_shape[1]
         tile = 0
         for group, begin in enumerate(self.group_ptr[:-1]):
@@ -152,7 +152,7 @@ class ShuffledBlock(SparseTensor):
         return (int((heights * np.diff(s["group_ptr"])).sum()),)
 
     @classmethod
-    def _lower(cls, s: Structure) -> RowGroups:
+    def _lower(cls, s: Structure) -> Groups:
         groups = _group_rows(s.matrix_shape[0], s.params["block_rows"])
         return lower_groups(s.matrix_shape, s["row_perm"], groups, s["group_ptr"], s["col_indices"])
 

@@ -41,7 +41,7 @@ from numpy.typing import NDArray
 
 from spfmt.activations import activation_code
 from spfmt.errors import format_error
-from spfmt.formats._layout import RowGroups
+from spfmt.formats._layout import Groups
 from spfmt.onnx._deps import require
 
 if TYPE_CHECKING:
@@ -464,7 +464,7 @@ def _entries(
 ) -> Array:
     """Values as one row per (group, column): (n_entries, width), short groups padded with zeros."""
     layout = tensor.layout()
-    assert isinstance(layout, RowGroups)
+    assert isinstance(layout, Groups)
     values = tensor.values.reshape(-1)
     entries = np.zeros((int(entry_starts[-1]), width), values.dtype)
     groups = np.searchsorted(row_starts, layout.row_ptr[:-1], side="right") - 1

@@ -1,6 +1,6 @@
-// Drivers of RowLists products.
-#include "drivers.h"
-#include "panels.h"
+// Drivers of Lists products.
+#include "../core/drivers.h"
+#include "../core/samples.h"
 
 namespace spfmt {
 namespace {
@@ -29,7 +29,7 @@ void pack_piece_values(const TilePack& pack, const int64_t* permutation, const T
 // Each chunk of rows is summed in a scratch panel that stays in cache, then written to Y in its own
 // layout: the only time that Y's memory is touched.
 template <class T>
-void multiply_panels(const Tiles<T>& tiles, const RowLists& a, const TilePack& pack,
+void multiply_panels(const Tiles<T>& tiles, const Lists& a, const TilePack& pack,
                      const T* packed, const Args<T>& args, const Executor& executor) {
   for_panels(args.in.cols, kPanel / 2, executor,
              [&](int64_t begin, int64_t end, int width, const Executor& inner) {
@@ -79,7 +79,7 @@ void lists_spmm(const Tiles<T>& tiles, const Plan& plan, Variant variant, const 
   spmm(tiles, plan, variant, nullptr, args, executor);
 }
 
-// The transposed matrix is RowLists too: bring the values into its order, then multiply.
+// The transposed matrix is Lists too: bring the values into its order, then multiply.
 template <class T>
 void lists_spmm_t(const Tiles<T>& tiles, const Plan& plan, Variant variant, const Args<T>& args,
                   const Executor& executor) {

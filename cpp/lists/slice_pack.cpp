@@ -6,7 +6,7 @@
 #include <numeric>
 #include <type_traits>
 
-#include "parallel.h"
+#include "../core/threads.h"
 #include "row_grouping.h"
 
 namespace spfmt {
@@ -23,7 +23,7 @@ constexpr int kMostSteps = 4;
 // The rows of one slice, walked record by record with one cursor each.
 class SliceWalk {
  public:
-  SliceWalk(const RowLists& lists, const int32_t* lane_row) : lists_(lists) {
+  SliceWalk(const Lists& lists, const int32_t* lane_row) : lists_(lists) {
     for (int i = 0; i < kRowTile; ++i) {
       const int32_t row = lane_row[i];
       at_[i] = row < 0 ? 0 : lists.indptr[row];
@@ -60,12 +60,12 @@ class SliceWalk {
  private:
   void fetch(int i) { column_[i] = at_[i] < stop_[i] ? lists_.col_indices[at_[i]] : INT32_MAX; }
 
-  const RowLists& lists_;
+  const Lists& lists_;
   int64_t at_[kRowTile], stop_[kRowTile];
   int32_t column_[kRowTile];  // the next one; INT32_MAX behind the last
 };
 
-int64_t count_records(const RowLists& a, const int32_t* lane_row, int width, int steps) {
+int64_t count_records(const Lists& a, const int32_t* lane_row, int width, int steps) {
   SliceWalk walk(a, lane_row);
   int64_t records = 0;
   for (int32_t block; (block = walk.next_block()) >= 0; ++records) {
@@ -75,7 +75,7 @@ int64_t count_records(const RowLists& a, const int32_t* lane_row, int width, int
 }
 
 // Nonzeros of each row in each block of 16 columns; at most 16, so a byte holds it.
-std::vector<uint8_t> block_counts(const RowLists& a, int64_t blocks) {
+std::vector<uint8_t> block_counts(const Lists& a, int64_t blocks) {
   std::vector<uint8_t> counts(a.rows * blocks);
   for (int64_t r = 0; r < a.rows; ++r) {
     for (int64_t p = a.indptr[r]; p < a.indptr[r + 1]; ++p) {
@@ -110,7 +110,7 @@ bool rows_fill_chunks_equally(const std::vector<uint8_t>& counts, int64_t blocks
 // The order in which rows fill the slices. Windows of 48 columns say best what overlapping windows
 // of 32 will need: 1.50 places per nonzero at 10 % of 3072 x 768, against 1.52 with chunks of 32.
 // Greedy grouping is too slow for many rows, and little use where windows are wide.
-std::vector<int32_t> slice_order(const RowLists& a, bool streams, const Executor& executor) {
+std::vector<int32_t> slice_order(const Lists& a, bool streams, const Executor& executor) {
   constexpr int64_t kMostGreedyRows = 8192;
   std::vector<int32_t> order(a.rows);
   std::iota(order.begin(), order.end(), 0);
@@ -125,7 +125,7 @@ std::vector<int32_t> slice_order(const RowLists& a, bool streams, const Executor
 }
 
 // Rows of a slice ascend, so that neighbours in Y are neighbours in the lanes.
-std::vector<int32_t> assign_lanes(const RowLists& a, int64_t slices, bool streams,
+std::vector<int32_t> assign_lanes(const Lists& a, int64_t slices, bool streams,
                                   const Executor& executor) {
   std::vector<int32_t> lane_row = slice_order(a, streams, executor);
   for (int64_t s = 0; s < slices; ++s) {
@@ -141,7 +141,7 @@ struct RecordShape {
 };
 
 // Steps in a sample of the slices.
-int64_t sample_steps(const RowLists& a, const std::vector<int32_t>& lane_row, int64_t slices,
+int64_t sample_steps(const Lists& a, const std::vector<int32_t>& lane_row, int64_t slices,
                      RecordShape shape) {
   constexpr int64_t kSample = 64;
   int64_t records = 0;
@@ -155,7 +155,7 @@ int64_t sample_steps(const RowLists& a, const std::vector<int32_t>& lane_row, in
 // The shape of records that costs least. More steps share one window's loads, and fill up worse
 // where nonzeros are few. Windows of 64 columns pad least, and take two look-ups: they pay where
 // the layout streams from memory and they save a tenth of its bytes, or larger batches lose more.
-RecordShape choose_shape(const RowLists& a, const std::vector<int32_t>& lane_row, int64_t slices,
+RecordShape choose_shape(const Lists& a, const std::vector<int32_t>& lane_row, int64_t slices,
                          bool streams) {
   // Measured time of a step in records of 1 to 4, relative to the last.
   constexpr double kStepCost[kMostSteps] = {1.3, 1.04, 1.01, 1.0};
@@ -174,7 +174,7 @@ RecordShape choose_shape(const RowLists& a, const std::vector<int32_t>& lane_row
 }
 
 // Fills the records of slice s, whose place is known.
-void fill_slice(const RowLists& a, SlicePack& pack, int64_t s) {
+void fill_slice(const Lists& a, SlicePack& pack, int64_t s) {
   const RowSlices& view = pack.view;
   SliceWalk walk(a, pack.lane_row.data() + s * kRowTile);
   int64_t q = pack.slice_ptr[s];
@@ -186,7 +186,7 @@ void fill_slice(const RowLists& a, SlicePack& pack, int64_t s) {
 
 }  // namespace
 
-std::unique_ptr<SlicePack> make_slices(const RowLists& a, int widest, const Executor& executor) {
+std::unique_ptr<SlicePack> make_slices(const Lists& a, int widest, const Executor& executor) {
   constexpr int64_t kCachedNonzeros = 1 << 21;  // 16 MiB of slices
   auto pack = std::make_unique<SlicePack>();
   const int64_t slices = (a.rows + kRowTile - 1) / kRowTile;
@@ -231,7 +231,7 @@ T mask_value(T value, int64_t mask) {
 }
 
 template <class T, class Place>
-void pack_slice(const RowLists& a, const RowSlices& slices, int64_t slice, const T* values,
+void pack_slice(const Lists& a, const RowSlices& slices, int64_t slice, const T* values,
                 const Place& place, T* packed) {
   const int64_t per_record = int64_t{slices.steps} * kRowTile;
   int64_t at[kRowTile];
@@ -253,7 +253,7 @@ void pack_slice(const RowLists& a, const RowSlices& slices, int64_t slice, const
 }  // namespace
 
 template <class T>
-void pack_slice_values(const RowLists& a, const RowSlices& slices, const int64_t* permutation,
+void pack_slice_values(const Lists& a, const RowSlices& slices, const int64_t* permutation,
                        const T* values, T* packed, const Executor& executor) {
   for_ranges(executor, slices.slices, range_step(executor, slices.slices),
              [&](int64_t begin, int64_t end) {
@@ -268,9 +268,9 @@ void pack_slice_values(const RowLists& a, const RowSlices& slices, const int64_t
              });
 }
 
-template void pack_slice_values(const RowLists&, const RowSlices&, const int64_t*, const float*,
+template void pack_slice_values(const Lists&, const RowSlices&, const int64_t*, const float*,
                                 float*, const Executor&);
-template void pack_slice_values(const RowLists&, const RowSlices&, const int64_t*, const double*,
+template void pack_slice_values(const Lists&, const RowSlices&, const int64_t*, const double*,
                                 double*, const Executor&);
 
 }  // namespace spfmt

@@ -15,7 +15,7 @@ namespace spfmt {
 enum class Op : int { spmm = 0, spmm_t = 1, sddmm = 2 };
 enum class Isa : int { scalar = 0, avx2 = 1, avx512 = 2 };
 enum class DType : int { f32 = 0, f64 = 1 };
-enum class Layout : int { row_lists = 0, row_groups = 1 };
+enum class Layout : int { lists = 0, groups = 1 };
 // Applied to A X + bias. gelu is exact (erf), gelu_tanh its approximation by tanh.
 enum class Activation : int { none = 0, relu = 1, gelu = 2, gelu_tanh = 3, silu = 4 };
 // What the lanes of a product run over: rows of the structure (a few tokens at a time), or samples
@@ -32,7 +32,7 @@ constexpr int kRowTile = 16;
 //   indptr       0   2 2     5          row r owns positions indptr[r] .. indptr[r + 1]
 //   col_indices  1 4 | 0 3 7            ascending inside a row
 //   values       a b | c d e            same order
-struct RowLists {
+struct Lists {
   int64_t rows, cols;
   const int64_t* indptr;       // (rows + 1)
   const int32_t* col_indices;  // (indptr[rows])
@@ -45,7 +45,7 @@ struct RowLists {
 //           list) values[value_ptr[t] + j * n + i]   is column j, row i: column after column
 //
 // Every row of the matrix is in exactly one tile, so products write each output exactly once.
-struct RowGroups {
+struct Groups {
   int64_t rows, cols, tiles, col_count;
   const int32_t* row_perm;     // (rows), a permutation
   const int64_t* row_ptr;      // (tiles + 1)
@@ -56,8 +56,8 @@ struct RowGroups {
 };
 
 // Empty when the view is sound, else what is wrong. Every index is checked: kernels do not.
-std::string validate(const RowLists& view);
-std::string validate(const RowGroups& view);
+std::string validate(const Lists& view);
+std::string validate(const Groups& view);
 
 // Runs body(arg, i) for i in [0, n) on at most `threads` threads and returns when all are done.
 // A body does not throw.
@@ -80,8 +80,8 @@ struct Matrix {
 // A structure with the kernels' private layouts of it, which are built on first use and cached.
 // Safe to use from several threads. Views are copied.
 class Plan;
-std::shared_ptr<const Plan> make_plan(const RowLists& view);
-std::shared_ptr<const Plan> make_plan(const RowGroups& view);
+std::shared_ptr<const Plan> make_plan(const Lists& view);
+std::shared_ptr<const Plan> make_plan(const Groups& view);
 int64_t plan_nnz(const Plan& plan);
 // Bytes of the structure and of every layout built from it so far.
 int64_t plan_nbytes(const Plan& plan);

@@ -1,10 +1,10 @@
-// Small batches of RowLists products with eight samples as lanes.
+// Small batches of Lists products with eight samples as lanes.
 #include <algorithm>
 #include <vector>
 
-#include "drivers.h"
+#include "../core/drivers.h"
 #include "octet_pack.h"
-#include "parallel.h"
+#include "../core/threads.h"
 
 namespace spfmt {
 namespace {

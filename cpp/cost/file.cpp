@@ -6,7 +6,7 @@
 //   date 2026-01-31
 //   levels avx2 avx512                                 instruction sets that were measured
 //   l2_bytes 1048576
-//   avx512.row_lists.spmm.tokens.stream 2.1e-09
+//   avx512.lists.spmm.tokens.stream 2.1e-09
 //   ...
 //   end 173                                            number of coefficients above
 #include <cpuid.h>
@@ -116,10 +116,10 @@ std::vector<std::pair<std::string, double*>> coefficients(CostModel& model) {
   };
   add("dense", model.dense);
   for (const Isa isa : {Isa::scalar, Isa::avx2, Isa::avx512}) {
-    for (const Layout layout : {Layout::row_lists, Layout::row_groups}) {
+    for (const Layout layout : {Layout::lists, Layout::groups}) {
       for (const Op op : {Op::spmm, Op::spmm_t, Op::sddmm}) {
         for (const Variant variant : {Variant::tokens, Variant::octets, Variant::panels}) {
-          const bool transposed = layout == Layout::row_lists && op == Op::spmm_t;
+          const bool transposed = layout == Layout::lists && op == Op::spmm_t;
           if (transposed || !has_variant(layout, op, variant, 1)) continue;
           add(std::string(isa_name(isa)) + "." + layout_name(layout) + "." + op_name(op) + "." +
                   variant_name(variant),

@@ -3,8 +3,8 @@
 #include <algorithm>
 #include <numeric>
 
-#include "octet_pack.h"
-#include "slice_pack.h"
+#include "../lists/octet_pack.h"
+#include "../lists/slice_pack.h"
 
 namespace spfmt {
 
@@ -22,14 +22,14 @@ size_t ValueCache::nbytes() const {
   return buffer_ ? buffer_->bytes() : 0;
 }
 
-Plan::Plan(const RowLists& v) : layout_(Layout::row_lists), nnz_(v.indptr[v.rows]) {
+Plan::Plan(const Lists& v) : layout_(Layout::lists), nnz_(v.indptr[v.rows]) {
   pointers_.assign(v.indptr, v.indptr + v.rows + 1);
   indices_.assign(v.col_indices, v.col_indices + nnz_);
   lists_ = {v.rows, v.cols, pointers_.data(), indices_.data()};
   summary_ = summarize(lists_);
 }
 
-Plan::Plan(const RowGroups& v) : layout_(Layout::row_groups), nnz_(v.value_ptr[v.tiles]) {
+Plan::Plan(const Groups& v) : layout_(Layout::groups), nnz_(v.value_ptr[v.tiles]) {
   const int64_t n = v.tiles;
   pointers_.reserve(4 * n + 2);
   pointers_.insert(pointers_.end(), v.row_ptr, v.row_ptr + n + 1);
@@ -65,7 +65,7 @@ int64_t Plan::nbytes() const {
 
 namespace {
 
-std::unique_ptr<TransposePack> make_transpose(const RowLists& a) {
+std::unique_ptr<TransposePack> make_transpose(const Lists& a) {
   auto pack = std::make_unique<TransposePack>();
   const int64_t nnz = a.indptr[a.rows];
   std::vector<int64_t> indptr(a.cols + 1), next;
@@ -81,11 +81,11 @@ std::unique_ptr<TransposePack> make_transpose(const RowLists& a) {
       pack->source[to] = p;
     }
   }
-  pack->plan = std::make_shared<Plan>(RowLists{a.cols, a.rows, indptr.data(), rows.data()});
+  pack->plan = std::make_shared<Plan>(Lists{a.cols, a.rows, indptr.data(), rows.data()});
   return pack;
 }
 
-std::unique_ptr<ColumnPack> make_columns(const RowGroups& a) {
+std::unique_ptr<ColumnPack> make_columns(const Groups& a) {
   auto pack = std::make_unique<ColumnPack>();
   pack->col_ptr.assign(a.cols + 1, 0);
   for (int64_t t = 0; t < a.tiles; ++t) {
@@ -125,10 +125,10 @@ const ColumnPack& Plan::columns() const {
   return columns_.get([this] { return make_columns(groups_); });
 }
 
-std::shared_ptr<const Plan> make_plan(const RowLists& view) {
+std::shared_ptr<const Plan> make_plan(const Lists& view) {
   return std::make_shared<const Plan>(view);
 }
-std::shared_ptr<const Plan> make_plan(const RowGroups& view) {
+std::shared_ptr<const Plan> make_plan(const Groups& view) {
   return std::make_shared<const Plan>(view);
 }
 int64_t plan_nnz(const Plan& plan) { return plan.nnz(); }

@@ -4,9 +4,9 @@
 #include <algorithm>
 #include <vector>
 
-#include "parallel.h"
+#include "threads.h"
 #include "plan.h"
-#include "tiles.h"
+#include "bodies.h"
 
 namespace spfmt {
 

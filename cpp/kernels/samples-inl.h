@@ -1,7 +1,7 @@
 // Moving samples between a caller's strides and panels. Included once per ISA level.
 #pragma once
 
-#include "../tiles.h"
+#include "../core/bodies.h"
 
 namespace spfmt {
 namespace {

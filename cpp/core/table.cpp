@@ -3,7 +3,7 @@
 #include <cstring>
 #include <stdexcept>
 
-#include "cost.h"
+#include "../cost/cost.h"
 #include "drivers.h"
 
 namespace spfmt {
@@ -46,12 +46,12 @@ struct Row {
   {op, layout, drive<float, driver<float>>, drive<double, driver<double>>}
 
 constexpr Row kRows[] = {
-    SPFMT_ROW(Op::spmm, Layout::row_lists, lists_spmm),
-    SPFMT_ROW(Op::spmm_t, Layout::row_lists, lists_spmm_t),
-    SPFMT_ROW(Op::sddmm, Layout::row_lists, lists_sddmm),
-    SPFMT_ROW(Op::spmm, Layout::row_groups, groups_spmm),
-    SPFMT_ROW(Op::spmm_t, Layout::row_groups, groups_spmm_t),
-    SPFMT_ROW(Op::sddmm, Layout::row_groups, groups_sddmm),
+    SPFMT_ROW(Op::spmm, Layout::lists, lists_spmm),
+    SPFMT_ROW(Op::spmm_t, Layout::lists, lists_spmm_t),
+    SPFMT_ROW(Op::sddmm, Layout::lists, lists_sddmm),
+    SPFMT_ROW(Op::spmm, Layout::groups, groups_spmm),
+    SPFMT_ROW(Op::spmm_t, Layout::groups, groups_spmm_t),
+    SPFMT_ROW(Op::sddmm, Layout::groups, groups_sddmm),
 };
 #undef SPFMT_ROW
 
@@ -60,9 +60,9 @@ struct Format {
   Layout layout;
 };
 constexpr Format kFormats[] = {
-    {"condensed", Layout::row_lists}, {"nm", Layout::row_lists},
-    {"csr", Layout::row_lists},       {"shuffled_block", Layout::row_groups},
-    {"hrbp", Layout::row_groups},
+    {"condensed", Layout::lists}, {"nm", Layout::lists},
+    {"csr", Layout::lists},       {"shuffled_block", Layout::groups},
+    {"hrbp", Layout::groups},
 };
 
 std::vector<Kernel> make_table() {
@@ -108,7 +108,7 @@ const char* isa_name(Isa isa) {
   return kNames[static_cast<int>(isa)];
 }
 const char* layout_name(Layout layout) {
-  return layout == Layout::row_lists ? "row_lists" : "row_groups";
+  return layout == Layout::lists ? "lists" : "groups";
 }
 const char* variant_name(Variant variant) {
   constexpr const char* kNames[] = {"tokens", "octets", "panels"};
@@ -157,7 +157,7 @@ Isa active_isa() {
 }
 
 double plan_padding(const Plan& plan) {
-  if (plan.layout() != Layout::row_lists || plan.nnz() == 0) return 1.0;
+  if (plan.layout() != Layout::lists || plan.nnz() == 0) return 1.0;
   const int widest = tiles_for<float>(active_isa()).widest_window;
   const SlicePack& pack = plan.slices(widest, serial_executor());
   return static_cast<double>(pack.packed()) / static_cast<double>(plan.nnz());

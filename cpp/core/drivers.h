@@ -4,7 +4,7 @@
 
 #include "plan.h"
 #include "spfmt.h"
-#include "tiles.h"
+#include "bodies.h"
 
 namespace spfmt {
 

@@ -12,7 +12,7 @@ constexpr int kQuadRows = 4, kStepTerms = 4;
 // Rows per chunk, which is a unit of parallel work.
 constexpr int64_t kOctetRows = 128;
 
-// RowLists cut into chunks of kOctetRows rows and tiles of `width` columns, so that the octet of X
+// Lists cut into chunks of kOctetRows rows and tiles of `width` columns, so that the octet of X
 // that a pass looks up stays in first-level cache. The rows of a (chunk, tile) with nonzeros there
 // are sorted by length, longest first, and taken four at a time: a quad has the steps that its
 // longest row needs, and all loops over the quads of a tile end where the branch predictor expects.

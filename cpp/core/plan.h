@@ -6,9 +6,9 @@
 #include <mutex>
 #include <vector>
 
-#include "cost.h"
+#include "../cost/cost.h"
 #include "spfmt.h"
-#include "tiles.h"
+#include "bodies.h"
 #include "workspace.h"
 
 namespace spfmt {
@@ -99,9 +99,9 @@ struct TilePack {
   int64_t chunks() const { return static_cast<int64_t>(base.size()); }
   int64_t nbytes() const;
 };
-std::unique_ptr<TilePack> make_tile_pack(const RowLists& a);
+std::unique_ptr<TilePack> make_tile_pack(const Lists& a);
 
-// The transposed matrix as RowLists: its value p is value source[p] of the original.
+// The transposed matrix as Lists: its value p is value source[p] of the original.
 struct TransposePack {
   std::vector<int64_t> source;
   std::shared_ptr<const Plan> plan;
@@ -115,18 +115,18 @@ struct ColumnPack {
 
 class Plan {
  public:
-  explicit Plan(const RowLists& view);
-  explicit Plan(const RowGroups& view);
+  explicit Plan(const Lists& view);
+  explicit Plan(const Groups& view);
 
   Layout layout() const { return layout_; }
-  int64_t rows() const { return layout_ == Layout::row_lists ? lists_.rows : groups_.rows; }
-  int64_t cols() const { return layout_ == Layout::row_lists ? lists_.cols : groups_.cols; }
+  int64_t rows() const { return layout_ == Layout::lists ? lists_.rows : groups_.rows; }
+  int64_t cols() const { return layout_ == Layout::lists ? lists_.cols : groups_.cols; }
   int64_t nnz() const { return nnz_; }
   const Summary& summary() const { return summary_; }
   int64_t nbytes() const;
 
-  const RowLists& lists() const { return lists_; }
-  const RowGroups& groups() const { return groups_; }
+  const Lists& lists() const { return lists_; }
+  const Groups& groups() const { return groups_; }
   // `widest`: columns of the widest window that the caller's kernels look up.
   const SlicePack& slices(int widest, const Executor& executor) const;
   const OctetPack& octets() const;
@@ -140,8 +140,8 @@ class Plan {
   Summary summary_{};
   std::vector<int64_t> pointers_;
   std::vector<int32_t> indices_;
-  RowLists lists_{};
-  RowGroups groups_{};
+  Lists lists_{};
+  Groups groups_{};
   Lazy<SlicePack> slices_[2];  // windows of 32 columns; of up to 64
   Lazy<OctetPack> octets_;
   Lazy<TilePack> tiles_;

@@ -4,7 +4,7 @@
 
 #include <cstring>
 
-#include "../tiles.h"
+#include "../core/bodies.h"
 #include "activation-inl.h"
 
 namespace spfmt {

@@ -4,9 +4,9 @@
 
 #include <cstdint>
 
-#include "row_octets.h"
-#include "row_slices.h"
-#include "simd/unroll.h"
+#include "../lists/row_octets.h"
+#include "../lists/row_slices.h"
+#include "../simd/unroll.h"
 #include "spfmt.h"
 
 namespace spfmt {
@@ -31,7 +31,7 @@ struct Panel {
   int samples;  // 1 .. width
 };
 
-// RowLists cut into chunks of kRowChunk rows and tiles of `width` columns, so that the part of X
+// Lists cut into chunks of kRowChunk rows and tiles of `width` columns, so that the part of X
 // that a pass touches stays in cache. Inside a (chunk, tile) the pieces of rows are sorted by
 // length, longest first: pieces of one length follow each other, so their loops end where the
 // branch predictor expects, and two of them run side by side. Columns, and a private copy of the
@@ -56,7 +56,7 @@ struct RowTiles {
 };
 constexpr int64_t kRowChunk = 256;
 
-// RowGroups seen from the columns: column c occurs at entries col_ptr[c] .. col_ptr[c + 1]; entry e
+// Groups seen from the columns: column c occurs at entries col_ptr[c] .. col_ptr[c + 1]; entry e
 // is a column of tile entry_tile[e] whose values start at entry_value[e].
 struct ColumnEntries {
   const int64_t* col_ptr;
@@ -117,23 +117,23 @@ struct Tiles {
                       bool accumulate, T* gradient, int64_t chunk);
 
   // y[r * ldy + b] for the rows of tiles [begin, end), b < x.width.
-  void (*groups_panel)(const RowGroups&, const T* values, const Panel<const T>& x, const T* bias,
+  void (*groups_panel)(const Groups&, const T* values, const Panel<const T>& x, const T* bias,
                        T* y, int64_t ldy, int64_t begin, int64_t end);
   // n samples (1..most_tokens), x and y with any strides; tiles [begin, end). `quads` where a row's
   // samples are contiguous in y: n rounded up to four are written, so that parts of a batch go in
   // order, and eight samples of room are enough for all parts of up to eight.
   int most_tokens;
-  void (*groups_tokens)(const RowGroups&, const T* values, Strided<const T> x, int n, const T* bias,
+  void (*groups_tokens)(const Groups&, const T* values, Strided<const T> x, int n, const T* bias,
                         Activation, Strided<T> y, bool quads, int64_t begin, int64_t end);
   // dx += A^T dy over all tiles, in order; dx starts as zeros.
-  void (*groups_t_panel)(const RowGroups&, const T* values, const Panel<const T>& dy,
+  void (*groups_t_panel)(const Groups&, const T* values, const Panel<const T>& dy,
                          const Panel<T>& dx);
   // dy_tiles[(b * tiles + t) * 16 + i]: dY by tile, zeros behind a short tile; columns [begin,
   // end).
-  void (*groups_t_tokens)(const RowGroups&, const ColumnEntries&, const T* values,
+  void (*groups_t_tokens)(const Groups&, const ColumnEntries&, const T* values,
                           const T* dy_tiles, int n, Strided<T> dx, int64_t begin, int64_t end);
   // gradient (+)= dY X^T at tiles [begin, end), over one panel of at most kSampleStrip samples.
-  void (*groups_sddmm)(const RowGroups&, const SampleRows<T>& dy, const Panel<const T>& x,
+  void (*groups_sddmm)(const Groups&, const SampleRows<T>& dy, const Panel<const T>& x,
                        bool accumulate, T* gradient, int64_t begin, int64_t end);
 };
 

@@ -4,7 +4,7 @@
 #include <numeric>
 #include <utility>
 
-#include "parallel.h"
+#include "../core/threads.h"
 
 namespace spfmt {
 namespace {
@@ -70,7 +70,7 @@ uint64_t halves_key(const int32_t* first, const int32_t* last, int64_t cols) {
 
 }  // namespace
 
-std::vector<int32_t> sort_rows_by_halves(const RowLists& a, const Executor& executor) {
+std::vector<int32_t> sort_rows_by_halves(const Lists& a, const Executor& executor) {
   constexpr int64_t kBlock = 1 << 14;
   std::vector<int32_t> order(a.rows);
   for_ranges(executor, a.rows, kBlock, [&](int64_t begin, int64_t end) {

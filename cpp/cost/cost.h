@@ -17,7 +17,7 @@
 #include <utility>
 #include <vector>
 
-#include "spfmt.h"
+#include "../core/spfmt.h"
 
 namespace spfmt {
 
@@ -36,8 +36,8 @@ struct Summary {
   int64_t octet_places;
 };
 
-Summary summarize(const RowLists& view);
-Summary summarize(const RowGroups& view);
+Summary summarize(const Lists& view);
+Summary summarize(const Groups& view);
 
 // The terms of a cost in order: `call` is 1; the others count, in vectors of 16 elements or bytes,
 //   operands    elements of X and Y, with samples that only fill a vector
@@ -97,7 +97,7 @@ const CostModel& cost_model();
 void set_cost_model(const CostModel& model);
 CostModel default_cost_model();
 
-// Names of all coefficients, such as "avx512.row_lists.spmm.tokens.stream", and their places.
+// Names of all coefficients, such as "avx512.lists.spmm.tokens.stream", and their places.
 std::vector<std::pair<std::string, double*>> coefficients(CostModel& model);
 
 // The CPU that a calibration holds for: its name, family, model and stepping.

@@ -1,17 +1,17 @@
-// Building RowOctets from RowLists, and bringing values into their order.
+// Building RowOctets from Lists, and bringing values into their order.
 #pragma once
 
 #include <memory>
 #include <vector>
 
-#include "plan.h"
+#include "../core/plan.h"
 
 namespace spfmt {
 
-std::unique_ptr<OctetPack> make_octets(const RowLists& lists);
+std::unique_ptr<OctetPack> make_octets(const Lists& lists);
 
 // Places per nonzero of make_octets(lists), estimated from a few chunks of rows; at least 1.
-double octet_padding(const RowLists& lists);
+double octet_padding(const Lists& lists);
 
 // Values in the order of the steps, zero where there are none. `permutation` (or null) maps a
 // position of the lists to a place in `values`.

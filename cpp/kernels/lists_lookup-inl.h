@@ -1,7 +1,7 @@
 // Products of RowSlices (small batches of per-row formats). Included once per ISA level.
 #pragma once
 
-#include "../tiles.h"
+#include "../core/bodies.h"
 #include "activation-inl.h"
 
 namespace spfmt {

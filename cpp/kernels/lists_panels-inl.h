@@ -1,7 +1,7 @@
-// Products of RowLists with lanes over samples. Included once per ISA level.
+// Products of Lists with lanes over samples. Included once per ISA level.
 #pragma once
 
-#include "../tiles.h"
+#include "../core/bodies.h"
 
 namespace spfmt {
 namespace {

@@ -8,7 +8,7 @@ namespace spfmt {
 // Columns per block: what one 512-bit register of float32 holds. Windows start at a block.
 constexpr int kBlockCols = 16;
 
-// RowLists cut into slices of 16 rows, lanes = rows (SELL-16), and every slice into records: a
+// Lists cut into slices of 16 rows, lanes = rows (SELL-16), and every slice into records: a
 // window of 32 or 64 columns and a fixed number of steps, each of which takes one nonzero per lane.
 //
 //   slice s: lane i is row lane_row[16 s + i] (-1: none), records slice_ptr[s] .. slice_ptr[s + 1]

@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-#include "parallel.h"
+#include "../core/threads.h"
 
 namespace spfmt {
 namespace {
@@ -15,7 +15,7 @@ constexpr int64_t kMostTileCols = UINT16_MAX / kOctet;
 constexpr int64_t kLeastPerPiece = 16;
 constexpr int kStep = kQuadRows * kStepTerms;
 
-int64_t tile_count(const RowLists& a) {
+int64_t tile_count(const Lists& a) {
   const int64_t mean = a.rows > 0 ? a.indptr[a.rows] / a.rows : 0;
   const int64_t wanted = (a.cols + kTileCols - 1) / kTileCols;
   const int64_t least = (a.cols + kMostTileCols - 1) / kMostTileCols;
@@ -27,7 +27,7 @@ int64_t steps_of(const OctetPiece& piece) {
 }
 
 // The nonzeros of each row of a chunk in front of `column`; `at` moves behind them.
-std::vector<OctetPiece> take_pieces(const RowLists& a, int64_t first_row, int64_t column,
+std::vector<OctetPiece> take_pieces(const Lists& a, int64_t first_row, int64_t column,
                                     std::vector<int64_t>& at) {
   std::vector<OctetPiece> pieces;
   for (size_t i = 0; i < at.size(); ++i) {
@@ -42,7 +42,7 @@ std::vector<OctetPiece> take_pieces(const RowLists& a, int64_t first_row, int64_
 }
 
 // Four pieces, fewer at the end of a tile, as one quad.
-void append_quad(const RowLists& a, const OctetPiece* pieces, size_t count, int64_t tile_start,
+void append_quad(const Lists& a, const OctetPiece* pieces, size_t count, int64_t tile_start,
                  OctetPack& pack) {
   const int64_t first = pack.step_ptr.back() * kStep, steps = steps_of(pieces[0]);
   const auto none = static_cast<uint16_t>(pack.view.width * kOctet);
@@ -61,7 +61,7 @@ void append_quad(const RowLists& a, const OctetPiece* pieces, size_t count, int6
 
 }  // namespace
 
-std::unique_ptr<OctetPack> make_octets(const RowLists& a) {
+std::unique_ptr<OctetPack> make_octets(const Lists& a) {
   auto pack = std::make_unique<OctetPack>();
   const int64_t tiles = tile_count(a), chunks = (a.rows + kOctetRows - 1) / kOctetRows;
   const int64_t width = std::max<int64_t>(1, (a.cols + tiles - 1) / tiles);
@@ -87,7 +87,7 @@ std::unique_ptr<OctetPack> make_octets(const RowLists& a) {
   return pack;
 }
 
-double octet_padding(const RowLists& a) {
+double octet_padding(const Lists& a) {
   constexpr int64_t kSample = 4;
   const int64_t tiles = tile_count(a), chunks = (a.rows + kOctetRows - 1) / kOctetRows;
   const int64_t width = (a.cols + tiles - 1) / tiles, sample = std::min(chunks, kSample);

@@ -3,7 +3,7 @@
 #include <climits>
 #include <stdexcept>
 
-#include "plan.h"
+#include "../core/plan.h"
 
 namespace spfmt {
 namespace {
@@ -15,7 +15,7 @@ constexpr int64_t kTileCols = 256;
 // Shorter pieces than this spend their time on loading and storing Y.
 constexpr int64_t kLeastPerPiece = 8;
 
-int64_t tile_count(const RowLists& a) {
+int64_t tile_count(const Lists& a) {
   const int64_t mean = a.rows > 0 ? a.indptr[a.rows] / a.rows : 0;
   const int64_t wanted = (a.cols + kTileCols - 1) / kTileCols;
   const int64_t least = (a.cols + kMostTileCols - 1) / kMostTileCols;
@@ -23,7 +23,7 @@ int64_t tile_count(const RowLists& a) {
 }
 
 // The part of each row of a chunk that lies in the tile ending at `column`; `at` moves past it.
-void append_pieces(const RowLists& a, int64_t row, std::vector<int64_t>& at, int64_t column,
+void append_pieces(const Lists& a, int64_t row, std::vector<int64_t>& at, int64_t column,
                    bool first, TilePack& pack) {
   const size_t begin = pack.piece.size();
   for (size_t i = 0; i < at.size(); ++i) {
@@ -37,7 +37,7 @@ void append_pieces(const RowLists& a, int64_t row, std::vector<int64_t>& at, int
                    [](const RowPiece& p, const RowPiece& q) { return p.count > q.count; });
 }
 
-void append_columns(const RowLists& a, int64_t row, int64_t tile_start, size_t first_piece,
+void append_columns(const Lists& a, int64_t row, int64_t tile_start, size_t first_piece,
                     TilePack& pack) {
   for (size_t i = first_piece; i < pack.piece.size(); ++i) {
     const RowPiece& piece = pack.piece[i];
@@ -52,7 +52,7 @@ void append_columns(const RowLists& a, int64_t row, int64_t tile_start, size_t f
 
 }  // namespace
 
-std::unique_ptr<TilePack> make_tile_pack(const RowLists& a) {
+std::unique_ptr<TilePack> make_tile_pack(const Lists& a) {
   auto pack = std::make_unique<TilePack>();
   const int64_t tiles = tile_count(a);
   const int64_t width = std::max<int64_t>(1, (a.cols + tiles - 1) / tiles);

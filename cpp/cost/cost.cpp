@@ -5,9 +5,9 @@
 #include <atomic>
 #include <mutex>
 
-#include "octet_pack.h"
-#include "plan.h"
-#include "tiles.h"
+#include "../lists/octet_pack.h"
+#include "../core/plan.h"
+#include "../core/bodies.h"
 
 namespace spfmt {
 namespace {
@@ -19,7 +19,7 @@ constexpr int64_t kChunk = 32;
 
 // Steps that a slice of rows [begin, end) needs: for every chunk of columns as many as the fullest
 // of its rows. `top` is zero for every chunk, before and after.
-int64_t slice_steps(const RowLists& a, int64_t begin, int64_t end, std::vector<uint8_t>& top) {
+int64_t slice_steps(const Lists& a, int64_t begin, int64_t end, std::vector<uint8_t>& top) {
   int64_t steps = 0;
   for (int64_t r = begin; r < end; ++r) {
     int64_t run_chunk = -1;
@@ -67,7 +67,7 @@ double with_threads(const CostModel& model, double seconds, double call, double 
 // spmm_t of lists is spmm of the transposed lists.
 const Terms& coefficients_of(const CostModel& model, Isa isa, Op op, Variant variant,
                              Layout layout) {
-  if (layout == Layout::row_lists && op == Op::spmm_t) op = Op::spmm;
+  if (layout == Layout::lists && op == Op::spmm_t) op = Op::spmm;
   return model.kernels[static_cast<int>(isa)][static_cast<int>(layout)][static_cast<int>(op)]
                       [static_cast<int>(variant)];
 }
@@ -97,7 +97,7 @@ InUse& in_use() {
 const std::array<const char*, kTerms> kTermNames = {"call",     "operands",  "stream",
                                                     "multiply", "beyond_l2", "beyond_l3"};
 
-Summary summarize(const RowLists& a) {
+Summary summarize(const Lists& a) {
   constexpr int64_t kSample = 32;
   const int64_t slices = divide_up(a.rows, kRowTile), sample = std::min(slices, kSample);
   std::vector<uint8_t> top(divide_up(a.cols, kChunk));
@@ -113,18 +113,18 @@ Summary summarize(const RowLists& a) {
   const double vectors = (full + std::max(full, steps * scale)) / 2;
   const int64_t nnz = a.indptr[a.rows];
   const double places = octet_padding(a) * static_cast<double>(nnz);
-  return {Layout::row_lists,           a.rows, a.cols, nnz, static_cast<int64_t>(vectors),
+  return {Layout::lists,           a.rows, a.cols, nnz, static_cast<int64_t>(vectors),
           static_cast<int64_t>(places)};
 }
 
-Summary summarize(const RowGroups& a) {
+Summary summarize(const Groups& a) {
   int64_t columns = 0;
   for (int64_t t = 0; t < a.tiles; ++t) columns += a.col_end[t] - a.col_begin[t];
-  return {Layout::row_groups, a.rows, a.cols, a.value_ptr[a.tiles], columns, 0};
+  return {Layout::groups, a.rows, a.cols, a.value_ptr[a.tiles], columns, 0};
 }
 
 const Summary& summary_of(const Plan& plan, Op op) {
-  const bool transposed = op == Op::spmm_t && plan.layout() == Layout::row_lists;
+  const bool transposed = op == Op::spmm_t && plan.layout() == Layout::lists;
   return transposed ? plan.transpose().plan->summary() : plan.summary();
 }
 
@@ -144,7 +144,7 @@ Terms kernel_terms(const CostModel& model, Variant variant, const Summary& s, in
   }
   const double registers = static_cast<double>(divide_up(batch, kRowTile));
   const double passes = static_cast<double>(divide_up(batch, kPanel));
-  const double stream = s.layout == Layout::row_lists ? nnz * passes : vectors * registers;
+  const double stream = s.layout == Layout::lists ? nnz * passes : vectors * registers;
   return terms_of(model, features * registers * kRowTile, stream, nnz * registers, 4 * nnz, passes);
 }
 
@@ -171,7 +171,7 @@ double dense_seconds(const CostModel& model, int64_t rows, int64_t cols, int64_t
 
 bool has_variant(Layout layout, Op op, Variant variant, int64_t batch) {
   if (variant == Variant::panels) return true;
-  if (variant == Variant::octets && layout != Layout::row_lists) return false;
+  if (variant == Variant::octets && layout != Layout::lists) return false;
   return op != Op::sddmm && batch <= kMostTokens;
 }
 

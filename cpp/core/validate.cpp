@@ -26,7 +26,7 @@ std::string check_pointers(const int64_t* p, int64_t n, const char* name) {
   return "";
 }
 
-std::string check_tile(const RowGroups& v, int64_t t, std::vector<int64_t>& seen) {
+std::string check_tile(const Groups& v, int64_t t, std::vector<int64_t>& seen) {
   const int64_t n = v.row_ptr[t + 1] - v.row_ptr[t];
   if (n < 1 || n > kRowTile) return at("tile without 1..16 rows", t);
   if (v.col_begin[t] < 0 || v.col_begin[t] > v.col_end[t] || v.col_end[t] > v.col_count) {
@@ -46,7 +46,7 @@ std::string check_tile(const RowGroups& v, int64_t t, std::vector<int64_t>& seen
 
 }  // namespace
 
-std::string validate(const RowLists& v) {
+std::string validate(const Lists& v) {
   std::string error = check_shape(v.rows, v.cols);
   if (error.empty()) error = check_pointers(v.indptr, v.rows, "indptr");
   if (!error.empty()) return error;
@@ -60,7 +60,7 @@ std::string validate(const RowLists& v) {
   return "";
 }
 
-std::string validate(const RowGroups& v) {
+std::string validate(const Groups& v) {
   std::string error = check_shape(v.rows, v.cols);
   if (error.empty()) error = check_pointers(v.row_ptr, v.tiles, "row_ptr");
   if (error.empty() && v.row_ptr[v.tiles] != v.rows) error = "tiles do not cover all rows";

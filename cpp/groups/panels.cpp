@@ -1,6 +1,6 @@
-// Drivers of RowGroups products. Weights are used where the caller keeps them: nothing is repacked.
-#include "drivers.h"
-#include "panels.h"
+// Drivers of Groups products. Weights are used where the caller keeps them: nothing is repacked.
+#include "../core/drivers.h"
+#include "../core/samples.h"
 
 namespace spfmt {
 namespace {
@@ -9,7 +9,7 @@ template <class T>
 void spmm_panels(const Tiles<T>& tiles, const Plan& plan, const Args<T>& args,
                  const Executor& executor) {
   constexpr int64_t kTiles = 16;
-  const RowGroups& a = plan.groups();
+  const Groups& a = plan.groups();
   const int64_t chunks = (a.tiles + kTiles - 1) / kTiles;
   for_panels(args.in.cols, kRowTile, executor,
              [&](int64_t begin, int64_t end, int width, const Executor& inner) {
@@ -32,7 +32,7 @@ void spmm_panels(const Tiles<T>& tiles, const Plan& plan, const Args<T>& args,
 }
 
 template <class T>
-void multiply_tokens(const Tiles<T>& tiles, const RowGroups& a, const Args<T>& args,
+void multiply_tokens(const Tiles<T>& tiles, const Groups& a, const Args<T>& args,
                      const Matrix<T>& y, bool quads, const Executor& executor) {
   const Samples<T> x(tiles, args.in);
   for_ranges(executor, a.tiles, range_step(executor, a.tiles), [&](int64_t begin, int64_t end) {
@@ -47,7 +47,7 @@ void multiply_tokens(const Tiles<T>& tiles, const RowGroups& a, const Args<T>& a
 // another cache line, and from four samples on they do not fit L1: a row's samples are then written
 // side by side, and transposed in the end. More than eight are the business of panels.
 template <class T>
-void spmm_tokens(const Tiles<T>& tiles, const RowGroups& a, const Args<T>& args,
+void spmm_tokens(const Tiles<T>& tiles, const Groups& a, const Args<T>& args,
                  const Executor& executor) {
   const Matrix<T>& out = args.out;
   if (out.col_stride == 1) {
@@ -70,7 +70,7 @@ void spmm_tokens(const Tiles<T>& tiles, const RowGroups& a, const Args<T>& args,
 template <class T>
 void spmm_t_panels(const Tiles<T>& tiles, const Plan& plan, const Args<T>& args,
                    const Executor& executor) {
-  const RowGroups& a = plan.groups();
+  const Groups& a = plan.groups();
   for_strips(args.in.cols, kStrip, [&](int64_t begin, int64_t end) {
     const int width = panel_width(end - begin, executor.threads, kRowTile);
     const PanelSet<T> dy(a.rows, begin, end, width), dx(a.cols, begin, end, width);
@@ -85,7 +85,7 @@ void spmm_t_panels(const Tiles<T>& tiles, const Plan& plan, const Args<T>& args,
 
 // Rows of dY gathered tile by tile, so that every tile's rows are one vector.
 template <class T>
-std::unique_ptr<Workspace> gather_tiles(const RowGroups& a, const Matrix<const T>& dy) {
+std::unique_ptr<Workspace> gather_tiles(const Groups& a, const Matrix<const T>& dy) {
   auto buffer = std::make_unique<Workspace>(sizeof(T) * dy.cols * a.tiles * kRowTile);
   T* to = buffer->template as<T>();
   std::fill_n(to, dy.cols * a.tiles * kRowTile, T(0));
@@ -102,7 +102,7 @@ std::unique_ptr<Workspace> gather_tiles(const RowGroups& a, const Matrix<const T
 template <class T>
 void spmm_t_tokens(const Tiles<T>& tiles, const Plan& plan, const Args<T>& args,
                    const Executor& executor) {
-  const RowGroups& a = plan.groups();
+  const Groups& a = plan.groups();
   const ColumnEntries& entries = plan.columns().view;
   const auto dy = gather_tiles(a, args.in);
   for_ranges(executor, a.cols, range_step(executor, a.cols), [&](int64_t begin, int64_t end) {
@@ -119,7 +119,7 @@ template <class T>
 void groups_spmm(const Tiles<T>& tiles, const Plan& plan, Variant variant, const Args<T>& args,
                  const Executor& executor) {
   if (args.out.rows == 0 || args.out.cols == 0) return;
-  const RowGroups& a = plan.groups();
+  const Groups& a = plan.groups();
   if (variant == Variant::panels) return spmm_panels(tiles, plan, args, executor);
   spmm_tokens(tiles, a, args, executor);
 }
@@ -138,7 +138,7 @@ void groups_spmm_t(const Tiles<T>& tiles, const Plan& plan, Variant variant, con
 template <class T>
 void groups_sddmm(const Tiles<T>& tiles, const Plan& plan, Variant, const Args<T>& args,
                   const Executor& executor) {
-  const RowGroups& a = plan.groups();
+  const Groups& a = plan.groups();
   sample_product(tiles, plan, args, executor, kSampleStrip, kSampleStrip, a.tiles,
                  [&](const SampleRows<T>* dy, const PanelSet<T>& x, bool accumulate, int64_t begin,
                      int64_t end) {

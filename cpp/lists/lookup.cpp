@@ -1,8 +1,8 @@
-// Small batches of RowLists products with rows as lanes, tokens side by side.
+// Small batches of Lists products with rows as lanes, tokens side by side.
 #include <algorithm>
 
-#include "drivers.h"
-#include "parallel.h"
+#include "../core/drivers.h"
+#include "../core/threads.h"
 #include "slice_pack.h"
 
 namespace spfmt {
