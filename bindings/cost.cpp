@@ -8,6 +8,7 @@
 #include <map>
 #include <stdexcept>
 
+#include "../cpp/core/variant.h"
 #include "../cpp/cost/cost.h"
 
 namespace py = pybind11;
@@ -18,29 +19,39 @@ using spfmt::CostModel;
 using Coefficients = std::map<std::string, double>;
 
 template <class Enum>
-Enum from_name(const std::string& name, std::initializer_list<Enum> all,
-               const char* (*name_of)(Enum)) {
-  for (const Enum e : all) {
-    if (name == name_of(e)) return e;
+Enum from_name(const std::string& name, int count) {
+  for (int i = 0; i < count; ++i) {
+    if (name == spfmt::name_of(static_cast<Enum>(i))) return static_cast<Enum>(i);
   }
   throw std::invalid_argument("unknown name " + name);
 }
-spfmt::Op op_of(const std::string& name) {
-  using spfmt::Op;
-  return from_name(name, {Op::spmm, Op::spmm_t, Op::sddmm}, spfmt::op_name);
+spfmt::Op op_of(const std::string& name) { return from_name<spfmt::Op>(name, spfmt::kOps); }
+spfmt::Isa isa_of(const std::string& name) { return from_name<spfmt::Isa>(name, spfmt::kIsas); }
+spfmt::DType dtype_of(const std::string& name) {
+  return from_name<spfmt::DType>(name, spfmt::kDTypes);
 }
-spfmt::Isa isa_of(const std::string& name) {
-  using spfmt::Isa;
-  return from_name(name, {Isa::scalar, Isa::avx2, Isa::avx512}, spfmt::isa_name);
-}
-spfmt::Variant variant_of(const std::string& name) {
-  using spfmt::Variant;
-  return from_name(name, {Variant::tokens, Variant::octets, Variant::panels}, spfmt::variant_name);
+spfmt::Layout layout_of(const std::string& name) {
+  return from_name<spfmt::Layout>(name, spfmt::kLayouts);
 }
 
-spfmt::Layout layout_of(const std::string& name) {
-  using spfmt::Layout;
-  return from_name(name, {Layout::lists, Layout::groups}, spfmt::layout_name);
+const spfmt::Variant& variant_of(const std::string& layout, const std::string& name) {
+  for (const spfmt::Variant* v : spfmt::kVariants) {
+    if (v->layout == layout_of(layout) && name == v->name) return *v;
+  }
+  throw std::invalid_argument("no variant " + name + " of " + layout);
+}
+
+// Rows (name, layout, ops, largest batch, dtypes by level).
+py::list variants() {
+  py::list rows;
+  for (const spfmt::Variant* v : spfmt::kVariants) {
+    py::list ops;
+    for (int op = 0; op < spfmt::kOps; ++op) {
+      if (v->takes(static_cast<spfmt::Op>(op), 1)) ops.append(spfmt::name_of(static_cast<spfmt::Op>(op)));
+    }
+    rows.append(py::make_tuple(v->name, spfmt::name_of(v->layout), ops, v->largest_batch));
+  }
+  return rows;
 }
 
 Coefficients to_dict(CostModel model) {
@@ -88,12 +99,8 @@ py::object cost_path() {
       PyUnicode_DecodeFSDefaultAndSize(path.data(), static_cast<Py_ssize_t>(path.size())));
 }
 
-void force_variant(const std::optional<std::string>& name) {
-  spfmt::force_variant(name ? std::optional(variant_of(*name)) : std::nullopt);
-}
-
 py::tuple as_tuple(const spfmt::Choice& choice) {
-  return py::make_tuple(spfmt::variant_name(choice.variant), choice.threads, choice.seconds);
+  return py::make_tuple(choice.variant->name, choice.threads, choice.seconds);
 }
 
 spfmt::Summary summary(const std::string& layout, int64_t rows, int64_t cols, int64_t nnz,
@@ -108,7 +115,7 @@ void bind_cost(py::module_& m) {
       .def(py::init(&summary), py::arg("layout"), py::arg("rows"), py::arg("cols"), py::arg("nnz"),
            py::arg("vectors"), py::arg("octet_places") = 0)
       .def_property_readonly("layout",
-                             [](const spfmt::Summary& s) { return spfmt::layout_name(s.layout); })
+                             [](const spfmt::Summary& s) { return spfmt::name_of(s.layout); })
       .def_readonly("rows", &spfmt::Summary::rows)
       .def_readonly("cols", &spfmt::Summary::cols)
       .def_readonly("nnz", &spfmt::Summary::nnz)
@@ -124,29 +131,30 @@ void bind_cost(py::module_& m) {
         });
   m.def("cost_file", &cost_path);
   m.def("cpu_key", &spfmt::cpu_key);
-  m.def("force_variant", &force_variant, py::arg("variant").none(true));
-  m.def("has_variant", [](const std::string& layout, const std::string& op,
-                          const std::string& variant, int64_t batch) {
-    return spfmt::has_variant(layout_of(layout), op_of(op), variant_of(variant), batch);
-  });
-  m.def("kernel_terms", [](const Coefficients& model, const std::string& variant,
-                           const spfmt::Summary& s, int64_t batch) {
-    return spfmt::kernel_terms(from_dict(model), variant_of(variant), s, batch);
-  });
+  m.def("variants", &variants, "Rows (name, layout, ops, largest batch).");
+  m.def("force_variant", &spfmt::force_variant, py::arg("name"));
+  m.def("kernel_terms",
+        [](const Coefficients& model, const std::string& variant, const spfmt::Summary& s,
+           const std::string& op, int64_t batch, const std::string& dtype) {
+          const spfmt::Variant& v = variant_of(spfmt::name_of(s.layout), variant);
+          return v.terms(from_dict(model), s, {op_of(op), batch, dtype_of(dtype)});
+        });
   m.def("dense_terms", [](const Coefficients& model, int64_t rows, int64_t cols, int64_t batch) {
     return spfmt::dense_terms(from_dict(model), rows, cols, batch);
   });
   m.def("kernel_seconds",
         [](const std::string& isa, const std::string& op, const std::string& variant,
-           const spfmt::Summary& s, int64_t batch, int threads) {
-          return spfmt::kernel_seconds(spfmt::cost_model(), isa_of(isa), op_of(op),
-                                       variant_of(variant), s, batch, threads);
+           const spfmt::Summary& s, int64_t batch, const std::string& dtype, int threads) {
+          const spfmt::Variant& v = variant_of(spfmt::name_of(s.layout), variant);
+          return spfmt::kernel_seconds(spfmt::cost_model(), isa_of(isa), v, s,
+                                       {op_of(op), batch, dtype_of(dtype)}, threads);
         });
   m.def("dense_seconds", [](int64_t rows, int64_t cols, int64_t batch, int threads) {
     return spfmt::dense_seconds(spfmt::cost_model(), rows, cols, batch, threads);
   });
   m.def("choose", [](const std::string& isa, const std::string& op, const spfmt::Summary& s,
-                     int64_t batch, int threads) {
-    return as_tuple(spfmt::choose(spfmt::cost_model(), isa_of(isa), op_of(op), s, batch, threads));
+                     int64_t batch, const std::string& dtype, int threads) {
+    return as_tuple(spfmt::choose(spfmt::cost_model(), isa_of(isa), s,
+                                  {op_of(op), batch, dtype_of(dtype)}, threads));
   });
 }

@@ -9,8 +9,9 @@
 #include <stdexcept>
 
 #include "../cpp/cost/cost.h"
+#include "../cpp/core/plan.h"
 #include "../cpp/core/probe.h"
-#include "calls.h"
+#include "products.h"
 #include "cost.h"
 
 namespace py = pybind11;
@@ -69,20 +70,20 @@ PyPlan lists_plan(int64_t rows, int64_t cols, const Contiguous<int64_t>& indptr,
                              elements<const int32_t>(col_indices)};
   const std::string error = spfmt::validate(view);
   require(error.empty(), error.c_str());
-  return {spfmt::make_plan(view), rows, cols};
+  return {spfmt::make_plan(view)};
 }
 
 PyPlan groups_plan(int64_t rows, int64_t cols, const Contiguous<int32_t>& row_perm,
                    const Contiguous<int64_t>& row_ptr, const Contiguous<int64_t>& col_begin,
                    const Contiguous<int64_t>& col_end, const Contiguous<int32_t>& col_indices,
                    const Contiguous<int64_t>& value_ptr) {
-  const int64_t tiles = col_begin.size();
+  const int64_t bands = col_begin.size();
   require(row_perm.size() == rows, "row_perm needs one entry per row");
-  require(row_ptr.size() == tiles + 1 && value_ptr.size() == tiles + 1 && col_end.size() == tiles,
-          "row_ptr and value_ptr need tiles + 1 entries, col_begin and col_end one per tile");
+  require(row_ptr.size() == bands + 1 && value_ptr.size() == bands + 1 && col_end.size() == bands,
+          "row_ptr and value_ptr need bands + 1 entries, col_begin and col_end one per tile");
   const spfmt::Groups view{rows,
                               cols,
-                              tiles,
+                              bands,
                               col_indices.size(),
                               elements<const int32_t>(row_perm),
                               elements<const int64_t>(row_ptr),
@@ -92,18 +93,7 @@ PyPlan groups_plan(int64_t rows, int64_t cols, const Contiguous<int32_t>& row_pe
                               elements<const int64_t>(value_ptr)};
   const std::string error = spfmt::validate(view);
   require(error.empty(), error.c_str());
-  return {spfmt::make_plan(view), rows, cols};
-}
-
-// A two-dimensional operand (features, samples) with whole-element strides.
-template <class T>
-spfmt::Matrix<T> matrix(const py::array& a, bool writable, int64_t rows, int64_t cols) {
-  require(holds<std::remove_const_t<T>>(a) && a.ndim() == 2, "operand has the wrong dtype or rank");
-  require(a.shape(0) == rows && a.shape(1) == cols, "operand has the wrong shape");
-  require(!writable || a.writeable(), "output is read-only");
-  constexpr int64_t size = sizeof(T);
-  require(a.strides(0) % size == 0 && a.strides(1) % size == 0, "strides split elements");
-  return {elements<T>(a), a.shape(0), a.shape(1), a.strides(0) / size, a.strides(1) / size};
+  return {spfmt::make_plan(view)};
 }
 
 template <class T>
@@ -114,58 +104,12 @@ T* vector(const py::array& a, int64_t least) {
   return elements<T>(a);
 }
 
-template <class T>
-void run_typed(const spfmt::Kernel& kernel, const PyPlan& plan, const py::array& values,
-               int64_t version, const py::array& a, const std::optional<py::array>& b,
-               const std::optional<py::array>& out, const std::optional<py::array>& bias,
-               spfmt::Activation activation, int threads) {
-  require(a.ndim() == 2, "operand is not two-dimensional");
-  const int64_t batch = a.shape(1);
-  const int64_t in_rows = kernel.op == spfmt::Op::spmm ? plan.cols : plan.rows;
-  spfmt::Args<T> args{};
-  args.values = vector<T>(values, spfmt::plan_nnz(*plan.plan));
-  args.values_version = version;
-  args.in = matrix<const T>(a, false, in_rows, batch);
-  if (kernel.op == spfmt::Op::sddmm) {
-    require(b.has_value() && values.writeable(), "sddmm needs X and writable values");
-    args.in2 = matrix<const T>(*b, false, plan.cols, batch);
-  } else {
-    require(out.has_value(), "output is missing");
-    args.out = matrix<T>(*out, true, plan.rows + plan.cols - in_rows, batch);
-  }
-  if (bias.has_value()) {
-    require(kernel.op == spfmt::Op::spmm, "only spmm has a bias");
-    args.bias = vector<T>(*bias, plan.rows);
-  }
-  args.activation = activation;
-  const spfmt::Executor executor = spfmt_python::openmp_executor(threads);
-  const py::gil_scoped_release release;
-  spfmt::run(kernel, *plan.plan, args, executor);
-}
-
-void run(size_t index, const PyPlan& plan, const py::array& values, int64_t version,
-         const py::array& a, const std::optional<py::array>& b, const std::optional<py::array>& out,
-         const std::optional<py::array>& bias, int threads, int activation) {
-  const spfmt::Kernel& kernel = spfmt::kernel_table().at(index);
-  require(spfmt::isa_supported(kernel.isa), "this CPU lacks the kernel's instructions");
-  constexpr int kLast = static_cast<int>(spfmt::Activation::silu);
-  require(
-      activation == 0 || (kernel.op == spfmt::Op::spmm && activation > 0 && activation <= kLast),
-      "only spmm has activations, and this is none of them");
-  const auto kind = static_cast<spfmt::Activation>(activation);
-  if (forked_child) threads = 1;
-  if (kernel.dtype == spfmt::DType::f32) {
-    run_typed<float>(kernel, plan, values, version, a, b, out, bias, kind, threads);
-  } else {
-    run_typed<double>(kernel, plan, values, version, a, b, out, bias, kind, threads);
-  }
-}
-
 py::list kernel_table() {
   py::list rows;
   for (const spfmt::Kernel& k : spfmt::kernel_table()) {
-    rows.append(py::make_tuple(spfmt::op_name(k.op), k.format, spfmt::dtype_name(k.dtype),
-                               spfmt::isa_name(k.isa), spfmt::isa_supported(k.isa)));
+    rows.append(py::make_tuple(spfmt::name_of(k.op), spfmt::name_of(k.layout),
+                               spfmt::name_of(k.dtype), spfmt::name_of(k.isa),
+                               spfmt::isa_supported(k.isa)));
   }
   return rows;
 }
@@ -173,7 +117,7 @@ py::list kernel_table() {
 py::list emulated_levels() {
   py::list names;
   for (const spfmt::Isa isa : {spfmt::Isa::scalar, spfmt::Isa::avx2, spfmt::Isa::avx512}) {
-    if (spfmt::isa_emulated(isa)) names.append(spfmt::isa_name(isa));
+    if (spfmt::isa_emulated(isa)) names.append(spfmt::name_of(isa));
   }
   return names;
 }
@@ -186,7 +130,7 @@ py::array_t<int32_t> group_rows_by_counts(const Contiguous<uint8_t>& counts) {
 
 spfmt::Isa level(const std::string& name) {
   for (const spfmt::Isa isa : {spfmt::Isa::scalar, spfmt::Isa::avx2, spfmt::Isa::avx512}) {
-    if (name != spfmt::isa_name(isa)) continue;
+    if (name != spfmt::name_of(isa)) continue;
     require(spfmt::isa_supported(isa), "this CPU lacks the level's instructions");
     return isa;
   }
@@ -222,7 +166,7 @@ int64_t probe_load(const std::string& isa, const py::array& data, int64_t rounds
 spfmt::Summary summary(const PyPlan& plan, const std::string& op) {
   const auto wanted = op == "spmm_t" ? spfmt::Op::spmm_t : spfmt::Op::spmm;
   const py::gil_scoped_release release;
-  return spfmt::summary_of(*plan.plan, wanted);
+  return plan.plan->oriented(wanted).summary();
 }
 
 }  // namespace
@@ -233,23 +177,19 @@ PYBIND11_MODULE(_kernels, m) {
   py::class_<PyPlan>(m, "Plan")
       .def_property_readonly("nnz", [](const PyPlan& p) { return spfmt::plan_nnz(*p.plan); })
       .def_property_readonly("nbytes", [](const PyPlan& p) { return spfmt::plan_nbytes(*p.plan); })
-      .def_property_readonly("padding",
-                             [](const PyPlan& p) { return spfmt::plan_padding(*p.plan); });
+      .def_property_readonly("padding", [](const PyPlan& p) { return spfmt::plan_padding(*p.plan); });
   m.def("lists_plan", &lists_plan, py::arg("rows"), py::arg("cols"), py::arg("indptr").noconvert(),
         py::arg("col_indices").noconvert());
   m.def("groups_plan", &groups_plan, py::arg("rows"), py::arg("cols"),
         py::arg("row_perm").noconvert(), py::arg("row_ptr").noconvert(),
         py::arg("col_begin").noconvert(), py::arg("col_end").noconvert(),
         py::arg("col_indices").noconvert(), py::arg("value_ptr").noconvert());
-  m.def("run", &run, py::arg("kernel"), py::arg("plan"), py::arg("values"), py::arg("version"),
-        py::arg("a"), py::arg("b").none(true), py::arg("out").none(true),
-        py::arg("bias").none(true), py::arg("threads"), py::arg("activation") = 0);
-  spfmt_python::define_calls(m);
+  spfmt_python::define_arrays(m);
   spfmt_python::define_tensors(m);
   bind_cost(m);
   m.def("summary", &summary, py::arg("plan"), py::arg("op"));
-  m.def("kernel_table", &kernel_table, "Rows (op, format, dtype, isa, supported).");
-  m.def("active_isa", [] { return spfmt::isa_name(spfmt::active_isa()); });
+  m.def("kernel_table", &kernel_table, "Rows (op, layout, dtype, isa, supported).");
+  m.def("active_isa", [] { return spfmt::name_of(spfmt::active_isa()); });
   m.def("emulated_levels", &emulated_levels, "Levels that run in other instructions: tests only.");
   m.def("openmp_threads", &omp_get_max_threads);
   m.def("in_forked_child", [] { return forked_child.load(); });

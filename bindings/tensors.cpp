@@ -2,71 +2,30 @@
 // that one build serves every torch. A compiled graph and an eager module call them directly: to
 // torch's dispatcher and back costs ten times what the rest of a small product does.
 //
-// DLPack's table of C functions (Tensor.__dlpack_c_exchange_api__) tells where a tensor lies, and
-// two attributes tell what DLPack does not: its storage and its version. Nothing is decided here.
-// Which structure lies where, and which version of its values was seen with it, is what
-// spfmt/torch/_identity.py has found out and left in a Memo. A product runs when every tensor is
-// what the Memo says; when one is not, Python is asked to look again, once; and what is not plain
-// is declined with None, so that the long way can explain it.
+// DLPack's table of C functions (Tensor.__dlpack_c_exchange_api__) tells where a tensor lies. Which
+// structure lies where, spfmt/torch/values.py has found out and told with know(); which values are
+// promised to be constant, with promise(). A structure that is not what was told is shown to Python
+// once more; and what is not plain is declined with None, so that the long way can explain it.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <algorithm>
+#include <array>
 #include <cstring>
-#include <map>
 #include <optional>
 #include <stdexcept>
-#include <string>
-#include <tuple>
-#include <utility>
+#include <unordered_map>
 
-#include "calls.h"
 #include "fastcall.h"
+#include "products.h"
 
 namespace py = pybind11;
+using spfmt::DType;
+using spfmt::Op;
+using spfmt::View;
 
 namespace spfmt_python {
 namespace {
-
-// -------------------------------------------------------------------------------- fingerprints
-
-// Four chains, so that multiplications overlap. Each step is a bijection of its chain: one changed
-// element always changes the result, several do but for one time in 2^64.
-template <class Word>
-uint64_t hash_elements(const char* data, int64_t count, int64_t step) {
-  constexpr uint64_t kOdd = 0x9E3779B97F4A7C15;
-  uint64_t chain[4] = {1, 2, 3, 4};
-  const auto mix = [&](uint64_t& state, int64_t i) {
-    Word word;
-    std::memcpy(&word, data + i * static_cast<int64_t>(sizeof(Word)), sizeof(Word));
-    state = (state ^ word) * kOdd;
-    state ^= state >> 32;
-  };
-  int64_t i = count - 1;
-  for (; i >= 3 * step; i -= 4 * step) {
-    for (int lane = 0; lane < 4; ++lane) mix(chain[lane], i - lane * step);
-  }
-  for (; i >= 0; i -= step) mix(chain[0], i);
-  uint64_t all = 0;
-  for (const uint64_t c : chain) all = (all ^ c) * kOdd;
-  return all;
-}
-
-uint64_t fingerprint_of(const void* memory, int64_t count, int64_t itemsize) {
-  const char* data = static_cast<const char*>(memory);
-  const int64_t step = std::max<int64_t>(1, count / 256);
-  return itemsize == 4 ? hash_elements<uint32_t>(data, count, step)
-                       : hash_elements<uint64_t>(data, count, step);
-}
-
-// fingerprint(address, count, itemsize) -> int: about 256 evenly spread elements, the last included
-PyObject* fingerprint(PyObject*, PyObject* const* arg, Py_ssize_t n) {
-  return translated([&] {
-    require_count(n, 3);
-    const int64_t size = integer(arg[2]);
-    if (size != 4 && size != 8) throw std::invalid_argument("elements of 4 or 8 bytes only");
-    return PyLong_FromUnsignedLongLong(fingerprint_of(address(arg[0]), integer(arg[1]), size));
-  });
-}
 
 // ------------------------------------------------------------------------------- torch's tensors
 
@@ -97,14 +56,13 @@ struct Torch {
   PyTypeObject *tensor, *parameter;
   PyObject *refresh, *empty;
   PyObject* version = PyUnicode_InternFromString("_version");
-  PyObject* storage = PyUnicode_InternFromString("untyped_storage");
-  PyObject* cdata = PyUnicode_InternFromString("_cdata");
   PyObject* is_neg = PyUnicode_InternFromString("is_neg");
   PyObject* dtype = PyUnicode_InternFromString("dtype");
 };
 const Torch* torch = nullptr;
 
-// refresh(structure, values) brings the Memo up to date; empty(shape, strides, dtype) allocates.
+// refresh(structure) looks at a structure and tells what it is; empty(shape, strides, dtype)
+// allocates.
 void use_torch(const py::type& tensor, const py::type& parameter, const py::object& refresh,
                const py::object& empty) {
   const py::object capsule = tensor.attr("__dlpack_c_exchange_api__");
@@ -127,9 +85,12 @@ struct Tensor {
   int64_t itemsize() const { return view.bits / 8; }
   bool contiguous() const { return view.shape[0] < 2 || view.strides[0] == 1; }  // one dimension
   void* data() const { return static_cast<char*>(view.data) + view.byte_offset; }
-  Operand samples() const {  // (batch, features)
-    return {data(), size(1), size(0), view.strides[1], view.strides[0]};
+  DType dtype() const { return view.bits == 64 ? DType::f64 : DType::f32; }
+  // (batch, features) as features by samples.
+  View samples() const {
+    return {data(), dtype(), size(1), size(0), view.strides[1], view.strides[0]};
   }
+  View vector() const { return {data(), dtype(), size(0), 1, 1, 0}; }
 };
 
 // Whether an object is a strided CPU tensor of this rank and dtype, at a whole address. Only the
@@ -160,44 +121,85 @@ bool plain_floats(PyObject* object, int ndim, int bits, Tensor& t) {
   return neg.ptr() == Py_False;
 }
 
-// ------------------------------------------------------------------------------------- identity
+// -------------------------------------------------------------------------------- what is known
 
-// What identifies the content of a vector, field by field as `_key` in spfmt/torch/_identity.py.
-struct Content {
-  const void *storage, *data;
-  int64_t count, itemsize, version;
-  uint64_t fingerprint;
+// Structure words begin with a header that carries a hash of all of them.
+constexpr int kHeader = 5;
+using Header = std::array<int32_t, kHeader>;
 
-  auto fields() const { return std::tie(storage, data, count, itemsize, version, fingerprint); }
-  bool operator==(const Content& other) const { return fields() == other.fields(); }
+// A structure where it lies. The address may have been given to another since, and other words
+// written there: header and version tell. Words that were changed one by one, without a new header
+// and past the version counter, are no structure that anybody encoded.
+struct Known {
+  int64_t count, version;
+  Header header;
+  py::capsule plan;
+};
+// Values whose owner promises that they stay as they are while he holds them; counted writes end it.
+struct Promise {
+  int64_t count, version, number;
 };
 
-using Place = std::pair<const void*, const void*>;  // storage and address
-
-py::object attribute(PyObject* object, PyObject* name) {
-  return py::reinterpret_steal<py::object>(PyObject_GetAttr(object, name));
+template <class Entry>
+std::unordered_map<const void*, Entry>& all() {
+  static auto* entries = new std::unordered_map<const void*, Entry>;  // outlives every user
+  return *entries;
 }
 
-// False for an inference tensor, which has no version. `sampled` elements are fingerprinted.
-bool read_content(const Tensor& t, int64_t sampled, Content& content) {
-  const py::object version = attribute(t.object, torch->version);
+// Nothing for an inference tensor, which counts no writes.
+std::optional<int64_t> version_of(const Tensor& t) {
+  const auto version =
+      py::reinterpret_steal<py::object>(PyObject_GetAttr(t.object, torch->version));
   if (!version) {
     PyErr_Clear();
-    return false;
+    return std::nullopt;
   }
-  const auto storage =
-      py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(t.object, torch->storage));
-  if (!storage) throw py::error_already_set();
-  const py::object cdata = attribute(storage.ptr(), torch->cdata);
-  if (!cdata) throw py::error_already_set();
-  content = {address(cdata.ptr()),
-             t.data(),
-             t.size(0),
-             t.itemsize(),
-             integer(version.ptr()),
-             fingerprint_of(t.data(), sampled, t.itemsize())};
-  return true;
+  return integer(version.ptr());
 }
+
+py::capsule known_plan(const Tensor& structure) {
+  const auto found = all<Known>().find(structure.data());
+  if (found == all<Known>().end()) return {};
+  const Known& known = found->second;
+  if (known.count != structure.size(0)) return {};
+  if (std::memcmp(known.header.data(), structure.data(), sizeof(Header)) != 0) return {};
+  if (version_of(structure) != known.version) return {};
+  return known.plan;
+}
+
+// The plan of a structure; Python is asked once where it is not known.
+py::capsule plan_at(PyObject* structure) {
+  Tensor words;
+  if (!plain(structure, 1, kInt, 32, words) || !words.contiguous()) return {};
+  if (words.size(0) < kHeader) return {};
+  if (py::capsule plan = known_plan(words)) return plan;
+  const auto done =
+      py::reinterpret_steal<py::object>(PyObject_CallOneArg(torch->refresh, structure));
+  if (!done) throw py::error_already_set();
+  return known_plan(words);
+}
+
+int64_t constant_of(const Tensor& values) {
+  const auto found = all<Promise>().find(values.data());
+  if (found == all<Promise>().end() || found->second.count != values.size(0)) {
+    return spfmt::kChanging;
+  }
+  return version_of(values) == found->second.version ? found->second.number : spfmt::kChanging;
+}
+
+void know(uintptr_t data, int64_t count, int64_t version, const Header& header,
+          const py::capsule& plan) {
+  all<Known>().insert_or_assign(reinterpret_cast<void*>(data),
+                                Known{count, version, header, plan});
+}
+void forget(uintptr_t data) { all<Known>().erase(reinterpret_cast<void*>(data)); }
+
+void promise(uintptr_t data, int64_t count, int64_t version, int64_t number) {
+  all<Promise>().insert_or_assign(reinterpret_cast<void*>(data), Promise{count, version, number});
+}
+void retract(uintptr_t data) { all<Promise>().erase(reinterpret_cast<void*>(data)); }
+
+// ------------------------------------------------------------------------------------- products
 
 // Whether an object is an int, perhaps a huge one, of this value.
 bool is_size(PyObject* o, int64_t size) {
@@ -205,112 +207,15 @@ bool is_size(PyObject* o, int64_t size) {
   return PyLong_Check(o) && PyLong_AsLongLongAndOverflow(o, &overflow) == size && overflow == 0;
 }
 
-// What Python found out about one structure buffer; it holds the Memo, weak references that keep
-// storages from being given to others, and nothing else.
-class Memo {
- public:
-  Memo(py::capsule calls, std::string format)
-      : calls_(std::move(calls)), format_(std::move(format)) {}
-  ~Memo() { forget(); }
-  Memo(const Memo&) = delete;
-  Memo& operator=(const Memo&) = delete;
-
-  static Memo* find(const Content& structure) {
-    const auto known = all().find({structure.storage, structure.data});
-    return known != all().end() && known->second->structure_ == structure ? known->second : nullptr;
-  }
-
-  void set_structure(const Content& structure) {
-    forget();
-    structure_ = structure;
-    all()[{structure.storage, structure.data}] = this;
-  }
-
-  void set_values(const Content& values, int64_t version) {
-    values_ = values;
-    version_ = version;
-  }
-
-  bool saw(const Content& values) const { return values_ == values; }
-  int64_t version() const { return version_; }
-  const py::capsule& calls() const { return calls_; }
-
-  // Whether this is the weight that a caller means: shape is a tuple or list of two ints.
-  bool describes(PyObject* shape, PyObject* format) const {
-    const bool listed = PyTuple_Check(shape) || PyList_Check(shape);
-    if (!listed || PySequence_Fast_GET_SIZE(shape) != 2 || !PyUnicode_Check(format)) return false;
-    PyObject *rows = PySequence_Fast_GET_ITEM(shape, 0), *cols = PySequence_Fast_GET_ITEM(shape, 1);
-    const PyPlan& plan = calls_.get_pointer<Calls>()->plan;
-    return is_size(rows, plan.rows) && is_size(cols, plan.cols) &&
-           PyUnicode_CompareWithASCIIString(format, format_.c_str()) == 0;
-  }
-
- private:
-  static std::map<Place, Memo*>& all() {
-    static auto* memos = new std::map<Place, Memo*>;  // outlives every Memo
-    return *memos;
-  }
-
-  void forget() {
-    const auto known = all().find({structure_.storage, structure_.data});
-    if (known != all().end() && known->second == this) all().erase(known);
-  }
-
-  py::capsule calls_;
-  std::string format_;
-  Content structure_{}, values_{};
-  int64_t version_ = spfmt::kNoVersion;
-};
-
-Content content(uintptr_t storage, uintptr_t data, int64_t count, int64_t itemsize, int64_t version,
-                uint64_t fingerprint) {
-  return {reinterpret_cast<void*>(storage),
-          reinterpret_cast<void*>(data),
-          count,
-          itemsize,
-          version,
-          fingerprint};
-}
-
-constexpr int64_t kHeader = 4;  // structure words that carry a checksum of all of them
-
-// The Memo for a structure and, where there are any, its values; null for inference tensors.
-const Memo* recall(const Tensor& structure, const Tensor* values) {
-  Content words, numbers;
-  if (values != nullptr && !read_content(*values, values->size(0), numbers)) return nullptr;
-  for (const bool asked : {false, true}) {
-    if (!read_content(structure, std::min(kHeader, structure.size(0)), words)) return nullptr;
-    const Memo* memo = Memo::find(words);
-    if (memo != nullptr && (values == nullptr || memo->saw(numbers))) return memo;
-    if (asked) break;
-    PyObject* seen[] = {structure.object, values == nullptr ? Py_None : values->object};
-    const auto done =
-        py::reinterpret_steal<py::object>(PyObject_Vectorcall(torch->refresh, seen, 2, nullptr));
-    if (!done) throw py::error_already_set();
-  }
-  return nullptr;
-}
-
-// ------------------------------------------------------------------------------------- products
-
-// What a product takes from a Memo, which may go while Python code runs.
-struct Weight {
-  py::capsule held;
-  int64_t version;
-
-  const Calls& calls() const { return *held.get_pointer<Calls>(); }
-  const PyPlan& plan() const { return calls().plan; }
-  int64_t nnz() const { return spfmt::plan_nnz(*plan().plan); }
-};
-
-// Nothing where the structure is not plain, or is not of this shape and format.
-std::optional<Weight> weight(PyObject* structure, const Tensor* values, PyObject* shape,
-                             PyObject* format) {
-  Tensor words;
-  if (!plain(structure, 1, kInt, 32, words) || !words.contiguous()) return std::nullopt;
-  const Memo* memo = recall(words, values);
-  if (memo == nullptr || !memo->describes(shape, format)) return std::nullopt;
-  return Weight{memo->calls(), memo->version()};
+// The plan of a structure that is of this shape, a tuple or list of two ints; null elsewhere. The
+// capsule holds it, for what is known may go while Python code runs.
+const spfmt::Plan* plan_of(const py::capsule& held, PyObject* shape) {
+  const bool listed = PyTuple_Check(shape) || PyList_Check(shape);
+  if (!held || !listed || PySequence_Fast_GET_SIZE(shape) != 2) return nullptr;
+  const spfmt::Plan& plan = *held.get_pointer<PyPlan>()->plan;
+  const bool fits = is_size(PySequence_Fast_GET_ITEM(shape, 0), spfmt::plan_rows(plan)) &&
+                    is_size(PySequence_Fast_GET_ITEM(shape, 1), spfmt::plan_cols(plan));
+  return fits ? &plan : nullptr;
 }
 
 // 32 or 64, or 0 where x is no plain matrix of floats.
@@ -318,88 +223,93 @@ int bits_of(PyObject* x, Tensor& t) {
   return plain_floats(x, 2, 32, t) ? 32 : plain_floats(x, 2, 64, t) ? 64 : 0;
 }
 
-// None, or a vector of `size` floats.
-bool plain_bias(PyObject* bias, int bits, int64_t size, Tensor& t) {
-  if (bias == Py_None) return true;
-  return plain_floats(bias, 1, bits, t) && t.contiguous() && t.size(0) == size;
-}
-
 // `given`, or a new tensor where that is None.
 py::object output(PyObject* given, const py::tuple& shape, const py::tuple& strides,
                   PyObject* like) {
   if (given != Py_None) return py::reinterpret_borrow<py::object>(given);
-  const py::object dtype = attribute(like, torch->dtype);
+  const auto dtype = py::reinterpret_steal<py::object>(PyObject_GetAttr(like, torch->dtype));
   if (!dtype) throw py::error_already_set();
   return py::handle(torch->empty)(shape, strides, dtype);
 }
 
-spfmt::Op operation(int64_t op, int64_t activation) {
+Op operation(int64_t op, int64_t activation) {
   if (op < 0 || op > 1) throw py::index_error("no such operation");
   const int64_t last = op == 0 ? static_cast<int64_t>(spfmt::Activation::silu) : 0;
   if (activation < 0 || activation > last) throw py::index_error("no such activation");
-  return static_cast<spfmt::Op>(op);
+  return static_cast<Op>(op);
 }
 
-// multiply_tensors(op, values, structure, x, bias, shape, format, activation, out, threads)
+// multiply_tensors(op, values, structure, x, bias, shape, activation, out, threads)
 //   -> out, which is allocated where None is given; or None
 PyObject* multiply(PyObject*, PyObject* const* arg, Py_ssize_t count) {
   return translated([&]() -> PyObject* {
-    require_count(count, 10);
-    const int64_t activation = integer(arg[7]);
-    const spfmt::Op op = operation(integer(arg[0]), activation);
+    require_count(count, 9);
+    const int64_t activation = integer(arg[6]);
+    spfmt::Product p;
+    p.op = operation(integer(arg[0]), activation);
+    p.activation = static_cast<spfmt::Activation>(activation);
     Tensor values, x, bias, y;
     const int bits = torch == nullptr ? 0 : bits_of(arg[3], x);
     if (bits == 0 || !plain_floats(arg[1], 1, bits, values) || !values.contiguous()) Py_RETURN_NONE;
-    const auto a = weight(arg[2], &values, arg[5], arg[6]);
-    if (!a || values.size(0) < a->nnz()) Py_RETURN_NONE;
-    const bool forward = op == spfmt::Op::spmm;
-    const int64_t rows = a->plan().rows, cols = a->plan().cols, batch = x.size(0);
-    const int64_t n_in = forward ? cols : rows, n_out = forward ? rows : cols;
-    if (x.size(1) != n_in || !plain_bias(arg[4], bits, forward ? rows : -1, bias)) Py_RETURN_NONE;
-    const spfmt::Kernel* kernel = a->calls().kernel(op, bits == 64);
-    if (kernel == nullptr) Py_RETURN_NONE;
+    const py::capsule held = plan_at(arg[2]);
+    const spfmt::Plan* plan = plan_of(held, arg[5]);
+    const auto level = level_in_use();
+    if (plan == nullptr || !level || values.size(0) < spfmt::plan_nnz(*plan)) Py_RETURN_NONE;
+    const int64_t rows = spfmt::plan_rows(*plan), cols = spfmt::plan_cols(*plan);
+    const bool forward = p.op == Op::spmm;
+    const int64_t n_in = forward ? cols : rows, n_out = forward ? rows : cols, batch = x.size(0);
+    if (x.size(1) != n_in) Py_RETURN_NONE;
+    if (arg[4] != Py_None) {
+      if (!forward || !plain_floats(arg[4], 1, bits, bias)) Py_RETURN_NONE;
+      if (!bias.contiguous() || bias.size(0) != rows) Py_RETURN_NONE;
+      p.bias = bias.vector();
+    }
     const py::object out =
-        output(arg[8], py::make_tuple(batch, n_out), py::make_tuple(n_out, 1), arg[3]);
+        output(arg[7], py::make_tuple(batch, n_out), py::make_tuple(n_out, 1), arg[3]);
     if (!plain(out.ptr(), 2, kFloat, bits, y)) Py_RETURN_NONE;
     if (y.size(0) != batch || y.size(1) != n_out) Py_RETURN_NONE;
-    run(a->calls(), *kernel,
-        {op, bits == 64, values.data(), a->version, x.samples(), Operand{}, y.samples(),
-         arg[4] == Py_None ? nullptr : bias.data(), threads_of(arg[9]),
-         static_cast<spfmt::Activation>(activation)});
+    p.values = values.vector();
+    p.constant = constant_of(values);
+    p.in = x.samples();
+    p.out = y.samples();
+    run(*plan, *level, p, threads_of(arg[8]));
     return out.inc_ref().ptr();
   });
 }
 
-// sample_tensors(structure, dy, x, shape, format, capacity, out, threads) -> out or None
+// sample_tensors(structure, dy, x, shape, capacity, out, threads) -> out or None
 // Elements of out behind nnz become zero; capacity counts where out is None.
 PyObject* sample(PyObject*, PyObject* const* arg, Py_ssize_t count) {
   return translated([&]() -> PyObject* {
-    require_count(count, 8);
+    require_count(count, 7);
     Tensor dy, x, gradient;
     const int bits = torch == nullptr ? 0 : bits_of(arg[1], dy);
     if (bits == 0 || !plain_floats(arg[2], 2, bits, x)) Py_RETURN_NONE;
-    const auto a = weight(arg[0], nullptr, arg[3], arg[4]);
-    if (!a || dy.size(1) != a->plan().rows || x.size(1) != a->plan().cols) Py_RETURN_NONE;
-    const spfmt::Kernel* kernel = a->calls().kernel(spfmt::Op::sddmm, bits == 64);
-    if (kernel == nullptr || dy.size(0) != x.size(0)) Py_RETURN_NONE;
+    const py::capsule held = plan_at(arg[0]);
+    const spfmt::Plan* plan = plan_of(held, arg[3]);
+    const auto level = level_in_use();
+    if (plan == nullptr || !level || dy.size(0) != x.size(0)) Py_RETURN_NONE;
+    const bool fits =
+        dy.size(1) == spfmt::plan_rows(*plan) && x.size(1) == spfmt::plan_cols(*plan);
     // torch's allocation takes ints proper and nothing else that stands for one.
-    const int64_t capacity = arg[6] == Py_None ? integer(arg[5]) : 0;
-    if (arg[6] == Py_None && capacity < a->nnz()) Py_RETURN_NONE;
-    const py::object out = output(arg[6], py::make_tuple(capacity), py::make_tuple(1), arg[1]);
+    const int64_t nnz = spfmt::plan_nnz(*plan);
+    const int64_t capacity = arg[5] == Py_None ? integer(arg[4]) : nnz;
+    if (!fits || capacity < nnz) Py_RETURN_NONE;
+    const py::object out = output(arg[5], py::make_tuple(capacity), py::make_tuple(1), arg[1]);
     if (!plain(out.ptr(), 1, kFloat, bits, gradient) || !gradient.contiguous()) Py_RETURN_NONE;
-    const int64_t nnz = a->nnz(), spare = gradient.size(0) - nnz, size = gradient.itemsize();
-    if (spare < 0) Py_RETURN_NONE;
-    run(a->calls(), *kernel,
-        {spfmt::Op::sddmm, bits == 64, gradient.data(), spfmt::kNoVersion, dy.samples(),
-         x.samples(), Operand{}, nullptr, threads_of(arg[7])});
-    if (spare > 0) std::memset(static_cast<char*>(gradient.data()) + nnz * size, 0, spare * size);
+    if (gradient.size(0) < nnz) Py_RETURN_NONE;
+    spfmt::Product p;
+    p.op = Op::sddmm;
+    p.values = gradient.vector();
+    p.in = dy.samples();
+    p.in2 = x.samples();
+    run(*plan, *level, p, threads_of(arg[6]));
+    clear_behind(p.values, nnz);
     return out.inc_ref().ptr();
   });
 }
 
 PyMethodDef kModule[] = {
-    {"fingerprint", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(fingerprint)),
-     METH_FASTCALL, nullptr},
     {"multiply_tensors", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(multiply)),
      METH_FASTCALL, nullptr},
     {"sample_tensors", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(sample)),
@@ -412,13 +322,12 @@ PyMethodDef kModule[] = {
 void define_tensors(py::module_& m) {
   m.def("use_torch", &use_torch, py::arg("tensor"), py::arg("parameter"), py::arg("refresh"),
         py::arg("empty"));
-  py::class_<Content>(m, "Content")
-      .def(py::init(&content), py::arg("storage"), py::arg("data"), py::arg("count"),
-           py::arg("itemsize"), py::arg("version"), py::arg("fingerprint"));
-  py::class_<Memo>(m, "Memo")
-      .def(py::init<py::capsule, std::string>(), py::arg("calls"), py::arg("format"))
-      .def("set_structure", &Memo::set_structure, py::arg("structure"))
-      .def("set_values", &Memo::set_values, py::arg("values"), py::arg("version"));
+  m.def("know", &know, py::arg("data"), py::arg("count"), py::arg("version"), py::arg("header"),
+        py::arg("plan"));
+  m.def("forget", &forget, py::arg("data"));
+  m.def("promise", &promise, py::arg("data"), py::arg("count"), py::arg("version"),
+        py::arg("number"));
+  m.def("retract", &retract, py::arg("data"));
   if (PyModule_AddFunctions(m.ptr(), kModule) != 0) throw py::error_already_set();
 }
 

@@ -1,4 +1,4 @@
-// Plan: an owned copy of a structure plus the kernels' private layouts of it, built on first use.
+// Plan: an owned copy of a structure plus what the variants have made of it, built on first use.
 #pragma once
 
 #include <atomic>
@@ -7,116 +7,18 @@
 #include <vector>
 
 #include "../cost/cost.h"
+#include "fork.h"
+#include "packed.h"
 #include "spfmt.h"
-#include "bodies.h"
-#include "workspace.h"
 
 namespace spfmt {
 
-// A private copy of a plan's values in some kernel's order. One entry: training alternates between
-// "new values" and "the same values again", nothing else. Readers hold the buffer they were given,
-// so a refresh from another thread never changes it under them.
-class ValueCache {
- public:
-  // fill(Buffer&) packs the values where no copy of this version is kept. A template, as below:
-  // std::function would allocate at every product.
-  template <class Fill>
-  std::shared_ptr<const Buffer> get(int64_t version, size_t bytes, const Fill& fill) const {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    if (version != kNoVersion && version == version_ && buffer_->bytes() == bytes) return buffer_;
-    Buffer& fresh = renew(bytes);
-    fill(fresh);
-    version_ = version;
-    return buffer_;
-  }
-  size_t nbytes() const;
-
- private:
-  // A buffer that no reader holds, of no version; the mutex is held.
-  Buffer& renew(size_t bytes) const;
-
-  mutable std::mutex mutex_;
-  mutable int64_t version_ = kNoVersion;
-  mutable std::shared_ptr<Buffer> buffer_;
-};
-
-// Built once, on first use, by whoever comes first.
-template <class T>
-class Lazy {
- public:
-  template <class Make>
-  const T& get(const Make& make) const {
-    if (const T* ready = peek()) return *ready;
-    std::call_once(once_, [&] {
-      value_ = make();
-      ready_.store(value_.get(), std::memory_order_release);
-    });
-    return *value_;
-  }
-  // Null until it is built; another thread may be building it right now.
-  const T* peek() const { return ready_.load(std::memory_order_acquire); }
-
- private:
-  mutable std::once_flag once_;
-  mutable std::unique_ptr<T> value_;
-  mutable std::atomic<const T*> ready_{nullptr};
-};
-
-struct SlicePack {
-  std::vector<int32_t> lane_row;
-  std::vector<int64_t> slice_ptr;
-  std::unique_ptr<Buffer> block, code;
-  RowSlices view;
-  ValueCache values;
-  // Places for values, padding included.
-  int64_t packed() const { return slice_ptr.back() * view.steps * kRowTile; }
-  int64_t nbytes() const;
-};
-
-// Nonzeros [start, stop) of the lists, all of one row of a chunk.
-struct OctetPiece {
-  int64_t start, stop;
-  uint16_t row;
-};
-
-struct OctetPack {
-  std::vector<int64_t> quad_ptr, step_ptr;
-  std::vector<uint16_t> row, offset;
-  std::vector<OctetPiece> piece;  // four per quad
-  RowOctets view;
-  ValueCache values;
-  // Places for values, padding included.
-  int64_t packed() const { return static_cast<int64_t>(offset.size()); }
-  int64_t nbytes() const;
-};
-
-struct TilePack {
-  std::vector<int64_t> base, piece_ptr, visit_ptr;
-  std::vector<RowPiece> piece;
-  std::vector<uint16_t> col;
-  RowTiles view;
-  ValueCache values;
-  int64_t chunks() const { return static_cast<int64_t>(base.size()); }
-  int64_t nbytes() const;
-};
-std::unique_ptr<TilePack> make_tile_pack(const Lists& a);
-
-// The transposed matrix as Lists: its value p is value source[p] of the original.
-struct TransposePack {
-  std::vector<int64_t> source;
-  std::shared_ptr<const Plan> plan;
-};
-
-struct ColumnPack {
-  std::vector<int64_t> col_ptr, entry_value;
-  std::vector<int32_t> entry_tile;
-  ColumnEntries view;
-};
-
 class Plan {
  public:
-  explicit Plan(const Lists& view);
-  explicit Plan(const Groups& view);
+  explicit Plan(const Lists& lists);
+  explicit Plan(const Groups& groups);
+  // Lists that are another plan's, transposed: position p holds value source[p] of that plan.
+  Plan(const Lists& lists, std::vector<int64_t> source, std::shared_ptr<PackedValues> values);
 
   Layout layout() const { return layout_; }
   int64_t rows() const { return layout_ == Layout::lists ? lists_.rows : groups_.rows; }
@@ -127,26 +29,70 @@ class Plan {
 
   const Lists& lists() const { return lists_; }
   const Groups& groups() const { return groups_; }
-  // `widest`: columns of the widest window that the caller's kernels look up.
-  const SlicePack& slices(int widest, const Executor& executor) const;
-  const OctetPack& octets() const;
-  const TilePack& tiles() const;
-  const TransposePack& transpose() const;
-  const ColumnPack& columns() const;
+  // The plan that a product multiplies with: spmm_t of lists is spmm of the transposed lists.
+  const Plan& oriented(Op op) const {
+    return op == Op::spmm_t && layout_ == Layout::lists ? transposed() : *this;
+  }
+  // Null unless the plan is another's, transposed.
+  const int64_t* source() const { return source_.empty() ? nullptr : source_.data(); }
+  // Values in a variant's placement of `places` elements: reused, or filled by fill(T* packed, const
+  // T* values) from those of the product. Whoever reads them holds the buffer.
+  template <class T, class Fill>
+  std::shared_ptr<const Buffer> packed(const void* variant, const Product& p, int64_t places,
+                                       const Fill& fill) const {
+    return values_->get({variant, source() != nullptr, p.values.dtype}, p, nnz_, sizeof(T) * places,
+                        [&](const void* values, Buffer& buffer) {
+                          fill(buffer.as<T>(), static_cast<const T*>(values));
+                        });
+  }
+
+  // What a variant has made of the structure, by its type: make() builds it where it is not there.
+  // A Pack has nbytes().
+  template <class Pack, class Make>
+  const Pack& made(const Make& make) const {
+    const void* key = key_of<Pack>();
+    if (const void* found = find(key)) return *static_cast<const Pack*>(found);
+    const NoFork whole;
+    const std::lock_guard<std::recursive_mutex> lock(mutex_);
+    if (const void* found = find(key)) return *static_cast<const Pack*>(found);
+    std::shared_ptr<const Pack> pack = make();
+    const auto nbytes = [](const void* p) { return static_cast<const Pack*>(p)->nbytes(); };
+    add({key, pack, nbytes, nullptr});
+    return *pack;
+  }
 
  private:
+  struct Made {
+    const void* key;
+    std::shared_ptr<const void> pack;
+    int64_t (*nbytes)(const void*);
+    const Made* next;
+  };
+  template <class Pack>
+  static const void* key_of() {
+    static const char key = 0;
+    return &key;
+  }
+  const void* find(const void* key) const {
+    for (const Made* m = made_.load(std::memory_order_acquire); m != nullptr; m = m->next) {
+      if (m->key == key) return m->pack.get();
+    }
+    return nullptr;
+  }
+  void add(Made made) const;  // the mutex is held
+  const Plan& transposed() const;
+
   Layout layout_;
   int64_t nnz_;
   Summary summary_{};
-  std::vector<int64_t> pointers_;
+  std::vector<int64_t> pointers_, source_;
   std::vector<int32_t> indices_;
   Lists lists_{};
   Groups groups_{};
-  Lazy<SlicePack> slices_[2];  // windows of 32 columns; of up to 64
-  Lazy<OctetPack> octets_;
-  Lazy<TilePack> tiles_;
-  Lazy<TransposePack> transpose_;
-  Lazy<ColumnPack> columns_;
+  std::shared_ptr<PackedValues> values_;
+  mutable std::recursive_mutex mutex_;  // what is made may need what another variant made
+  mutable std::vector<std::unique_ptr<const Made>> owned_;
+  mutable std::atomic<const Made*> made_{nullptr};
 };
 
 }  // namespace spfmt

@@ -1,157 +1,77 @@
-// Batches cut into panels: packing, unpacking, and the strips that bound the workspace.
+// Samples as kernels see them: in the caller's memory, or packed into panels.
 #pragma once
 
-#include <algorithm>
-#include <vector>
+#include <cstdint>
 
-#include "threads.h"
-#include "plan.h"
-#include "bodies.h"
+#include "../simd/unroll.h"
+#include "spfmt.h"
 
 namespace spfmt {
 
-// Samples that spmm_t of groups and sddmm of lists pack at a time, which bounds their workspace to
-// (rows + cols) * kStrip elements.
-constexpr int64_t kStrip = 8 * kPanel;
+// Elements that a level's vectors work on at a time: one 512-bit register of float32, or several
+// smaller ones.
+constexpr int kLanes = 16;
+// Samples per octet: four-byte lanes of a 256-bit register.
+constexpr int kOctet = 8;
+// Samples per panel: four 512-bit registers of float32.
+constexpr int kPanel = 64;
+// Samples that the gradient of groups takes at a time, in one wide panel: sixteen rows of dY
+// then are half of a first-level cache.
+constexpr int kSampleStrip = 256;
+
+// A panel holds up to 64 samples of all features, feature after feature:
+//
+//   data[f * width + b],   width = samples rounded up to a multiple of 16, zeros behind the last
+//
+// A small panel holds up to eight samples; it is as wide as there are samples, with room for eight
+// numbers behind the last feature, or kOctet wide.
+template <class T>
+struct Panel {
+  T* data;
+  int64_t features;
+  int width;    // 1 .. 8, 16, 32, 48 or 64; for the gradient of groups up to kSampleStrip
+  int samples;  // 1 .. width
+};
+
+// Features by samples with arbitrary strides, at most one panel wide.
+template <class T>
+struct Strided {
+  T* data;
+  int64_t feature_stride, sample_stride;
+};
+
+// Samples of all features, as in a Panel but with any stride between features: the caller's memory.
+template <class T>
+struct SampleRows {
+  const T* data;
+  int64_t stride;
+};
+
+// body(first, n) over `count` samples or registers in as few parts of at most `most` as there can
+// be, all about equal: a part of one or two would load every weight for little.
+template <class Body>
+inline void for_parts(int64_t count, int64_t most, const Body& body) {
+  const int64_t parts = (count + most - 1) / most;
+  for (int64_t i = 0; i < parts; ++i) {
+    const int64_t first = count * i / parts, end = count * (i + 1) / parts;
+    body(first, static_cast<int>(end - first));
+  }
+}
+
+// What every level does with samples, whatever multiplies them.
+template <class T>
+struct SampleBodies {
+  // Panel <-> memory for features [begin, end).
+  void (*pack)(Strided<const T> from, const Panel<T>& to, int64_t begin, int64_t end);
+  void (*unpack)(const Panel<const T>& from, Strided<T> to, int64_t begin, int64_t end);
+  // y[row * ldy + b], b < width (a multiple of 16), for n rows: those that `rows` names, or the
+  // first n where it is null.
+  void (*activate)(Activation, T* y, int64_t ldy, int width, const int32_t* rows, int64_t n);
+};
 
 template <class T>
 Strided<T> samples_from(const Matrix<T>& m, int64_t sample) {
   return {m.data + sample * m.col_stride, m.row_stride, m.col_stride};
-}
-
-// Panels of up to `width` samples over samples [begin, end) of some matrix, in one buffer.
-template <class T>
-class PanelSet {
- public:
-  PanelSet(int64_t features, int64_t begin, int64_t end, int width) : begin_(begin), width_(width) {
-    const int64_t samples = end - begin;
-    const int64_t padded = (samples + kRowTile - 1) / kRowTile * kRowTile;
-    workspace_ = std::make_unique<Workspace>(sizeof(T) * features * padded);
-    T* data = workspace_->template as<T>();
-    for (int64_t b = 0; b < samples; b += width) {
-      const int n = static_cast<int>(std::min<int64_t>(width, samples - b));
-      const int rounded = (n + kRowTile - 1) / kRowTile * kRowTile;
-      panels_.push_back({data + features * b, features, rounded, n});
-      read_.push_back({data + features * b, features, rounded, n});
-    }
-  }
-
-  int64_t size() const { return static_cast<int64_t>(panels_.size()); }
-  const Panel<T>& operator[](int64_t i) const { return panels_[i]; }
-  const Panel<const T>& read(int64_t i) const { return read_[i]; }
-  const Panel<const T>* read() const { return read_.data(); }
-  int64_t sample(int64_t i) const { return begin_ + i * width_; }
-
-  void pack(const Tiles<T>& tiles, const Matrix<const T>& from, const Executor& executor) const {
-    for_pieces(executor, [&](int64_t i, int64_t f, int64_t stop) {
-      tiles.pack(samples_from(from, sample(i)), panels_[i], f, stop);
-    });
-  }
-  void unpack(const Tiles<T>& tiles, const Matrix<T>& to, const Executor& executor) const {
-    for_pieces(executor, [&](int64_t i, int64_t f, int64_t stop) {
-      tiles.unpack(read_[i], samples_from(to, sample(i)), f, stop);
-    });
-  }
-
- private:
-  template <class Body>
-  void for_pieces(const Executor& executor, const Body& body) const {
-    constexpr int64_t kFeatures = 256;
-    const int64_t features = panels_.empty() ? 0 : panels_[0].features;
-    const int64_t pieces = (features + kFeatures - 1) / kFeatures;
-    for_each(executor, size() * pieces, [&](int64_t k) {
-      const int64_t f = k % pieces * kFeatures;
-      body(k / pieces, f, std::min(features, f + kFeatures));
-    });
-  }
-
-  int64_t begin_;
-  int width_;
-  std::unique_ptr<Workspace> workspace_;
-  std::vector<Panel<T>> panels_;
-  std::vector<Panel<const T>> read_;
-};
-
-// A small batch as its kernels read it: where the caller keeps it, or a copy with each feature's
-// samples side by side.
-template <class T>
-class Samples {
- public:
-  Samples(const Tiles<T>& tiles, const Matrix<const T>& m) : view_(samples_from(m, 0)) {
-    // A feature's samples are as many cache lines, which costs nothing while L1 holds them all and
-    // more than the copy does beyond.
-    constexpr int64_t kReadInPlace = 28 << 10;
-    const int64_t bytes = m.rows * m.cols * static_cast<int64_t>(sizeof(T));
-    if (m.cols == 1 || m.col_stride == 1 || bytes <= kReadInPlace) return;
-    const int64_t width = m.cols <= kOctet ? m.cols : (m.cols + kRowTile - 1) / kRowTile * kRowTile;
-    copy_ = std::make_unique<Workspace>(sizeof(T) * (m.rows * width + kOctet));
-    T* data = copy_->template as<T>();
-    tiles.pack(view_, {data, m.rows, static_cast<int>(width), static_cast<int>(m.cols)}, 0, m.rows);
-    view_ = {data, width, 1};
-  }
-  Strided<const T> operator[](int64_t sample) const {
-    return {view_.data + sample * view_.sample_stride, view_.feature_stride, view_.sample_stride};
-  }
-
- private:
-  Strided<const T> view_;
-  std::unique_ptr<Workspace> copy_;
-};
-
-// body(begin, end) over strips of the batch.
-template <class Body>
-void for_strips(int64_t batch, int64_t strip, const Body& body) {
-  for (int64_t b = 0; b < batch; b += strip) body(b, std::min(batch, b + strip));
-}
-
-// Narrows panels until every thread has one; the width does not change any sum.
-inline int panel_width(int64_t batch, int threads, int least) {
-  int width = kPanel;
-  while (width > least && (batch + width - 1) / width < threads) width /= 2;
-  return width;
-}
-
-// body(begin, end, width, executor) over strips of a batch of Y = A X in panels of `width` samples,
-// no narrower than `least`, below which the kernel slows down. With a panel for every thread each
-// strip is one panel that one thread packs, multiplies and unpacks while it is in that core's
-// cache, and workspace is one panel of X and Y per thread. With fewer panels than threads the whole
-// batch is one strip, and the threads share the rows.
-template <class Body>
-void for_panels(int64_t batch, int least, const Executor& executor, const Body& body) {
-  int64_t width = panel_width(batch, executor.threads, least);
-  const int64_t panels = (batch + width - 1) / width;
-  if (panels < executor.threads) return body(int64_t{0}, batch, kPanel, executor);
-  for_each(executor, panels, [&](int64_t i) {
-    body(i * width, std::min(batch, (i + 1) * width), static_cast<int>(width), serial_executor());
-  });
-}
-
-// The gradient of the values, strip by strip, in panels of `width` samples. compute(dy, x,
-// accumulate, begin, end) does units [begin, end) of the structure for one strip; strips add up in
-// order.
-template <class T, class Compute>
-void sample_product(const Tiles<T>& tiles, const Plan& plan, const Args<T>& args,
-                    const Executor& executor, int64_t strip, int width, int64_t units,
-                    const Compute& compute) {
-  std::fill_n(args.values, args.in.cols == 0 ? plan.nnz() : 0, T(0));
-  for_strips(args.in.cols, strip, [&](int64_t begin, int64_t end) {
-    // Rows of dY are read once per tile, so they may lie anywhere.
-    const bool direct = args.in.col_stride == 1 && (end - begin) % kRowTile == 0;
-    const PanelSet<T> packed(direct ? 0 : plan.rows(), begin, end, width),
-        x(plan.cols(), begin, end, width);
-    packed.pack(tiles, args.in, executor);
-    x.pack(tiles, args.in2, executor);
-    std::vector<SampleRows<T>> dy;
-    for (int64_t i = 0; i < x.size(); ++i) {
-      if (direct) {
-        dy.push_back({args.in.data + x.sample(i), args.in.row_stride});
-      } else {
-        dy.push_back({packed[i].data, packed[i].width});
-      }
-    }
-    for_ranges(executor, units, range_step(executor, units),
-               [&](int64_t first, int64_t last) { compute(dy.data(), x, begin > 0, first, last); });
-  });
 }
 
 }  // namespace spfmt

@@ -1,79 +1,48 @@
-// The kernel table, the CPU's levels, and the way from a row to its driver.
+// The table of variants, the CPU's levels, and the way from a product to its kernel.
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
 
-#include "../cost/cost.h"
-#include "drivers.h"
+#include "variant.h"
 
 namespace spfmt {
-namespace {
-
-template <class T>
-const Tiles<T>& tiles_for(Isa isa);
 
 template <>
-const Tiles<float>& tiles_for(Isa isa) {
+const Bodies<float>* bodies_at(Isa isa) {
   switch (isa) {
     case Isa::avx512:
-      return avx512_tiles();
+      return &avx512_bodies();
     case Isa::avx2:
-      return avx2_tiles();
+      return &avx2_bodies();
     default:
-      return scalar_tiles_f32();
+      return &scalar_bodies_f32();
   }
 }
 template <>
-const Tiles<double>& tiles_for(Isa) {
-  return scalar_tiles_f64();
+const Bodies<double>* bodies_at(Isa isa) {
+  return isa == Isa::scalar ? &scalar_bodies_f64() : nullptr;
 }
 
-template <class T, Driver<T> kDriver>
-void drive(const Kernel& kernel, const Plan& plan, const Args<T>& args, const Executor& executor) {
-  const Choice choice = choose(kernel.isa, kernel.op, plan, args.in.cols, executor.threads);
-  kDriver(tiles_for<T>(kernel.isa), plan, choice.variant, args,
-          choice.threads > 1 ? executor : serial_executor());
+namespace {
+
+bool exists(Op op, Layout layout, DType dtype, Isa isa) {
+  for (const Variant* v : kVariants) {
+    if (v->layout == layout && v->takes(op, 1) && v->exists(isa, dtype)) return true;
+  }
+  return false;
 }
-
-struct Row {
-  Op op;
-  Layout layout;
-  void (*f32)(const Kernel&, const Plan&, const Args<float>&, const Executor&);
-  void (*f64)(const Kernel&, const Plan&, const Args<double>&, const Executor&);
-};
-
-#define SPFMT_ROW(op, layout, driver) \
-  {op, layout, drive<float, driver<float>>, drive<double, driver<double>>}
-
-constexpr Row kRows[] = {
-    SPFMT_ROW(Op::spmm, Layout::lists, lists_spmm),
-    SPFMT_ROW(Op::spmm_t, Layout::lists, lists_spmm_t),
-    SPFMT_ROW(Op::sddmm, Layout::lists, lists_sddmm),
-    SPFMT_ROW(Op::spmm, Layout::groups, groups_spmm),
-    SPFMT_ROW(Op::spmm_t, Layout::groups, groups_spmm_t),
-    SPFMT_ROW(Op::sddmm, Layout::groups, groups_sddmm),
-};
-#undef SPFMT_ROW
-
-struct Format {
-  const char* name;
-  Layout layout;
-};
-constexpr Format kFormats[] = {
-    {"condensed", Layout::lists}, {"nm", Layout::lists},
-    {"csr", Layout::lists},       {"shuffled_block", Layout::groups},
-    {"hrbp", Layout::groups},
-};
 
 std::vector<Kernel> make_table() {
   std::vector<Kernel> table;
-  for (const Format& format : kFormats) {
-    for (const Row& row : kRows) {
-      if (row.layout != format.layout) continue;
-      for (const Isa isa : {Isa::scalar, Isa::avx2, Isa::avx512}) {
-        table.push_back({row.op, format.name, DType::f32, isa, row.layout, row.f32, nullptr});
+  for (int layout = 0; layout < kLayouts; ++layout) {
+    for (int op = 0; op < kOps; ++op) {
+      for (int dtype = 0; dtype < kDTypes; ++dtype) {
+        for (int isa = 0; isa < kIsas; ++isa) {
+          const Kernel k{static_cast<Op>(op), static_cast<Layout>(layout),
+                         static_cast<DType>(dtype), static_cast<Isa>(isa)};
+          if (exists(k.op, k.layout, k.dtype, k.isa)) table.push_back(k);
+        }
       }
-      table.push_back({row.op, format.name, DType::f64, Isa::scalar, row.layout, nullptr, row.f64});
     }
   }
   return table;
@@ -92,29 +61,16 @@ const std::vector<Kernel>& kernel_table() {
   return table;
 }
 
-const Kernel* find_kernel(Op op, const std::string& format, DType dtype, Isa isa) {
-  for (const Kernel& k : kernel_table()) {
-    if (k.op == op && k.dtype == dtype && k.isa == isa && format == k.format) return &k;
-  }
-  return nullptr;
-}
-
-const char* op_name(Op op) {
+const char* name_of(Op op) {
   constexpr const char* kNames[] = {"spmm", "spmm_t", "sddmm"};
   return kNames[static_cast<int>(op)];
 }
-const char* isa_name(Isa isa) {
+const char* name_of(Isa isa) {
   constexpr const char* kNames[] = {"scalar", "avx2", "avx512"};
   return kNames[static_cast<int>(isa)];
 }
-const char* layout_name(Layout layout) {
-  return layout == Layout::lists ? "lists" : "groups";
-}
-const char* variant_name(Variant variant) {
-  constexpr const char* kNames[] = {"tokens", "octets", "panels"};
-  return kNames[static_cast<int>(variant)];
-}
-const char* dtype_name(DType dtype) { return dtype == DType::f32 ? "float32" : "float64"; }
+const char* name_of(Layout layout) { return layout == Layout::lists ? "lists" : "groups"; }
+const char* name_of(DType dtype) { return dtype == DType::f32 ? "float32" : "float64"; }
 
 bool isa_emulated([[maybe_unused]] Isa isa) {
 #ifdef SPFMT_EMULATE_AVX512
@@ -147,7 +103,7 @@ Isa active_isa() {
     }
   }
   for (const Isa isa : levels) {
-    if (std::strcmp(forced, isa_name(isa)) != 0) continue;
+    if (std::strcmp(forced, name_of(isa)) != 0) continue;
     if (isa_supported(isa)) return isa;
     throw std::invalid_argument(std::string("SPFMT_ISA=") + forced +
                                 " asks for a level that this CPU does not have");
@@ -158,30 +114,13 @@ Isa active_isa() {
 
 double plan_padding(const Plan& plan) {
   if (plan.layout() != Layout::lists || plan.nnz() == 0) return 1.0;
-  const int widest = tiles_for<float>(active_isa()).widest_window;
-  const SlicePack& pack = plan.slices(widest, serial_executor());
-  return static_cast<double>(pack.packed()) / static_cast<double>(plan.nnz());
+  return lookup_padding(plan, bodies_at<float>(active_isa())->lookup.widest_window);
 }
 
-namespace {
-
-void check_layout(const Kernel& kernel, const Plan& plan) {
-  if (kernel.layout != plan.layout()) {
-    throw std::invalid_argument("a kernel for another layout than the plan's");
-  }
-}
-
-}  // namespace
-
-void run(const Kernel& kernel, const Plan& plan, const Args<float>& args,
-         const Executor& executor) {
-  check_layout(kernel, plan);
-  kernel.run_f32(kernel, plan, args, executor);
-}
-void run(const Kernel& kernel, const Plan& plan, const Args<double>& args,
-         const Executor& executor) {
-  check_layout(kernel, plan);
-  kernel.run_f64(kernel, plan, args, executor);
+void run(Isa isa, const Plan& plan, const Product& p, const Executor& executor) {
+  if (p.op != Op::sddmm && (p.out.rows == 0 || p.out.cols == 0)) return;
+  const Choice choice = choose(isa, plan, {p.op, p.in.cols, p.values.dtype}, executor.threads);
+  choice.variant->run(choice.isa, plan, p, choice.threads > 1 ? executor : serial_executor());
 }
 
 }  // namespace spfmt

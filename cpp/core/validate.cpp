@@ -1,6 +1,7 @@
-// Checks of whole structures. Kernels index without looking, so everything is looked at here.
+// Checks of structures and products. Kernels index without looking, so everything is looked at here.
 #include <climits>
 
+#include "plan.h"
 #include "spfmt.h"
 
 namespace spfmt {
@@ -26,19 +27,19 @@ std::string check_pointers(const int64_t* p, int64_t n, const char* name) {
   return "";
 }
 
-std::string check_tile(const Groups& v, int64_t t, std::vector<int64_t>& seen) {
+std::string check_band(const Groups& v, int64_t t, std::vector<int64_t>& seen) {
   const int64_t n = v.row_ptr[t + 1] - v.row_ptr[t];
-  if (n < 1 || n > kRowTile) return at("tile without 1..16 rows", t);
+  if (n < 1 || n > kBandRows) return at("band without 1..16 rows", t);
   if (v.col_begin[t] < 0 || v.col_begin[t] > v.col_end[t] || v.col_end[t] > v.col_count) {
-    return at("column range out of bounds in tile", t);
+    return at("column range out of bounds in band", t);
   }
   const int64_t cols = v.col_end[t] - v.col_begin[t];
   if (v.value_ptr[t + 1] - v.value_ptr[t] != n * cols)
-    return at("wrong number of values in tile", t);
+    return at("wrong number of values in band", t);
   for (int64_t j = v.col_begin[t]; j < v.col_end[t]; ++j) {
     const int32_t c = v.col_indices[j];
     if (c < 0 || c >= v.cols) return at("column index out of range", j);
-    if (seen[c] == t + 1) return at("duplicate column in one tile", j);
+    if (seen[c] == t + 1) return at("duplicate column in one band", j);
     seen[c] = t + 1;
   }
   return "";
@@ -62,9 +63,9 @@ std::string validate(const Lists& v) {
 
 std::string validate(const Groups& v) {
   std::string error = check_shape(v.rows, v.cols);
-  if (error.empty()) error = check_pointers(v.row_ptr, v.tiles, "row_ptr");
-  if (error.empty() && v.row_ptr[v.tiles] != v.rows) error = "tiles do not cover all rows";
-  if (error.empty()) error = check_pointers(v.value_ptr, v.tiles, "value_ptr");
+  if (error.empty()) error = check_pointers(v.row_ptr, v.bands, "row_ptr");
+  if (error.empty() && v.row_ptr[v.bands] != v.rows) error = "bands do not cover all rows";
+  if (error.empty()) error = check_pointers(v.value_ptr, v.bands, "value_ptr");
   if (!error.empty()) return error;
   std::vector<bool> used(v.rows);
   for (int64_t i = 0; i < v.rows; ++i) {
@@ -73,8 +74,48 @@ std::string validate(const Groups& v) {
     used[r] = true;
   }
   std::vector<int64_t> seen(v.cols);
-  for (int64_t t = 0; t < v.tiles && error.empty(); ++t) error = check_tile(v, t, seen);
+  for (int64_t t = 0; t < v.bands && error.empty(); ++t) error = check_band(v, t, seen);
   return error;
+}
+
+namespace {
+
+std::string size_text(const View& v) {
+  return std::to_string(v.rows) + " x " + std::to_string(v.cols);
+}
+
+std::string check_operand(const char* name, const View& v, DType dtype, int64_t rows,
+                          int64_t cols) {
+  const std::string who = name;
+  if (v.dtype != dtype) return who + " is not of the dtype of the values";
+  if (v.rows != rows || v.cols != cols) {
+    return who + " is " + size_text(v) + ", not " + std::to_string(rows) + " x " +
+           std::to_string(cols);
+  }
+  if (v.data == nullptr && rows > 0 && cols > 0) return who + " has no memory";
+  return "";
+}
+
+}  // namespace
+
+std::string check(const Plan& plan, const Product& p) {
+  const bool forward = p.op == Op::spmm, sampled = p.op == Op::sddmm;
+  const DType dtype = p.values.dtype;
+  const int64_t n = p.in.cols, rows = plan.rows(), cols = plan.cols();
+  if (p.geometry != nullptr || p.scales != nullptr) return "no kernel for geometry or scales";
+  if (p.values.rows < plan.nnz() || p.values.cols != 1) return "fewer values than positions";
+  if (p.values.data == nullptr && plan.nnz() > 0) return "values have no memory";
+  std::string error = check_operand("the operand", p.in, dtype, forward ? cols : rows, n);
+  if (error.empty() && sampled) error = check_operand("X", p.in2, dtype, cols, n);
+  if (error.empty() && !sampled) {
+    error = check_operand("the result", p.out, dtype, forward ? rows : cols, n);
+  }
+  if (!error.empty()) return error;
+  if (forward) return p.bias.data ? check_operand("the bias", p.bias, dtype, rows, 1) : "";
+  if (p.bias.data != nullptr || p.activation != Activation::none) {
+    return "only spmm has a bias and activations";
+  }
+  return "";
 }
 
 }  // namespace spfmt

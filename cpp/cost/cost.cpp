@@ -5,14 +5,10 @@
 #include <atomic>
 #include <mutex>
 
-#include "../lists/octet_pack.h"
-#include "../core/plan.h"
-#include "../core/bodies.h"
+#include "../core/variant.h"
 
 namespace spfmt {
 namespace {
-
-int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
 
 // Columns that neighbouring rows are compared over: a narrow window of RowSlices.
 constexpr int64_t kChunk = 32;
@@ -41,16 +37,6 @@ double beyond(double bytes, double size) {
   return size > 0 ? bytes * std::clamp(bytes / size - 1.0, 0.0, 1.0) : bytes;
 }
 
-Terms terms_of(const CostModel& model, double operands, double stream, double multiply,
-               double bytes, double passes) {
-  return {1.0,
-          operands / kRowTile,
-          stream,
-          multiply,
-          passes * beyond(bytes, model.l2_bytes),
-          passes * beyond(bytes, model.l3_bytes)};
-}
-
 double dot(const Terms& a, const Terms& b) {
   double sum = 0;
   for (int i = 0; i < kTerms; ++i) sum += a[i] * b[i];
@@ -64,15 +50,26 @@ double with_threads(const CostModel& model, double seconds, double call, double 
   return call + (seconds - call) / (1 + (threads - 1) * efficiency) + model.wake_seconds;
 }
 
-// spmm_t of lists is spmm of the transposed lists.
-const Terms& coefficients_of(const CostModel& model, Isa isa, Op op, Variant variant,
-                             Layout layout) {
-  if (layout == Layout::lists && op == Op::spmm_t) op = Op::spmm;
-  return model.kernels[static_cast<int>(isa)][static_cast<int>(layout)][static_cast<int>(op)]
-                      [static_cast<int>(variant)];
+int index_of(const Variant& variant) {
+  int i = 0;
+  while (kVariants[i] != &variant) ++i;
+  return i;
 }
 
-thread_local std::optional<Variant> forced_variant;
+// spmm_t of lists is spmm of the transposed lists.
+const Terms& coefficients_of(const CostModel& model, Isa isa, const Variant& variant, Op op) {
+  if (variant.layout == Layout::lists && op == Op::spmm_t) op = Op::spmm;
+  return model.kernels[static_cast<int>(isa)][index_of(variant)][static_cast<int>(op)];
+}
+
+// The level that serves: this one or the next lower one that has the bodies. -1 where none has.
+int serving_level(const Variant& variant, Isa isa, DType dtype) {
+  int level = static_cast<int>(isa);
+  while (level >= 0 && !variant.exists(static_cast<Isa>(level), dtype)) --level;
+  return level;
+}
+
+thread_local std::string forced_variant;
 
 // Models that were in use stay: a product on another thread may still be reading one.
 struct InUse {
@@ -99,17 +96,17 @@ const std::array<const char*, kTerms> kTermNames = {"call",     "operands",  "st
 
 Summary summarize(const Lists& a) {
   constexpr int64_t kSample = 32;
-  const int64_t slices = divide_up(a.rows, kRowTile), sample = std::min(slices, kSample);
+  const int64_t slices = divide_up(a.rows, kBandRows), sample = std::min(slices, kSample);
   std::vector<uint8_t> top(divide_up(a.cols, kChunk));
   int64_t steps = 0;
   for (int64_t i = 0; i < sample; ++i) {
-    const int64_t row = i * slices / sample * kRowTile;
-    steps += slice_steps(a, row, std::min(a.rows, row + kRowTile), top);
+    const int64_t row = i * slices / sample * kBandRows;
+    steps += slice_steps(a, row, std::min(a.rows, row + kBandRows), top);
   }
   // Grouping rows of like counts, and windows that overlap, save about half of the padding that
   // neighbouring rows would need.
   const double scale = sample > 0 ? static_cast<double>(slices) / sample : 0.0;
-  const double full = static_cast<double>(a.indptr[a.rows]) / kRowTile;
+  const double full = static_cast<double>(a.indptr[a.rows]) / kBandRows;
   const double vectors = (full + std::max(full, steps * scale)) / 2;
   const int64_t nnz = a.indptr[a.rows];
   const double places = octet_padding(a) * static_cast<double>(nnz);
@@ -119,45 +116,48 @@ Summary summarize(const Lists& a) {
 
 Summary summarize(const Groups& a) {
   int64_t columns = 0;
-  for (int64_t t = 0; t < a.tiles; ++t) columns += a.col_end[t] - a.col_begin[t];
-  return {Layout::groups, a.rows, a.cols, a.value_ptr[a.tiles], columns, 0};
+  for (int64_t b = 0; b < a.bands; ++b) columns += a.col_end[b] - a.col_begin[b];
+  return {Layout::groups, a.rows, a.cols, a.value_ptr[a.bands], columns, 0};
 }
 
-const Summary& summary_of(const Plan& plan, Op op) {
-  const bool transposed = op == Op::spmm_t && plan.layout() == Layout::lists;
-  return transposed ? plan.transpose().plan->summary() : plan.summary();
+Terms terms_of(const CostModel& model, const Work& work, double operands, double stream,
+               double multiply, double bytes, double passes) {
+  // Terms count vectors of 64 bytes: sixteen elements of float32, eight of float64.
+  const double wide = static_cast<double>(size_of(work.dtype)) / size_of(DType::f32);
+  return {1.0,
+          operands * wide / kLanes,
+          stream * wide,
+          multiply * wide,
+          passes * beyond(bytes, model.l2_bytes),
+          passes * beyond(bytes, model.l3_bytes)};
 }
 
-Terms kernel_terms(const CostModel& model, Variant variant, const Summary& s, int64_t batch) {
-  const double features = static_cast<double>(s.rows + s.cols);
-  const double nnz = static_cast<double>(s.nnz), vectors = static_cast<double>(s.vectors);
-  if (variant == Variant::tokens) {
-    const double passes = static_cast<double>(divide_up(batch, 4));
-    return terms_of(model, features * batch, vectors * passes, vectors * batch, 64 * vectors,
-                    passes);
-  }
-  if (variant == Variant::octets) {
-    constexpr double kBytes = 6;  // a weight and its offset
-    const double octets = static_cast<double>(divide_up(batch, kOctet));
-    const double places = static_cast<double>(s.octet_places);
-    return terms_of(model, features * octets * kOctet, 0, places * octets, kBytes * places, 1);
-  }
-  const double registers = static_cast<double>(divide_up(batch, kRowTile));
-  const double passes = static_cast<double>(divide_up(batch, kPanel));
-  const double stream = s.layout == Layout::lists ? nnz * passes : vectors * registers;
-  return terms_of(model, features * registers * kRowTile, stream, nnz * registers, 4 * nnz, passes);
+Terms row_terms(const CostModel& model, const Summary& s, const Work& work) {
+  const auto passes = static_cast<double>(divide_up(work.batch, 4));
+  const auto vectors = static_cast<double>(s.vectors), batch = static_cast<double>(work.batch);
+  return terms_of(model, work, static_cast<double>(s.rows + s.cols) * batch, vectors * passes,
+                  vectors * batch, static_cast<double>(kLanes * size_of(work.dtype)) * vectors,
+                  passes);
+}
+
+Terms panel_terms(const CostModel& model, const Summary& s, const Work& work, double stream) {
+  const auto registers = static_cast<double>(divide_up(work.batch, kLanes));
+  const auto nnz = static_cast<double>(s.nnz);
+  return terms_of(model, work, static_cast<double>(s.rows + s.cols) * registers * kLanes, stream,
+                  nnz * registers, static_cast<double>(size_of(work.dtype)) * nnz,
+                  static_cast<double>(divide_up(work.batch, kPanel)));
 }
 
 Terms dense_terms(const CostModel& model, int64_t rows, int64_t cols, int64_t batch) {
   const double weights = static_cast<double>(rows) * cols;
-  return terms_of(model, static_cast<double>(rows + cols) * batch, weights / kRowTile,
-                  weights / kRowTile * batch, 4 * weights, 1);
+  return terms_of(model, {Op::spmm, batch}, static_cast<double>(rows + cols) * batch,
+                  weights / kLanes, weights / kLanes * batch, 4 * weights, 1);
 }
 
-double kernel_seconds(const CostModel& model, Isa isa, Op op, Variant variant,
-                      const Summary& summary, int64_t batch, int threads) {
-  const Terms& unit = coefficients_of(model, isa, op, variant, summary.layout);
-  const double serial = dot(unit, kernel_terms(model, variant, summary, batch));
+double kernel_seconds(const CostModel& model, Isa isa, const Variant& variant,
+                      const Summary& summary, const Work& work, int threads) {
+  const Terms& unit = coefficients_of(model, isa, variant, work.op);
+  const double serial = dot(unit, variant.terms(model, summary, work));
   return with_threads(model, serial, unit[0], model.efficiency, threads);
 }
 
@@ -169,37 +169,29 @@ double dense_seconds(const CostModel& model, int64_t rows, int64_t cols, int64_t
   return std::min(serial, shared);
 }
 
-bool has_variant(Layout layout, Op op, Variant variant, int64_t batch) {
-  if (variant == Variant::panels) return true;
-  if (variant == Variant::octets && layout != Layout::lists) return false;
-  return op != Op::sddmm && batch <= kMostTokens;
-}
-
-Choice choose(const CostModel& model, Isa isa, Op op, const Summary& summary, int64_t batch,
+Choice choose(const CostModel& model, Isa isa, const Summary& summary, const Work& work,
               int threads) {
-  const auto seconds = [&](Variant v, int n) {
-    return kernel_seconds(model, isa, op, v, summary, batch, n);
-  };
-  const auto exists = [&](Variant v) { return has_variant(summary.layout, op, v, batch); };
-  Choice best{Variant::panels, 1, seconds(Variant::panels, 1)};
-  for (const Variant v : {Variant::octets, Variant::tokens}) {
-    if (!exists(v)) continue;
-    const double alone = seconds(v, 1);
-    if (alone <= best.seconds) best = {v, 1, alone};
-  }
-  if (forced_variant && exists(*forced_variant)) {
-    best = {*forced_variant, 1, seconds(*forced_variant, 1)};
+  Choice best{nullptr, Isa::scalar, 1, 0.0};
+  for (const Variant* row : kVariants) {
+    const Variant& v = *row;
+    const int level = serving_level(v, isa, work.dtype);
+    if (v.layout != summary.layout || !v.takes(work.op, work.batch) || level < 0) continue;
+    const Isa serving = static_cast<Isa>(level);
+    const double alone = kernel_seconds(model, serving, v, summary, work, 1);
+    const bool forced = forced_variant == v.name;
+    if (forced || best.variant == nullptr || alone <= best.seconds) best = {&v, serving, 1, alone};
+    if (forced) break;
   }
   if (threads <= 1) return best;
-  const double shared = seconds(best.variant, threads);
-  return shared < best.seconds ? Choice{best.variant, threads, shared} : best;
+  const double shared = kernel_seconds(model, best.isa, *best.variant, summary, work, threads);
+  return shared < best.seconds ? Choice{best.variant, best.isa, threads, shared} : best;
 }
 
-Choice choose(Isa isa, Op op, const Plan& plan, int64_t batch, int threads) {
-  return choose(cost_model(), isa, op, summary_of(plan, op), batch, threads);
+Choice choose(Isa isa, const Plan& plan, const Work& work, int threads) {
+  return choose(cost_model(), isa, plan.oriented(work.op).summary(), work, threads);
 }
 
-void force_variant(std::optional<Variant> forced) { forced_variant = forced; }
+void force_variant(const std::string& name) { forced_variant = name; }
 
 const CostModel& cost_model() {
   InUse& state = in_use();

@@ -22,7 +22,10 @@
 namespace spfmt {
 
 // Samples up to which lanes may run over rows: what one vector holds of a feature side by side.
-constexpr int64_t kMostTokens = kRowTile;
+constexpr int64_t kSmallBatch = 16;
+
+struct Variant;  // core/variant.h
+constexpr int kMostVariants = 8;
 
 // What the model knows of a structure.
 struct Summary {
@@ -36,8 +39,15 @@ struct Summary {
   int64_t octet_places;
 };
 
-Summary summarize(const Lists& view);
-Summary summarize(const Groups& view);
+Summary summarize(const Lists& lists);
+Summary summarize(const Groups& groups);
+
+// What a product asks for, whatever its structure.
+struct Work {
+  Op op;
+  int64_t batch;
+  DType dtype = DType::f32;
+};
 
 // The terms of a cost in order: `call` is 1; the others count, in vectors of 16 elements or bytes,
 //   operands    elements of X and Y, with samples that only fill a vector
@@ -49,10 +59,10 @@ using Terms = std::array<double, kTerms>;
 extern const std::array<const char*, kTerms> kTermNames;
 
 struct CostModel {
-  // Seconds per unit of each term: [isa][layout][op][variant]. spmm_t of lists is spmm of the
-  // transposed lists, and not every variant exists; the entries in between stay zero.
-  Terms kernels[3][2][3][kVariants];
-  // The dense layer that spfmt is compared with: the fastest library found at calibration.
+  // Seconds per unit of each term: [isa][variant][op]. spmm_t of lists is spmm of the transposed
+  // lists, and not every variant takes every op; the entries in between stay zero.
+  Terms kernels[kIsas][kMostVariants][kOps];
+  // The dense layer that spfmt is compared with.
   Terms dense;
   double l2_bytes, l3_bytes;
   double wake_seconds;  // handing work to threads and waiting for the last
@@ -62,34 +72,33 @@ struct CostModel {
 
 // How a product would run.
 struct Choice {
-  Variant variant;
+  const Variant* variant;
+  Isa isa;  // whose bodies serve
   int threads;
   double seconds;  // predicted, values packed already
 };
 
-Terms kernel_terms(const CostModel& model, Variant variant, const Summary& summary, int64_t batch);
-Terms dense_terms(const CostModel& model, int64_t rows, int64_t cols, int64_t batch);
+// What variants count their terms by. `bytes` are those of the weights, which `passes` walks read.
+Terms terms_of(const CostModel&, const Work&, double operands, double stream, double multiply,
+               double bytes, double passes);
+// Lanes over the rows of vectors, a few samples at a time.
+Terms row_terms(const CostModel&, const Summary&, const Work&);
+// Lanes over panels of samples; `stream` differs.
+Terms panel_terms(const CostModel&, const Summary&, const Work&, double stream);
+Terms dense_terms(const CostModel&, int64_t rows, int64_t cols, int64_t batch);
 
-double kernel_seconds(const CostModel& model, Isa isa, Op op, Variant variant,
-                      const Summary& summary, int64_t batch, int threads);
-double dense_seconds(const CostModel& model, int64_t rows, int64_t cols, int64_t batch,
-                     int threads);
+double kernel_seconds(const CostModel&, Isa, const Variant&, const Summary&, const Work&,
+                      int threads);
+double dense_seconds(const CostModel&, int64_t rows, int64_t cols, int64_t batch, int threads);
 
-// sddmm has panels only, octets exist for lists only, and batches above kMostTokens are panels.
-bool has_variant(Layout layout, Op op, Variant variant, int64_t batch);
+// The fastest variant at a level, and all of `threads` threads or one.
+Choice choose(const CostModel&, Isa, const Summary&, const Work&, int threads);
+// The same for a plan under the model in use.
+Choice choose(Isa, const Plan&, const Work&, int threads);
 
-// The fastest variant, and all of `threads` threads or one.
-Choice choose(const CostModel& model, Isa isa, Op op, const Summary& summary, int64_t batch,
-              int threads);
-
-// The same for a plan under the model in use; `force_variant` overrides the variant.
-Choice choose(Isa isa, Op op, const Plan& plan, int64_t batch, int threads);
-// The structure that a product works on: spmm_t of lists uses the transposed lists.
-const Summary& summary_of(const Plan& plan, Op op);
-
-// Makes products that are called from this thread run one variant wherever it exists; calibration
-// and tests compare variants by it. None returns to the model's choice.
-void force_variant(std::optional<Variant> forced);
+// Makes products that are called from this thread run the variant of this name wherever it exists:
+// comparisons and tests of variants do. Empty returns to the model's choice.
+void force_variant(const std::string& name);
 
 // The model in use: of `cost_file()` if there is a sound one, else the defaults.
 const CostModel& cost_model();
@@ -97,7 +106,9 @@ const CostModel& cost_model();
 void set_cost_model(const CostModel& model);
 CostModel default_cost_model();
 
-// Names of all coefficients, such as "avx512.lists.spmm.tokens.stream", and their places.
+constexpr int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
+
+// Names of all coefficients, such as "avx512.lists.spmm.lookup.stream", and their places.
 std::vector<std::pair<std::string, double*>> coefficients(CostModel& model);
 
 // The CPU that a calibration holds for: its name, family, model and stepping.

@@ -1,12 +1,12 @@
 // Calibrations as files: one per CPU, lines "key value" under a version. A file that is corrupt,
 // foreign or stale is ignored as a whole and the reason kept: no product fails for it.
 //
-//   spfmt-cost 3
+//   spfmt-cost 4
 //   cpu AMD EPYC, family 25, model 17, stepping 1
 //   date 2026-01-31
 //   levels avx2 avx512                                 instruction sets that were measured
 //   l2_bytes 1048576
-//   avx512.lists.spmm.tokens.stream 2.1e-09
+//   avx512.lists.spmm.lookup.stream 2.1e-09
 //   ...
 //   end 173                                            number of coefficients above
 #include <cpuid.h>
@@ -20,13 +20,14 @@
 #include <map>
 #include <sstream>
 
+#include "../core/variant.h"
 #include "cost.h"
 
 namespace spfmt {
 namespace {
 
 // Raise it whenever kernels change enough that old calibrations mislead.
-constexpr const char* kVersion = "3";
+constexpr const char* kVersion = "4";
 constexpr std::streamsize kMostBytes = 1 << 16;
 
 struct CpuId {
@@ -115,17 +116,15 @@ std::vector<std::pair<std::string, double*>> coefficients(CostModel& model) {
     for (int i = 0; i < kTerms; ++i) out.emplace_back(prefix + "." + kTermNames[i], &terms[i]);
   };
   add("dense", model.dense);
-  for (const Isa isa : {Isa::scalar, Isa::avx2, Isa::avx512}) {
-    for (const Layout layout : {Layout::lists, Layout::groups}) {
+  for (int isa = 0; isa < kIsas; ++isa) {
+    for (size_t i = 0; i < std::size(kVariants); ++i) {
+      const Variant& v = *kVariants[i];
       for (const Op op : {Op::spmm, Op::spmm_t, Op::sddmm}) {
-        for (const Variant variant : {Variant::tokens, Variant::octets, Variant::panels}) {
-          const bool transposed = layout == Layout::lists && op == Op::spmm_t;
-          if (transposed || !has_variant(layout, op, variant, 1)) continue;
-          add(std::string(isa_name(isa)) + "." + layout_name(layout) + "." + op_name(op) + "." +
-                  variant_name(variant),
-              model.kernels[static_cast<int>(isa)][static_cast<int>(layout)][static_cast<int>(op)]
-                           [static_cast<int>(variant)]);
-        }
+        const bool transposed = v.layout == Layout::lists && op == Op::spmm_t;
+        if (transposed || !v.takes(op, 1)) continue;
+        add(std::string(name_of(static_cast<Isa>(isa))) + "." + name_of(v.layout) + "." +
+                name_of(op) + "." + v.name,
+            model.kernels[isa][i][static_cast<int>(op)]);
       }
     }
   }

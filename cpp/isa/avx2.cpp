@@ -5,6 +5,6 @@
 #include "../kernels/table-inl.h"
 
 namespace spfmt {
-const Tiles<float>& avx2_tiles() { return tiles_of<Avx2Simd>(); }
+const Bodies<float>& avx2_bodies() { return bodies_of<Avx2Simd>(); }
 const Probe& avx2_probe() { return probe_of<Avx2Simd, 6, 4>(); }
 }  // namespace spfmt

@@ -6,6 +6,6 @@
 #include "../kernels/table-inl.h"
 
 namespace spfmt {
-const Tiles<float>& avx512_tiles() { return tiles_of<Avx512Simd>(); }
+const Bodies<float>& avx512_bodies() { return bodies_of<Avx512Simd>(); }
 const Probe& avx512_probe() { return probe_of<Avx512Simd, 12, 8>(); }
 }  // namespace spfmt

@@ -27,7 +27,7 @@ struct BaseSimd {
 
 }  // namespace
 
-const Tiles<float>& scalar_tiles_f32() { return tiles_of<ScalarSimd<float>>(); }
-const Tiles<double>& scalar_tiles_f64() { return tiles_of<ScalarSimd<double>>(); }
+const Bodies<float>& scalar_bodies_f32() { return bodies_of<ScalarSimd<float>>(); }
+const Bodies<double>& scalar_bodies_f64() { return bodies_of<ScalarSimd<double>>(); }
 const Probe& scalar_probe() { return probe_of<BaseSimd, 12, 8>(); }
 }  // namespace spfmt

@@ -7,7 +7,7 @@
 // and infinities have their limits: f(-inf) = -0, where x * sigmoid(x) computed literally is NaN.
 #pragma once
 
-#include "../core/bodies.h"
+#include "../core/samples.h"
 
 namespace spfmt {
 namespace {

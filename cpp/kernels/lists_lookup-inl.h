@@ -1,16 +1,16 @@
-// Products of RowSlices (small batches of per-row formats). Included once per ISA level.
+// Lists with lanes over rows (lists/lookup.h). Included once per ISA level.
 #pragma once
 
-#include "../core/bodies.h"
+#include "../lists/lookup.h"
 #include "activation-inl.h"
 
 namespace spfmt {
 namespace {
 
-// n tokens into blocks: to[(c * n + b) * 16 + j] is feature 16 c + j of token b. Tells whether all
+// n samples into blocks: to[(c * n + b) * 16 + j] is feature 16 c + j of sample b. Tells whether all
 // of them are finite.
 template <class S, class T = typename S::T>
-bool stage_tokens(Strided<const T> x, int64_t features, int n, int64_t blocks, T* to) noexcept {
+bool stage(Strided<const T> x, int64_t features, int n, int64_t blocks, T* to) noexcept {
   auto check = S::zero();  // 0 * inf and 0 * nan are nan
   for (int64_t c = 0; c < blocks; ++c) {
     const int64_t f = c * kBlockCols, left = features - f;
@@ -48,10 +48,10 @@ bool stage_tokens(Strided<const T> x, int64_t features, int n, int64_t blocks, T
 constexpr int kAhead = 32;  // steps
 inline void prefetch(const void* p) noexcept { __builtin_prefetch(p); }
 
-// One slice against N staged tokens. Steps of a record go to separate sums where tokens are too few
+// One slice against N staged samples. Steps of a record go to separate sums where samples are too few
 // to hide the latency of the multiply-adds.
 template <class S, int kWidth, int kSteps, int N, class T = typename S::T>
-inline void slice_sums(const RowSlices& a, const T* packed, const T* staged, int64_t slice,
+inline void slice_sums(const Slices& a, const T* packed, const T* staged, int64_t slice,
                        typename S::V* sum) noexcept {
   constexpr int kChains = N >= 4 || kSteps == 1 ? 1 : kSteps < 4 / N ? kSteps : 4 / N;
   typename S::V acc[N][kChains];
@@ -88,9 +88,9 @@ inline void slice_sums(const RowSlices& a, const T* packed, const T* staged, int
   }
 }
 
-// The same for one of n staged tokens, with padding masked: x may be infinite there.
+// The same for one of n staged samples, with padding masked: x may be infinite there.
 template <class S, int kWidth, class T = typename S::T>
-inline typename S::V slice_sum_masked(const RowSlices& a, const T* packed, const T* staged, int n,
+inline typename S::V slice_sum_masked(const Slices& a, const T* packed, const T* staged, int n,
                                       int64_t slice) noexcept {
   auto sum = S::zero();
   for (int64_t q = a.slice_ptr[slice]; q < a.slice_ptr[slice + 1]; ++q) {
@@ -104,7 +104,7 @@ inline typename S::V slice_sum_masked(const RowSlices& a, const T* packed, const
   return sum;
 }
 
-// Sums of one slice to one token of Y.
+// Sums of one slice to one sample of Y.
 template <class S, class T = typename S::T>
 inline void store_lanes(const int32_t* row, typename S::V sum, const T* bias, Activation kind, T* y,
                         int64_t stride) noexcept {
@@ -118,7 +118,7 @@ inline void store_lanes(const int32_t* row, typename S::V sum, const T* bias, Ac
 }
 
 template <class S, int kWidth, int kSteps, int N, class T = typename S::T>
-void slices_tokens_n(const RowSlices& a, const T* packed, const T* staged, const T* bias,
+void slices_n(const Slices& a, const T* packed, const T* staged, const T* bias,
                      Activation kind, Strided<T> y, int64_t begin, int64_t end) noexcept {
   for (int64_t s = begin; s < end; ++s) {
     typename S::V sum[N];
@@ -131,7 +131,7 @@ void slices_tokens_n(const RowSlices& a, const T* packed, const T* staged, const
 }
 
 template <class S, int kWidth, class T = typename S::T>
-void slices_tokens_masked(const RowSlices& a, const T* packed, const T* staged, int n,
+void slices_masked(const Slices& a, const T* packed, const T* staged, int n,
                           const T* bias, Activation kind, Strided<T> y, int64_t begin,
                           int64_t end) noexcept {
   for (int64_t s = begin; s < end; ++s) {
@@ -144,51 +144,56 @@ void slices_tokens_masked(const RowSlices& a, const T* packed, const T* staged, 
 }
 
 template <class S, int kWidth, int N, class T = typename S::T>
-void slices_tokens_steps(const RowSlices& a, const T* packed, const T* staged, const T* bias,
+void slices_steps(const Slices& a, const T* packed, const T* staged, const T* bias,
                          Activation kind, Strided<T> y, int64_t begin, int64_t end) noexcept {
   const auto call = [&](auto body) { body(a, packed, staged, bias, kind, y, begin, end); };
   switch (a.steps) {
     case 1:
-      return call(slices_tokens_n<S, kWidth, 1, N>);
+      return call(slices_n<S, kWidth, 1, N>);
     case 2:
-      return call(slices_tokens_n<S, kWidth, 2, N>);
+      return call(slices_n<S, kWidth, 2, N>);
     case 3:
-      return call(slices_tokens_n<S, kWidth, 3, N>);
+      return call(slices_n<S, kWidth, 3, N>);
     default:
-      return call(slices_tokens_n<S, kWidth, 4, N>);
+      return call(slices_n<S, kWidth, 4, N>);
   }
 }
 
 template <class S, int kWidth, class T = typename S::T>
-void slices_tokens_width(const RowSlices& a, const T* packed, const T* staged, int n, bool finite,
+void slices_width(const Slices& a, const T* packed, const T* staged, int n, bool finite,
                          const T* bias, Activation kind, Strided<T> y, int64_t begin,
                          int64_t end) noexcept {
   if (!finite) {
-    return slices_tokens_masked<S, kWidth>(a, packed, staged, n, bias, kind, y, begin, end);
+    return slices_masked<S, kWidth>(a, packed, staged, n, bias, kind, y, begin, end);
   }
   const auto call = [&](auto body) { body(a, packed, staged, bias, kind, y, begin, end); };
-  if constexpr (S::kSliceTokens >= 8) {
-    if (n == 8) return call(slices_tokens_steps<S, kWidth, 8>);
+  if constexpr (S::kLookupSamples >= 8) {
+    if (n == 8) return call(slices_steps<S, kWidth, 8>);
   }
-  if constexpr (S::kSliceTokens >= 4) {
-    if (n == 4) return call(slices_tokens_steps<S, kWidth, 4>);
+  if constexpr (S::kLookupSamples >= 4) {
+    if (n == 4) return call(slices_steps<S, kWidth, 4>);
   }
-  if (n == 2) return call(slices_tokens_steps<S, kWidth, 2>);
-  call(slices_tokens_steps<S, kWidth, 1>);
+  if (n == 2) return call(slices_steps<S, kWidth, 2>);
+  call(slices_steps<S, kWidth, 1>);
 }
 
 // `finite`: every x is finite, so padding (0 * x) adds nothing and needs no mask.
 template <class S, class T = typename S::T>
-void slices_tokens(const RowSlices& a, const T* packed, const T* staged, int n, bool finite,
+void slices(const Slices& a, const T* packed, const T* staged, int n, bool finite,
                    const T* bias, Activation kind, Strided<T> y, int64_t begin,
                    int64_t end) noexcept {
   const auto call = [&](auto body) {
     body(a, packed, staged, n, finite, bias, kind, y, begin, end);
   };
   if constexpr (S::kWidestWindow >= 64) {
-    if (a.width == 64) return call(slices_tokens_width<S, 64>);
+    if (a.width == 64) return call(slices_width<S, 64>);
   }
-  call(slices_tokens_width<S, 32>);
+  call(slices_width<S, 32>);
+}
+
+template <class S>
+constexpr LookupBodies<typename S::T> lookup_bodies() {
+  return {stage<S>, slices<S>, S::kLookupSamples, S::kWidestWindow};
 }
 
 }  // namespace

@@ -1,10 +1,9 @@
-// Products of RowOctets (small batches of per-row formats), lanes = samples. Included once per ISA
-// level.
+// Lists with lanes over eight samples (lists/octets.h). Included once per ISA level.
 #pragma once
 
 #include <cstring>
 
-#include "../core/bodies.h"
+#include "../lists/octets.h"
 #include "activation-inl.h"
 
 namespace spfmt {
@@ -77,7 +76,7 @@ inline void store_octets(T* sums, int rows, const T* bias, Activation kind, int 
 }
 
 template <class S, class T = typename S::T>
-void lists_octet(const RowOctets& a, const T* values, const T* staged, int n, int64_t chunk,
+void lists_octet(const Octets& a, const T* values, const T* staged, int n, int64_t chunk,
                  int rows, const T* bias, Activation kind, Strided<T> y) noexcept {
   constexpr int kStep = kQuadRows * kStepTerms;
   alignas(64) T sums[(kOctetRows + 1) * kOctet] = {};  // the last row is that of quads with fewer
@@ -94,6 +93,11 @@ void lists_octet(const RowOctets& a, const T* values, const T* staged, int n, in
                     bias ? bias + r : nullptr, kind, n,
                     {y.data + r * y.feature_stride, y.feature_stride, y.sample_stride});
   }
+}
+
+template <class S>
+constexpr OctetBodies<typename S::T> octet_bodies() {
+  return {lists_octet<S>};
 }
 
 }  // namespace

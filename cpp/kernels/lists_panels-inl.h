@@ -1,7 +1,7 @@
-// Products of Lists with lanes over samples. Included once per ISA level.
+// Lists with lanes over samples (lists/panels.h). Included once per ISA level.
 #pragma once
 
-#include "../core/bodies.h"
+#include "../lists/panels.h"
 
 namespace spfmt {
 namespace {
@@ -9,29 +9,32 @@ namespace {
 // N pieces of equal length against NV vectors of samples: y[i] (+)= sum_k w[i][k] * x[col[i][k]].
 // One row alone offers only NV independent chains, fewer than the FMA units' latency needs. Weights
 // are loaded four at a time and spread inside the register, so that X has the load units to itself.
+// `w` are the chunk's, in the order of the lists.
 template <class S, int N, int NV, bool kFirst, class T = typename S::T>
-inline void pieces_panel(const RowPiece* piece, const T* w, const uint16_t* col, int count,
+inline void pieces_panel(const Piece* piece, const T* w, const uint16_t* col, int count,
                          const T* x, const T* bias, T* y) noexcept {
   constexpr int64_t kWidth = NV * kLanes;
   typename S::V acc[N][NV];
+  const T* weight[N];
   SPFMT_UNROLL
   for (int i = 0; i < N; ++i) {
+    weight[i] = w + piece[i].start;
     SPFMT_UNROLL
     for (int v = 0; v < NV; ++v) {
       acc[i][v] = kFirst ? S::set1(bias ? bias[piece[i].row] : T(0))
                          : S::load(y + piece[i].row * kWidth + v * kLanes);
     }
   }
-  const auto add = [&](int i, int k, typename S::V weight) {
+  const auto add = [&](int i, int k, typename S::V wk) {
     const T* xk = x + col[i * count + k] * kWidth;
     SPFMT_UNROLL
-    for (int v = 0; v < NV; ++v) acc[i][v] = S::fma(weight, S::load(xk + v * kLanes), acc[i][v]);
+    for (int v = 0; v < NV; ++v) acc[i][v] = S::fma(wk, S::load(xk + v * kLanes), acc[i][v]);
   };
   int k = 0;
   for (; k + 4 <= count; k += 4) {
     SPFMT_UNROLL
     for (int i = 0; i < N; ++i) {
-      const auto four = S::repeat4(w + i * count + k);
+      const auto four = S::repeat4(weight[i] + k);
       add(i, k, S::template each<0>(four));
       add(i, k + 1, S::template each<1>(four));
       add(i, k + 2, S::template each<2>(four));
@@ -40,7 +43,7 @@ inline void pieces_panel(const RowPiece* piece, const T* w, const uint16_t* col,
   }
   for (; k < count; ++k) {
     SPFMT_UNROLL
-    for (int i = 0; i < N; ++i) add(i, k, S::set1(w[i * count + k]));
+    for (int i = 0; i < N; ++i) add(i, k, S::set1(weight[i][k]));
   }
   SPFMT_UNROLL
   for (int i = 0; i < N; ++i) {
@@ -51,7 +54,7 @@ inline void pieces_panel(const RowPiece* piece, const T* w, const uint16_t* col,
 
 // One (chunk, tile): pieces sorted by length, as many of one length side by side as fit registers.
 template <class S, int NV, bool kFirst, class T = typename S::T>
-void tile_pieces(const RowPiece* piece, const RowPiece* stop, const T* w, const uint16_t* col,
+void tile_pieces(const Piece* piece, const Piece* stop, const T* w, const uint16_t* col,
                  const T* x, const T* bias, T* y) noexcept {
   while (piece < stop) {
     constexpr int kMost = 4 * S::kPieces / NV < 4 ? 4 * S::kPieces / NV : 4;
@@ -69,18 +72,17 @@ void tile_pieces(const RowPiece* piece, const RowPiece* stop, const T* w, const 
     }
     if (n == 1) call(pieces_panel<S, 1, NV, kFirst>);
     piece += n;
-    w += n * count;
     col += n * count;
   }
 }
 
 template <class S, int NV, class T = typename S::T>
-void lists_panel_nv(const RowTiles& a, const T* values, const T* x, const T* bias, T* y,
+void lists_panel_nv(const Pieces& a, const T* values, const T* x, const T* bias, T* y,
                     int64_t chunk) noexcept {
   for (int64_t t = 0; t < a.tiles; ++t) {
     const int64_t k = chunk * a.tiles + t;
     const auto call = [&](auto body) {
-      body(a.piece + a.piece_ptr[k], a.piece + a.piece_ptr[k + 1], values + a.visit_ptr[k],
+      body(a.piece + a.piece_ptr[k], a.piece + a.piece_ptr[k + 1], values + a.base[chunk],
            a.col + a.visit_ptr[k], x + t * a.width * NV * kLanes, bias, y);
     };
     t == 0 ? call(tile_pieces<S, NV, true>) : call(tile_pieces<S, NV, false>);
@@ -88,7 +90,7 @@ void lists_panel_nv(const RowTiles& a, const T* values, const T* x, const T* bia
 }
 
 template <class S, class T = typename S::T>
-void lists_panel(const RowTiles& a, const T* values, const Panel<const T>& x, const T* bias, T* y,
+void lists_panel(const Pieces& a, const T* values, const Panel<const T>& x, const T* bias, T* y,
                  int64_t chunk) noexcept {
   if (bias) bias += chunk * kRowChunk;
   switch (x.width / kLanes) {
@@ -143,11 +145,11 @@ inline void piece_sddmm(const T* dy, const T* x, const uint16_t* col, int count,
 }
 
 template <class S, int NV, class T = typename S::T>
-void tile_sddmm(const RowTiles& a, int64_t k, const SampleRows<T>& dy, const T* x, bool accumulate,
+void tile_sddmm(const Pieces& a, int64_t k, const SampleRows<T>& dy, const T* x, bool accumulate,
                 T* gradient) noexcept {
   const uint16_t* col = a.col + a.visit_ptr[k];
   for (int64_t p = a.piece_ptr[k]; p < a.piece_ptr[k + 1]; ++p) {
-    const RowPiece& piece = a.piece[p];
+    const Piece& piece = a.piece[p];
     piece_sddmm<S, NV>(dy.data + piece.row * dy.stride, x, col, piece.count, accumulate,
                        gradient + piece.start);
     col += piece.count;
@@ -155,7 +157,7 @@ void tile_sddmm(const RowTiles& a, int64_t k, const SampleRows<T>& dy, const T* 
 }
 
 template <class S, class T = typename S::T>
-void lists_sddmm(const RowTiles& a, const SampleRows<T>* dy, const Panel<const T>* x, int panels,
+void lists_sddmm(const Pieces& a, const SampleRows<T>* dy, const Panel<const T>* x, int panels,
                  bool accumulate, T* gradient, int64_t chunk) noexcept {
   for (int64_t t = 0; t < a.tiles; ++t) {
     for (int q = 0; q < panels; ++q) {
@@ -171,6 +173,11 @@ void lists_sddmm(const RowTiles& a, const SampleRows<T>* dy, const Panel<const T
                     : call(tile_sddmm<S, 4>);
     }
   }
+}
+
+template <class S>
+constexpr ListPanelBodies<typename S::T> list_panel_bodies() {
+  return {lists_panel<S>, lists_sddmm<S>};
 }
 
 }  // namespace

@@ -1,7 +1,7 @@
 // Moving samples between a caller's strides and panels. Included once per ISA level.
 #pragma once
 
-#include "../core/bodies.h"
+#include "../core/samples.h"
 
 namespace spfmt {
 namespace {

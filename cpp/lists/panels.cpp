@@ -1,120 +1,195 @@
-// Drivers of Lists products.
-#include "../core/drivers.h"
-#include "../core/samples.h"
+#include "panels.h"
+
+#include <algorithm>
+#include <climits>
+#include <stdexcept>
+#include <vector>
+
+#include "../core/panels.h"
+#include "../core/variant.h"
 
 namespace spfmt {
 namespace {
 
-// Values in the order in which the pieces are visited. `permutation` (or null) maps a position of
-// the structure to a place in `values`.
-template <class T>
-void pack_piece_values(const TilePack& pack, const int64_t* permutation, const T* values, T* packed,
-                       const Executor& executor) {
-  const RowTiles& a = pack.view;
-  for_each(executor, pack.chunks(), [&](int64_t chunk) {
-    T* to = packed + a.visit_ptr[chunk * a.tiles];
-    for (int64_t p = a.piece_ptr[chunk * a.tiles]; p < a.piece_ptr[(chunk + 1) * a.tiles]; ++p) {
-      const int64_t from = a.base[chunk] + a.piece[p].start;
-      const int count = a.piece[p].count;
-      if (permutation) {
-        for (int k = 0; k < count; ++k) to[k] = values[permutation[from + k]];
-      } else {
-        std::copy_n(values + from, count, to);
-      }
-      to += count;
+// A tile's columns are counted in 16 bits, and so are the nonzeros of a piece.
+constexpr int64_t kMostTileCols = UINT16_MAX;
+// 256 columns of a panel are 64 KiB, of which a pass finds a good part in L1.
+constexpr int64_t kTileCols = 256;
+// Shorter pieces than this spend their time on loading and storing Y.
+constexpr int64_t kLeastPerPiece = 8;
+
+struct PiecePack {
+  std::vector<int64_t> base, piece_ptr, visit_ptr;
+  std::vector<Piece> piece;
+  std::vector<uint16_t> col;
+  Pieces view;
+
+  int64_t chunks() const { return static_cast<int64_t>(base.size()); }
+  int64_t nbytes() const {
+    return static_cast<int64_t>(8 * (base.size() + piece_ptr.size() + visit_ptr.size()) +
+                                sizeof(Piece) * piece.size() + 2 * col.size());
+  }
+};
+
+int64_t tile_count(const Lists& a) {
+  const int64_t mean = a.rows > 0 ? a.indptr[a.rows] / a.rows : 0;
+  const int64_t wanted = (a.cols + kTileCols - 1) / kTileCols;
+  const int64_t least = (a.cols + kMostTileCols - 1) / kMostTileCols;
+  return std::max<int64_t>({1, least, std::min(wanted, mean / kLeastPerPiece)});
+}
+
+// The part of each row of a chunk that lies in the tile ending at `column`; `at` moves past it.
+void append_pieces(const Lists& a, int64_t row, std::vector<int64_t>& at, int64_t column,
+                   bool first, PiecePack& pack) {
+  const size_t begin = pack.piece.size();
+  for (size_t i = 0; i < at.size(); ++i) {
+    const int64_t start = at[i];
+    while (at[i] < a.indptr[row + i + 1] && a.col_indices[at[i]] < column) ++at[i];
+    if (at[i] == start && !first) continue;
+    pack.piece.push_back({static_cast<int32_t>(start - a.indptr[row]), static_cast<uint16_t>(i),
+                          static_cast<uint16_t>(at[i] - start)});
+  }
+  std::stable_sort(pack.piece.begin() + begin, pack.piece.end(),
+                   [](const Piece& p, const Piece& q) { return p.count > q.count; });
+}
+
+void append_columns(const Lists& a, int64_t row, int64_t tile_start, size_t first_piece,
+                    PiecePack& pack) {
+  for (size_t i = first_piece; i < pack.piece.size(); ++i) {
+    const Piece& piece = pack.piece[i];
+    const int32_t* col = a.col_indices + a.indptr[row] + piece.start;
+    for (int k = 0; k < piece.count; ++k) {
+      pack.col.push_back(static_cast<uint16_t>(col[k] - tile_start));
     }
-  });
+  }
+  pack.piece_ptr.push_back(pack.piece.size());
+  pack.visit_ptr.push_back(pack.col.size());
+}
+
+std::shared_ptr<const PiecePack> make_pieces(const Lists& a) {
+  auto pack = std::make_shared<PiecePack>();
+  const int64_t tiles = tile_count(a);
+  const int64_t width = std::max<int64_t>(1, (a.cols + tiles - 1) / tiles);
+  pack->col.reserve(a.indptr[a.rows]);
+  pack->piece_ptr.push_back(0);
+  pack->visit_ptr.push_back(0);
+  for (int64_t row = 0; row < a.rows; row += kRowChunk) {
+    const int64_t rows = std::min(kRowChunk, a.rows - row);
+    if (a.indptr[row + rows] - a.indptr[row] > INT32_MAX) {
+      throw std::length_error("rows too long for one chunk");
+    }
+    pack->base.push_back(a.indptr[row]);
+    std::vector<int64_t> at(a.indptr + row, a.indptr + row + rows);
+    for (int64_t t = 0; t < tiles; ++t) {
+      const size_t first_piece = pack->piece.size();
+      append_pieces(a, row, at, t == tiles - 1 ? a.cols : (t + 1) * width, t == 0, *pack);
+      append_columns(a, row, t * width, first_piece, *pack);
+    }
+  }
+  pack->view = {tiles,
+                width,
+                pack->base.data(),
+                pack->piece_ptr.data(),
+                pack->visit_ptr.data(),
+                pack->piece.data(),
+                pack->col.data()};
+  return pack;
+}
+
+const PiecePack& pieces_of(const Plan& plan) {
+  return plan.made<PiecePack>([&] { return make_pieces(plan.lists()); });
 }
 
 // Each chunk of rows is summed in a scratch panel that stays in cache, then written to Y in its own
 // layout: the only time that Y's memory is touched.
 template <class T>
-void multiply_panels(const Tiles<T>& tiles, const Lists& a, const TilePack& pack,
-                     const T* packed, const Args<T>& args, const Executor& executor) {
-  for_panels(args.in.cols, kPanel / 2, executor,
+void multiply(const Bodies<T>& bodies, const Plan& plan, const T* values, const Product& p,
+              const Executor& executor) {
+  const PiecePack& pack = pieces_of(plan);
+  const Matrix<const T> in = p.in.as<const T>();
+  for_panels(in.cols, kPanel / 2, executor,
              [&](int64_t begin, int64_t end, int width, const Executor& inner) {
-               const PanelSet<T> x(args.in.rows, begin, end, width);
-               x.pack(tiles, args.in, inner);
+               const PanelSet<T> x(in.rows, begin, end, width);
+               x.pack(bodies.samples, in, inner);
                for_each(inner, x.size() * pack.chunks(), [&](int64_t k) {
                  const int64_t chunk = k % pack.chunks(), row = chunk * kRowChunk;
-                 const int64_t rows = std::min(kRowChunk, a.rows - row);
+                 const int64_t rows = std::min(kRowChunk, plan.rows() - row);
                  const Panel<const T>& panel = x.read(k / pack.chunks());
                  const Workspace scratch(sizeof(T) * rows * panel.width);
                  T* y = scratch.template as<T>();
-                 tiles.lists_panel(pack.view, packed, panel, args.bias, y, chunk);
-                 tiles.activate(args.activation, y, panel.width, panel.width, nullptr, rows);
-                 Strided<T> to = samples_from(args.out, x.sample(k / pack.chunks()));
+                 bodies.list_panels.multiply(pack.view, values, panel,
+                                             static_cast<const T*>(p.bias.data), y, chunk);
+                 bodies.samples.activate(p.activation, y, panel.width, panel.width, nullptr, rows);
+                 Strided<T> to = samples_from(p.out.as<T>(), x.sample(k / pack.chunks()));
                  to.data += row * to.feature_stride;
-                 tiles.unpack({y, rows, panel.width, panel.samples}, to, 0, rows);
+                 bodies.samples.unpack({y, rows, panel.width, panel.samples}, to, 0, rows);
                });
              });
 }
 
+// Values in the order of transposed lists.
 template <class T>
-void spmm_panels(const Tiles<T>& tiles, const Plan& plan, const int64_t* permutation,
-                 const Args<T>& args, const Executor& executor) {
-  const TilePack& pack = plan.tiles();
-  const auto packed =
-      pack.values.get(args.values_version, sizeof(T) * plan.nnz(), [&](Buffer& buffer) {
-        pack_piece_values(pack, permutation, args.values, buffer.as<T>(), executor);
-      });
-  multiply_panels(tiles, plan.lists(), pack, packed->template as<T>(), args, executor);
+void gather(const Plan& plan, const T* values, T* to, const Executor& executor) {
+  const int64_t* source = plan.source();
+  for_ranges(executor, plan.nnz(), range_step(executor, plan.nnz()),
+             [&](int64_t begin, int64_t end) {
+               for (int64_t i = begin; i < end; ++i) to[i] = values[source[i]];
+             });
 }
 
 template <class T>
-void spmm(const Tiles<T>& tiles, const Plan& plan, Variant variant, const int64_t* permutation,
-          const Args<T>& args, const Executor& executor) {
-  if (args.out.rows == 0 || args.out.cols == 0) return;
-  const auto run = variant == Variant::tokens   ? lists_tokens<T>
-                   : variant == Variant::octets ? lists_octets<T>
-                                                : spmm_panels<T>;
-  run(tiles, plan, permutation, args, executor);
-}
-
-}  // namespace
-
-template <class T>
-void lists_spmm(const Tiles<T>& tiles, const Plan& plan, Variant variant, const Args<T>& args,
-                const Executor& executor) {
-  spmm(tiles, plan, variant, nullptr, args, executor);
-}
-
-// The transposed matrix is Lists too: bring the values into its order, then multiply.
-template <class T>
-void lists_spmm_t(const Tiles<T>& tiles, const Plan& plan, Variant variant, const Args<T>& args,
-                  const Executor& executor) {
-  const TransposePack& pack = plan.transpose();
-  spmm(tiles, *pack.plan, variant, pack.source.data(), args, executor);
-}
-
-template <class T>
-void lists_sddmm(const Tiles<T>& tiles, const Plan& plan, Variant, const Args<T>& args,
-                 const Executor& executor) {
+void sample(const Bodies<T>& bodies, const Plan& plan, const Product& p, const Executor& executor) {
   // Short strips keep X in L2; longer ones come back less often to a gradient that leaves it.
   constexpr int64_t kShortStrip = 2 * kPanel, kCachedValues = 1 << 20;
   const int64_t strip = plan.nnz() <= kCachedValues ? kShortStrip : kStrip;
-  const TilePack& pack = plan.tiles();
-  sample_product(tiles, plan, args, executor, strip, kPanel, pack.chunks(),
-                 [&](const SampleRows<T>* dy, const PanelSet<T>& x, bool accumulate, int64_t begin,
-                     int64_t end) {
-                   for (int64_t chunk = begin; chunk < end; ++chunk) {
-                     tiles.lists_sddmm(pack.view, dy, x.read(), static_cast<int>(x.size()),
-                                       accumulate, args.values, chunk);
-                   }
-                 });
+  const PiecePack& pack = pieces_of(plan);
+  sample_product<T>(bodies.samples, plan, p, executor, strip, kPanel, pack.chunks(),
+                    [&](const SampleRows<T>* dy, const PanelSet<T>& x, bool accumulate,
+                        int64_t begin, int64_t end) {
+                      for (int64_t chunk = begin; chunk < end; ++chunk) {
+                        bodies.list_panels.sample(pack.view, dy, x.read(),
+                                                  static_cast<int>(x.size()), accumulate,
+                                                  static_cast<T*>(p.values.data), chunk);
+                      }
+                    });
 }
 
-template void lists_spmm(const Tiles<float>&, const Plan&, Variant, const Args<float>&,
-                         const Executor&);
-template void lists_spmm(const Tiles<double>&, const Plan&, Variant, const Args<double>&,
-                         const Executor&);
-template void lists_spmm_t(const Tiles<float>&, const Plan&, Variant, const Args<float>&,
-                           const Executor&);
-template void lists_spmm_t(const Tiles<double>&, const Plan&, Variant, const Args<double>&,
-                           const Executor&);
-template void lists_sddmm(const Tiles<float>&, const Plan&, Variant, const Args<float>&,
-                          const Executor&);
-template void lists_sddmm(const Tiles<double>&, const Plan&, Variant, const Args<double>&,
-                          const Executor&);
+struct ListPanels {
+  template <class T>
+  static bool exists(const Bodies<T>& bodies) {
+    return bodies.list_panels.multiply != nullptr;
+  }
+
+  // Lists are multiplied with their values where they lie. Transposed ones need another order,
+  // which is kept where it stays right, and else made at every product: less than comparing and
+  // keeping it, and a training step has new values at each.
+  template <class T>
+  static void run(const Bodies<T>& bodies, const Plan& plan, const Product& p,
+                  const Executor& executor) {
+    if (p.op == Op::sddmm) return sample(bodies, plan, p, executor);
+    const Plan& lists = plan.oriented(p.op);
+    const T* values = static_cast<const T*>(p.values.data);
+    if (lists.source() == nullptr) return multiply(bodies, lists, values, p, executor);
+    if (p.constant == kChanging) {
+      const Workspace ordered(sizeof(T) * lists.nnz());
+      gather(lists, values, ordered.template as<T>(), executor);
+      return multiply(bodies, lists, ordered.template as<T>(), p, executor);
+    }
+    const auto ordered =
+        lists.packed<T>(&kListPanels, p, lists.nnz(), [&](T* to, const T* constant_values) {
+          gather(lists, constant_values, to, executor);
+        });
+    multiply(bodies, lists, ordered->template as<const T>(), p, executor);
+  }
+
+  static Terms terms(const CostModel& model, const Summary& s, const Work& work) {
+    return panel_terms(model, s, work, static_cast<double>(s.nnz) * divide_up(work.batch, kPanel));
+  }
+};
+
+}  // namespace
+
+const Variant kListPanels = VariantOf<ListPanels>::row(
+    "panels", Layout::lists, {Op::spmm, Op::spmm_t, Op::sddmm}, false, INT64_MAX);
 
 }  // namespace spfmt

@@ -1,9 +1,11 @@
 #include "row_grouping.h"
 
+
 #include <algorithm>
 #include <numeric>
 #include <utility>
 
+#include "../core/samples.h"
 #include "../core/threads.h"
 
 namespace spfmt {
@@ -15,7 +17,7 @@ namespace {
 int64_t window_size(int64_t rows, int64_t chunks) {
   constexpr int64_t kMostCounts = int64_t{1} << 28;  // 0.1 to 0.2 seconds
   const int64_t affordable = kMostCounts / std::max<int64_t>(1, rows * chunks);
-  return std::clamp<int64_t>(affordable, kRowTile, rows <= 8192 ? 2048 : 256);
+  return std::clamp<int64_t>(affordable, kLanes, rows <= 8192 ? 2048 : 256);
 }
 
 // Extra steps that a slice with per-chunk maxima `top` needs when `counts` joins. Plain bytes and
@@ -32,13 +34,13 @@ void fill_slice(const uint8_t* counts, int64_t chunks, const std::vector<int64_t
                 std::vector<int32_t>& window, std::vector<uint8_t>& top,
                 std::vector<int32_t>& order) {
   std::fill(top.begin(), top.end(), uint8_t{0});
-  for (int lane = 0; lane < kRowTile && !window.empty(); ++lane) {
+  for (int lane = 0; lane < kLanes && !window.empty(); ++lane) {
     size_t best = 0;
     int64_t best_cost = INT64_MAX;
     for (size_t i = 0; i < window.size(); ++i) {
       const int32_t r = window[i];
       const int64_t extra = lane == 0 ? 0 : growth(counts + r * chunks, top.data(), chunks);
-      const int64_t cost = kRowTile * extra - total[r];
+      const int64_t cost = kLanes * extra - total[r];
       if (cost < best_cost) best_cost = cost, best = i;
     }
     const int32_t r = window[best];

@@ -13,7 +13,7 @@ namespace spfmt {
 
 int64_t SlicePack::nbytes() const {
   return static_cast<int64_t>(4 * lane_row.size() + 8 * slice_ptr.size() + block->bytes() +
-                              code->bytes() + values.nbytes());
+                              code->bytes());
 }
 
 namespace {
@@ -24,7 +24,7 @@ constexpr int kMostSteps = 4;
 class SliceWalk {
  public:
   SliceWalk(const Lists& lists, const int32_t* lane_row) : lists_(lists) {
-    for (int i = 0; i < kRowTile; ++i) {
+    for (int i = 0; i < kLanes; ++i) {
       const int32_t row = lane_row[i];
       at_[i] = row < 0 ? 0 : lists.indptr[row];
       stop_[i] = row < 0 ? 0 : lists.indptr[row + 1];
@@ -43,11 +43,11 @@ class SliceWalk {
   void take(int32_t block, int width, int steps, uint8_t* code) {
     const int64_t first = int64_t{block} * kBlockCols;
     const int64_t end = std::min<int64_t>(first + width, INT32_MAX);
-    for (int i = 0; i < kRowTile; ++i) {
+    for (int i = 0; i < kLanes; ++i) {
       for (int k = 0; k < steps; ++k) {
         const bool used = column_[i] < end;
         if (code != nullptr) {
-          code[k * kRowTile + i] =
+          code[k * kLanes + i] =
               used ? window_code(static_cast<int>(column_[i] - first)) : kPadding;
         }
         if (!used) continue;
@@ -61,8 +61,8 @@ class SliceWalk {
   void fetch(int i) { column_[i] = at_[i] < stop_[i] ? lists_.col_indices[at_[i]] : INT32_MAX; }
 
   const Lists& lists_;
-  int64_t at_[kRowTile], stop_[kRowTile];
-  int32_t column_[kRowTile];  // the next one; INT32_MAX behind the last
+  int64_t at_[kLanes], stop_[kLanes];
+  int32_t column_[kLanes];  // the next one; INT32_MAX behind the last
 };
 
 int64_t count_records(const Lists& a, const int32_t* lane_row, int width, int steps) {
@@ -129,10 +129,10 @@ std::vector<int32_t> assign_lanes(const Lists& a, int64_t slices, bool streams,
                                   const Executor& executor) {
   std::vector<int32_t> lane_row = slice_order(a, streams, executor);
   for (int64_t s = 0; s < slices; ++s) {
-    const auto first = lane_row.begin() + s * kRowTile;
-    std::sort(first, lane_row.begin() + std::min(a.rows, (s + 1) * kRowTile));
+    const auto first = lane_row.begin() + s * kLanes;
+    std::sort(first, lane_row.begin() + std::min(a.rows, (s + 1) * kLanes));
   }
-  lane_row.resize(slices * kRowTile, -1);
+  lane_row.resize(slices * kLanes, -1);
   return lane_row;
 }
 
@@ -147,7 +147,7 @@ int64_t sample_steps(const Lists& a, const std::vector<int32_t>& lane_row, int64
   int64_t records = 0;
   for (int64_t i = 0; i < std::min(slices, kSample); ++i) {
     const int64_t s = slices <= kSample ? i : i * slices / kSample;
-    records += count_records(a, lane_row.data() + s * kRowTile, shape.width, shape.steps);
+    records += count_records(a, lane_row.data() + s * kLanes, shape.width, shape.steps);
   }
   return records * shape.steps;
 }
@@ -165,7 +165,7 @@ RecordShape choose_shape(const Lists& a, const std::vector<int32_t>& lane_row, i
     if (width == 64 && !streams) continue;
     for (int steps = 1; steps <= kMostSteps; ++steps) {
       const auto count = static_cast<double>(sample_steps(a, lane_row, slices, {width, steps}));
-      const double bytes = ((4 + 1) * kRowTile + 4.0 / steps) * (width == 64 ? 1.1 : 1.0);
+      const double bytes = ((4 + 1) * kLanes + 4.0 / steps) * (width == 64 ? 1.1 : 1.0);
       const double cost = count * (streams ? bytes : kStepCost[steps - 1]);
       if (best.width == 0 || cost < best_cost) best = {width, steps}, best_cost = cost;
     }
@@ -175,44 +175,44 @@ RecordShape choose_shape(const Lists& a, const std::vector<int32_t>& lane_row, i
 
 // Fills the records of slice s, whose place is known.
 void fill_slice(const Lists& a, SlicePack& pack, int64_t s) {
-  const RowSlices& view = pack.view;
-  SliceWalk walk(a, pack.lane_row.data() + s * kRowTile);
+  const Slices& view = pack.view;
+  SliceWalk walk(a, pack.lane_row.data() + s * kLanes);
   int64_t q = pack.slice_ptr[s];
   for (int32_t block; (block = walk.next_block()) >= 0; ++q) {
     pack.block->as<int32_t>()[q] = block;
-    walk.take(block, view.width, view.steps, pack.code->as<uint8_t>() + q * view.steps * kRowTile);
+    walk.take(block, view.width, view.steps, pack.code->as<uint8_t>() + q * view.steps * kLanes);
   }
 }
 
 }  // namespace
 
-std::unique_ptr<SlicePack> make_slices(const Lists& a, int widest, const Executor& executor) {
+SlicePack make_slices(const Lists& a, int widest, const Executor& executor) {
   constexpr int64_t kCachedNonzeros = 1 << 21;  // 16 MiB of slices
-  auto pack = std::make_unique<SlicePack>();
-  const int64_t slices = (a.rows + kRowTile - 1) / kRowTile;
+  SlicePack pack;
+  const int64_t slices = (a.rows + kLanes - 1) / kLanes;
   const bool streams = widest >= 64 && a.indptr[a.rows] > kCachedNonzeros;
-  pack->lane_row = assign_lanes(a, slices, streams, executor);
-  const auto [width, steps] = choose_shape(a, pack->lane_row, slices, streams);
-  pack->slice_ptr.assign(slices + 1, 0);
+  pack.lane_row = assign_lanes(a, slices, streams, executor);
+  const auto [width, steps] = choose_shape(a, pack.lane_row, slices, streams);
+  pack.slice_ptr.assign(slices + 1, 0);
   const int64_t step = range_step(executor, slices);
   for_ranges(executor, slices, step, [&](int64_t begin, int64_t end) {
     for (int64_t s = begin; s < end; ++s) {
-      pack->slice_ptr[s + 1] = count_records(a, pack->lane_row.data() + s * kRowTile, width, steps);
+      pack.slice_ptr[s + 1] = count_records(a, pack.lane_row.data() + s * kLanes, width, steps);
     }
   });
-  std::partial_sum(pack->slice_ptr.begin(), pack->slice_ptr.end(), pack->slice_ptr.begin());
-  const size_t records = pack->slice_ptr[slices];
-  pack->block = std::make_unique<Buffer>(records * sizeof(int32_t));
-  pack->code = std::make_unique<Buffer>(records * steps * kRowTile);
-  pack->view = {slices,
+  std::partial_sum(pack.slice_ptr.begin(), pack.slice_ptr.end(), pack.slice_ptr.begin());
+  const size_t records = pack.slice_ptr[slices];
+  pack.block = std::make_unique<Buffer>(records * sizeof(int32_t));
+  pack.code = std::make_unique<Buffer>(records * steps * kLanes);
+  pack.view = {slices,
                 width,
                 steps,
-                pack->lane_row.data(),
-                pack->slice_ptr.data(),
-                pack->block->as<int32_t>(),
-                pack->code->as<uint8_t>()};
+                pack.lane_row.data(),
+                pack.slice_ptr.data(),
+                pack.block->as<int32_t>(),
+                pack.code->as<uint8_t>()};
   for_ranges(executor, slices, step, [&](int64_t begin, int64_t end) {
-    for (int64_t s = begin; s < end; ++s) fill_slice(a, *pack, s);
+    for (int64_t s = begin; s < end; ++s) fill_slice(a, pack, s);
   });
   return pack;
 }
@@ -231,17 +231,17 @@ T mask_value(T value, int64_t mask) {
 }
 
 template <class T, class Place>
-void pack_slice(const Lists& a, const RowSlices& slices, int64_t slice, const T* values,
+void pack_slice(const Lists& a, const Slices& slices, int64_t slice, const T* values,
                 const Place& place, T* packed) {
-  const int64_t per_record = int64_t{slices.steps} * kRowTile;
-  int64_t at[kRowTile];
-  for (int i = 0; i < kRowTile; ++i) {
-    const int32_t row = slices.lane_row[slice * kRowTile + i];
+  const int64_t per_record = int64_t{slices.steps} * kLanes;
+  int64_t at[kLanes];
+  for (int i = 0; i < kLanes; ++i) {
+    const int32_t row = slices.lane_row[slice * kLanes + i];
     at[i] = row < 0 ? 0 : a.indptr[row];
   }
   const int64_t stop = slices.slice_ptr[slice + 1] * per_record;
-  for (int64_t k = slices.slice_ptr[slice] * per_record; k < stop; k += kRowTile) {
-    for (int i = 0; i < kRowTile; ++i) {
+  for (int64_t k = slices.slice_ptr[slice] * per_record; k < stop; k += kLanes) {
+    for (int i = 0; i < kLanes; ++i) {
       static_assert(kPadding == 1 << 6);
       const int64_t used = (slices.code[k + i] >> 6 & 1) - int64_t{1};  // 0 or -1
       packed[k + i] = mask_value(values[place(at[i] & used)], used);
@@ -253,13 +253,13 @@ void pack_slice(const Lists& a, const RowSlices& slices, int64_t slice, const T*
 }  // namespace
 
 template <class T>
-void pack_slice_values(const Lists& a, const RowSlices& slices, const int64_t* permutation,
+void pack_slice_values(const Lists& a, const Slices& slices, const int64_t* source,
                        const T* values, T* packed, const Executor& executor) {
   for_ranges(executor, slices.slices, range_step(executor, slices.slices),
              [&](int64_t begin, int64_t end) {
                for (int64_t s = begin; s < end; ++s) {
-                 if (permutation) {
-                   const auto place = [&](int64_t p) { return permutation[p]; };
+                 if (source) {
+                   const auto place = [&](int64_t p) { return source[p]; };
                    pack_slice(a, slices, s, values, place, packed);
                  } else {
                    pack_slice(a, slices, s, values, [](int64_t p) { return p; }, packed);
@@ -268,9 +268,9 @@ void pack_slice_values(const Lists& a, const RowSlices& slices, const int64_t* p
              });
 }
 
-template void pack_slice_values(const Lists&, const RowSlices&, const int64_t*, const float*,
+template void pack_slice_values(const Lists&, const Slices&, const int64_t*, const float*,
                                 float*, const Executor&);
-template void pack_slice_values(const Lists&, const RowSlices&, const int64_t*, const double*,
+template void pack_slice_values(const Lists&, const Slices&, const int64_t*, const double*,
                                 double*, const Executor&);
 
 }  // namespace spfmt

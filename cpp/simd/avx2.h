@@ -5,14 +5,13 @@
 
 #include <cstdint>
 
-#include "../lists/row_slices.h"
-#include "../core/spfmt.h"
+#include "../lists/lookup.h"
+#include "../core/samples.h"
 #include "octet.h"
 
 namespace spfmt {
 namespace {
 
-constexpr int kLanes = 16;
 
 struct Avx2Simd {
   using T = float;
@@ -25,9 +24,9 @@ struct Avx2Simd {
   static constexpr int kBlockRegisters = 3;  // four rows by three, of sixteen
   static constexpr int64_t kFeedingPanel = 0, kBlockColumns = 64;
   static constexpr int kPieces = 1;  // four vectors are eight registers
-  static constexpr int kTokens = 6;
+  static constexpr int kBandSamples = 6;
   static constexpr int kDotCols = 2;
-  static constexpr int kSliceTokens = 2, kWidestWindow = 32;
+  static constexpr int kLookupSamples = 2, kWidestWindow = 32;
 
   static V zero() noexcept { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
   static V set1(T x) noexcept {
@@ -163,7 +162,7 @@ struct Avx2Simd {
   }
   static V whole(__m256 lo, __m256 hi) noexcept { return {lo, hi}; }
 
-  // Codes of RowSlices, widened once for all tokens.
+  // Codes of RowSlices, widened once for all samples.
   template <int kWidth>
   struct Index {
     __m256i lo, hi;

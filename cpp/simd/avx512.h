@@ -9,14 +9,13 @@
 
 #include <cstdint>
 
-#include "../lists/row_slices.h"
-#include "../core/spfmt.h"
+#include "../lists/lookup.h"
+#include "../core/samples.h"
 #include "octet.h"
 
 namespace spfmt {
 namespace {
 
-constexpr int kLanes = 16;
 
 struct Avx512Simd {
   using T = float;
@@ -26,9 +25,9 @@ struct Avx512Simd {
   static constexpr int kSamples = kLanes, kBlockRegisters = 4;
   static constexpr int64_t kFeedingPanel = 1 << 20, kBlockColumns = 64;
   static constexpr int kPieces = 2;
-  static constexpr int kTokens = 8;
+  static constexpr int kBandSamples = 8;
   static constexpr int kDotCols = 4;
-  static constexpr int kSliceTokens = 8, kWidestWindow = 64;
+  static constexpr int kLookupSamples = 8, kWidestWindow = 64;
 
   static __mmask16 first(int n) noexcept { return static_cast<__mmask16>((1u << n) - 1u); }
 
@@ -156,7 +155,7 @@ struct Avx512Simd {
     return _mm512_insertf32x8(_mm512_castps256_ps512(lo), hi, 1);
   }
 
-  // Codes of RowSlices, widened once for all tokens.
+  // Codes of RowSlices, widened once for all samples.
   template <int kWidth>
   struct Index {
     __m512i column;

@@ -5,13 +5,12 @@
 #include <cmath>
 #include <cstdint>
 
-#include "../lists/row_slices.h"
-#include "../core/spfmt.h"
+#include "../lists/lookup.h"
+#include "../core/samples.h"
 
 namespace spfmt {
 namespace {
 
-constexpr int kLanes = 16;
 
 // N lanes: what eight and sixteen have in common.
 template <class Real, int N>
@@ -97,11 +96,11 @@ struct ScalarSimd : ScalarLanes<Real, kLanes> {
   // Rows whose four accumulator vectors fit it side by side.
   static constexpr int kPieces = 1;
   // Vectors that fit it next to one of weights, and are enough to hide the latency of an FMA.
-  static constexpr int kTokens = 6;
+  static constexpr int kBandSamples = 6;
   // Columns of X whose dot products with four rows of dY fit it.
   static constexpr int kDotCols = 1;
   // Tokens and columns of a window that one pass over RowSlices takes at most.
-  static constexpr int kSliceTokens = 2, kWidestWindow = 32;
+  static constexpr int kLookupSamples = 2, kWidestWindow = 32;
 
   // to(i, quad) for every lane i; quad(p) stores that lane of four vectors at p.
   template <class To>

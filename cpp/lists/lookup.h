@@ -1,7 +1,10 @@
-// The layout of per-row formats for small batches, where lanes run over rows.
+// Lists with lanes over rows, for small batches: columns are looked up in registers.
 #pragma once
 
 #include <cstdint>
+
+#include "../core/samples.h"
+#include "../core/spfmt.h"
 
 namespace spfmt {
 
@@ -24,7 +27,7 @@ constexpr int kBlockCols = 16;
 //
 // A lane's nonzeros keep their order, so values need no index: lane i's k-th code without kPadding
 // belongs to the k-th value of its row.
-struct RowSlices {
+struct Slices {
   int64_t slices;
   int width, steps;
   const int32_t* lane_row;
@@ -39,5 +42,20 @@ constexpr uint8_t kPadding = 0x40;
 constexpr uint8_t window_code(int column) {
   return static_cast<uint8_t>((column & 31) | (column & 32) << 2);
 }
+
+template <class T>
+struct LookupBodies {
+  // n samples into blocks of 16 features: staged[(c * n + b) * 16 + j] is feature 16 c + j of
+  // sample b, zero behind the last feature. Tells whether all of them are finite.
+  bool (*stage)(Strided<const T> x, int64_t features, int n, int64_t blocks, T* staged);
+  // n staged samples, a power of two up to `samples`; y with any strides; slices [begin, end).
+  void (*multiply)(const Slices&, const T* packed, const T* staged, int n, bool finite,
+                   const T* bias, Activation, Strided<T> y, int64_t begin, int64_t end);
+  int samples, widest_window;
+};
+
+class Plan;
+// Places per nonzero of a plan's slices, which are built if they are not there yet.
+double lookup_padding(const Plan& plan, int widest_window);
 
 }  // namespace spfmt

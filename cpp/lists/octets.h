@@ -1,12 +1,13 @@
-// The layout of per-row formats for batches of up to sixteen, where lanes run over eight samples.
+// Lists with lanes over eight samples, for batches of up to sixteen.
 #pragma once
 
 #include <cstdint>
 
+#include "../core/samples.h"
+#include "../core/spfmt.h"
+
 namespace spfmt {
 
-// Samples per octet: four-byte lanes of a 256-bit register.
-constexpr int kOctet = 8;
 // Rows that are summed side by side, and nonzeros of a row that one step takes.
 constexpr int kQuadRows = 4, kStepTerms = 4;
 // Rows per chunk, which is a unit of parallel work.
@@ -26,12 +27,23 @@ constexpr int64_t kOctetRows = 128;
 //
 // X is staged tile after tile, each followed by that feature of zeros: padding adds 0 * 0, so it
 // needs no mask even where x is infinite.
-struct RowOctets {
+struct Octets {
   int64_t chunks, tiles, width;
   const int64_t* quad_ptr;
   const int64_t* step_ptr;
   const uint16_t* row;
   const uint16_t* offset;
 };
+
+template <class T>
+struct OctetBodies {
+  // n samples staged as octets, tile after tile, a feature of zeros behind each; the `rows` rows of
+  // one chunk, whose first ones bias and y begin with; y with any strides.
+  void (*multiply)(const Octets&, const T* values, const T* staged, int n, int64_t chunk, int rows,
+                   const T* bias, Activation, Strided<T> y);
+};
+
+// Places per nonzero of the octets of some lists, estimated from a few chunks; at least 1.
+double octet_padding(const Lists& lists);
 
 }  // namespace spfmt
