@@ -103,7 +103,7 @@ extensions = [
                 [f"bindings/{name}.pyx"],
                 extra_compile_args=["-O3", "-fvisibility=hidden"],
             )
-            for name in ("rows", "selection")
+            for name in ("positions", "rows", "selection")
         ],
         include_path=["bindings"],
         language_level=3,

@@ -25,6 +25,7 @@ from spfmt.formats import (
     ShuffledBlock,
     SparseTensor,
     get_format,
+    register,
 )
 
 NAMES = sorted(FORMATS)
@@ -72,7 +73,7 @@ def test_dense_forms_follow_the_definition(a: SparseTensor) -> None:
 
 @given(tensors())
 @settings(max_examples=100, deadline=None)
-def test_layout_of_groups_is_made_of_small_tiles(a: SparseTensor) -> None:
+def test_layout_of_groups_is_made_of_small_bands(a: SparseTensor) -> None:
     layout = a.layout()
     if isinstance(layout, Groups):
         heights = np.diff(layout.row_ptr)
@@ -559,9 +560,37 @@ def test_convolutions_are_matrices_of_channels_and_cells() -> None:
 def test_get_format() -> None:
     assert get_format("nm") is NM
     assert get_format(CSR) is CSR
-    with pytest.raises(FormatError, match=r"'ell'.*condensed, nm, shuffled_block, hrbp, csr"):
+    with pytest.raises(FormatError, match=r"'ell'.*condensed, csr, hrbp, nm, shuffled_block"):
         get_format("ell")
-    assert len({cls.FORMAT_ID for cls in FORMATS.values()}) == len(FORMATS)
+
+
+def test_a_format_registers_itself() -> None:
+    from spfmt import formats
+    from spfmt.formats import _registry
+
+    def named(name: Any) -> type[CSR]:
+        return type("Own", (CSR,), {"__slots__": (), "format": name})
+
+    try:
+        own = register(named("own"))
+        assert register(own) is own
+        assert get_format("own") is own
+        assert formats.FORMATS is _registry.FORMATS
+        assert "own" in formats.FORMATS
+        a = own.from_dense(np.eye(3, dtype=np.float32))
+        assert formats.decode_structure(a.encode()).cls is own
+        with pytest.raises(FormatError, match="'own', which Own has"):
+            register(named("own"))
+    finally:
+        FORMATS.pop("own")
+    with pytest.raises(FormatError, match="format 'own'"):
+        formats.decode_structure(a.encode())
+    for name in (None, "", "Own", "own-1", "x" * 65, 3):
+        with pytest.raises(FormatError, match="1 to 64 of a-z"):
+            register(named(name))
+    for cls in (int, SparseTensor, "csr"):
+        with pytest.raises(FormatError, match="all that SparseTensor leaves open"):
+            register(cls)  # type: ignore[type-var]
 
 
 def test_importing_needs_numpy_alone() -> None:

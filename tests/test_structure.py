@@ -8,6 +8,7 @@ import sys
 
 import numpy as np
 import pytest
+from format_cases import MAKERS
 
 from spfmt.errors import FormatError, MissingDependency
 from spfmt.structure import (
@@ -15,6 +16,7 @@ from spfmt.structure import (
     erk_densities,
     hrbp_block_density,
     hrbp_structure,
+    moves,
     nm_columns,
     order_rows,
     order_rows_fast,
@@ -702,3 +704,29 @@ def test_excluded_layers_are_dense(distribution):
 def test_uniform_densities_are_uniform():
     assert uniform_densities([(10, 10), (50, 50)], 0.2) == [0.2, 0.2]
     assert weights_of([(3, 3)] * 3, uniform_densities([(3, 3)] * 3, 0.5)) == [5, 5, 4]
+
+
+# ---- moves ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", sorted(MAKERS))
+def test_sources_are_the_old_places_of_equal_positions(name):
+    rng = np.random.default_rng(0)
+    for shape in [(0, 5), (5, 0), (1, 1), (7, 9), (40, 33), (6, 4, 3, 3)]:
+        old, new = (MAKERS[name](shape, rng)._structure for _ in range(2))
+        places = {int(flat): place for place, flat in enumerate(old.flat_indices())}
+        want = [places.get(int(flat), -1) for flat in new.flat_indices()]
+        assert new.sources(old).tolist() == want
+        assert old.sources(old).tolist() == list(range(old.nnz))
+
+
+def test_positions_move_between_layouts_of_one_shape_only():
+    rng = np.random.default_rng(1)
+    lists, groups = MAKERS["csr"]((20, 30), rng), MAKERS["hrbp"]((20, 30), rng)
+    found = moves.sources(groups.layout().row_runs(), lists.layout().row_runs())
+    at = found >= 0
+    np.testing.assert_array_equal(groups.flat_indices()[found[at]], lists.flat_indices()[at])
+    assert not set(lists.flat_indices()[~at]) & set(groups.flat_indices())
+    other = MAKERS["csr"]((30, 20), rng)
+    with pytest.raises(FormatError, match=r"one shape"):
+        moves.sources(groups.layout().row_runs(), other.layout().row_runs())

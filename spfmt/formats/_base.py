@@ -38,6 +38,7 @@ from spfmt.formats._checks import (
 )
 from spfmt.formats._coords import Coordinates
 from spfmt.formats._layout import Layout
+from spfmt.structure.moves import sources
 
 if TYPE_CHECKING:
     from spfmt.dispatch import Plan
@@ -137,8 +138,11 @@ class Structure:
 
     def flat_indices(self) -> npt.NDArray[np.int64]:
         """Row-major flat index of every stored position, in the order of the values."""
-        rows, cols = self.layout.coordinates()
-        return rows * self.matrix_shape[1] + cols
+        return self.layout.flat_indices()
+
+    def sources(self, old: Structure) -> npt.NDArray[np.int64]:
+        """For every stored position its place in `old`, of the same shape; -1 if `old` lacks it."""
+        return sources(old.layout.row_runs(), self.layout.row_runs())
 
     def tensor(self, values: Any) -> SparseTensor:
         """Tensor with copied `values`, nnz of them in any shape, on this structure."""
@@ -163,7 +167,7 @@ class SparseTensor(ABC):
     Attributes
     ----------
     format : str
-        Name of the format, as in files and in the kernel table.
+        Name of the format, as in files and structure words; see `spfmt.formats.register`.
     STRUCTURE, PARAMS : tuple of str
         Names of the structure arrays and of the integer parameters.
     """
@@ -173,7 +177,6 @@ class SparseTensor(ABC):
     __array_ufunc__ = None  # numpy must not take A apart in X @ A
 
     format: ClassVar[str]
-    FORMAT_ID: ClassVar[int]
     STRUCTURE: ClassVar[tuple[str, ...]]
     NDIMS: ClassVar[tuple[int, ...]]
     POINTERS: ClassVar[tuple[str, ...]] = ()

@@ -20,10 +20,12 @@ from spfmt.formats._checks import (
 )
 from spfmt.formats._coords import Coordinates, fill_short_lists
 from spfmt.formats._layout import Lists
+from spfmt.formats._registry import register
 
 __all__ = ["Condensed"]
 
 
+@register
 class Condensed(SparseTensor):
     """Every active row holds exactly `fan_in` values; the other rows are ablated.
 
@@ -48,7 +50,6 @@ class Condensed(SparseTensor):
 
     __slots__ = ()
     format = "condensed"
-    FORMAT_ID = 1
     STRUCTURE = ("row_indices", "col_indices")
     NDIMS = (1, 2)
     PARAMS = ("fan_in",)

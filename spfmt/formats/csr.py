@@ -11,10 +11,12 @@ from spfmt.formats._base import SparseTensor, Structure, scores_budget
 from spfmt.formats._checks import Array, Shape, check_pointer, check_range, matrix_shape, unsorted
 from spfmt.formats._coords import Coordinates
 from spfmt.formats._layout import Lists
+from spfmt.formats._registry import register
 
 __all__ = ["CSR"]
 
 
+@register
 class CSR(SparseTensor):
     """Any pattern, row after row.
 
@@ -36,7 +38,6 @@ class CSR(SparseTensor):
 
     __slots__ = ()
     format = "csr"
-    FORMAT_ID = 5
     STRUCTURE = ("indptr", "col_indices")
     NDIMS = (1, 1)
     POINTERS = ("indptr",)

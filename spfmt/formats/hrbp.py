@@ -24,10 +24,12 @@ from spfmt.formats._checks import (
 )
 from spfmt.formats._coords import Coordinates, fill_short_lists, group_by_support
 from spfmt.formats._layout import Groups, lower_groups
+from spfmt.formats._registry import register
 
 __all__ = ["HRBP"]
 
 
+@register
 class HRBP(SparseTensor):
     """One dense block per row group: its input channels times its pattern of kernel cells.
 
@@ -47,7 +49,7 @@ class HRBP(SparseTensor):
         Kernel cells ``kh * Kw + kw`` of each group, strictly ascending; zeros of shape (t, 1) for
         a matrix. Channels and cells are both empty, or neither is.
     values : array_like of float, shape (nnz,)
-        Each group is cut into tiles of at most 16 consecutive rows; tile after tile, and in a tile
+        Each group is cut into bands of at most 16 consecutive rows; band after band, and in a band
         column after column (channel-major).
 
     Raises
@@ -58,7 +60,6 @@ class HRBP(SparseTensor):
 
     __slots__ = ()
     format = "hrbp"
-    FORMAT_ID = 4
     STRUCTURE = ("row_perm", "row_ptr", "channel_indices", "pattern_indices")
     NDIMS = (1, 1, 2, 2)
     POINTERS = ("row_ptr",)

@@ -19,10 +19,12 @@ from spfmt.formats._checks import (
 )
 from spfmt.formats._coords import Coordinates, fill_short_lists
 from spfmt.formats._layout import Lists
+from spfmt.formats._registry import register
 
 __all__ = ["NM"]
 
 
+@register
 class NM(SparseTensor):
     """Every group of `m` columns holds exactly `n` values in every row.
 
@@ -50,7 +52,6 @@ class NM(SparseTensor):
 
     __slots__ = ()
     format = "nm"
-    FORMAT_ID = 2
     STRUCTURE = ("col_indices",)
     NDIMS = (2,)
     PARAMS = ("n", "m", "transposable")

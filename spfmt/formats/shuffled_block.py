@@ -22,12 +22,14 @@ from spfmt.formats._checks import (
 )
 from spfmt.formats._coords import Coordinates, group_by_support
 from spfmt.formats._layout import Groups, lower_groups
+from spfmt.formats._registry import register
 
 __all__ = ["ShuffledBlock"]
 
 BLOCK_SHAPE = (16, 16)
 
 
+@register
 class ShuffledBlock(SparseTensor):
     """Blocks of S1 shuffled rows by S2 shuffled columns.
 
@@ -47,7 +49,7 @@ class ShuffledBlock(SparseTensor):
         S2 are its blocks, the last run may be short.
     col_indices : array_like of int, shape (T,)
     values : array_like of float, shape (nnz,)
-        Each group is cut into tiles of at most 16 consecutive rows; tile after tile, and in a tile
+        Each group is cut into bands of at most 16 consecutive rows; band after band, and in a band
         column after column.
 
     Raises
@@ -58,7 +60,6 @@ class ShuffledBlock(SparseTensor):
 
     __slots__ = ()
     format = "shuffled_block"
-    FORMAT_ID = 3
     STRUCTURE = ("row_perm", "group_ptr", "col_indices")
     NDIMS = (1, 1, 1)
     POINTERS = ("group_ptr",)
@@ -112,16 +113,16 @@ class ShuffledBlock(SparseTensor):
         layout = self.layout()
         assert isinstance(layout, Groups)
         flat, width = self.values, self.block_shape[1]
-        tile = 0
+        band = 0
         for group, begin in enumerate(self.group_ptr[:-1]):
             columns = self.col_indices[begin : self.group_ptr[group + 1]]
             rows = self.row_perm[group * self.block_shape[0] :][: self.block_shape[0]]
             parts, placed = [], 0
             while placed < rows.size:
-                part = flat[layout.value_ptr[tile] : layout.value_ptr[tile + 1]]
-                height = int(layout.row_ptr[tile + 1] - layout.row_ptr[tile])
+                part = flat[layout.value_ptr[band] : layout.value_ptr[band + 1]]
+                height = int(layout.row_ptr[band + 1] - layout.row_ptr[band])
                 parts.append(part.reshape(columns.size, height).T)
-                placed, tile = placed + height, tile + 1
+                placed, band = placed + height, band + 1
             dense = np.concatenate(parts)
             for start in range(0, columns.size, width):
                 run = slice(start, start + width)
