@@ -99,7 +99,7 @@ def sources(const int32_t[::1] rows, const int64_t[:, ::1] runs, const int32_t[:
             place, step, first, old_step = runs[2, i], runs[3, i], old_runs[2, i], old_runs[3, i]
             for j in range(runs[1, i]):
                 at = table[mine[j]]
-                out[place] = -1 if at < 0 else first + at * old_step
+                out[place] = (first + at * old_step) | (at >> 63)  # -1 for -1, without a branch
                 place += step
             for j in range(old_runs[1, i]):
                 table[old[j]] = -1

@@ -717,6 +717,7 @@ def test_sources_are_the_old_places_of_equal_positions(name):
         places = {int(flat): place for place, flat in enumerate(old.flat_indices())}
         want = [places.get(int(flat), -1) for flat in new.flat_indices()]
         assert new.sources(old).tolist() == want
+        assert new.sources(old, new.nnz + 2).tolist() == [*want, -1, -1]
         assert old.sources(old).tolist() == list(range(old.nnz))
 
 
@@ -727,6 +728,8 @@ def test_positions_move_between_layouts_of_one_shape_only():
     at = found >= 0
     np.testing.assert_array_equal(groups.flat_indices()[found[at]], lists.flat_indices()[at])
     assert not set(lists.flat_indices()[~at]) & set(groups.flat_indices())
+    with pytest.raises(FormatError, match=r"capacity"):
+        lists._structure.sources(groups._structure, lists.nnz - 1)
     other = MAKERS["csr"]((30, 20), rng)
     with pytest.raises(FormatError, match=r"one shape"):
         moves.sources(groups.layout().row_runs(), other.layout().row_runs())

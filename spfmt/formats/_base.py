@@ -140,9 +140,12 @@ class Structure:
         """Row-major flat index of every stored position, in the order of the values."""
         return self.layout.flat_indices()
 
-    def sources(self, old: Structure) -> npt.NDArray[np.int64]:
-        """For every stored position its place in `old`, of the same shape; -1 if `old` lacks it."""
-        return sources(old.layout.row_runs(), self.layout.row_runs())
+    def sources(self, old: Structure, capacity: int | None = None) -> npt.NDArray[np.int64]:
+        """For every stored position its place in `old`, -1 if `old` lacks it and for spare capacity.
+
+        See `spfmt.structure.moves.sources`.
+        """
+        return sources(old.layout.row_runs(), self.layout.row_runs(), capacity)
 
     def tensor(self, values: Any) -> SparseTensor:
         """Tensor with copied `values`, nnz of them in any shape, on this structure."""

@@ -8,7 +8,7 @@ import numpy as np
 
 from ..errors import format_error
 from . import _positions
-from ._checks import Int32Array, Int64Array
+from ._checks import Int32Array, Int64Array, as_count
 
 __all__ = ["RowRuns", "flat_indices", "sources"]
 
@@ -51,23 +51,27 @@ def flat_indices(positions: RowRuns) -> Int64Array:
     return flat
 
 
-def sources(old: RowRuns, new: RowRuns) -> Int64Array:
+def sources(old: RowRuns, new: RowRuns, capacity: int | None = None) -> Int64Array:
     """For every value of `new` the place in `old` of the value at its position, -1 without one.
 
     Parameters
     ----------
     old, new : RowRuns
         Positions of two structures of one shape.
+    capacity : int, optional
+        Length of the result, new.nnz by default; places behind the values get -1.
 
     Returns
     -------
-    ndarray of int64, shape (new.nnz,)
+    ndarray of int64, shape (capacity,)
 
     Raises
     ------
     FormatError
-        If the shapes differ.
+        If the shapes differ, or for a capacity below new.nnz.
     """
+    nnz = new.nnz
+    capacity = as_count(nnz if capacity is None else capacity, "capacity", nnz, 2**62)
     if old.shape != new.shape:
         raise format_error(
             f"structures of shapes {old.shape} and {new.shape}", "one shape", "move within a layer"
@@ -75,7 +79,8 @@ def sources(old: RowRuns, new: RowRuns) -> Int64Array:
     place = np.empty(old.rows.size, np.int64)
     place[old.rows] = np.arange(old.rows.size)
     runs = np.ascontiguousarray(old.runs[:, place[new.rows]])
-    found = np.empty(new.nnz, np.int64)
+    found = np.empty(capacity, np.int64)
+    found[nnz:] = -1
     _positions.sources(
         new.rows, new.runs, new.col_indices, runs, old.col_indices, new.shape[1], found
     )

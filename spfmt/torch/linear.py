@@ -444,8 +444,7 @@ class SparseLinear(nn.Module):
         """
         words = self._words_of(new)
         structure, old = new._structure, self._decoded()
-        places = np.full(self.capacity, -1, np.int64)
-        places[: new.nnz] = structure.sources(old)
+        places = structure.sources(old, self.capacity)
         if forget is not None:
             dropped = np.zeros(old.nnz + 1, np.bool_)  # the last one stands for -1
             dropped[:-1][forget] = True
@@ -643,6 +642,4 @@ def follow(state: Tensor, source: Tensor) -> Tensor:
     source : Tensor, shape (capacity,), int64
         Result of :meth:`SparseLinear.set_structure`.
     """
-    if state.numel() == 0:
-        return state.clone()
-    return torch.where(source >= 0, state[source.clamp(min=0)], torch.zeros_like(state))
+    return torch.cat([state, state.new_zeros(1)]).take(source)  # -1 is the last one, the zero
