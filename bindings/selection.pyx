@@ -7,24 +7,178 @@ shapes or values. Arrays are typed memoryviews, so the extension needs no numpy 
 released inside every loop. Masks are uint8 (0 or 1).
 """
 
-from libc.stdint cimport int32_t, int64_t, uint8_t, uint64_t
+from libc.math cimport sqrt
+from libc.stdint cimport INT64_MAX, INT64_MIN, int32_t, int64_t, uint8_t, uint64_t
 from libc.stdlib cimport free
-from libc.string cimport memset
+from libc.string cimport memcpy, memset
 
 from workspace cimport allocate
+
+cdef extern from *:
+    """
+    #include <stdint.h>
+    #include <string.h>
+
+    #if defined(__x86_64__) && defined(__GNUC__)
+    #define SPFMT_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
+    #else
+    #define SPFMT_CLONES
+    #endif
+
+    /* Selection works on keys: integers in the order of the scores, where -0 equals 0. Loops over
+       integers vectorise, and an emitted index costs no branch: it is written always and stays
+       where its key is large enough. */
+    static inline int64_t spfmt_key(double score)
+    {
+        int64_t bits;
+        score += 0.0; /* -0 becomes 0 */
+        memcpy(&bits, &score, sizeof bits);
+        return bits ^ ((bits >> 63) & INT64_MAX);
+    }
+    SPFMT_CLONES static void spfmt_keys_float(const float *scores, int64_t n, int64_t *out)
+    {
+        for (int64_t i = 0; i < n; ++i) out[i] = spfmt_key(scores[i]);
+    }
+    SPFMT_CLONES static void spfmt_keys_double(const double *scores, int64_t n, int64_t *out)
+    {
+        for (int64_t i = 0; i < n; ++i) out[i] = spfmt_key(scores[i]);
+    }
+
+    SPFMT_CLONES static int64_t spfmt_count(const int64_t *keys, int64_t n, int64_t bound)
+    {
+        int64_t count = 0;
+        for (int64_t i = 0; i < n; ++i) count += keys[i] >= bound;
+        return count;
+    }
+
+    /* The keys from low to high; one element behind the last is written, too. */
+    static int64_t spfmt_between(const int64_t *keys, int64_t n, int64_t low, int64_t high,
+                                 int64_t *out)
+    {
+        int64_t at = 0;
+        for (int64_t i = 0; i < n; ++i) {
+            out[at] = keys[i];
+            at += (keys[i] >= low) & (keys[i] <= high);
+        }
+        return at;
+    }
+
+    /* Indices of the keys above bound and of the first `ties` equal to it, which are counted down;
+       one element behind the last is written, too. */
+    static inline int64_t spfmt_emit(const int64_t *keys, int64_t n, int64_t bound, int64_t *ties,
+                                     int32_t first, int32_t *out)
+    {
+        int64_t at = 0, left = *ties;
+        if (left == 0) {
+            for (int64_t i = 0; i < n; ++i) {
+                out[at] = first + (int32_t)i;
+                at += keys[i] > bound;
+            }
+            return at;
+        }
+        for (int64_t i = 0; i < n; ++i) {
+            int64_t tie = (keys[i] == bound) & (left > 0);
+            out[at] = first + (int32_t)i;
+            at += (keys[i] > bound) | tie;
+            left -= tie;
+        }
+        *ties = left;
+        return at;
+    }
+
+    /* Indices of the n largest of m keys whose n-th largest is bound and of which `reached` are not
+       below it. */
+    static inline int64_t spfmt_largest(const int64_t *keys, int64_t m, int64_t n, int64_t bound,
+                                        int64_t reached, int32_t first, int32_t *out)
+    {
+        int64_t ties = 0;
+        if (reached == n) return spfmt_emit(keys, m, bound - 1, &ties, first, out);
+        ties = n;
+        for (int64_t i = 0; i < m; ++i) ties -= keys[i] > bound;
+        return spfmt_emit(keys, m, bound, &ties, first, out);
+    }
+
+    /* The n best of four: an element is kept if fewer than n beat it. */
+    static inline int64_t spfmt_of_four(const int64_t *k, int64_t n, int32_t first, int32_t *out)
+    {
+        int a = k[0] >= k[1], b = k[0] >= k[2], c = k[0] >= k[3];
+        int d = k[1] >= k[2], e = k[1] >= k[3], f = k[2] >= k[3];
+        int64_t at = 0;
+        out[at] = first, at += 3 - a - b - c < n;
+        out[at] = first + 1, at += 2 + a - d - e < n;
+        out[at] = first + 2, at += 1 + b + d - f < n;
+        out[at] = first + 3, at += c + e + f < n;
+        return at;
+    }
+
+    /* Indices of the n best of m, for small n: the maximum, the largest key below it, and so on. */
+    static inline int64_t spfmt_best(const int64_t *keys, int64_t m, int64_t n, int32_t first,
+                                     int32_t *out)
+    {
+        int64_t bound = INT64_MAX;
+        for (;;) {
+            int64_t reached = 0;
+            uint64_t gap = UINT64_MAX; /* from bound - 1 down; a key above it wraps around */
+            for (int64_t i = 0; i < m; ++i) reached += keys[i] >= bound;
+            if (reached >= n) return spfmt_largest(keys, m, n, bound, reached, first, out);
+            for (int64_t i = 0; i < m; ++i) {
+                uint64_t below = (uint64_t)bound - 1 - (uint64_t)keys[i];
+                gap = below < gap ? below : gap;
+            }
+            bound = (int64_t)((uint64_t)bound - 1 - gap);
+        }
+    }
+
+    /* Columns of the best n of every m keys of a row, for small n; a short last group keeps
+       min(n, its length). */
+    SPFMT_CLONES static void spfmt_groups(const int64_t *keys, int64_t cols, int64_t n, int64_t m,
+                                          int32_t *out)
+    {
+        for (int64_t begin = 0, at = 0; begin < cols; begin += m) {
+            int64_t length = cols - begin < m ? cols - begin : m;
+            int32_t first = (int32_t)begin;
+            if (length == 4)
+                at += spfmt_of_four(keys + begin, n, first, out + at);
+            else
+                at += spfmt_best(keys + begin, length, n < length ? n : length, first, out + at);
+        }
+    }
+    """
+    void spfmt_keys_float(const float *scores, int64_t n, int64_t *out) noexcept nogil
+    void spfmt_keys_double(const double *scores, int64_t n, int64_t *out) noexcept nogil
+    int64_t spfmt_count(const int64_t *keys, int64_t n, int64_t bound) noexcept nogil
+    int64_t spfmt_between(const int64_t *keys, int64_t n, int64_t low, int64_t high,
+                          int64_t *out) noexcept nogil
+    int64_t spfmt_emit(const int64_t *keys, int64_t n, int64_t bound, int64_t *ties, int32_t first,
+                       int32_t *out) noexcept nogil
+    int64_t spfmt_largest(const int64_t *keys, int64_t m, int64_t n, int64_t bound, int64_t reached,
+                          int32_t first, int32_t *out) noexcept nogil
+    void spfmt_groups(const int64_t *keys, int64_t cols, int64_t n, int64_t m,
+                      int32_t *out) noexcept nogil
 
 ctypedef fused real:
     float
     double
 
+ctypedef fused number:
+    double
+    int64_t
+
 
 # ---- selection -------------------------------------------------------------------------------
 
 
-cdef void _sort_descending(real *a, Py_ssize_t n) noexcept nogil:
+cdef inline void _keys(const real *scores, Py_ssize_t n, int64_t *out) noexcept nogil:
+    if real is float:
+        spfmt_keys_float(scores, n, out)
+    else:
+        spfmt_keys_double(scores, n, out)
+
+
+cdef void _sort_descending(number *a, Py_ssize_t n) noexcept nogil:
     """Insertion sort for short ranges."""
     cdef Py_ssize_t i, j
-    cdef real v
+    cdef number v
     for i in range(1, n):
         v = a[i]
         j = i
@@ -34,13 +188,13 @@ cdef void _sort_descending(real *a, Py_ssize_t n) noexcept nogil:
         a[j] = v
 
 
-cdef real _pivot(const real *a, Py_ssize_t n, Py_ssize_t target, uint64_t *state) noexcept nogil:
+cdef number _pivot(const number *a, Py_ssize_t n, Py_ssize_t target, uint64_t *state) noexcept nogil:
     """A sampled value whose rank in a[:n] is about target.
 
     Near the target most elements fall on one side, which is both less work and, because branches
     become predictable, faster than a median.
     """
-    cdef real sample[31]
+    cdef number sample[31]
     cdef Py_ssize_t i, size = 31 if n >= 256 else 3
     for i in range(size):
         state[0] = state[0] * 6364136223846793005ULL + 1442695040888963407ULL
@@ -49,7 +203,7 @@ cdef real _pivot(const real *a, Py_ssize_t n, Py_ssize_t target, uint64_t *state
     return sample[target * size // n]
 
 
-cdef real _kth_largest(real *a, Py_ssize_t n, Py_ssize_t k) noexcept nogil:
+cdef number _kth_largest(number *a, Py_ssize_t n, Py_ssize_t k) noexcept nogil:
     """The k-th largest (1-based) of a[:n]; reorders a. Expected O(n) on every input.
 
     Pivots come from a fixed pseudo-random sequence: no input is systematically slow, and the
@@ -57,7 +211,7 @@ cdef real _kth_largest(real *a, Py_ssize_t n, Py_ssize_t k) noexcept nogil:
     """
     cdef Py_ssize_t lo = 0, hi = n - 1, target = k - 1, i, above, below
     cdef uint64_t state = 0x9E3779B97F4A7C15ULL
-    cdef real pivot, v
+    cdef number pivot, v
     while hi - lo >= 16:
         pivot = _pivot(a + lo, hi - lo + 1, target - lo, &state)
         above, below, i = lo, hi, lo
@@ -84,97 +238,183 @@ cdef real _kth_largest(real *a, Py_ssize_t n, Py_ssize_t k) noexcept nogil:
     return a[target]
 
 
-cdef Py_ssize_t _n_above(const real *a, Py_ssize_t n, Py_ssize_t step, real bound) noexcept nogil:
-    cdef Py_ssize_t i, count = 0
-    for i in range(n):
-        count += a[i * step] > bound
-    return count
+cdef struct Bracket:
+    int64_t low          # keys around the bound of a row before: most likely those of this one
+    int64_t high
+    int64_t *work        # (n + 1,) keys
 
 
-def per_row_topk(const real[:, ::1] scores, Py_ssize_t k, int32_t[:, ::1] out):
-    """Columns of the k largest scores of each row, ascending; ties go to the lowest column."""
-    cdef Py_ssize_t rows = scores.shape[0], cols = scores.shape[1], r, c, at, ties
-    cdef real *work
-    cdef real bound
-    if k == 0 or rows == 0:
+cdef int64_t _few_bound(int64_t *keys, Py_ssize_t n, Py_ssize_t k, int64_t low,
+                        int64_t high) noexcept nogil:
+    """A bound that k of few keys in low..high reach, or the k-th largest: by bisection.
+
+    Counting is vectorised and moves nothing, so it beats a selection by far.
+    """
+    cdef int64_t middle
+    cdef Py_ssize_t count
+    if n > 512:
+        return _kth_largest(keys, n, k)
+    while low < high:
+        middle = <int64_t> (<uint64_t> low + (<uint64_t> high - <uint64_t> low) // 2 + 1)
+        count = spfmt_count(keys, n, middle)
+        if count == k:
+            return middle
+        if count > k:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+cdef int64_t _kth_bracketed(Bracket *b, const int64_t *keys, Py_ssize_t n,
+                            Py_ssize_t k) noexcept nogil:
+    """A bound that k keys reach, the k-th largest where ties leave none; 1 <= k <= n.
+
+    A bracket that holds it spares most of the work.
+    """
+    cdef Py_ssize_t above = spfmt_count(keys, n, b.high + 1), inside, reach
+    cdef int64_t bound
+    if above < k:
+        inside = spfmt_between(keys, n, b.low, b.high, b.work)
+        if above + inside >= k:
+            return _few_bound(b.work, inside, k - above, b.low, b.high)
+    # Ranks in two rows of one distribution differ by sqrt(2 k (n - k) / n): three times that.
+    reach = 2 + <Py_ssize_t> (3 * sqrt(2.0 * k * (n - k) / n))
+    memcpy(b.work, keys, n * sizeof(int64_t))
+    b.low, b.high = INT64_MIN, INT64_MAX - 1
+    if k + reach < n:
+        b.low = _kth_largest(b.work, n, k + reach)
+        n = k + reach  # they come first now
+    bound = _kth_largest(b.work, n, k)
+    if k > reach:
+        b.high = _kth_largest(b.work, k, k - reach)
+    return bound
+
+
+cdef void _groups(const int64_t *keys, Py_ssize_t length, Py_ssize_t n, Py_ssize_t m, Bracket *b,
+                  int32_t *out) noexcept nogil:
+    """Indices of the n best of every m keys, ties to the first; a short last group keeps min(n, L)."""
+    cdef Py_ssize_t begin = 0, size, at = 0
+    cdef int64_t bound
+    if n <= 8:
+        spfmt_groups(keys, length, n, m, out)
         return
-    work = <real *> allocate(cols * sizeof(real))
-    with nogil:
-        for r in range(rows):
-            for c in range(cols):
-                work[c] = scores[r, c]
-            bound = _kth_largest(work, cols, k)
-            ties = k - _n_above(&scores[r, 0], cols, 1, bound)
-            at = 0
-            for c in range(cols):
-                if scores[r, c] > bound:
-                    out[r, at] = <int32_t> c
-                    at += 1
-                elif scores[r, c] == bound and ties > 0:
-                    out[r, at] = <int32_t> c
-                    at += 1
-                    ties -= 1
-    free(work)
+    while begin < length:
+        size = min(m, length - begin)
+        bound = INT64_MIN + 1 if n >= size else _kth_bracketed(b, keys + begin, size, n)
+        at += spfmt_largest(keys + begin, size, min(n, size), bound,
+                            spfmt_count(keys + begin, size, bound), <int32_t> begin, out + at)
+        begin += m
 
 
-cdef void _mark_group(const real *group, Py_ssize_t length, Py_ssize_t step, Py_ssize_t n,
-                      real *work, uint8_t *keep) noexcept nogil:
-    """Set keep at the n largest of a strided group; ties go to the lowest index."""
-    cdef Py_ssize_t i, ties
-    cdef real bound
-    if n >= length:
-        for i in range(length):
-            keep[i * step] = 1
-        return
-    for i in range(length):
-        work[i] = group[i * step]
-    bound = _kth_largest(work, length, n)
-    ties = n - _n_above(group, length, step, bound)
-    for i in range(length):
-        if group[i * step] > bound:
-            keep[i * step] = 1
-        elif group[i * step] == bound and ties > 0:
-            keep[i * step] = 1
-            ties -= 1
-
-
-cdef void _mark_row(const real *row, Py_ssize_t channels, Py_ssize_t cells, Py_ssize_t n,
-                    Py_ssize_t m, real *work, uint8_t *keep) noexcept nogil:
-    """Best n of every group of m channels of one row, cell by cell; the last may be short."""
-    cdef Py_ssize_t g, begin, cell, length
-    for g in range((channels + m - 1) // m):
-        begin = g * m
-        length = min(m, channels - begin)
-        for cell in range(cells):
-            _mark_group(row + begin * cells + cell, length, cells, n, work,
-                        keep + begin * cells + cell)
+cdef void _cell_groups(const int64_t *keys, Py_ssize_t channels, Py_ssize_t cells, Py_ssize_t n,
+                       Py_ssize_t m, Py_ssize_t kept, Bracket *b, int64_t *cell_keys,
+                       uint8_t *keep, int32_t *out) noexcept nogil:
+    """`_groups` of every kernel cell by itself, as ascending columns."""
+    cdef Py_ssize_t cell, i, at = 0
+    memset(keep, 0, channels * cells)
+    for cell in range(cells):
+        for i in range(channels):
+            cell_keys[i] = keys[i * cells + cell]
+        _groups(cell_keys, channels, n, m, b, out)
+        for i in range(kept // cells):
+            keep[out[i] * cells + cell] = 1
+    for i in range(channels * cells):
+        out[at] = <int32_t> i
+        at += keep[i]
 
 
 def nm_columns(const real[:, ::1] scores, Py_ssize_t n, Py_ssize_t m, Py_ssize_t cells,
                int32_t[:, ::1] out):
     """Matrix columns of the best n of every group of m channels per cell, ascending per row."""
-    cdef Py_ssize_t rows = scores.shape[0], cols = scores.shape[1], r, c, at
-    cdef real *work
-    cdef uint8_t *keep
-    if out.shape[0] == 0 or out.shape[1] == 0:
+    cdef Py_ssize_t rows = scores.shape[0], cols = scores.shape[1], kept = out.shape[1], r
+    cdef int64_t *keys
+    cdef int32_t *columns
+    cdef Bracket b
+    if rows == 0 or kept == 0:
         return
-    work = <real *> allocate(m * sizeof(real))
-    try:
-        keep = <uint8_t *> allocate(cols)
-    except MemoryError:
-        free(work)
-        raise
+    keys = <int64_t *> allocate((3 * cols + 3) * sizeof(int64_t) + (cols + 1) * sizeof(int32_t)
+                                + cols)
+    b.low, b.high, b.work = 1, 0, keys + 2 * cols + 1  # no bracket yet
+    columns = <int32_t *> (b.work + cols + 1)
     with nogil:
         for r in range(rows):
-            memset(keep, 0, cols)
-            _mark_row(&scores[r, 0], cols // cells, cells, n, m, work, keep)
-            at = 0
-            for c in range(cols):
-                if keep[c]:
-                    out[r, at] = <int32_t> c
-                    at += 1
-    free(keep)
-    free(work)
+            _keys(&scores[r, 0], cols, keys)
+            if cells == 1:
+                _groups(keys, cols, n, m, &b, columns)
+            else:
+                _cell_groups(keys, cols // cells, cells, n, m, kept, &b, keys + cols,
+                             <uint8_t *> (columns + cols + 1), columns)
+            memcpy(&out[r, 0], columns, kept * sizeof(int32_t))
+    free(keys)
+
+
+cdef void _sample_bracket(const real[:, ::1] scores, Py_ssize_t k, Bracket *b) noexcept nogil:
+    """Keys between which the k-th largest of all scores most likely lies."""
+    cdef Py_ssize_t cols = scores.shape[1], total = scores.shape[0] * cols, i, rank, reach
+    cdef Py_ssize_t size = min(total, 8192)
+    cdef double share = <double> k / total
+    cdef uint64_t state = 0x9E3779B97F4A7C15ULL, place
+    for i in range(size):
+        state = state * 6364136223846793005ULL + 1442695040888963407ULL
+        place = (state >> 20) % <uint64_t> total
+        _keys(&scores[place // cols, place % cols], 1, b.work + i)
+    rank = <Py_ssize_t> (share * size)
+    reach = 4 + <Py_ssize_t> (4 * sqrt(size * share * (1 - share)))
+    b.low, b.high = INT64_MIN, INT64_MAX - 1
+    if rank + reach <= size:
+        b.low = _kth_largest(b.work, size, rank + reach)
+    if rank > reach:
+        b.high = _kth_largest(b.work, size, rank - reach)
+
+
+cdef int64_t _kth_of_all(const real[:, ::1] scores, Py_ssize_t k, Bracket *b, int64_t *keys,
+                         int64_t *ties) noexcept nogil:
+    """The bound of the k largest keys of a matrix: those above it and the first `ties` equal to it."""
+    cdef Py_ssize_t cols = scores.shape[1], r, above, inside
+    cdef int64_t bound
+    _sample_bracket(scores, k, b)
+    while True:
+        above, inside = 0, 0
+        for r in range(scores.shape[0]):
+            _keys(&scores[r, 0], cols, keys)
+            above += spfmt_count(keys, cols, b.high + 1)
+            inside += spfmt_between(keys, cols, b.low, b.high, b.work + inside)
+        if above < k <= above + inside:
+            break
+        b.low, b.high = INT64_MIN, INT64_MAX - 1  # at most once
+    bound = _kth_largest(b.work, inside, k - above)
+    ties[0] = k - above - spfmt_count(b.work, inside, bound + 1)
+    if k == above + spfmt_count(b.work, inside, bound):  # all ties: no need to count them down
+        ties[0] = 0
+        return bound - 1
+    return bound
+
+
+def top_columns(const real[:, ::1] scores, Py_ssize_t k, int64_t[::1] row_ptr,
+                int32_t[::1] columns):
+    """Columns of the k largest of all scores, row after row; ties go to the first.
+
+    `columns` has k + 1 elements; the last one is scratch.
+    """
+    cdef Py_ssize_t cols = scores.shape[1], r
+    cdef int64_t *keys
+    cdef int64_t bound, ties = 0
+    cdef Bracket b
+    if k == 0:
+        row_ptr[:] = 0
+        return
+    # Memory that is not touched costs nothing: most often `work` is used for a few keys.
+    keys = <int64_t *> allocate((cols + scores.shape[0] * cols + 1) * sizeof(int64_t))
+    b.work = keys + cols
+    with nogil:
+        bound = _kth_of_all(scores, k, &b, keys, &ties)
+        row_ptr[0] = 0
+        for r in range(scores.shape[0]):
+            _keys(&scores[r, 0], cols, keys)
+            row_ptr[r + 1] = row_ptr[r] + spfmt_emit(keys, cols, bound, &ties, 0,
+                                                     &columns[row_ptr[r]])
+    free(keys)
 
 
 # ---- transposable n:m ------------------------------------------------------------------------
@@ -261,7 +501,9 @@ cdef void _tile_start(Tile *t) noexcept nogil:
             t.work[j] = row[j]
         t.u[i] = _kth_largest(t.work, m, t.n)
         t.v[i] = 0.0
-        ties = t.n - _n_above(row, m, 1, t.u[i])
+        ties = t.n
+        for j in range(m):
+            ties -= row[j] > t.u[i]
         for s in range(m):
             j = (i * t.n + s) % m
             if row[j] > t.u[i] or (row[j] == t.u[i] and ties > 0):

@@ -113,13 +113,11 @@ class CSR(SparseTensor):
         values : array_like of the same shape, optional
             Dense array to take the values from; zeros by default.
         """
-        from spfmt.structure.unstructured import topk_mask
+        from spfmt.structure.unstructured import topk_columns
 
         matrix, shape, budget = scores_budget(scores, density)
-        mask = topk_mask(matrix, budget)
-        rows, cols = np.nonzero(mask)
-        indptr = np.searchsorted(rows, np.arange(matrix.shape[0] + 1))
-        return cls._found(matrix, shape, {"indptr": indptr, "col_indices": cols}, {}, values)
+        indptr, columns = topk_columns(matrix, budget)
+        return cls._found(matrix, shape, {"indptr": indptr, "col_indices": columns}, {}, values)
 
     def _summary(self) -> str:
         return f"nnz={self.nnz}"
