@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import itertools
 import math
-import sys
 
 import numpy as np
 import pytest
 from format_cases import MAKERS
+from scipy.cluster import hierarchy
 
-from spfmt.errors import FormatError, MissingDependency
+from spfmt.errors import FormatError
 from spfmt.structure import (
     constant_fan_in,
     erk_densities,
@@ -456,11 +456,20 @@ def test_the_fast_route_keeps_the_mass_of_the_paper_route(kind):
     assert kept(order_rows(mask, method="fast")) >= 0.99 * kept(order_rows(mask))
 
 
-def test_missing_scikit_learn_names_the_extra(monkeypatch):
-    monkeypatch.setitem(sys.modules, "sklearn.cluster", None)
-    with pytest.raises(MissingDependency, match=r"pip install 'spfmt\[search\]'"):
-        order_rows(np.ones((4, 4)))
-    assert sorted(order_rows(np.ones((4, 4)), method="fast").tolist()) == [0, 1, 2, 3]
+@pytest.mark.parametrize("linkage", ["average", "complete"])
+@pytest.mark.parametrize("metric", ["jaccard", "cosine"])
+@pytest.mark.parametrize(("n_rows", "cols"), [(3, 9), (60, 12), (150, 70)])
+def test_leaves_are_those_of_scipys_dendrogram(linkage, metric, n_rows, cols):
+    mask = np.random.default_rng(n_rows).random((n_rows, cols)) < 0.4
+    mask[:, 0] = True  # every row shares a column
+    m = mask.astype(float)
+    common, counts = m @ m.T, mask.sum(axis=1)
+    both = np.sqrt(np.outer(counts, counts)) if metric == "cosine" else (
+        np.add.outer(counts, counts) - common)  # fmt: skip
+    condensed = (1 - common / both)[np.triu_indices(n_rows, 1)]
+    want = hierarchy.leaves_list(hierarchy.linkage(condensed, method=linkage))
+    got = order_rows(mask, metric=metric, linkage=linkage, min_overlap=0.0)
+    np.testing.assert_array_equal(got, want)
 
 
 # ---- shuffled blocks -------------------------------------------------------------------------

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import MissingDependency
 from . import _rows
 from ._checks import Int32Array, as_choice, as_count, as_density, as_mask
 
@@ -39,8 +38,8 @@ def order_rows(
     """Permutation of the rows that puts rows with common nonzero columns side by side.
 
     method="paper" is DSB's section 4: rows that share more than the fraction `min_overlap` (the
-    paper's q) of their nonzero columns with some other row are clustered by scikit-learn's
-    AgglomerativeClustering on 1 - similarity and read off the dendrogram in leaf order; the other
+    paper's q) of their nonzero columns with some other row are clustered agglomeratively on
+    1 - similarity and read off the dendrogram in leaf order; the other
     rows keep their order at the end. The paper uses the Jaccard similarity; the authors' own code
     uses cosine with complete linkage. Both are offered, the paper's words and average linkage are
     the default.
@@ -51,7 +50,7 @@ def order_rows(
     to components of at most 512 rows), and each chunk is handled as above: the fraction q and the
     dendrogram then look inside the chunk.
 
-    method="fast" calls `order_rows_fast`, which needs neither scikit-learn nor q.
+    method="fast" calls `order_rows_fast`, which needs no matrix of all pairs.
 
     Parameters
     ----------
@@ -77,8 +76,6 @@ def order_rows(
     ------
     FormatError
         mask not two-dimensional, or an unknown option.
-    MissingDependency
-        scikit-learn is not installed (method="paper" with rows to cluster).
     """
     as_choice(method, "method", _METHODS)
     if method == "fast":
@@ -183,32 +180,13 @@ def _leaf_order(
         return rows
     distance = np.empty((rows.size, rows.size), np.float64)
     _rows.row_distances(bits, counts, rows, cosine, distance)
-    try:
-        from sklearn.cluster import AgglomerativeClustering
-    except ImportError as error:
-        raise MissingDependency(
-            "got no scikit-learn; expected it for clustering rows as in the paper; fix: "
-            "pip install 'spfmt[search]', or pass method='fast', which needs numpy only"
-        ) from error
-    tree = AgglomerativeClustering(n_clusters=1, metric="precomputed", linkage=linkage).fit(
-        distance
-    )
-    leaves: Int32Array = rows[_leaves(tree.children_.tolist(), rows.size)]
-    return leaves
-
-
-def _leaves(children: list[list[int]], n_leaves: int) -> list[int]:
-    """Depth-first, left child first; node n_leaves + i joins children[i]."""
-    leaves = []
-    stack = [2 * n_leaves - 2]
-    while stack:
-        node = stack.pop()
-        if node < n_leaves:
-            leaves.append(node)
-        else:
-            left, right = children[node - n_leaves]
-            stack += [right, left]
-    return leaves
+    pairs = np.empty((rows.size - 1, 2), np.int32)
+    heights = np.empty(rows.size - 1, np.float64)
+    _rows.nearest_neighbour_chain(distance, linkage == "complete", pairs, heights)
+    leaves = np.empty(rows.size, np.int32)
+    _rows.leaf_order(pairs[np.argsort(heights, kind="stable")], leaves)
+    ordered: Int32Array = rows[leaves]
+    return ordered
 
 
 def _chunks(bits: _Words, counts: Int32Array, limit: int, cosine: bool) -> list[Int32Array]:
