@@ -174,7 +174,7 @@ cdef enum:
 
 def row_distances(const uint64_t[:, ::1] bits, const int32_t[::1] counts,
                   const int32_t[::1] chosen, bint cosine, double[:, ::1] out):
-    """Square matrix of 1 - similarity over the chosen (non-empty) rows; infinite on its diagonal."""
+    """out[:, :n] = 1 - similarity over the n chosen (non-empty) rows; infinite on the diagonal."""
     cdef Py_ssize_t n = chosen.shape[0], words = bits.shape[1], i, j, first = 0, end
     cdef int32_t *common
     cdef int32_t *own
@@ -204,8 +204,7 @@ def row_distances(const uint64_t[:, ::1] bits, const int32_t[::1] counts,
 
 
 cdef void _merge(double[:, ::1] distance, Py_ssize_t x, Py_ssize_t y, const int32_t *size,
-                 uint64_t *dead, const int32_t *alive, Py_ssize_t n_alive,
-                 bint complete) noexcept nogil:
+                 const int32_t *alive, Py_ssize_t n_alive, bint complete) noexcept nogil:
     """Cluster y takes in cluster x."""
     cdef Py_ssize_t n = distance.shape[0], i
     if complete:
@@ -213,7 +212,6 @@ cdef void _merge(double[:, ::1] distance, Py_ssize_t x, Py_ssize_t y, const int3
     else:
         spfmt_average(&distance[x, 0], &distance[y, 0], size[x], size[y], n)
     distance[y, y] = INFINITY
-    dead[x] = ~(<uint64_t> 0)
     for i in range(n_alive):
         distance[alive[i], y] = distance[y, alive[i]]
 
@@ -255,7 +253,8 @@ def nearest_neighbour_chain(double[:, ::1] distance, bint complete, int32_t[:, :
             for i in range(n - k):
                 alive[kept] = alive[i]
                 kept += alive[i] != x
-            _merge(distance, x, y, size, dead, alive, kept, complete)
+            _merge(distance, x, y, size, alive, kept, complete)
+            dead[x] = ~(<uint64_t> 0)
             size[y] += size[x]
     free(dead)
 

@@ -719,17 +719,41 @@ def kernel_counts(const uint8_t[:, ::1] mask, Py_ssize_t cells, int32_t[:, ::1] 
                 out[o, i] = count
 
 
-def kernel_sums(const real[:, ::1] scores, Py_ssize_t cells, double[:, ::1] out):
-    """out[o, i] = sum of the kernel from channel i to channel o."""
-    cdef Py_ssize_t o, i, k
+def kernel_sums(const real[:, ::1] scores, Py_ssize_t cells, const int64_t[::1] kernels,
+                double[::1] out):
+    """out[i] = sum of the kernel whose number among all kernels is kernels[i]."""
+    cdef Py_ssize_t i, k
     cdef double total
+    cdef const real *kernel
     with nogil:
-        for o in range(out.shape[0]):
-            for i in range(out.shape[1]):
-                total = 0.0
+        for i in range(kernels.shape[0]):
+            kernel = &scores[0, 0] + kernels[i] * cells
+            total = 0.0
+            for k in range(cells):
+                total += kernel[k]
+            out[i] = total
+
+
+def channel_totals(const uint8_t[:, ::1] kernel_mask, const uint8_t[:, ::1] mask,
+                   const real[:, ::1] scores, const int32_t[::1] rows, Py_ssize_t cells,
+                   int64_t[:, ::1] counts, double[::1] sums):
+    """Kernels, nonzeros and score of every input channel over the rows (added to what is there)."""
+    cdef Py_ssize_t r, i, k
+    cdef int64_t count
+    cdef double total
+    cdef const uint8_t *active
+    cdef const real *score
+    with nogil:
+        for r in range(rows.shape[0]):
+            active, score = &mask[rows[r], 0], &scores[rows[r], 0]
+            for i in range(sums.shape[0]):
+                count, total = 0, 0.0
                 for k in range(i * cells, (i + 1) * cells):
-                    total += scores[o, k]
-                out[o, i] = total
+                    count += active[k]
+                    total += score[k]
+                counts[0, i] += kernel_mask[rows[r], i]
+                counts[1, i] += count
+                sums[i] += total
 
 
 def cell_counts(const uint8_t[:, ::1] mask, const real[:, ::1] scores,

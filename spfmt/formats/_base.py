@@ -141,7 +141,7 @@ class Structure:
         return self.layout.flat_indices()
 
     def sources(self, old: Structure, capacity: int | None = None) -> npt.NDArray[np.int64]:
-        """For every stored position its place in `old`, -1 if `old` lacks it and for spare capacity.
+        """For every stored position its place in `old`; -1 if it is new, and for spare capacity.
 
         See `spfmt.structure.moves.sources`.
         """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,10 +23,9 @@ from ._checks import (
     bounded,
 )
 from .rows import order_rows
+from .unstructured import topk_mask
 
 __all__ = ["hrbp_block_density", "hrbp_structure"]
-
-_Counts = npt.NDArray[np.int32] | npt.NDArray[np.int64]
 
 
 def hrbp_structure(
@@ -91,25 +91,18 @@ def hrbp_structure(
         return _nothing(out, groups)
     s_cells = _pattern_cells(r, channels, cells, block_density)
     fraction = min(1.0, r * cells / s_cells)
-    per_kernel = np.empty((out, channels), np.int32)
-    _selection.kernel_counts(m.view(np.uint8), cells, per_kernel)
-    sums = np.empty((out, channels), np.float64)
-    _selection.kernel_sums(plain, cells, sums)
-    kernel_mask = _most(fraction * per_kernel.size, per_kernel, sums)
+    kernel_mask = _kernel_mask(m, plain, fraction, cells)
     row_perm, row_ptr = _row_groups(kernel_mask, groups, method)
     n_channels = max(1, _nearest(fraction * channels))
     kept_channels = np.empty((row_ptr.size - 1, n_channels), np.int32)
     patterns = np.empty((row_ptr.size - 1, s_cells), np.int32)
     for g in range(row_ptr.size - 1):
         rows = row_perm[row_ptr[g] : row_ptr[g + 1]]
-        kept_channels[g] = np.flatnonzero(
-            _most(
-                n_channels,
-                kernel_mask[rows].sum(axis=0),
-                per_kernel[rows].sum(axis=0),
-                sums[rows].sum(axis=0),
-            )
+        counts, sums = np.zeros((2, channels), np.int64), np.zeros(channels, np.float64)
+        _selection.channel_totals(
+            kernel_mask.view(np.uint8), m.view(np.uint8), plain, rows, cells, counts, sums
         )
+        kept_channels[g] = np.flatnonzero(_most(n_channels, *counts, sums))
         patterns[g] = _pattern(m, plain, rows, kept_channels[g], cells, s_cells)
     return row_perm, row_ptr, kept_channels, patterns
 
@@ -171,21 +164,31 @@ def _nearest(value: float) -> int:
     return math.floor(value + 0.5 + 1e-9)
 
 
-def _most(n: float, *keys: npt.NDArray[np.int32 | np.int64 | np.float64]) -> BoolArray:
-    """Mask of the round(n) largest by the first key, ties by the next ones, then by index."""
-    count = _nearest(n)
+def _kernel_mask(m: BoolArray, scores: FloatArray, fraction: float, cells: int) -> BoolArray:
+    """The fraction of the kernels with the most nonzeros, ties to the larger sum of scores."""
+    per_kernel: npt.NDArray[Any] = m.view(np.uint8)
+    if cells > 1:
+        per_kernel = np.empty((m.shape[0], m.shape[1] // cells), np.int32)
+        _selection.kernel_counts(m.view(np.uint8), cells, per_kernel)
+    count, bound = _nearest(fraction * per_kernel.size), int(per_kernel.max())
+    while np.count_nonzero(per_kernel >= bound) < count:  # there are few numbers of nonzeros
+        bound -= 1
+    kept: BoolArray = per_kernel >= bound
+    excess = int(np.count_nonzero(kept)) - count
+    if excess:
+        ties = np.flatnonzero(per_kernel == bound)
+        sums = np.empty(ties.size, np.float64)
+        _selection.kernel_sums(scores, cells, ties, sums)
+        kept.reshape(-1)[ties[~topk_mask(sums, ties.size - excess)]] = False
+    return kept
+
+
+def _most(count: int, *keys: npt.NDArray[Any]) -> BoolArray:
+    """Mask of the largest by the first key, ties by the next ones, then by index."""
+    ranked = np.lexsort([np.arange(keys[0].size), *(-key for key in reversed(keys))])
     chosen = np.zeros(keys[0].size, np.bool_)
-    among = np.arange(keys[0].size)
-    for key in keys:
-        if not 0 < count < among.size:
-            break
-        value = key.reshape(-1)[among]
-        bound = np.partition(value, among.size - count)[among.size - count]
-        chosen[among[value > bound]] = True
-        count -= int(np.count_nonzero(value > bound))
-        among = among[value == bound]
-    chosen[among[:count]] = True
-    return chosen.reshape(keys[0].shape)
+    chosen[ranked[:count]] = True
+    return chosen
 
 
 def _row_groups(
@@ -215,6 +218,8 @@ def _pattern(
     m: BoolArray, scores: FloatArray, rows: Int32Array, channels: Int32Array, cells: int, keep: int
 ) -> Int64Array:
     """The cells with the most nonzeros over the group's kept kernels, ascending (Fig. 3)."""
+    if keep == cells:
+        return np.arange(cells)
     counts = np.zeros(cells, np.int64)
     sums = np.zeros(cells, np.float64)
     _selection.cell_counts(m.view(np.uint8), scores, rows, channels, counts, sums)

@@ -178,7 +178,8 @@ def _leaf_order(
     """Leaves of the dendrogram over the given rows, from left to right."""
     if rows.size < 3:
         return rows
-    distance = np.empty((rows.size, rows.size), np.float64)
+    # An odd number of cache lines a row: a power of two would put a column into one cache set.
+    distance = np.empty((rows.size, (rows.size // 16 * 2 + 3) * 8), np.float64)
     _rows.row_distances(bits, counts, rows, cosine, distance)
     pairs = np.empty((rows.size - 1, 2), np.int32)
     heights = np.empty(rows.size - 1, np.float64)
