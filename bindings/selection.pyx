@@ -143,7 +143,36 @@ cdef extern from *:
                 at += spfmt_best(keys + begin, length, n < length ? n : length, first, out + at);
         }
     }
+
+    typedef double spfmt_doubles __attribute__((vector_size(64)));
+    typedef int64_t spfmt_ints __attribute__((vector_size(64)));
+
+    /* The best pattern of each of eight 4 x 4 tiles, whose pairs of columns lie side by side. */
+    SPFMT_CLONES static void spfmt_best_patterns(const double *pairs, const int32_t *patterns,
+                                                 int64_t n, int64_t *which)
+    {
+        spfmt_doubles pair[24], halves[2][36], best = {0};
+        spfmt_ints chosen = {0};
+        memcpy(pair, pairs, sizeof pair);
+        for (int i = 0; i < 36; ++i) {
+            halves[0][i] = pair[i / 6] + pair[6 + i % 6];
+            halves[1][i] = pair[12 + i / 6] + pair[18 + i % 6];
+        }
+        for (int64_t p = 0; p < n; ++p, patterns += 4) {
+            spfmt_doubles total = halves[0][6 * patterns[0] + patterns[1]]
+                                  + halves[1][6 * patterns[2] + patterns[3]];
+            spfmt_ints better = p ? total > best : ~chosen;
+            chosen = (chosen & ~better) | (better & p);
+            best = (spfmt_doubles)(((spfmt_ints)best & ~better) | ((spfmt_ints)total & better));
+        }
+        memcpy(which, &chosen, sizeof chosen);
+    }
+    static const uint8_t spfmt_pairs[6][4] = {
+        {1, 1, 0, 0}, {1, 0, 1, 0}, {1, 0, 0, 1}, {0, 1, 1, 0}, {0, 1, 0, 1}, {0, 0, 1, 1}};
     """
+    const uint8_t spfmt_pairs[6][4]
+    void spfmt_best_patterns(const double *pairs, const int32_t *patterns, int64_t n,
+                             int64_t *which) noexcept nogil
     void spfmt_keys_float(const float *scores, int64_t n, int64_t *out) noexcept nogil
     void spfmt_keys_double(const double *scores, int64_t n, int64_t *out) noexcept nogil
     int64_t spfmt_count(const int64_t *keys, int64_t n, int64_t bound) noexcept nogil
@@ -426,49 +455,43 @@ def transposable_2_4(const real[:, ::1] scores, Py_ssize_t cells,
 
     patterns[p, i] is the index of row i's pair of columns among (01, 02, 03, 12, 13, 23).
     """
-    cdef Py_ssize_t tile_rows = scores.shape[0] // 4, channels = scores.shape[1] // cells // 4
-    cdef Py_ssize_t r, b, cell
+    cdef Py_ssize_t tile_rows = scores.shape[0] // 4, row_step = scores.shape[1], r, t, lane, place
+    cdef Py_ssize_t tiles = row_step // cells // 4 * cells
+    cdef double pairs[4 * 6 * 8]
+    cdef int64_t best[8]
+    memset(pairs, 0, sizeof(pairs))
     with nogil:
         for r in range(tile_rows):
-            for b in range(channels):
-                for cell in range(cells):
-                    _tile_2_4(&scores[4 * r, 4 * b * cells + cell], scores.shape[1], cells,
-                              &patterns[0, 0], patterns.shape[0],
-                              &out[4 * r, 4 * b * cells + cell])
+            for t in range(tiles):
+                place = t // cells * 4 * cells + t % cells
+                lane = t % 8
+                _pair_sums(&scores[4 * r, place], row_step, cells, pairs + lane)
+                if lane < 7 and t + 1 < tiles:
+                    continue
+                spfmt_best_patterns(pairs, &patterns[0, 0], patterns.shape[0], best)
+                for place in range(lane + 1):
+                    _mark_pattern(&patterns[best[place], 0], row_step, cells,
+                                  &out[4 * r, 0] + (t - lane + place) // cells * 4 * cells
+                                  + (t - lane + place) % cells)
 
 
-cdef void _tile_2_4(const real *w, Py_ssize_t row_step, Py_ssize_t step,
-                    const int32_t *patterns, Py_ssize_t n_patterns, uint8_t *keep) noexcept nogil:
-    cdef double pairs[4][6]
-    cdef double top[36]
-    cdef double bottom[36]
-    cdef double total, best = 0.0
-    cdef Py_ssize_t i, j, a, b, p, chosen = -1
-    cdef const int32_t *q
+cdef void _pair_sums(const real *w, Py_ssize_t row_step, Py_ssize_t step,
+                     double *pairs) noexcept nogil:
+    """Score of each pair of columns of each row of a tile, one of eight tiles side by side."""
+    cdef Py_ssize_t i, a, b, p = 0
     for i in range(4):
-        p = 0
         for a in range(3):
             for b in range(a + 1, 4):
-                pairs[i][p] = <double> w[i * row_step + a * step] + w[i * row_step + b * step]
+                pairs[8 * p] = <double> w[i * row_step + a * step] + w[i * row_step + b * step]
                 p += 1
-    for i in range(6):
-        for j in range(6):
-            top[6 * i + j] = pairs[0][i] + pairs[1][j]
-            bottom[6 * i + j] = pairs[2][i] + pairs[3][j]
-    for p in range(n_patterns):
-        q = patterns + 4 * p
-        total = top[6 * q[0] + q[1]] + bottom[6 * q[2] + q[3]]
-        if chosen < 0 or total > best:
-            best = total
-            chosen = p
+
+
+cdef void _mark_pattern(const int32_t *pattern, Py_ssize_t row_step, Py_ssize_t step,
+                        uint8_t *keep) noexcept nogil:
+    cdef Py_ssize_t i, j
     for i in range(4):
-        p = 0
-        for a in range(3):
-            for b in range(a + 1, 4):
-                if patterns[4 * chosen + i] == p:
-                    keep[i * row_step + a * step] = 1
-                    keep[i * row_step + b * step] = 1
-                p += 1
+        for j in range(4):
+            keep[i * row_step + j * step] = spfmt_pairs[pattern[i]][j]
 
 
 # One m x m tile as a transportation problem: rows supply n units, columns take n, an edge carries
