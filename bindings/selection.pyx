@@ -98,6 +98,12 @@ cdef extern from *:
         return spfmt_emit(keys, m, bound, &ties, first, out);
     }
 
+    SPFMT_CLONES static void spfmt_mark(const int64_t *keys, int64_t n, int64_t bound,
+                                        uint8_t *keep)
+    {
+        for (int64_t i = 0; i < n; ++i) keep[i] = keys[i] > bound;
+    }
+
     /* The n best of four: an element is kept if fewer than n beat it. */
     static inline int64_t spfmt_of_four(const int64_t *k, int64_t n, int32_t first, int32_t *out)
     {
@@ -180,6 +186,7 @@ cdef extern from *:
                           int64_t *out) noexcept nogil
     int64_t spfmt_emit(const int64_t *keys, int64_t n, int64_t bound, int64_t *ties, int32_t first,
                        int32_t *out) noexcept nogil
+    void spfmt_mark(const int64_t *keys, int64_t n, int64_t bound, uint8_t *keep) noexcept nogil
     int64_t spfmt_largest(const int64_t *keys, int64_t m, int64_t n, int64_t bound, int64_t reached,
                           int32_t first, int32_t *out) noexcept nogil
     void spfmt_groups(const int64_t *keys, int64_t cols, int64_t n, int64_t m,
@@ -420,29 +427,40 @@ cdef int64_t _kth_of_all(const real[:, ::1] scores, Py_ssize_t k, Bracket *b, in
     return bound
 
 
-def top_columns(const real[:, ::1] scores, Py_ssize_t k, int64_t[::1] row_ptr,
-                int32_t[::1] columns):
-    """Columns of the k largest of all scores, row after row; ties go to the first.
+cdef Py_ssize_t _mark_row(const int64_t *keys, Py_ssize_t n, int64_t bound, int64_t ties,
+                          uint8_t *keep) noexcept nogil:
+    """keep = keys above bound and the first `ties` equal to it; returns how many ties are left."""
+    cdef Py_ssize_t i
+    spfmt_mark(keys, n, bound, keep)
+    for i in range(n if ties else 0):
+        if ties and keys[i] == bound:
+            keep[i] = 1
+            ties -= 1
+    return ties
 
-    `columns` has k + 1 elements; the last one is scratch.
+
+def top_columns(const real[:, ::1] scores, Py_ssize_t k, int64_t[::1] row_ptr,
+                int32_t[::1] columns, uint8_t[:, ::1] keep):
+    """The k largest of all scores, ties to the first: their columns, row after row, or their mask.
+
+    `columns` has k + 1 elements, the last one is scratch; or it is empty and `keep` is not.
     """
     cdef Py_ssize_t cols = scores.shape[1], r
     cdef int64_t *keys
     cdef int64_t bound, ties = 0
     cdef Bracket b
-    if k == 0:
-        row_ptr[:] = 0
-        return
     # Memory that is not touched costs nothing: most often `work` is used for a few keys.
     keys = <int64_t *> allocate((cols + scores.shape[0] * cols + 1) * sizeof(int64_t))
     b.work = keys + cols
     with nogil:
         bound = _kth_of_all(scores, k, &b, keys, &ties)
-        row_ptr[0] = 0
         for r in range(scores.shape[0]):
             _keys(&scores[r, 0], cols, keys)
-            row_ptr[r + 1] = row_ptr[r] + spfmt_emit(keys, cols, bound, &ties, 0,
-                                                     &columns[row_ptr[r]])
+            if keep.shape[0]:
+                ties = _mark_row(keys, cols, bound, ties, &keep[r, 0])
+            else:
+                row_ptr[r + 1] = row_ptr[r] + spfmt_emit(keys, cols, bound, &ties, 0,
+                                                         &columns[row_ptr[r]])
     free(keys)
 
 
@@ -652,7 +670,7 @@ def transposable_tiles(const real[:, ::1] scores, Py_ssize_t n, Py_ssize_t m, Py
 cdef void _merge_sort(const double *key, int32_t *order, int32_t *work, Py_ssize_t n) noexcept nogil:
     """Stable: order[:n] by key descending."""
     cdef Py_ssize_t half = n // 2, i = 0, j = half, k
-    cdef int32_t v
+    cdef int32_t v, left, first
     if n <= 12:
         for k in range(1, n):
             v = order[k]
@@ -666,63 +684,53 @@ cdef void _merge_sort(const double *key, int32_t *order, int32_t *work, Py_ssize
     _merge_sort(key, order + half, work, n - half)
     for k in range(half):
         work[k] = order[k]
-    for k in range(n):
-        if i < half and (j >= n or key[work[i]] >= key[order[j]]):
-            order[k] = work[i]
-            i += 1
-        elif i < half:
-            order[k] = order[j]
-            j += 1
-        else:
-            return
-
-
-cdef void _column_order(const double *norm, Py_ssize_t cols, int32_t *order,
-                        int32_t *work) noexcept nogil:
-    """Columns by norm descending, ties ascending; zeros, often the most, need no sorting."""
-    cdef Py_ssize_t c, n = 0, at, below
-    for c in range(cols):
-        if norm[c] > 0.0:
-            order[n] = <int32_t> c
-            n += 1
-    at = n
-    for c in range(cols):
-        if norm[c] == 0.0:
-            order[at] = <int32_t> c
-            at += 1
-    below = at
-    for c in range(cols):
-        if norm[c] < 0.0:
-            order[at] = <int32_t> c
-            at += 1
-    _merge_sort(norm, order, work, n)
-    _merge_sort(norm, order + below, work, at - below)
+    k = 0
+    while i < half and j < n:
+        left, v = work[i], order[j]
+        first = key[left] >= key[v]
+        order[k] = v + (left - v) * first  # without a branch: which one it is cannot be foreseen
+        k += 1
+        i += first
+        j += 1 - first
+    for j in range(i, half):
+        order[k + j - i] = work[j]
 
 
 def block_norms(const real[:, ::1] scores, const int32_t[::1] row_perm, Py_ssize_t block_rows,
                 Py_ssize_t block_cols, int32_t[:, ::1] order, double[:, ::1] norms):
-    """Per row group: columns by their sum descending (order) and the sum of every run of columns."""
-    cdef Py_ssize_t rows = scores.shape[0], cols = scores.shape[1], g, i, c, end
+    """Per row group: the best columns by their sum, descending, and the sum of every run of them.
+
+    `order` has as many columns as are wanted; the last run may be short.
+    """
+    cdef Py_ssize_t rows = scores.shape[0], cols = scores.shape[1], kept = order.shape[1], g, i, c
     cdef double *column
-    cdef int32_t *work
+    cdef int64_t *keys
+    cdef int32_t *best
+    cdef int64_t bound
     cdef const real *row
-    if rows == 0 or cols == 0:
+    cdef Bracket b
+    if rows == 0 or kept == 0:
         return
-    column = <double *> allocate(cols * (sizeof(double) + sizeof(int32_t)))
-    work = <int32_t *> (column + cols)
+    column = <double *> allocate(cols * sizeof(double) + (2 * cols + 1) * sizeof(int64_t)
+                                 + 2 * (cols + 1) * sizeof(int32_t))
+    keys = <int64_t *> (column + cols)
+    b.low, b.high, b.work = 1, 0, keys + cols
+    best = <int32_t *> (b.work + cols + 1)
     with nogil:
         for g in range(order.shape[0]):
             memset(column, 0, cols * sizeof(double))
-            end = min(rows, (g + 1) * block_rows)
-            for i in range(g * block_rows, end):
+            for i in range(g * block_rows, min(rows, (g + 1) * block_rows)):
                 row = &scores[row_perm[i], 0]
                 for c in range(cols):
                     column[c] += row[c]
-            _column_order(column, cols, &order[g, 0], work)
-            for c in range(norms.shape[1]):
-                norms[g, c] = 0.0
-            for c in range(cols):
-                norms[g, c // block_cols] += column[order[g, c]]
+            spfmt_keys_double(column, cols, keys)
+            bound = _kth_bracketed(&b, keys, cols, kept)
+            spfmt_largest(keys, cols, kept, bound, spfmt_count(keys, cols, bound), 0, best)
+            _merge_sort(column, best, best + cols + 1, kept)
+            memcpy(&order[g, 0], best, kept * sizeof(int32_t))
+            memset(&norms[g, 0], 0, norms.shape[1] * sizeof(double))
+            for c in range(kept):
+                norms[g, c // block_cols] += column[best[c]]
     free(column)
 
 

@@ -530,6 +530,15 @@ def test_signed_blocks_rank_by_the_sum(block_shape):
             assert set(columns[a:b]) == set(np.argsort(-sums, kind="stable")[: b - a])
 
 
+def test_one_group_may_take_all_blocks():
+    scores = np.random.default_rng(0).random((16, 64))
+    scores[8:12] += 10
+    pointer, columns = select_blocks(scores, np.arange(16), (4, 2), 20)
+    assert pointer.tolist() == [0, 0, 0, 40, 40]
+    best = np.sort(np.argsort(-scores[8:12].sum(0), kind="stable")[:40])
+    np.testing.assert_array_equal(np.sort(columns), best)
+
+
 def test_blocks_by_hand():
     scores = np.array([[5, 0, 1, 0], [0, 0, 9, 2], [4, 0, 1, 0], [0, 1, 8, 3]])
     pointer, columns = select_blocks(scores, [0, 2, 1, 3], (2, 2), 2)

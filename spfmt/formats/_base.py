@@ -246,6 +246,13 @@ class SparseTensor(ABC):
         """
         return "row", np.arange(self.matrix_shape[0])
 
+    def same_groups(self) -> dict[str, Any]:
+        """Keywords of `from_scores` with which another structure keeps this one's groups of rows.
+
+        Finding groups anew costs many training steps; keeping them costs less than one.
+        """
+        return {}
+
     # ---- construction --------------------------------------------------------------------------
 
     def _init(

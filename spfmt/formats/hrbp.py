@@ -163,6 +163,12 @@ class HRBP(SparseTensor):
         group[self.row_perm] = np.repeat(np.arange(self.groups), np.diff(self.row_ptr))
         return "group", group
 
+    def same_groups(self) -> dict[str, Any]:
+        sizes = np.diff(self.row_ptr)
+        groups = np.repeat(np.arange(self.groups), sizes)
+        larger_first = np.lexsort([groups, -np.repeat(sizes, sizes)])
+        return {"groups": self.groups, "row_perm": self.row_perm[larger_first]}
+
     @classmethod
     def _least_nnz(cls, coords: Coordinates) -> int:
         return coords.matrix_shape[0] * int(coords.row_counts.max(initial=0))
@@ -212,6 +218,7 @@ class HRBP(SparseTensor):
         block_density: float | None = None,
         groups: int | None = None,
         method: str = "paper",
+        row_perm: Any = None,
         values: Any = None,
     ) -> HRBP:
         """Choose groups, channels and patterns by the paper's procedure (HRBP, section 4.1).
@@ -227,6 +234,8 @@ class HRBP(SparseTensor):
             Number of row groups; min(8, R // 8) and at least 1 by default.
         method : {"paper", "fast"}
             How rows are clustered, see `spfmt.structure.rows.order_rows`.
+        row_perm : array_like of int, shape (R,), optional
+            Rows, group after group, the larger groups first; by default they are clustered.
         values : array_like of the same shape, optional
             Dense array to take the values from; zeros by default.
         """
@@ -245,6 +254,7 @@ class HRBP(SparseTensor):
             block_density=block_density,
             groups=groups,
             method=method,
+            row_perm=row_perm,
         )
         arrays: dict[str, Array] = dict(zip(cls.STRUCTURE, found, strict=True))
         params = {"groups": arrays["channel_indices"].shape[0]}

@@ -171,6 +171,9 @@ class ShuffledBlock(SparseTensor):
         group[self.row_perm] = np.arange(self.row_perm.size) // self.block_shape[0]
         return "group", group
 
+    def same_groups(self) -> dict[str, Any]:
+        return {"row_perm": self.row_perm}
+
     @classmethod
     def _from_coordinates(
         cls, coords: Coordinates, *, block_shape: Any = BLOCK_SHAPE, row_perm: Any = None

@@ -19,6 +19,7 @@ from ._checks import (
     as_count,
     as_density,
     as_mask,
+    as_row_perm,
     as_scores,
     bounded,
 )
@@ -37,6 +38,7 @@ def hrbp_structure(
     groups: int | None = None,
     *,
     method: str = "paper",
+    row_perm: npt.ArrayLike | None = None,
 ) -> tuple[Int32Array, Int64Array, Int32Array, Int32Array]:
     """Row groups, their input channels and their kernel pattern (HRBP, section 4.1).
 
@@ -67,6 +69,8 @@ def hrbp_structure(
         least 8 rows.
     method : {"paper", "fast"}
         How rows are ordered, see `order_rows`.
+    row_perm : array_like of int, shape (C_out,), optional
+        An order of the rows to cut into groups; step 3 is left out then.
 
     Returns
     -------
@@ -88,23 +92,23 @@ def hrbp_structure(
     m, plain, out, channels, cells = _check_layer(mask, scores, shape)
     r = as_density(density)
     if out == 0 or channels * cells == 0 or r == 0.0:
-        return _nothing(out, groups)
+        return _nothing(out, groups, row_perm)
     s_cells = _pattern_cells(r, channels, cells, block_density)
     fraction = min(1.0, r * cells / s_cells)
     kernel_mask = _kernel_mask(m, plain, fraction, cells)
-    row_perm, row_ptr = _row_groups(kernel_mask, groups, method)
+    order, row_ptr = _row_groups(kernel_mask, groups, method, row_perm)
     n_channels = max(1, _nearest(fraction * channels))
     kept_channels = np.empty((row_ptr.size - 1, n_channels), np.int32)
     patterns = np.empty((row_ptr.size - 1, s_cells), np.int32)
     for g in range(row_ptr.size - 1):
-        rows = row_perm[row_ptr[g] : row_ptr[g + 1]]
+        rows = order[row_ptr[g] : row_ptr[g + 1]]
         counts, sums = np.zeros((2, channels), np.int64), np.zeros(channels, np.float64)
         _selection.channel_totals(
             kernel_mask.view(np.uint8), m.view(np.uint8), plain, rows, cells, counts, sums
         )
         kept_channels[g] = np.flatnonzero(_most(n_channels, *counts, sums))
         patterns[g] = _pattern(m, plain, rows, kept_channels[g], cells, s_cells)
-    return row_perm, row_ptr, kept_channels, patterns
+    return order, row_ptr, kept_channels, patterns
 
 
 def hrbp_block_density(
@@ -192,14 +196,16 @@ def _most(count: int, *keys: npt.NDArray[Any]) -> BoolArray:
 
 
 def _row_groups(
-    kernel_mask: BoolArray, groups: int | None, method: str
+    kernel_mask: BoolArray, groups: int | None, method: str, row_perm: npt.ArrayLike | None
 ) -> tuple[Int32Array, Int64Array]:
     """Leaf order of the rows cut into t groups whose sizes differ by at most one."""
     row_ptr = _group_ptr(kernel_mask.shape[0], groups)
-    # DSB's fraction q is not part of HRBP: every row that shares a channel is clustered.
-    order = order_rows(
-        kernel_mask, min_overlap=0.0, method=method, group_size=max(1, int(row_ptr[1]))
-    )
+    if row_perm is not None:
+        order = as_row_perm(row_perm, kernel_mask.shape[0]).copy()
+    else:  # DSB's fraction q is not part of HRBP: every row that shares a channel is clustered
+        order = order_rows(
+            kernel_mask, min_overlap=0.0, method=method, group_size=max(1, int(row_ptr[1]))
+        )
     for g in range(row_ptr.size - 1):
         order[row_ptr[g] : row_ptr[g + 1]].sort()
     return order, row_ptr
@@ -226,11 +232,14 @@ def _pattern(
     return np.flatnonzero(_most(keep, counts, sums))
 
 
-def _nothing(out: int, groups: int | None) -> tuple[Int32Array, Int64Array, Int32Array, Int32Array]:
+def _nothing(
+    out: int, groups: int | None, row_perm: npt.ArrayLike | None
+) -> tuple[Int32Array, Int64Array, Int32Array, Int32Array]:
     """Groups without a weight; no group where there is no row."""
     row_ptr = _group_ptr(out, groups) if out else np.zeros(1, np.int64)
     empty = np.empty((row_ptr.size - 1, 0), np.int32)
-    return np.arange(out, dtype=np.int32), row_ptr, empty, empty.copy()
+    perm = np.arange(out, dtype=np.int32) if row_perm is None else as_row_perm(row_perm, out)
+    return perm, row_ptr, empty, empty.copy()
 
 
 def _layer_shape(shape: Sequence[int]) -> tuple[int, int, int]:

@@ -41,7 +41,8 @@ def topk_columns(scores: npt.ArrayLike, n: int) -> tuple[Int64Array, Int32Array]
     plain = as_scores(scores, ndim=2)
     n = as_count(n, "n", 0, plain.size)
     indptr, columns = np.zeros(len(plain) + 1, np.int64), np.empty(n + 1, np.int32)
-    _selection.top_columns(plain, n, indptr, columns)
+    if n:
+        _selection.top_columns(plain, n, indptr, columns, np.empty((0, 0), np.uint8))
     return indptr, columns[:n]
 
 
@@ -71,12 +72,16 @@ def topk_mask(scores: npt.ArrayLike, n: int) -> BoolArray:
     [[False, True], [False, False]]
     """
     plain = as_scores(scores)
-    cols = max(1, plain.shape[-1] if plain.ndim > 1 else plain.size)
-    matrix = plain.reshape(plain.size // cols, cols)
-    indptr, columns = topk_columns(matrix, n)
-    keep = np.zeros(matrix.shape, np.bool_)
-    keep[np.repeat(np.arange(len(matrix)), np.diff(indptr)), columns] = True
-    return keep.reshape(plain.shape)
+    n = as_count(n, "n", 0, plain.size)
+    keep = np.zeros(plain.shape, np.bool_)
+    if n:
+        cols = plain.shape[-1] if plain.ndim > 1 else plain.size
+        matrix = plain.reshape(-1, cols)
+        _selection.top_columns(
+            matrix, n, np.empty(0, np.int64), np.empty(0, np.int32),
+            keep.view(np.uint8).reshape(matrix.shape),
+        )  # fmt: skip
+    return keep
 
 
 def per_row_topk(scores: npt.ArrayLike, k: int) -> Int32Array:
