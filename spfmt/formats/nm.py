@@ -329,8 +329,9 @@ def _best_tiles(matrix: Array, cells: int, n: int, m: int) -> Array:
 
     mask = transposable_nm_mask(matrix, n, m, max(1, cells))
     per_row = int(_quotas(matrix.shape[1] // max(1, cells), n, m).sum()) * cells
-    flat: Array = np.flatnonzero(mask).reshape(matrix.shape[0], per_row)
-    return flat - np.arange(matrix.shape[0])[:, None] * matrix.shape[1]
+    flat = np.flatnonzero(mask).reshape(matrix.shape[0], per_row)
+    columns: Array = flat - np.arange(matrix.shape[0])[:, None] * matrix.shape[1]
+    return columns
 
 
 def _complete_tiles(coords: Coordinates, cells: int, n: int, m: int) -> Array:
