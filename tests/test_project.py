@@ -217,11 +217,11 @@ def test_bad_scores_are_refused(name: str) -> None:
     nan = scores_of((4, 6))
     nan[2, 3] = np.nan
     bad: list[tuple[Any, Any, str]] = [
-        (nan, 0.5, "NaN at row 2, column 3"),
+        (nan, 0.5, r"NaN in scores at \(2, 3\)"),
         (scores_of((4,)), 0.5, "rank 1"),
         (scores_of((4, 4)) * 1j, 0.5, "complex128"),
         (np.array([["a", "b"]]), 0.5, "real numbers"),
-        (scores_of((4, 6)), 1.5, "density 1.5"),
+        (scores_of((4, 6)), 1.5, "density=1.5"),
         (scores_of((4, 6)), -0.1, "density -0.1"),
         (scores_of((4, 6)), float("nan"), "density nan"),
         (scores_of((4, 6)), "many", "density 'many'"),

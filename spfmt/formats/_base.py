@@ -23,8 +23,6 @@ from spfmt.errors import format_error
 from spfmt.formats._checks import (
     Array,
     Shape,
-    as_int,
-    check_density,
     check_names,
     check_shape,
     float_array,
@@ -32,12 +30,11 @@ from spfmt.formats._checks import (
     index_array,
     kernel_cells,
     matrix_shape,
-    plain_array,
-    score_matrix,
     value_dtype,
 )
 from spfmt.formats._coords import Coordinates
 from spfmt.formats._layout import Layout
+from spfmt.structure._checks import as_density, as_int, as_scores, plain_array
 from spfmt.structure.moves import sources
 
 if TYPE_CHECKING:
@@ -641,5 +638,6 @@ def _rebuild(
 
 def scores_budget(scores: Any, density: Any) -> tuple[Array, Shape, int]:
     """Checked score matrix, the weight's shape, and the budget round(density * R * C)."""
-    matrix, shape = score_matrix(scores)
-    return matrix, shape, round(check_density(density) * matrix.size)
+    plain = as_scores(scores)
+    shape = check_shape(plain.shape)
+    return plain.reshape(matrix_shape(shape)), shape, round(as_density(density) * plain.size)

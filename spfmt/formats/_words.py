@@ -26,8 +26,9 @@ import numpy.typing as npt
 
 from spfmt.errors import FormatError, format_error
 from spfmt.formats._base import SparseTensor, Structure
-from spfmt.formats._checks import INT32_MAX, Array, Shape, as_int, check_shape, plain_array
+from spfmt.formats._checks import Array, Shape, check_shape
 from spfmt.formats._registry import FORMATS, get_format
+from spfmt.structure._checks import INT32_MAX, as_int, plain_array
 from spfmt.structure._positions import content_hash
 
 __all__ = ["HEADER", "decode", "decode_structure", "encode", "words_capacity"]

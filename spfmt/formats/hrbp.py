@@ -10,21 +10,17 @@ import numpy as np
 from spfmt.errors import format_error
 from spfmt.formats._base import SparseTensor, Structure, scores_budget
 from spfmt.formats._checks import (
-    INT32_MAX,
     Array,
     Shape,
-    as_int,
     check_ascending,
-    check_permutation,
     check_pointer,
-    check_range,
     kernel_cells,
     matrix_shape,
-    plain_array,
 )
 from spfmt.formats._coords import Coordinates, fill_short_lists, group_by_support
 from spfmt.formats._layout import Groups, lower_groups
 from spfmt.formats._registry import register
+from spfmt.structure._checks import INT32_MAX, as_int, check_permutation, check_range, plain_array
 
 __all__ = ["HRBP"]
 

@@ -10,19 +10,11 @@ import numpy as np
 
 from spfmt.errors import format_error
 from spfmt.formats._base import SparseTensor, Structure, scores_budget
-from spfmt.formats._checks import (
-    Array,
-    Shape,
-    as_int,
-    check_permutation,
-    check_pointer,
-    check_range,
-    matrix_shape,
-    permutation_array,
-)
+from spfmt.formats._checks import Array, Shape, check_pointer, matrix_shape
 from spfmt.formats._coords import Coordinates, group_by_support
 from spfmt.formats._layout import Groups, lower_groups
 from spfmt.formats._registry import register
+from spfmt.structure._checks import as_int, as_row_perm, check_permutation, check_range
 
 __all__ = ["ShuffledBlock"]
 
@@ -183,7 +175,7 @@ class ShuffledBlock(SparseTensor):
         if row_perm is None:
             perm = _rows_by_support(coords, block_rows)
         else:
-            perm = permutation_array("row_perm", row_perm, rows)
+            perm = as_row_perm(row_perm, rows)
         group = np.empty(rows, np.int64)
         group[perm] = np.arange(rows) // block_rows
         # A group's columns are the union of its rows' columns.
@@ -271,7 +263,7 @@ class ShuffledBlock(SparseTensor):
                 group_size=block_rows,
             )
         else:
-            perm = permutation_array("row_perm", row_perm, matrix.shape[0])
+            perm = as_row_perm(row_perm, matrix.shape[0])
         pointer, columns = _best_blocks(matrix, perm, (block_rows, block_cols), budget)
         arrays: dict[str, Array] = {"row_perm": perm, "group_ptr": pointer, "col_indices": columns}
         params = {"block_rows": block_rows, "block_cols": block_cols}

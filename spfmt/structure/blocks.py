@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from ..errors import format_error
 from . import _selection
-from ._checks import FloatArray, Int32Array, Int64Array, as_count, as_row_perm, as_scores
+from ._checks import FloatArray, Int32Array, Int64Array, as_int, as_row_perm, as_scores
 from .unstructured import topk_mask
 
 __all__ = ["select_blocks"]
@@ -71,7 +71,7 @@ def select_blocks(
         plain = np.abs(plain)
     groups = -(-rows // block_rows)
     per_group = -(-cols // block_cols)
-    n_blocks = as_count(n_blocks, "n_blocks", 0, groups * per_group)
+    n_blocks = as_int("n_blocks", n_blocks, 0, groups * per_group)
     # Most groups keep about their share: few columns beyond it have to be ranked.
     ranked = min(per_group, 2 + 3 * -(-n_blocks // max(1, groups)))
     order, kept = _ranked_blocks(plain, perm, (block_rows, block_cols), n_blocks, ranked)
@@ -119,4 +119,4 @@ def _check_block_shape(block_shape: Sequence[int]) -> tuple[int, int]:
         raise format_error(
             f"block_shape = {block_shape!r}", "two whole numbers (S1, S2)", "pass e.g. (16, 16)"
         ) from None
-    return as_count(block_rows, "block rows S1", 1), as_count(block_cols, "block columns S2", 1)
+    return as_int("block rows S1", block_rows, 1), as_int("block columns S2", block_cols, 1)

@@ -16,8 +16,8 @@ from ._checks import (
     FloatArray,
     Int32Array,
     Int64Array,
-    as_count,
     as_density,
+    as_int,
     as_mask,
     as_row_perm,
     as_scores,
@@ -213,7 +213,7 @@ def _row_groups(
 
 def _group_ptr(out: int, groups: int | None) -> Int64Array:
     """Bounds of t groups whose sizes differ by at most one, the larger ones first."""
-    t = max(1, min(8, out // 8)) if groups is None else as_count(groups, "groups", 1, out)
+    t = max(1, min(8, out // 8)) if groups is None else as_int("groups", groups, 1, out)
     base, longer = divmod(out, t)
     row_ptr = np.zeros(t + 1, np.int64)
     np.cumsum(base + (np.arange(t) < longer), out=row_ptr[1:])
@@ -244,7 +244,7 @@ def _nothing(
 
 def _layer_shape(shape: Sequence[int]) -> tuple[int, int, int]:
     """(C_out, C_in, Kh*Kw)."""
-    sizes = [as_count(size, "a size of shape", 0) for size in shape]
+    sizes = [as_int("a size of shape", size, 0) for size in shape]
     if len(sizes) not in (2, 4):
         raise format_error(
             f"shape = {tuple(sizes)}",

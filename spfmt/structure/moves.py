@@ -8,7 +8,7 @@ import numpy as np
 
 from ..errors import format_error
 from . import _positions
-from ._checks import Int32Array, Int64Array, as_count
+from ._checks import Int32Array, Int64Array, as_int
 
 __all__ = ["RowRuns", "flat_indices", "sources"]
 
@@ -71,7 +71,7 @@ def sources(old: RowRuns, new: RowRuns, capacity: int | None = None) -> Int64Arr
         If the shapes differ, or for a capacity below new.nnz.
     """
     nnz = new.nnz
-    capacity = as_count(nnz if capacity is None else capacity, "capacity", nnz, 2**62)
+    capacity = as_int("capacity", nnz if capacity is None else capacity, nnz, 2**62)
     if old.shape != new.shape:
         raise format_error(
             f"structures of shapes {old.shape} and {new.shape}", "one shape", "move within a layer"

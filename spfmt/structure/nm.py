@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from ..errors import format_error
 from . import _selection
-from ._checks import BoolArray, FloatArray, Int32Array, as_count, as_scores, check_finite
+from ._checks import BoolArray, FloatArray, Int32Array, as_int, as_scores, check_finite
 
 __all__ = ["nm_columns", "transposable_nm_mask", "transposable_patterns"]
 
@@ -148,9 +148,9 @@ def _fill_plain(
 
 
 def _check_groups(scores: FloatArray, n: int, m: int, cells: int) -> tuple[int, int, int]:
-    m = as_count(m, "m", 1)
-    n = as_count(n, "n", 0, m)
-    cells = as_count(cells, "cells", 1)
+    m = as_int("m", m, 1)
+    n = as_int("n", n, 0, m)
+    cells = as_int("cells", cells, 1)
     if scores.shape[1] % cells:
         raise format_error(
             f"{scores.shape[1]} columns for {cells} cells per kernel",

@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from . import _rows
-from ._checks import Int32Array, as_choice, as_count, as_density, as_mask
+from ._checks import Int32Array, as_choice, as_density, as_int, as_mask
 
 __all__ = ["order_rows", "order_rows_fast"]
 
@@ -126,7 +126,7 @@ def order_rows_fast(
         mask not two-dimensional, or a bad option.
     """
     cosine = as_choice(metric, "metric", _METRICS) == "cosine"
-    group_size = as_count(group_size, "group_size", 1)
+    group_size = as_int("group_size", group_size, 1)
     bits = _pack(as_mask(mask))
     counts = _row_counts(bits)
     whole, rest = [], []

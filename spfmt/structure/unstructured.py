@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from . import _selection
-from ._checks import BoolArray, Int32Array, Int64Array, as_count, as_scores
+from ._checks import BoolArray, Int32Array, Int64Array, as_int, as_scores
 
 __all__ = ["per_row_topk", "topk_columns", "topk_mask"]
 
@@ -39,7 +39,7 @@ def topk_columns(scores: npt.ArrayLike, n: int) -> tuple[Int64Array, Int32Array]
     ([0, 1, 2], [1, 0])
     """
     plain = as_scores(scores, ndim=2)
-    n = as_count(n, "n", 0, plain.size)
+    n = as_int("n", n, 0, plain.size)
     indptr, columns = np.zeros(len(plain) + 1, np.int64), np.empty(n + 1, np.int32)
     if n:
         _selection.top_columns(plain, n, indptr, columns, np.empty((0, 0), np.uint8))
@@ -72,7 +72,7 @@ def topk_mask(scores: npt.ArrayLike, n: int) -> BoolArray:
     [[False, True], [False, False]]
     """
     plain = as_scores(scores)
-    n = as_count(n, "n", 0, plain.size)
+    n = as_int("n", n, 0, plain.size)
     keep = np.zeros(plain.shape, np.bool_)
     if n:
         cols = plain.shape[-1] if plain.ndim > 1 else plain.size
@@ -110,7 +110,7 @@ def per_row_topk(scores: npt.ArrayLike, k: int) -> Int32Array:
     [[1, 2], [0, 1]]
     """
     plain = as_scores(scores, ndim=2)
-    k = as_count(k, "k", 0, plain.shape[1])
+    k = as_int("k", k, 0, plain.shape[1])
     columns = np.empty((plain.shape[0], k), np.int32)
     _selection.nm_columns(plain, k, max(1, plain.shape[1]), 1, columns)
     return columns
