@@ -62,7 +62,7 @@ cdef extern from *:
 
     /* AVX-512 is left out: it would fuse multiplications and additions, and the order of rows must
        not depend on the machine. */
-    #if defined(__x86_64__) && defined(__GNUC__)
+    #if defined(__x86_64__) && defined(__GLIBC__)
     #define SPFMT_CLONES __attribute__((target_clones("avx2", "default")))
     #else
     #define SPFMT_CLONES

@@ -222,10 +222,10 @@ def test_bad_scores_are_refused(name: str) -> None:
         (scores_of((4, 4)) * 1j, 0.5, "complex128"),
         (np.array([["a", "b"]]), 0.5, "real numbers"),
         (scores_of((4, 6)), 1.5, "density=1.5"),
-        (scores_of((4, 6)), -0.1, "density -0.1"),
-        (scores_of((4, 6)), float("nan"), "density nan"),
-        (scores_of((4, 6)), "many", "density 'many'"),
-        (scores_of((4, 6)), "0.5", "density '0.5'"),
+        (scores_of((4, 6)), -0.1, "density=-0.1"),
+        (scores_of((4, 6)), float("nan"), "density=nan"),
+        (scores_of((4, 6)), "many", "density='many'"),
+        (scores_of((4, 6)), "0.5", "density='0.5'"),
     ]
     for scores, density, message in bad:
         with pytest.raises(FormatError, match=message):

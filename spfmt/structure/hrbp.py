@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import format_error
-from . import _selection
+from . import _hrbp
 from ._checks import (
     BoolArray,
     FloatArray,
@@ -103,7 +103,7 @@ def hrbp_structure(
     for g in range(row_ptr.size - 1):
         rows = order[row_ptr[g] : row_ptr[g + 1]]
         counts, sums = np.zeros((2, channels), np.int64), np.zeros(channels, np.float64)
-        _selection.channel_totals(
+        _hrbp.channel_totals(
             kernel_mask.view(np.uint8), m.view(np.uint8), plain, rows, cells, counts, sums
         )
         kept_channels[g] = np.flatnonzero(_most(n_channels, *counts, sums))
@@ -173,7 +173,7 @@ def _kernel_mask(m: BoolArray, scores: FloatArray, fraction: float, cells: int) 
     per_kernel: npt.NDArray[Any] = m.view(np.uint8)
     if cells > 1:
         per_kernel = np.empty((m.shape[0], m.shape[1] // cells), np.int32)
-        _selection.kernel_counts(m.view(np.uint8), cells, per_kernel)
+        _hrbp.kernel_counts(m.view(np.uint8), cells, per_kernel)
     count, bound = _nearest(fraction * per_kernel.size), int(per_kernel.max())
     while np.count_nonzero(per_kernel >= bound) < count:  # there are few numbers of nonzeros
         bound -= 1
@@ -182,7 +182,7 @@ def _kernel_mask(m: BoolArray, scores: FloatArray, fraction: float, cells: int) 
     if excess:
         ties = np.flatnonzero(per_kernel == bound)
         sums = np.empty(ties.size, np.float64)
-        _selection.kernel_sums(scores, cells, ties, sums)
+        _hrbp.kernel_sums(scores, cells, ties, sums)
         kept.reshape(-1)[ties[~topk_mask(sums, ties.size - excess)]] = False
     return kept
 
@@ -228,7 +228,7 @@ def _pattern(
         return np.arange(cells)
     counts = np.zeros(cells, np.int64)
     sums = np.zeros(cells, np.float64)
-    _selection.cell_counts(m.view(np.uint8), scores, rows, channels, counts, sums)
+    _hrbp.cell_counts(m.view(np.uint8), scores, rows, channels, counts, sums)
     return np.flatnonzero(_most(keep, counts, sums))
 
 
