@@ -9,7 +9,7 @@ released inside every loop. Masks are rows of
 """
 
 from libc.math cimport INFINITY, sqrt
-from libc.stdint cimport int32_t, int64_t, uint16_t, uint64_t
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint64_t
 from libc.stdlib cimport free
 from libc.string cimport memset
 
@@ -120,26 +120,44 @@ cdef extern from *:
 # ---- row similarity --------------------------------------------------------------------------
 
 
-def overlap_maxima(const uint64_t[:, ::1] bits, int32_t[::1] out):
-    """out[i] = the most columns that row i shares with any other row."""
-    cdef Py_ssize_t rows = bits.shape[0], words = bits.shape[1], i, j
-    cdef int32_t *every
-    cdef int32_t *common
-    if rows == 0 or words == 0:
-        return
-    every = <int32_t *> allocate(2 * rows * sizeof(int32_t))
-    common = every + rows
+cdef bint _overlaps(const uint64_t[:, ::1] bits, const int32_t[::1] counts, int32_t i,
+                    const int32_t *others, Py_ssize_t n, double fraction, int32_t *common,
+                    uint8_t[::1] out) noexcept nogil:
+    """Whether row i overlaps one of the others; marks those that overlap it on the way."""
+    cdef Py_ssize_t begin, j, size
+    for begin in range(0, n, 64):
+        size = min(<Py_ssize_t> 64, n - begin)
+        spfmt_intersections(&bits[i, 0], &bits[0, 0], others + begin, size, bits.shape[1], common)
+        for j in range(size):
+            if others[begin + j] != i:
+                out[i] |= common[j] > fraction * counts[i]
+                out[others[begin + j]] |= common[j] > fraction * counts[others[begin + j]]
+        if out[i]:
+            return True
+    return False
+
+
+def overlapping(const uint64_t[:, ::1] bits, const int32_t[::1] counts, double fraction,
+                uint8_t[::1] out):
+    """out[i] = whether row i shares more than the fraction of its columns with another row.
+
+    A row that was compared with all others in vain is not compared again.
+    """
+    cdef Py_ssize_t n = bits.shape[0], i, place, n_left = n
+    cdef int32_t *left = <int32_t *> allocate((2 * n + 64) * sizeof(int32_t))
+    cdef int32_t *where = left + n
     with nogil:
-        for i in range(rows):
-            every[i] = <int32_t> i
+        for i in range(n):
+            left[i] = where[i] = <int32_t> i
             out[i] = 0
-        for i in range(rows - 1):
-            spfmt_intersections(&bits[i, 0], &bits[0, 0], every + i + 1, rows - i - 1, words,
-                                common)
-            for j in range(rows - i - 1):
-                out[i] = max(out[i], common[j])
-                out[i + 1 + j] = max(out[i + 1 + j], common[j])
-    free(every)
+        for i in range(n):
+            if not out[i] and not _overlaps(bits, counts, <int32_t> i, left, n_left, fraction,
+                                            where + n, out):
+                n_left -= 1
+                place = where[i]
+                left[place] = left[n_left]
+                where[left[place]] = <int32_t> place
+    free(left)
 
 
 cdef inline double _similarity(int32_t common, int32_t a, int32_t b, bint cosine) noexcept nogil:

@@ -3,9 +3,10 @@ import numpy.typing as npt
 
 _Double = npt.NDArray[np.float64]
 _Int32 = npt.NDArray[np.int32]
+_Bytes = npt.NDArray[np.uint8]
 _Words = npt.NDArray[np.uint64]
 
-def overlap_maxima(bits: _Words, out: _Int32) -> None: ...
+def overlapping(bits: _Words, counts: _Int32, fraction: float, out: _Bytes) -> None: ...
 def row_distances(
     bits: _Words, counts: _Int32, chosen: _Int32, cosine: bool, out: _Double
 ) -> None: ...

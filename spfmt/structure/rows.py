@@ -88,7 +88,8 @@ def order_rows(
     clustered: list[Int32Array] = []
     rest: list[Int32Array] = [np.flatnonzero(counts == 0).astype(np.int32)]
     for chunk in _chunks(bits, counts, CHUNK_ROWS, cosine):
-        similar = _overlapping(bits[chunk], counts[chunk], min_overlap)
+        similar = np.empty(chunk.size, np.bool_)
+        _rows.overlapping(bits[chunk], counts[chunk], min_overlap, similar.view(np.uint8))
         clustered.append(_leaf_order(bits, counts, chunk[similar], cosine, linkage))
         rest.append(chunk[~similar])
     return np.concatenate([*clustered, np.sort(np.concatenate(rest))]).astype(np.int32)
@@ -163,13 +164,6 @@ def _row_counts(bits: _Words) -> Int32Array:
     counts = np.empty(len(bits), np.int32)
     _rows.row_counts(bits, counts)
     return counts
-
-
-def _overlapping(bits: _Words, counts: Int32Array, min_overlap: float) -> npt.NDArray[np.bool_]:
-    """Which rows share more than the fraction min_overlap of their columns with another row."""
-    shared = np.zeros(len(bits), np.int32)
-    _rows.overlap_maxima(bits, shared)
-    return shared > min_overlap * counts
 
 
 def _leaf_order(
