@@ -234,6 +234,19 @@ cdef void _merge(double[:, ::1] distance, Py_ssize_t x, Py_ssize_t y, const int3
         distance[alive[i], y] = distance[y, alive[i]]
 
 
+cdef Py_ssize_t _grow_chain(const double[:, ::1] distance, const uint64_t *dead, int32_t *chain,
+                            Py_ssize_t length) noexcept nogil:
+    """Go on to the nearest cluster until its nearest is the one before; returns the new length."""
+    cdef Py_ssize_t x, y
+    while True:
+        x = chain[length - 1]
+        y = spfmt_nearest(&distance[x, 0], dead, distance.shape[0])
+        if length > 1 and distance[x, chain[length - 2]] <= distance[x, y]:
+            return length
+        chain[length] = <int32_t> y
+        length += 1
+
+
 def nearest_neighbour_chain(double[:, ::1] distance, bint complete, int32_t[:, ::1] pairs,
                             double[::1] heights):
     """Agglomerative clustering (Murtagh 1983): pairs[k] are members of the k-th clusters joined.
@@ -254,18 +267,9 @@ def nearest_neighbour_chain(double[:, ::1] distance, bint complete, int32_t[:, :
             if length == 0:
                 chain[0] = alive[0]
                 length = 1
-            while True:
-                x = chain[length - 1]
-                y = spfmt_nearest(&distance[x, 0], dead, n)
-                if length > 1 and distance[x, chain[length - 2]] <= distance[x, y]:
-                    y = chain[length - 2]
-                    break
-                chain[length] = <int32_t> y
-                length += 1
-            length -= 2
+            length = _grow_chain(distance, dead, chain, length) - 2
+            x, y = min(chain[length], chain[length + 1]), max(chain[length], chain[length + 1])
             heights[k] = distance[x, y]
-            if x > y:
-                x, y = y, x
             pairs[k, 0], pairs[k, 1] = <int32_t> x, <int32_t> y
             kept = 0
             for i in range(n - k):

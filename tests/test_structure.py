@@ -23,6 +23,7 @@ from spfmt.structure import (
     per_row_topk,
     rows,
     select_blocks,
+    topk_columns,
     topk_mask,
     transposable_nm_mask,
     transposable_patterns,
@@ -90,6 +91,7 @@ def test_bfloat16_scores():
     "call",
     [
         lambda s: topk_mask(s, 1),
+        lambda s: topk_columns(s, 1),
         lambda s: per_row_topk(s, 1),
         lambda s: constant_fan_in(s, 2),
         lambda s: nm_columns(s, 1, 2),
@@ -120,6 +122,8 @@ def test_nan_scores_are_refused(call):
         (lambda: topk_mask(np.ones(3), 4), "got n=4; expected an integer from 0 to 3"),
         (lambda: topk_mask(np.ones(3), -1), "got n=-1"),
         (lambda: topk_mask(np.ones(3), 1.5), "got n=1.5"),
+        (lambda: topk_columns(np.ones((1, 3)), 4), "got n=4"),
+        (lambda: topk_columns(np.ones(3), 1), "expected 2 dimensions"),
         (lambda: per_row_topk(np.ones((2, 3)), 4), "got k=4"),
         (lambda: per_row_topk(np.ones(3), 1), r"got scores of shape \(3,\); expected 2 dimensions"),
         (lambda: constant_fan_in(np.ones((2, 3)), 7), "got n_nonzeros=7"),
@@ -187,6 +191,32 @@ def test_per_row_topk_equals_a_stable_sort(cols, levels):
         got = per_row_topk(scores, k)
         assert got.dtype == np.int32
         np.testing.assert_array_equal(got, np.sort(order[:, :k], axis=1))
+
+
+@pytest.mark.parametrize("k", [1, 9, 40, 299])
+def test_rows_of_unlike_scales_are_selected_one_by_one(k):
+    rng = np.random.default_rng(k)
+    scores = rng.standard_normal((60, 300)) * 10.0 ** rng.integers(-3, 4, (60, 1))
+    scores[::7] = np.round(scores[::7])  # many ties, most of them zero
+    scores[3, ::2] = -0.0  # equals 0
+    want = np.sort(np.argsort(-scores, axis=1, kind="stable")[:, :k], axis=1)
+    np.testing.assert_array_equal(per_row_topk(scores, k), want)
+    np.testing.assert_array_equal(nm_columns(scores, k, 300), want)
+    best = np.sort(np.argsort(-scores.ravel(), kind="stable")[: 60 * k])
+    np.testing.assert_array_equal(np.flatnonzero(topk_mask(scores, 60 * k)), best)
+    indptr, columns = topk_columns(scores, 60 * k)
+    np.testing.assert_array_equal(np.repeat(np.arange(60), np.diff(indptr)) * 300 + columns, best)
+
+
+def test_a_misleading_sample_costs_nothing_but_time():
+    # The places that `_sample_bracket` in bindings/selection.pyx looks at hold the lowest scores.
+    scores, state = np.random.default_rng(0).random(60000), 0x9E3779B97F4A7C15
+    for _ in range(8192):
+        state = (state * 6364136223846793005 + 1442695040888963407) % 2**64
+        scores[(state >> 20) % scores.size] -= 100
+    for n in (1, 30000, 59000):
+        best = np.sort(np.argsort(-scores, kind="stable")[:n])
+        np.testing.assert_array_equal(np.flatnonzero(topk_mask(scores.reshape(200, 300), n)), best)
 
 
 @pytest.mark.parametrize("pattern", ["ascending", "descending", "organ pipe", "sawtooth"])
@@ -454,6 +484,17 @@ def test_the_fast_route_keeps_the_mass_of_the_paper_route(kind):
         )
 
     assert kept(order_rows(mask, method="fast")) >= 0.99 * kept(order_rows(mask))
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.1, 0.25, 0.5, 1.0])
+def test_rows_that_overlap_another_are_found(fraction):
+    mask = np.random.default_rng(7).random((300, 70)) < 0.1
+    common, counts = mask.astype(int) @ mask.T.astype(int), mask.sum(axis=1)
+    np.fill_diagonal(common, 0)
+    similar = (common.max(axis=1) > fraction * counts) & (counts > 0)
+    order = order_rows(mask, min_overlap=fraction)
+    rest = np.flatnonzero(~similar)
+    np.testing.assert_array_equal(order[order.size - rest.size :], rest)
 
 
 @pytest.mark.parametrize("linkage", ["average", "complete"])
