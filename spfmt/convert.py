@@ -21,13 +21,14 @@ from spfmt.formats._checks import (
     VALUE_DTYPES,
     Array,
     Shape,
+    as_int,
     check_pointer,
+    check_range,
     check_shape,
     float_array,
     matrix_shape,
     value_dtype,
 )
-from spfmt.structure._checks import as_int, check_range
 
 __all__ = ["ConversionReport", "convert"]
 

@@ -16,6 +16,8 @@ import numpy.typing as npt
 from spfmt._memory import aligned
 from spfmt.errors import FormatError, MissingDependency, format_error
 from spfmt.structure._checks import INT32_MAX, plain_array
+from spfmt.structure._checks import as_int as as_int  # convert.py takes these two from here
+from spfmt.structure._checks import check_range as check_range
 
 Array = npt.NDArray[Any]
 Shape = tuple[int, ...]
