@@ -503,6 +503,32 @@ def transposable_tiles(const real[:, ::1] scores, Py_ssize_t n, Py_ssize_t m, Py
     free(block)
 
 
+def mask_columns(const uint8_t[:, ::1] mask, int32_t[:, ::1] out):
+    """Columns of a mask with equally many nonzeros in every row."""
+    cdef Py_ssize_t cols = mask.shape[1], kept = out.shape[1], r, c, at
+    cdef int32_t *columns
+    if kept == 0:
+        return
+    columns = <int32_t *> allocate((cols + 1) * sizeof(int32_t))
+    with nogil:
+        for r in range(mask.shape[0]):
+            at = 0
+            for c in range(cols):
+                columns[at] = <int32_t> c
+                at += mask[r, c]
+            memcpy(&out[r, 0], columns, kept * sizeof(int32_t))
+    free(columns)
+
+
+def column_counts(const int32_t[:, ::1] columns, Py_ssize_t m, int32_t[:, ::1] out):
+    """out[b, c] += how often rows b*m to b*m + m - 1 list column c; rows beyond are left out."""
+    cdef Py_ssize_t r, i
+    with nogil:
+        for r in range(out.shape[0] * m):
+            for i in range(columns.shape[1]):
+                out[r // m, columns[r, i]] += 1
+
+
 # ---- shuffled blocks -------------------------------------------------------------------------
 
 

@@ -25,6 +25,7 @@ from spfmt.structure import (
     select_blocks,
     topk_columns,
     topk_mask,
+    transposable_nm_columns,
     transposable_nm_mask,
     transposable_patterns,
     uniform_densities,
@@ -96,6 +97,7 @@ def test_bfloat16_scores():
         lambda s: constant_fan_in(s, 2),
         lambda s: nm_columns(s, 1, 2),
         lambda s: transposable_nm_mask(s, 1, 2),
+        lambda s: transposable_nm_columns(s, 1, 2),
         lambda s: select_blocks(s, np.arange(4), (2, 2), 1),
         lambda s: hrbp_structure(np.ones((4, 4)), s, (4, 4), 0.5),
     ],
@@ -321,6 +323,8 @@ def test_transposable_tiles_are_optimal_by_brute_force(n, m, levels):
     got = transposable_nm_mask(scores, n, m)
     tiles = got.reshape(4, m, 5, m)
     assert (tiles.sum(axis=1) == n).all()
+    columns = transposable_nm_columns(scores, n, m)
+    np.testing.assert_array_equal(mask_of(columns, scores.shape[1]), got)
     assert (tiles.sum(axis=3) == n).all()
     values = scores.reshape(4, m, 5, m).transpose(0, 2, 1, 3)
     best = np.einsum("abij,pij->abp", values, patterns.astype(float)).max(axis=2)

@@ -12,7 +12,12 @@ from ..errors import format_error
 from . import _selection
 from ._checks import BoolArray, FloatArray, Int32Array, as_int, as_scores, check_finite
 
-__all__ = ["nm_columns", "transposable_nm_mask", "transposable_patterns"]
+__all__ = [
+    "nm_columns",
+    "transposable_nm_columns",
+    "transposable_nm_mask",
+    "transposable_patterns",
+]
 
 
 def nm_columns(scores: npt.ArrayLike, n: int, m: int, cells: int = 1) -> Int32Array:
@@ -99,6 +104,33 @@ def transposable_nm_mask(scores: npt.ArrayLike, n: int, m: int, cells: int = 1) 
     _fill_plain(plain[:tile_rows, tile_cols:], n, m, cells, mask[:tile_rows, tile_cols:])
     _fill_plain(plain[tile_rows:], n, m, cells, mask[tile_rows:])
     return mask.view(np.bool_)
+
+
+def transposable_nm_columns(scores: npt.ArrayLike, n: int, m: int, cells: int = 1) -> Int32Array:
+    """The columns of `transposable_nm_mask`, ascending in each row, as those of `nm_columns`."""
+    mask = transposable_nm_mask(scores, n, m, cells)
+    whole, rest = divmod(mask.shape[1] // cells, m)
+    columns = np.empty((mask.shape[0], (whole * n + min(n, rest)) * cells), np.int32)
+    _selection.mask_columns(mask.view(np.uint8), columns)
+    return columns
+
+
+def column_counts(columns: Int32Array, cols: int, m: int) -> Int32Array:
+    """How often each m consecutive rows list each column; rows beyond the last m are left out.
+
+    Parameters
+    ----------
+    columns : ndarray of int32, shape (R, K)
+        In 0..cols-1.
+    cols, m : int
+
+    Returns
+    -------
+    ndarray of int32, shape (R // m, cols)
+    """
+    counts = np.zeros((len(columns) // m, cols), np.int32)
+    _selection.column_counts(np.ascontiguousarray(columns), m, counts)
+    return counts
 
 
 @cache
