@@ -101,9 +101,11 @@ extensions = [
             Extension(
                 f"spfmt.structure._{name}",
                 [f"bindings/{name}.pyx"],
+                include_dirs=["bindings"],
+                depends=HEADERS,
                 extra_compile_args=["-O3", "-fvisibility=hidden"],
             )
-            for name in ("rows", "selection")
+            for name in ("hrbp", "positions", "rows", "selection")
         ],
         include_path=["bindings"],
         language_level=3,

@@ -8,8 +8,8 @@ released inside every loop. Masks are rows of
 64-bit words, least significant bit first.
 """
 
-from libc.math cimport sqrt
-from libc.stdint cimport int32_t, int64_t, uint16_t, uint64_t
+from libc.math cimport INFINITY, sqrt
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint64_t
 from libc.stdlib cimport free
 from libc.string cimport memset
 
@@ -18,6 +18,7 @@ from workspace cimport allocate
 cdef extern from *:
     """
     #include <stdint.h>
+    #include <string.h>
 
     /* One row against many: the loop under every row similarity. The baseline x86-64 has no
        popcount instruction, so GCC and clang compile the body for three levels and the machine
@@ -58,7 +59,58 @@ cdef extern from *:
     #endif
         spfmt_intersections_any(one, many, rows, n_rows, n_words, out);
     }
+
+    /* AVX-512 is left out: it would fuse multiplications and additions, and the order of rows must
+       not depend on the machine. */
+    #if defined(__x86_64__) && defined(__GLIBC__)
+    #define SPFMT_CLONES __attribute__((target_clones("avx2", "default")))
+    #else
+    #define SPFMT_CLONES
+    #endif
+
+    SPFMT_CLONES static void spfmt_jaccard_distances(const int32_t *common, int32_t count,
+                                                     const int32_t *counts, int64_t n, double *out)
+    {
+        for (int64_t i = 0; i < n; ++i)
+            out[i] = 1.0 - common[i] / ((double)count + (double)counts[i] - common[i]);
+    }
+
+    /* The first smallest of n distances; where dead has all bits set, there is none. Bits of
+       positive numbers are ordered as the numbers are, and integers vectorise. */
+    SPFMT_CLONES static int64_t spfmt_nearest(const double *distances, const uint64_t *dead,
+                                              int64_t n)
+    {
+        uint64_t least = UINT64_MAX, bits;
+        int64_t i;
+        for (i = 0; i < n; ++i) {
+            memcpy(&bits, distances + i, sizeof bits);
+            bits |= dead[i];
+            least = bits < least ? bits : least;
+        }
+        for (i = 0; i < n - 1; ++i) {
+            memcpy(&bits, distances + i, sizeof bits);
+            if ((bits | dead[i]) == least) break;
+        }
+        return i;
+    }
+
+    /* Lance and Williams: y becomes the distances of the union of two clusters. */
+    SPFMT_CLONES static void spfmt_average(const double *x, double *y, double n_x, double n_y,
+                                           int64_t n)
+    {
+        for (int64_t i = 0; i < n; ++i) y[i] = (n_x * x[i] + n_y * y[i]) / (n_x + n_y);
+    }
+    SPFMT_CLONES static void spfmt_maximum(const double *x, double *y, int64_t n)
+    {
+        for (int64_t i = 0; i < n; ++i) y[i] = x[i] > y[i] ? x[i] : y[i];
+    }
     """
+    void spfmt_jaccard_distances(const int32_t *common, int32_t count, const int32_t *counts,
+                                 int64_t n, double *out) noexcept nogil
+    int64_t spfmt_nearest(const double *distances, const uint64_t *dead, int64_t n) noexcept nogil
+    void spfmt_average(const double *x, double *y, double n_x, double n_y,
+                       int64_t n) noexcept nogil
+    void spfmt_maximum(const double *x, double *y, int64_t n) noexcept nogil
     void spfmt_intersections(const uint64_t *one, const uint64_t *many, const int32_t *rows,
                              int64_t n_rows, int64_t n_words, int32_t *out) noexcept nogil
     int popcount "__builtin_popcountll"(uint64_t word) noexcept nogil
@@ -68,26 +120,44 @@ cdef extern from *:
 # ---- row similarity --------------------------------------------------------------------------
 
 
-def overlap_maxima(const uint64_t[:, ::1] bits, int32_t[::1] out):
-    """out[i] = the most columns that row i shares with any other row."""
-    cdef Py_ssize_t rows = bits.shape[0], words = bits.shape[1], i, j
-    cdef int32_t *every
-    cdef int32_t *common
-    if rows == 0 or words == 0:
-        return
-    every = <int32_t *> allocate(2 * rows * sizeof(int32_t))
-    common = every + rows
+cdef bint _overlaps(const uint64_t[:, ::1] bits, const int32_t[::1] counts, int32_t i,
+                    const int32_t *others, Py_ssize_t n, double fraction, int32_t *common,
+                    uint8_t[::1] out) noexcept nogil:
+    """Whether row i overlaps one of the others; marks those that overlap it on the way."""
+    cdef Py_ssize_t begin, j, size
+    for begin in range(0, n, 64):
+        size = min(<Py_ssize_t> 64, n - begin)
+        spfmt_intersections(&bits[i, 0], &bits[0, 0], others + begin, size, bits.shape[1], common)
+        for j in range(size):
+            if others[begin + j] != i:
+                out[i] |= common[j] > fraction * counts[i]
+                out[others[begin + j]] |= common[j] > fraction * counts[others[begin + j]]
+        if out[i]:
+            return True
+    return False
+
+
+def overlapping(const uint64_t[:, ::1] bits, const int32_t[::1] counts, double fraction,
+                uint8_t[::1] out):
+    """out[i] = whether row i shares more than the fraction of its columns with another row.
+
+    A row that was compared with all others in vain is not compared again.
+    """
+    cdef Py_ssize_t n = bits.shape[0], i, place, n_left = n
+    cdef int32_t *left = <int32_t *> allocate((2 * n + 64) * sizeof(int32_t))
+    cdef int32_t *where = left + n
     with nogil:
-        for i in range(rows):
-            every[i] = <int32_t> i
+        for i in range(n):
+            left[i] = where[i] = <int32_t> i
             out[i] = 0
-        for i in range(rows - 1):
-            spfmt_intersections(&bits[i, 0], &bits[0, 0], every + i + 1, rows - i - 1, words,
-                                common)
-            for j in range(rows - i - 1):
-                out[i] = max(out[i], common[j])
-                out[i + 1 + j] = max(out[i + 1 + j], common[j])
-    free(every)
+        for i in range(n):
+            if not out[i] and not _overlaps(bits, counts, <int32_t> i, left, n_left, fraction,
+                                            where + n, out):
+                n_left -= 1
+                place = where[i]
+                left[place] = left[n_left]
+                where[left[place]] = <int32_t> place
+    free(left)
 
 
 cdef inline double _similarity(int32_t common, int32_t a, int32_t b, bint cosine) noexcept nogil:
@@ -109,28 +179,136 @@ def row_counts(const uint64_t[:, ::1] bits, int32_t[::1] out):
             out[i] = count
 
 
+cdef inline int32_t _root(int32_t *parent, int32_t i) noexcept nogil:
+    while parent[i] != i:
+        parent[i] = parent[parent[i]]
+        i = parent[i]
+    return i
+
+
+cdef enum:
+    MIRROR = 8  # rows whose distances are mirrored together: a cache line of each other row
+
+
 def row_distances(const uint64_t[:, ::1] bits, const int32_t[::1] counts,
                   const int32_t[::1] chosen, bint cosine, double[:, ::1] out):
-    """Square matrix of 1 - similarity over the chosen (non-empty) rows."""
-    cdef Py_ssize_t n = chosen.shape[0], words = bits.shape[1], i, j
+    """out[:, :n] = 1 - similarity over the n chosen (non-empty) rows; infinite on the diagonal."""
+    cdef Py_ssize_t n = chosen.shape[0], words = bits.shape[1], i, j, first = 0, end
     cdef int32_t *common
-    cdef double d
+    cdef int32_t *own
     if n == 0 or words == 0:
         return
-    common = <int32_t *> allocate(n * sizeof(int32_t))
+    common = <int32_t *> allocate(2 * n * sizeof(int32_t))
+    own = common + n
     with nogil:
         for i in range(n):
-            out[i, i] = 0.0
-            if i + 1 == n:
-                break
-            spfmt_intersections(&bits[chosen[i], 0], &bits[0, 0], &chosen[i + 1], n - i - 1,
-                                words, common)
-            for j in range(i + 1, n):
-                d = 1.0 - _similarity(common[j - i - 1], counts[chosen[i]], counts[chosen[j]],
-                                      cosine)
-                out[i, j] = d
-                out[j, i] = d
+            own[i] = counts[chosen[i]]
+        while first < n:
+            end = min(n, first + MIRROR)
+            for i in range(first, end):
+                spfmt_intersections(&bits[chosen[i], 0], &bits[0, 0], &chosen[first], n - first,
+                                    words, common)
+                if cosine:
+                    for j in range(first, n):
+                        out[i, j] = 1.0 - _similarity(common[j - first], own[i], own[j], True)
+                else:
+                    spfmt_jaccard_distances(common, own[i], own + first, n - first, &out[i, first])
+                out[i, i] = INFINITY
+            for j in range(end, n):
+                for i in range(first, end):
+                    out[j, i] = out[i, j]
+            first = end
     free(common)
+
+
+cdef void _merge(double[:, ::1] distance, Py_ssize_t x, Py_ssize_t y, const int32_t *size,
+                 const int32_t *alive, Py_ssize_t n_alive, bint complete) noexcept nogil:
+    """Cluster y takes in cluster x."""
+    cdef Py_ssize_t n = distance.shape[0], i
+    if complete:
+        spfmt_maximum(&distance[x, 0], &distance[y, 0], n)
+    else:
+        spfmt_average(&distance[x, 0], &distance[y, 0], size[x], size[y], n)
+    distance[y, y] = INFINITY
+    for i in range(n_alive):
+        distance[alive[i], y] = distance[y, alive[i]]
+
+
+cdef Py_ssize_t _grow_chain(const double[:, ::1] distance, const uint64_t *dead, int32_t *chain,
+                            Py_ssize_t length) noexcept nogil:
+    """Go on to the nearest cluster until its nearest is the one before; returns the new length."""
+    cdef Py_ssize_t x, y
+    while True:
+        x = chain[length - 1]
+        y = spfmt_nearest(&distance[x, 0], dead, distance.shape[0])
+        if length > 1 and distance[x, chain[length - 2]] <= distance[x, y]:
+            return length
+        chain[length] = <int32_t> y
+        length += 1
+
+
+def nearest_neighbour_chain(double[:, ::1] distance, bint complete, int32_t[:, ::1] pairs,
+                            double[::1] heights):
+    """Agglomerative clustering (Murtagh 1983): pairs[k] are members of the k-th clusters joined.
+
+    The chain runs from cluster to nearest cluster, ties to the one it came from and then to the
+    first, and joins the two it ends at. Heights are not ascending. `distance` is overwritten.
+    """
+    cdef Py_ssize_t n = distance.shape[0], k, length = 0, x, y, i, kept
+    cdef int32_t *chain = <int32_t *> allocate(n * (3 * sizeof(int32_t) + sizeof(uint64_t)))
+    cdef uint64_t *dead = <uint64_t *> chain
+    chain = <int32_t *> (dead + n)
+    cdef int32_t *size = chain + n
+    cdef int32_t *alive = size + n
+    with nogil:
+        for i in range(n):
+            dead[i], size[i], alive[i] = 0, 1, <int32_t> i
+        for k in range(n - 1):
+            if length == 0:
+                chain[0] = alive[0]
+                length = 1
+            length = _grow_chain(distance, dead, chain, length) - 2
+            x, y = min(chain[length], chain[length + 1]), max(chain[length], chain[length + 1])
+            heights[k] = distance[x, y]
+            pairs[k, 0], pairs[k, 1] = <int32_t> x, <int32_t> y
+            kept = 0
+            for i in range(n - k):
+                alive[kept] = alive[i]
+                kept += alive[i] != x
+            _merge(distance, x, y, size, alive, kept, complete)
+            dead[x] = ~(<uint64_t> 0)
+            size[y] += size[x]
+    free(dead)
+
+
+def leaf_order(const int32_t[:, ::1] pairs, int32_t[::1] leaves):
+    """Leaves of a dendrogram from left to right; a pair's cluster that is older stands left.
+
+    Single leaves are older than all clusters, the lowest first. `pairs` ascend in height.
+    """
+    cdef Py_ssize_t n = leaves.shape[0], k
+    cdef int32_t a, b
+    cdef int32_t *parent = <int32_t *> allocate(4 * n * sizeof(int32_t))
+    cdef int32_t *age = parent + n
+    cdef int32_t *last = age + n
+    cdef int32_t *next_leaf = last + n
+    with nogil:
+        for k in range(n):
+            parent[k] = age[k] = last[k] = <int32_t> k
+        for k in range(n - 1):
+            a, b = _root(parent, pairs[k, 0]), _root(parent, pairs[k, 1])
+            if age[a] > age[b]:
+                a, b = b, a
+            next_leaf[last[a]] = b  # a root is the first leaf of its cluster
+            last[a] = last[b]
+            parent[b] = a
+            age[a] = <int32_t> (n + k)
+        a = _root(parent, 0)
+        for k in range(n):
+            leaves[k] = a
+            if k + 1 < n:
+                a = next_leaf[a]
+    free(parent)
 
 
 def pair_similarities(const uint64_t[:, ::1] bits, const int32_t[::1] counts,
@@ -162,13 +340,6 @@ def minhash(const uint64_t[:, ::1] bits, const uint16_t[::1] hashes, const int32
                     key = hashes[64 * w + count_trailing_zeros(word)]
                     word &= word - 1
                     smallest[key & 7] = min(smallest[key & 7], key)
-
-
-cdef inline int32_t _root(int32_t *parent, int32_t i) noexcept nogil:
-    while parent[i] != i:
-        parent[i] = parent[parent[i]]
-        i = parent[i]
-    return i
 
 
 def bounded_components(const int32_t[::1] first, const int32_t[::1] second, Py_ssize_t limit,

@@ -1,30 +1,59 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True
 # cython: initializedcheck=False, embedsignature=True
-"""Hot loops that select weights: per row, n:m, transposable n:m, blocks, HRBP.
+"""Hot loops that select weights: of a matrix, per row, n:m, transposable n:m, blocks.
 
 Every function fills arrays that the Python side has allocated and checked; nothing here checks
 shapes or values. Arrays are typed memoryviews, so the extension needs no numpy headers. The GIL is
 released inside every loop. Masks are uint8 (0 or 1).
 """
 
-from libc.stdint cimport int32_t, int64_t, uint8_t, uint64_t
+from libc.math cimport sqrt
+from libc.stdint cimport INT64_MAX, INT64_MIN, int32_t, int64_t, uint8_t, uint64_t
 from libc.stdlib cimport free
-from libc.string cimport memset
+from libc.string cimport memcpy, memset
 
 from workspace cimport allocate
+
+cdef extern from "selection.h":
+    const uint8_t spfmt_pairs[6][4]
+    void spfmt_best_patterns(const double *pairs, const int32_t *patterns, int64_t n,
+                             int64_t *which) noexcept nogil
+    void spfmt_keys_float(const float *scores, int64_t n, int64_t *out) noexcept nogil
+    void spfmt_keys_double(const double *scores, int64_t n, int64_t *out) noexcept nogil
+    int64_t spfmt_count(const int64_t *keys, int64_t n, int64_t bound) noexcept nogil
+    int64_t spfmt_between(const int64_t *keys, int64_t n, int64_t low, int64_t high,
+                          int64_t *out) noexcept nogil
+    int64_t spfmt_emit(const int64_t *keys, int64_t n, int64_t bound, int64_t *ties, int32_t first,
+                       int32_t *out) noexcept nogil
+    void spfmt_mark(const int64_t *keys, int64_t n, int64_t bound, uint8_t *keep) noexcept nogil
+    int64_t spfmt_largest(const int64_t *keys, int64_t m, int64_t n, int64_t bound, int64_t reached,
+                          int32_t first, int32_t *out) noexcept nogil
+    void spfmt_groups(const int64_t *keys, int64_t cols, int64_t n, int64_t m,
+                      int32_t *out) noexcept nogil
 
 ctypedef fused real:
     float
     double
 
+ctypedef fused number:
+    double
+    int64_t
+
 
 # ---- selection -------------------------------------------------------------------------------
 
 
-cdef void _sort_descending(real *a, Py_ssize_t n) noexcept nogil:
+cdef inline void _keys(const real *scores, Py_ssize_t n, int64_t *out) noexcept nogil:
+    if real is float:
+        spfmt_keys_float(scores, n, out)
+    else:
+        spfmt_keys_double(scores, n, out)
+
+
+cdef void _sort_descending(number *a, Py_ssize_t n) noexcept nogil:
     """Insertion sort for short ranges."""
     cdef Py_ssize_t i, j
-    cdef real v
+    cdef number v
     for i in range(1, n):
         v = a[i]
         j = i
@@ -34,13 +63,13 @@ cdef void _sort_descending(real *a, Py_ssize_t n) noexcept nogil:
         a[j] = v
 
 
-cdef real _pivot(const real *a, Py_ssize_t n, Py_ssize_t target, uint64_t *state) noexcept nogil:
+cdef number _pivot(const number *a, Py_ssize_t n, Py_ssize_t target, uint64_t *state) noexcept nogil:
     """A sampled value whose rank in a[:n] is about target.
 
     Near the target most elements fall on one side, which is both less work and, because branches
     become predictable, faster than a median.
     """
-    cdef real sample[31]
+    cdef number sample[31]
     cdef Py_ssize_t i, size = 31 if n >= 256 else 3
     for i in range(size):
         state[0] = state[0] * 6364136223846793005ULL + 1442695040888963407ULL
@@ -49,7 +78,7 @@ cdef real _pivot(const real *a, Py_ssize_t n, Py_ssize_t target, uint64_t *state
     return sample[target * size // n]
 
 
-cdef real _kth_largest(real *a, Py_ssize_t n, Py_ssize_t k) noexcept nogil:
+cdef number _kth_largest(number *a, Py_ssize_t n, Py_ssize_t k) noexcept nogil:
     """The k-th largest (1-based) of a[:n]; reorders a. Expected O(n) on every input.
 
     Pivots come from a fixed pseudo-random sequence: no input is systematically slow, and the
@@ -57,7 +86,7 @@ cdef real _kth_largest(real *a, Py_ssize_t n, Py_ssize_t k) noexcept nogil:
     """
     cdef Py_ssize_t lo = 0, hi = n - 1, target = k - 1, i, above, below
     cdef uint64_t state = 0x9E3779B97F4A7C15ULL
-    cdef real pivot, v
+    cdef number pivot, v
     while hi - lo >= 16:
         pivot = _pivot(a + lo, hi - lo + 1, target - lo, &state)
         above, below, i = lo, hi, lo
@@ -84,97 +113,194 @@ cdef real _kth_largest(real *a, Py_ssize_t n, Py_ssize_t k) noexcept nogil:
     return a[target]
 
 
-cdef Py_ssize_t _n_above(const real *a, Py_ssize_t n, Py_ssize_t step, real bound) noexcept nogil:
-    cdef Py_ssize_t i, count = 0
-    for i in range(n):
-        count += a[i * step] > bound
-    return count
+cdef struct Bracket:
+    int64_t low          # keys around the bound of a row before: most likely those of this one
+    int64_t high
+    int64_t *work        # (n + 1,) keys
 
 
-def per_row_topk(const real[:, ::1] scores, Py_ssize_t k, int32_t[:, ::1] out):
-    """Columns of the k largest scores of each row, ascending; ties go to the lowest column."""
-    cdef Py_ssize_t rows = scores.shape[0], cols = scores.shape[1], r, c, at, ties
-    cdef real *work
-    cdef real bound
-    if k == 0 or rows == 0:
+cdef int64_t _few_bound(int64_t *keys, Py_ssize_t n, Py_ssize_t k, int64_t low,
+                        int64_t high) noexcept nogil:
+    """A bound that k of few keys in low..high reach, or the k-th largest: by bisection.
+
+    Counting is vectorised and moves nothing, so it beats a selection by far.
+    """
+    cdef int64_t middle
+    cdef Py_ssize_t count
+    if n > 512:
+        return _kth_largest(keys, n, k)
+    while low < high:
+        middle = <int64_t> (<uint64_t> low + (<uint64_t> high - <uint64_t> low) // 2 + 1)
+        count = spfmt_count(keys, n, middle)
+        if count == k:
+            return middle
+        if count > k:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+cdef int64_t _kth_bracketed(Bracket *b, const int64_t *keys, Py_ssize_t n,
+                            Py_ssize_t k) noexcept nogil:
+    """A bound that k keys reach, the k-th largest where ties leave none; 1 <= k <= n.
+
+    A bracket that holds it spares most of the work.
+    """
+    cdef Py_ssize_t above = spfmt_count(keys, n, b.high + 1), inside, reach
+    cdef int64_t bound
+    if above < k:
+        inside = spfmt_between(keys, n, b.low, b.high, b.work)
+        if above + inside >= k:
+            return _few_bound(b.work, inside, k - above, b.low, b.high)
+    # Ranks in two rows of one distribution differ by sqrt(2 k (n - k) / n): three times that.
+    reach = 2 + <Py_ssize_t> (3 * sqrt(2.0 * k * (n - k) / n))
+    memcpy(b.work, keys, n * sizeof(int64_t))
+    b.low, b.high = INT64_MIN, INT64_MAX - 1
+    if k + reach < n:
+        b.low = _kth_largest(b.work, n, k + reach)
+        n = k + reach  # they come first now
+    bound = _kth_largest(b.work, n, k)
+    if k > reach:
+        b.high = _kth_largest(b.work, k, k - reach)
+    return bound
+
+
+cdef void _groups(const int64_t *keys, Py_ssize_t length, Py_ssize_t n, Py_ssize_t m, Bracket *b,
+                  int32_t *out) noexcept nogil:
+    """Indices of the n best of every m keys, ties to the first; a short last group keeps min(n, L)."""
+    cdef Py_ssize_t begin = 0, size, at = 0
+    cdef int64_t bound
+    if n <= 8:
+        spfmt_groups(keys, length, n, m, out)
         return
-    work = <real *> allocate(cols * sizeof(real))
-    with nogil:
-        for r in range(rows):
-            for c in range(cols):
-                work[c] = scores[r, c]
-            bound = _kth_largest(work, cols, k)
-            ties = k - _n_above(&scores[r, 0], cols, 1, bound)
-            at = 0
-            for c in range(cols):
-                if scores[r, c] > bound:
-                    out[r, at] = <int32_t> c
-                    at += 1
-                elif scores[r, c] == bound and ties > 0:
-                    out[r, at] = <int32_t> c
-                    at += 1
-                    ties -= 1
-    free(work)
+    while begin < length:
+        size = min(m, length - begin)
+        bound = INT64_MIN + 1 if n >= size else _kth_bracketed(b, keys + begin, size, n)
+        at += spfmt_largest(keys + begin, size, min(n, size), bound,
+                            spfmt_count(keys + begin, size, bound), <int32_t> begin, out + at)
+        begin += m
 
 
-cdef void _mark_group(const real *group, Py_ssize_t length, Py_ssize_t step, Py_ssize_t n,
-                      real *work, uint8_t *keep) noexcept nogil:
-    """Set keep at the n largest of a strided group; ties go to the lowest index."""
-    cdef Py_ssize_t i, ties
-    cdef real bound
-    if n >= length:
-        for i in range(length):
-            keep[i * step] = 1
-        return
-    for i in range(length):
-        work[i] = group[i * step]
-    bound = _kth_largest(work, length, n)
-    ties = n - _n_above(group, length, step, bound)
-    for i in range(length):
-        if group[i * step] > bound:
-            keep[i * step] = 1
-        elif group[i * step] == bound and ties > 0:
-            keep[i * step] = 1
-            ties -= 1
-
-
-cdef void _mark_row(const real *row, Py_ssize_t channels, Py_ssize_t cells, Py_ssize_t n,
-                    Py_ssize_t m, real *work, uint8_t *keep) noexcept nogil:
-    """Best n of every group of m channels of one row, cell by cell; the last may be short."""
-    cdef Py_ssize_t g, begin, cell, length
-    for g in range((channels + m - 1) // m):
-        begin = g * m
-        length = min(m, channels - begin)
-        for cell in range(cells):
-            _mark_group(row + begin * cells + cell, length, cells, n, work,
-                        keep + begin * cells + cell)
+cdef void _cell_groups(const int64_t *keys, Py_ssize_t channels, Py_ssize_t cells, Py_ssize_t n,
+                       Py_ssize_t m, Py_ssize_t kept, Bracket *b, int64_t *cell_keys,
+                       uint8_t *keep, int32_t *out) noexcept nogil:
+    """`_groups` of every kernel cell by itself, as ascending columns."""
+    cdef Py_ssize_t cell, i, at = 0
+    memset(keep, 0, channels * cells)
+    for cell in range(cells):
+        for i in range(channels):
+            cell_keys[i] = keys[i * cells + cell]
+        _groups(cell_keys, channels, n, m, b, out)
+        for i in range(kept // cells):
+            keep[out[i] * cells + cell] = 1
+    for i in range(channels * cells):
+        out[at] = <int32_t> i
+        at += keep[i]
 
 
 def nm_columns(const real[:, ::1] scores, Py_ssize_t n, Py_ssize_t m, Py_ssize_t cells,
                int32_t[:, ::1] out):
     """Matrix columns of the best n of every group of m channels per cell, ascending per row."""
-    cdef Py_ssize_t rows = scores.shape[0], cols = scores.shape[1], r, c, at
-    cdef real *work
-    cdef uint8_t *keep
-    if out.shape[0] == 0 or out.shape[1] == 0:
+    cdef Py_ssize_t rows = scores.shape[0], cols = scores.shape[1], kept = out.shape[1], r
+    cdef int64_t *keys
+    cdef int32_t *columns
+    cdef Bracket b
+    if rows == 0 or kept == 0:
         return
-    work = <real *> allocate(m * sizeof(real))
-    try:
-        keep = <uint8_t *> allocate(cols)
-    except MemoryError:
-        free(work)
-        raise
+    keys = <int64_t *> allocate((3 * cols + 3) * sizeof(int64_t) + (cols + 1) * sizeof(int32_t)
+                                + cols)
+    b.low, b.high, b.work = 1, 0, keys + 2 * cols + 1  # no bracket yet
+    columns = <int32_t *> (b.work + cols + 1)
     with nogil:
         for r in range(rows):
-            memset(keep, 0, cols)
-            _mark_row(&scores[r, 0], cols // cells, cells, n, m, work, keep)
-            at = 0
-            for c in range(cols):
-                if keep[c]:
-                    out[r, at] = <int32_t> c
-                    at += 1
-    free(keep)
-    free(work)
+            _keys(&scores[r, 0], cols, keys)
+            if cells == 1:
+                _groups(keys, cols, n, m, &b, columns)
+            else:
+                _cell_groups(keys, cols // cells, cells, n, m, kept, &b, keys + cols,
+                             <uint8_t *> (columns + cols + 1), columns)
+            memcpy(&out[r, 0], columns, kept * sizeof(int32_t))
+    free(keys)
+
+
+cdef void _sample_bracket(const real[:, ::1] scores, Py_ssize_t k, Bracket *b) noexcept nogil:
+    """Keys between which the k-th largest of all scores most likely lies."""
+    cdef Py_ssize_t cols = scores.shape[1], total = scores.shape[0] * cols, i, rank, reach
+    cdef Py_ssize_t size = min(total, 8192)
+    cdef double share = <double> k / total
+    cdef uint64_t state = 0x9E3779B97F4A7C15ULL, place
+    for i in range(size):
+        state = state * 6364136223846793005ULL + 1442695040888963407ULL
+        place = (state >> 20) % <uint64_t> total
+        _keys(&scores[place // cols, place % cols], 1, b.work + i)
+    rank = <Py_ssize_t> (share * size)
+    reach = 4 + <Py_ssize_t> (4 * sqrt(size * share * (1 - share)))
+    b.low, b.high = INT64_MIN, INT64_MAX - 1
+    if rank + reach <= size:
+        b.low = _kth_largest(b.work, size, rank + reach)
+    if rank > reach:
+        b.high = _kth_largest(b.work, size, rank - reach)
+
+
+cdef int64_t _kth_of_all(const real[:, ::1] scores, Py_ssize_t k, Bracket *b, int64_t *keys,
+                         int64_t *ties) noexcept nogil:
+    """The bound of the k largest keys of a matrix: those above it and the first `ties` equal to it."""
+    cdef Py_ssize_t cols = scores.shape[1], r, above, inside
+    cdef int64_t bound
+    _sample_bracket(scores, k, b)
+    while True:
+        above, inside = 0, 0
+        for r in range(scores.shape[0]):
+            _keys(&scores[r, 0], cols, keys)
+            above += spfmt_count(keys, cols, b.high + 1)
+            inside += spfmt_between(keys, cols, b.low, b.high, b.work + inside)
+        if above < k <= above + inside:
+            break
+        b.low, b.high = INT64_MIN, INT64_MAX - 1  # at most once
+    bound = _kth_largest(b.work, inside, k - above)
+    ties[0] = k - above - spfmt_count(b.work, inside, bound + 1)
+    if k == above + spfmt_count(b.work, inside, bound):  # all ties: no need to count them down
+        ties[0] = 0
+        return bound - 1
+    return bound
+
+
+cdef Py_ssize_t _mark_row(const int64_t *keys, Py_ssize_t n, int64_t bound, int64_t ties,
+                          uint8_t *keep) noexcept nogil:
+    """keep = keys above bound and the first `ties` equal to it; returns how many ties are left."""
+    cdef Py_ssize_t i
+    spfmt_mark(keys, n, bound, keep)
+    for i in range(n if ties else 0):
+        if ties and keys[i] == bound:
+            keep[i] = 1
+            ties -= 1
+    return ties
+
+
+def top_columns(const real[:, ::1] scores, Py_ssize_t k, int64_t[::1] row_ptr,
+                int32_t[::1] columns, uint8_t[:, ::1] keep):
+    """The k largest of all scores, ties to the first: their columns, row after row, or their mask.
+
+    `columns` has k + 1 elements, the last one is scratch; or it is empty and `keep` is not.
+    """
+    cdef Py_ssize_t cols = scores.shape[1], r
+    cdef int64_t *keys
+    cdef int64_t bound, ties = 0
+    cdef Bracket b
+    # Memory that is not touched costs nothing: most often `work` is used for a few keys.
+    keys = <int64_t *> allocate((cols + scores.shape[0] * cols + 1) * sizeof(int64_t))
+    b.work = keys + cols
+    with nogil:
+        bound = _kth_of_all(scores, k, &b, keys, &ties)
+        for r in range(scores.shape[0]):
+            _keys(&scores[r, 0], cols, keys)
+            if keep.shape[0]:
+                ties = _mark_row(keys, cols, bound, ties, &keep[r, 0])
+            else:
+                row_ptr[r + 1] = row_ptr[r] + spfmt_emit(keys, cols, bound, &ties, 0,
+                                                         &columns[row_ptr[r]])
+    free(keys)
 
 
 # ---- transposable n:m ------------------------------------------------------------------------
@@ -186,49 +312,43 @@ def transposable_2_4(const real[:, ::1] scores, Py_ssize_t cells,
 
     patterns[p, i] is the index of row i's pair of columns among (01, 02, 03, 12, 13, 23).
     """
-    cdef Py_ssize_t tile_rows = scores.shape[0] // 4, channels = scores.shape[1] // cells // 4
-    cdef Py_ssize_t r, b, cell
+    cdef Py_ssize_t tile_rows = scores.shape[0] // 4, row_step = scores.shape[1], r, t, lane, place
+    cdef Py_ssize_t tiles = row_step // cells // 4 * cells
+    cdef double pairs[4 * 6 * 8]
+    cdef int64_t best[8]
+    memset(pairs, 0, sizeof(pairs))
     with nogil:
         for r in range(tile_rows):
-            for b in range(channels):
-                for cell in range(cells):
-                    _tile_2_4(&scores[4 * r, 4 * b * cells + cell], scores.shape[1], cells,
-                              &patterns[0, 0], patterns.shape[0],
-                              &out[4 * r, 4 * b * cells + cell])
+            for t in range(tiles):
+                place = t // cells * 4 * cells + t % cells
+                lane = t % 8
+                _pair_sums(&scores[4 * r, place], row_step, cells, pairs + lane)
+                if lane < 7 and t + 1 < tiles:
+                    continue
+                spfmt_best_patterns(pairs, &patterns[0, 0], patterns.shape[0], best)
+                for place in range(lane + 1):
+                    _mark_pattern(&patterns[best[place], 0], row_step, cells,
+                                  &out[4 * r, 0] + (t - lane + place) // cells * 4 * cells
+                                  + (t - lane + place) % cells)
 
 
-cdef void _tile_2_4(const real *w, Py_ssize_t row_step, Py_ssize_t step,
-                    const int32_t *patterns, Py_ssize_t n_patterns, uint8_t *keep) noexcept nogil:
-    cdef double pairs[4][6]
-    cdef double top[36]
-    cdef double bottom[36]
-    cdef double total, best = 0.0
-    cdef Py_ssize_t i, j, a, b, p, chosen = -1
-    cdef const int32_t *q
+cdef void _pair_sums(const real *w, Py_ssize_t row_step, Py_ssize_t step,
+                     double *pairs) noexcept nogil:
+    """Score of each pair of columns of each row of a tile, one of eight tiles side by side."""
+    cdef Py_ssize_t i, a, b, p = 0
     for i in range(4):
-        p = 0
         for a in range(3):
             for b in range(a + 1, 4):
-                pairs[i][p] = <double> w[i * row_step + a * step] + w[i * row_step + b * step]
+                pairs[8 * p] = <double> w[i * row_step + a * step] + w[i * row_step + b * step]
                 p += 1
-    for i in range(6):
-        for j in range(6):
-            top[6 * i + j] = pairs[0][i] + pairs[1][j]
-            bottom[6 * i + j] = pairs[2][i] + pairs[3][j]
-    for p in range(n_patterns):
-        q = patterns + 4 * p
-        total = top[6 * q[0] + q[1]] + bottom[6 * q[2] + q[3]]
-        if chosen < 0 or total > best:
-            best = total
-            chosen = p
+
+
+cdef void _mark_pattern(const int32_t *pattern, Py_ssize_t row_step, Py_ssize_t step,
+                        uint8_t *keep) noexcept nogil:
+    cdef Py_ssize_t i, j
     for i in range(4):
-        p = 0
-        for a in range(3):
-            for b in range(a + 1, 4):
-                if patterns[4 * chosen + i] == p:
-                    keep[i * row_step + a * step] = 1
-                    keep[i * row_step + b * step] = 1
-                p += 1
+        for j in range(4):
+            keep[i * row_step + j * step] = spfmt_pairs[pattern[i]][j]
 
 
 # One m x m tile as a transportation problem: rows supply n units, columns take n, an edge carries
@@ -261,7 +381,9 @@ cdef void _tile_start(Tile *t) noexcept nogil:
             t.work[j] = row[j]
         t.u[i] = _kth_largest(t.work, m, t.n)
         t.v[i] = 0.0
-        ties = t.n - _n_above(row, m, 1, t.u[i])
+        ties = t.n
+        for j in range(m):
+            ties -= row[j] > t.u[i]
         for s in range(m):
             j = (i * t.n + s) % m
             if row[j] > t.u[i] or (row[j] == t.u[i] and ties > 0):
@@ -381,13 +503,39 @@ def transposable_tiles(const real[:, ::1] scores, Py_ssize_t n, Py_ssize_t m, Py
     free(block)
 
 
+def mask_columns(const uint8_t[:, ::1] mask, int32_t[:, ::1] out):
+    """Columns of a mask with equally many nonzeros in every row."""
+    cdef Py_ssize_t cols = mask.shape[1], kept = out.shape[1], r, c, at
+    cdef int32_t *columns
+    if kept == 0:
+        return
+    columns = <int32_t *> allocate((cols + 1) * sizeof(int32_t))
+    with nogil:
+        for r in range(mask.shape[0]):
+            at = 0
+            for c in range(cols):
+                columns[at] = <int32_t> c
+                at += mask[r, c]
+            memcpy(&out[r, 0], columns, kept * sizeof(int32_t))
+    free(columns)
+
+
+def column_counts(const int32_t[:, ::1] columns, Py_ssize_t m, int32_t[:, ::1] out):
+    """out[b, c] += how often rows b*m to b*m + m - 1 list column c; rows beyond are left out."""
+    cdef Py_ssize_t r, i
+    with nogil:
+        for r in range(out.shape[0] * m):
+            for i in range(columns.shape[1]):
+                out[r // m, columns[r, i]] += 1
+
+
 # ---- shuffled blocks -------------------------------------------------------------------------
 
 
 cdef void _merge_sort(const double *key, int32_t *order, int32_t *work, Py_ssize_t n) noexcept nogil:
     """Stable: order[:n] by key descending."""
     cdef Py_ssize_t half = n // 2, i = 0, j = half, k
-    cdef int32_t v
+    cdef int32_t v, left, first
     if n <= 12:
         for k in range(1, n):
             v = order[k]
@@ -401,104 +549,51 @@ cdef void _merge_sort(const double *key, int32_t *order, int32_t *work, Py_ssize
     _merge_sort(key, order + half, work, n - half)
     for k in range(half):
         work[k] = order[k]
-    for k in range(n):
-        if i < half and (j >= n or key[work[i]] >= key[order[j]]):
-            order[k] = work[i]
-            i += 1
-        elif i < half:
-            order[k] = order[j]
-            j += 1
-        else:
-            return
-
-
-cdef void _column_order(const double *norm, Py_ssize_t cols, int32_t *order,
-                        int32_t *work) noexcept nogil:
-    """Columns by norm descending, ties ascending; zeros, often the most, need no sorting."""
-    cdef Py_ssize_t c, n = 0, at, below
-    for c in range(cols):
-        if norm[c] > 0.0:
-            order[n] = <int32_t> c
-            n += 1
-    at = n
-    for c in range(cols):
-        if norm[c] == 0.0:
-            order[at] = <int32_t> c
-            at += 1
-    below = at
-    for c in range(cols):
-        if norm[c] < 0.0:
-            order[at] = <int32_t> c
-            at += 1
-    _merge_sort(norm, order, work, n)
-    _merge_sort(norm, order + below, work, at - below)
+    k = 0
+    while i < half and j < n:
+        left, v = work[i], order[j]
+        first = key[left] >= key[v]
+        order[k] = v + (left - v) * first  # without a branch: which one it is cannot be foreseen
+        k += 1
+        i += first
+        j += 1 - first
+    for j in range(i, half):
+        order[k + j - i] = work[j]
 
 
 def block_norms(const real[:, ::1] scores, const int32_t[::1] row_perm, Py_ssize_t block_rows,
                 Py_ssize_t block_cols, int32_t[:, ::1] order, double[:, ::1] norms):
-    """Per row group: columns by their sum descending (order) and the sum of every run of columns."""
-    cdef Py_ssize_t rows = scores.shape[0], cols = scores.shape[1], g, i, c, end
+    """Per row group: the best columns by their sum, descending, and the sum of every run of them.
+
+    `order` has as many columns as are wanted; the last run may be short.
+    """
+    cdef Py_ssize_t rows = scores.shape[0], cols = scores.shape[1], kept = order.shape[1], g, i, c
     cdef double *column
-    cdef int32_t *work
+    cdef int64_t *keys
+    cdef int32_t *best
+    cdef int64_t bound
     cdef const real *row
-    if rows == 0 or cols == 0:
+    cdef Bracket b
+    if rows == 0 or kept == 0:
         return
-    column = <double *> allocate(cols * (sizeof(double) + sizeof(int32_t)))
-    work = <int32_t *> (column + cols)
+    column = <double *> allocate(cols * sizeof(double) + (2 * cols + 1) * sizeof(int64_t)
+                                 + 2 * (cols + 1) * sizeof(int32_t))
+    keys = <int64_t *> (column + cols)
+    b.low, b.high, b.work = 1, 0, keys + cols
+    best = <int32_t *> (b.work + cols + 1)
     with nogil:
         for g in range(order.shape[0]):
             memset(column, 0, cols * sizeof(double))
-            end = min(rows, (g + 1) * block_rows)
-            for i in range(g * block_rows, end):
+            for i in range(g * block_rows, min(rows, (g + 1) * block_rows)):
                 row = &scores[row_perm[i], 0]
                 for c in range(cols):
                     column[c] += row[c]
-            _column_order(column, cols, &order[g, 0], work)
-            for c in range(norms.shape[1]):
-                norms[g, c] = 0.0
-            for c in range(cols):
-                norms[g, c // block_cols] += column[order[g, c]]
+            spfmt_keys_double(column, cols, keys)
+            bound = _kth_bracketed(&b, keys, cols, kept)
+            spfmt_largest(keys, cols, kept, bound, spfmt_count(keys, cols, bound), 0, best)
+            _merge_sort(column, best, best + cols + 1, kept)
+            memcpy(&order[g, 0], best, kept * sizeof(int32_t))
+            memset(&norms[g, 0], 0, norms.shape[1] * sizeof(double))
+            for c in range(kept):
+                norms[g, c // block_cols] += column[best[c]]
     free(column)
-
-
-# ---- HRBP ------------------------------------------------------------------------------------
-
-
-def kernel_counts(const uint8_t[:, ::1] mask, Py_ssize_t cells, int32_t[:, ::1] out):
-    """out[o, i] = nonzeros of the kernel from channel i to channel o."""
-    cdef Py_ssize_t o, i, k
-    cdef int32_t count
-    with nogil:
-        for o in range(out.shape[0]):
-            for i in range(out.shape[1]):
-                count = 0
-                for k in range(i * cells, (i + 1) * cells):
-                    count += mask[o, k]
-                out[o, i] = count
-
-
-def kernel_sums(const real[:, ::1] scores, Py_ssize_t cells, double[:, ::1] out):
-    """out[o, i] = sum of the kernel from channel i to channel o."""
-    cdef Py_ssize_t o, i, k
-    cdef double total
-    with nogil:
-        for o in range(out.shape[0]):
-            for i in range(out.shape[1]):
-                total = 0.0
-                for k in range(i * cells, (i + 1) * cells):
-                    total += scores[o, k]
-                out[o, i] = total
-
-
-def cell_counts(const uint8_t[:, ::1] mask, const real[:, ::1] scores,
-                const int32_t[::1] rows, const int32_t[::1] channels, int64_t[::1] counts,
-                double[::1] sums):
-    """Nonzeros and sum of every kernel cell over rows x channels (added to what is there)."""
-    cdef Py_ssize_t cells = counts.shape[0], r, i, k, column
-    with nogil:
-        for r in range(rows.shape[0]):
-            for i in range(channels.shape[0]):
-                column = channels[i] * cells
-                for k in range(cells):
-                    counts[k] += mask[rows[r], column + k]
-                    sums[k] += scores[rows[r], column + k]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import threading
@@ -20,9 +21,11 @@ from spfmt.errors import FormatError
 from spfmt.formats import (
     CSR,
     FORMATS,
+    HEADER,
     NM,
     Condensed,
     SparseTensor,
+    _words,
     decode,
     decode_structure,
     encode,
@@ -31,6 +34,7 @@ from spfmt.formats import (
     words_capacity,
 )
 from spfmt.formats import _io as io
+from spfmt.structure._positions import content_hash
 
 NAMES = sorted(FORMATS)
 
@@ -285,9 +289,12 @@ def test_words_hold_the_structure(a: SparseTensor, spare: int) -> None:
     assert words.dtype == np.int32
     longer = a.encode(words.size + spare)
     assert not longer[words.size :].any()
+    assert decode_structure(longer) is a._structure  # it lives: it is not decoded again
+    _words._living.clear()
+    found = decode_structure(longer)
+    assert found is not a._structure
     cls, shape, structure, params = decode(longer)
     assert cls._from_parts(shape, structure, params, a.values) == a
-    found = decode_structure(longer)
     assert found.same_as(a._structure)
     assert (found.nnz, found.shape, found.matrix_shape) == (a.nnz, a.shape, a.matrix_shape)
     np.testing.assert_array_equal(found.flat_indices(), a._structure.flat_indices())
@@ -333,16 +340,14 @@ def test_damaged_words_are_refused(name: str) -> None:
         decode(words[None])
 
 
-@given(place=st.integers(4, 60), value=st.integers(-(2**31), 2**31 - 1))
+@given(place=st.integers(HEADER, 60), value=st.integers(-(2**31), 2**31 - 1))
 @settings(max_examples=150, deadline=None)
 def test_words_with_a_right_checksum_are_still_checked(place: int, value: int) -> None:
-    from spfmt.formats import _words
-
     for name in NAMES:
         words = sample(name).encode(200)
         used = int(words[2])
         words[min(place, used - 1)] = value
-        words[3] = _words._checksum(words[4:used])
+        words[:HEADER] = _words._header(words[HEADER:used])
         try:
             found = decode_structure(words)
         except FormatError:
@@ -354,6 +359,37 @@ def test_words_with_a_right_checksum_are_still_checked(place: int, value: int) -
         assert (cols < found.matrix_shape[1]).all()
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_words_of_a_known_header_are_compared_whole(name: str) -> None:
+    a = sample(name)
+    words = a.encode(300)
+    for place in range(HEADER, int(words[2])):
+        bad = words.copy()
+        bad[place] ^= 1
+        with pytest.raises(FormatError, match="checksum"):
+            decode_structure(bad)
+    assert decode_structure(words) is a._structure
+    number = id(a._structure)
+    del a  # nothing is kept alive
+    gc.collect()
+    assert all(id(known) != number for known in _words._living.values())
+
+
+def test_one_changed_word_changes_the_hash() -> None:
+    words = np.random.default_rng(0).integers(-(2**31), 2**31, 70).astype(np.int32)
+    for size in (0, 1, 2, 3, 7, 8, 9, 15, 70):
+        hashes = {content_hash(words[:size])}
+        for place in range(size):
+            for bit in range(32):
+                changed = words[:size].copy()
+                changed.view(np.uint32)[place] ^= np.uint32(1 << bit)
+                hashes.add(content_hash(changed))
+        assert len(hashes) == 1 + 32 * size
+    assert content_hash(words) == content_hash(words.copy())
+    assert content_hash(np.zeros(8, np.int32)) != content_hash(np.zeros(16, np.int32))
+
+
 def test_strided_words_are_read() -> None:
     a = sample()
+    _words._living.clear()
     assert decode_structure(np.repeat(a.encode(), 2)[::2]).same_as(a._structure)

@@ -217,15 +217,15 @@ def test_bad_scores_are_refused(name: str) -> None:
     nan = scores_of((4, 6))
     nan[2, 3] = np.nan
     bad: list[tuple[Any, Any, str]] = [
-        (nan, 0.5, "NaN at row 2, column 3"),
+        (nan, 0.5, r"NaN in scores at \(2, 3\)"),
         (scores_of((4,)), 0.5, "rank 1"),
         (scores_of((4, 4)) * 1j, 0.5, "complex128"),
         (np.array([["a", "b"]]), 0.5, "real numbers"),
-        (scores_of((4, 6)), 1.5, "density 1.5"),
-        (scores_of((4, 6)), -0.1, "density -0.1"),
-        (scores_of((4, 6)), float("nan"), "density nan"),
-        (scores_of((4, 6)), "many", "density 'many'"),
-        (scores_of((4, 6)), "0.5", "density '0.5'"),
+        (scores_of((4, 6)), 1.5, "density=1.5"),
+        (scores_of((4, 6)), -0.1, "density=-0.1"),
+        (scores_of((4, 6)), float("nan"), "density=nan"),
+        (scores_of((4, 6)), "many", "density='many'"),
+        (scores_of((4, 6)), "0.5", "density='0.5'"),
     ]
     for scores, density, message in bad:
         with pytest.raises(FormatError, match=message):
@@ -251,3 +251,32 @@ def test_scores_of_any_real_dtype_and_stride(name: str) -> None:
         before = scores.copy()
         np.testing.assert_array_equal(cls.project(scores, 0.3), expected)
         np.testing.assert_array_equal(scores, before)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("density", [0.0, 0.25])
+@pytest.mark.parametrize("shape", [(37, 40), (10, 6, 3, 3)])
+def test_another_structure_keeps_the_groups_of_rows(
+    name: str, density: float, shape: tuple[int, ...]
+) -> None:
+    old = FORMATS[name].from_scores(scores_of(shape), density)
+    found = FORMATS[name].from_scores(scores_of(shape, 1), density, **old.same_groups())
+    # Which rows share a unit is the same; units may be numbered anew.
+    (kind, before), (_, after) = old.unit_of_rows(), found.unit_of_rows()
+    assert bool(old.same_groups()) == (kind == "group")
+    assert len({*zip(before.tolist(), after.tolist(), strict=True)}) == len({*before.tolist()})
+    assert len({*after.tolist()}) == len({*before.tolist()})
+
+
+def test_hrbp_takes_an_order_of_its_rows() -> None:
+    perm = np.random.default_rng(0).permutation(10)
+    a = HRBP.from_scores(scores_of((10, 8)), 0.5, groups=3, row_perm=perm)
+    assert np.diff(a.row_ptr).tolist() == [4, 3, 3]
+    assert [sorted(perm[:4]), sorted(perm[4:7]), sorted(perm[7:])] == [
+        a.row_perm[i:j].tolist() for i, j in zip(a.row_ptr, a.row_ptr[1:], strict=False)
+    ]
+    larger_last = HRBP((5, 2), [0, 1, 2, 3, 4], [0, 2, 5], [[0], [1]], [[0], [0]], np.ones(5))
+    assert larger_last.same_groups()["row_perm"].tolist() == [2, 3, 4, 0, 1]
+    for bad in ([0] * 10, range(9), np.arange(10.0)):
+        with pytest.raises(FormatError, match="row_perm"):
+            HRBP.from_scores(scores_of((10, 8)), 0.5, row_perm=bad)

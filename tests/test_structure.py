@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import itertools
 import math
-import sys
 
 import numpy as np
 import pytest
+from format_cases import MAKERS
+from scipy.cluster import hierarchy
 
-from spfmt.errors import FormatError, MissingDependency
+from spfmt.errors import FormatError
 from spfmt.structure import (
     constant_fan_in,
     erk_densities,
     hrbp_block_density,
     hrbp_structure,
+    moves,
     nm_columns,
     order_rows,
     order_rows_fast,
     per_row_topk,
     rows,
     select_blocks,
+    topk_columns,
     topk_mask,
+    transposable_nm_columns,
     transposable_nm_mask,
     transposable_patterns,
     uniform_densities,
@@ -88,10 +92,12 @@ def test_bfloat16_scores():
     "call",
     [
         lambda s: topk_mask(s, 1),
+        lambda s: topk_columns(s, 1),
         lambda s: per_row_topk(s, 1),
         lambda s: constant_fan_in(s, 2),
         lambda s: nm_columns(s, 1, 2),
         lambda s: transposable_nm_mask(s, 1, 2),
+        lambda s: transposable_nm_columns(s, 1, 2),
         lambda s: select_blocks(s, np.arange(4), (2, 2), 1),
         lambda s: hrbp_structure(np.ones((4, 4)), s, (4, 4), 0.5),
     ],
@@ -111,41 +117,43 @@ def test_nan_scores_are_refused(call):
         (lambda: topk_mask(np.ma.masked_array(np.ones(3), [1, 0, 0]), 1), "scores as a numpy mas"),
         (lambda: order_rows(np.ma.masked_array(np.eye(3), np.eye(3))), "mask as a numpy masked"),
         (lambda: topk_mask([[1], [1, 2]], 1), "scores that numpy cannot read"),
-        (lambda: order_rows(np.eye(3), min_overlap="0.2"), "min_overlap = '0.2'"),
-        (lambda: nm_columns(np.eye(3), 2**70, 2**70), "m = 1180591620717411303424"),
-        (lambda: order_rows_fast(np.eye(3), group_size=2**70), "group_size = 11"),
-        (lambda: select_blocks(np.eye(3), range(3), (2**70, 1), 1), "block rows S1 = 11"),
-        (lambda: topk_mask(np.ones(3), 4), r"got n = 4; expected a whole number in \[0, 3\]"),
-        (lambda: topk_mask(np.ones(3), -1), "got n = -1"),
-        (lambda: topk_mask(np.ones(3), 1.5), "got n = 1.5"),
-        (lambda: per_row_topk(np.ones((2, 3)), 4), "got k = 4"),
+        (lambda: order_rows(np.eye(3), min_overlap="0.2"), "min_overlap='0.2'"),
+        (lambda: nm_columns(np.eye(3), 2**70, 2**70), "m=1180591620717411303424"),
+        (lambda: order_rows_fast(np.eye(3), group_size=2**70), "group_size=11"),
+        (lambda: select_blocks(np.eye(3), range(3), (2**70, 1), 1), "block rows S1=11"),
+        (lambda: topk_mask(np.ones(3), 4), "got n=4; expected an integer from 0 to 3"),
+        (lambda: topk_mask(np.ones(3), -1), "got n=-1"),
+        (lambda: topk_mask(np.ones(3), 1.5), "got n=1.5"),
+        (lambda: topk_columns(np.ones((1, 3)), 4), "got n=4"),
+        (lambda: topk_columns(np.ones(3), 1), "expected 2 dimensions"),
+        (lambda: per_row_topk(np.ones((2, 3)), 4), "got k=4"),
         (lambda: per_row_topk(np.ones(3), 1), r"got scores of shape \(3,\); expected 2 dimensions"),
-        (lambda: constant_fan_in(np.ones((2, 3)), 7), "got n_nonzeros = 7"),
-        (lambda: nm_columns(np.ones((2, 4)), 3, 2), "got n = 3"),
-        (lambda: nm_columns(np.ones((2, 4)), 0, 0), "got m = 0"),
+        (lambda: constant_fan_in(np.ones((2, 3)), 7), "got n_nonzeros=7"),
+        (lambda: nm_columns(np.ones((2, 4)), 3, 2), "got n=3"),
+        (lambda: nm_columns(np.ones((2, 4)), 0, 0), "got m=0"),
         (lambda: nm_columns(np.ones((2, 4)), 1, 2, 3), "4 columns for 3 cells"),
         (lambda: transposable_nm_mask(np.full((2, 2), np.inf), 1, 2), "an infinite score at"),
         (lambda: select_blocks(np.ones((2, 2)), [0, 0], (1, 1), 1), "row_perm"),
         (lambda: select_blocks(np.ones((2, 2)), [0, 2], (1, 1), 1), "row_perm"),
         (lambda: select_blocks(np.ones((2, 2)), [0.0, 1.0], (1, 1), 1), "row_perm"),
-        (lambda: select_blocks(np.ones((2, 2)), [0, 1], (0, 1), 1), "block rows S1 = 0"),
+        (lambda: select_blocks(np.ones((2, 2)), [0, 1], (0, 1), 1), "block rows S1=0"),
         (lambda: select_blocks(np.ones((2, 2)), [0, 1], 2, 1), "block_shape = 2"),
-        (lambda: select_blocks(np.ones((2, 2)), [0, 1], (1, 1), 5), "n_blocks = 5"),
+        (lambda: select_blocks(np.ones((2, 2)), [0, 1], (1, 1), 5), "n_blocks=5"),
         (lambda: select_blocks(np.full((1, 1), -np.inf), [0], (1, 1), 1), "-inf in scores"),
-        (lambda: order_rows(np.ones((2, 2)), metric="hamming"), "metric = 'hamming'"),
-        (lambda: order_rows(np.ones((2, 2)), linkage="single"), "linkage = 'single'"),
-        (lambda: order_rows(np.ones((2, 2)), method="best"), "method = 'best'"),
-        (lambda: order_rows(np.ones((2, 2)), min_overlap=2), "min_overlap = 2"),
+        (lambda: order_rows(np.ones((2, 2)), metric="hamming"), "metric='hamming'"),
+        (lambda: order_rows(np.ones((2, 2)), linkage="single"), "linkage='single'"),
+        (lambda: order_rows(np.ones((2, 2)), method="best"), "method='best'"),
+        (lambda: order_rows(np.ones((2, 2)), min_overlap=2), "min_overlap=2"),
         (lambda: order_rows(np.ones(4)), "mask of shape"),
-        (lambda: order_rows_fast(np.ones((2, 2)), group_size=0), "group_size = 0"),
+        (lambda: order_rows_fast(np.ones((2, 2)), group_size=0), "group_size=0"),
         (lambda: hrbp_structure(np.ones((2, 4)), np.ones((2, 4)), (2, 5), 0.5), "a layer of shape"),
         (lambda: hrbp_structure(np.ones((2, 4)), np.ones((2, 4)), (2, 4, 1), 0.5), "shape ="),
         (lambda: hrbp_block_density(0.1, (2, 4, 3, 3), 0.5), "block_density = 0.5"),
         (lambda: hrbp_structure(np.ones((2, 2)), np.ones((2, 2)), (2, 2), 0.5, groups=3), "groups"),
-        (lambda: erk_densities([(2, 2)], 1.5), "density = 1.5"),
-        (lambda: erk_densities([(2, 2)], math.nan), "density = nan"),
+        (lambda: erk_densities([(2, 2)], 1.5), "density=1.5"),
+        (lambda: erk_densities([(2, 2)], math.nan), "density=nan"),
         (lambda: erk_densities([(2,)], 0.5), "a weight shape"),
-        (lambda: erk_densities([(2, 2)], 0.5, [1]), "an excluded index = 1"),
+        (lambda: erk_densities([(2, 2)], 0.5, [1]), "an excluded index=1"),
         (lambda: erk_densities([(9, 9), (9, 9)], 0.3, [0], count_excluded=True), "excluded"),
     ],
 )
@@ -185,6 +193,32 @@ def test_per_row_topk_equals_a_stable_sort(cols, levels):
         got = per_row_topk(scores, k)
         assert got.dtype == np.int32
         np.testing.assert_array_equal(got, np.sort(order[:, :k], axis=1))
+
+
+@pytest.mark.parametrize("k", [1, 9, 40, 299])
+def test_rows_of_unlike_scales_are_selected_one_by_one(k):
+    rng = np.random.default_rng(k)
+    scores = rng.standard_normal((60, 300)) * 10.0 ** rng.integers(-3, 4, (60, 1))
+    scores[::7] = np.round(scores[::7])  # many ties, most of them zero
+    scores[3, ::2] = -0.0  # equals 0
+    want = np.sort(np.argsort(-scores, axis=1, kind="stable")[:, :k], axis=1)
+    np.testing.assert_array_equal(per_row_topk(scores, k), want)
+    np.testing.assert_array_equal(nm_columns(scores, k, 300), want)
+    best = np.sort(np.argsort(-scores.ravel(), kind="stable")[: 60 * k])
+    np.testing.assert_array_equal(np.flatnonzero(topk_mask(scores, 60 * k)), best)
+    indptr, columns = topk_columns(scores, 60 * k)
+    np.testing.assert_array_equal(np.repeat(np.arange(60), np.diff(indptr)) * 300 + columns, best)
+
+
+def test_a_misleading_sample_costs_nothing_but_time():
+    # The places that `_sample_bracket` in bindings/selection.pyx looks at hold the lowest scores.
+    scores, state = np.random.default_rng(0).random(60000), 0x9E3779B97F4A7C15
+    for _ in range(8192):
+        state = (state * 6364136223846793005 + 1442695040888963407) % 2**64
+        scores[(state >> 20) % scores.size] -= 100
+    for n in (1, 30000, 59000):
+        best = np.sort(np.argsort(-scores, kind="stable")[:n])
+        np.testing.assert_array_equal(np.flatnonzero(topk_mask(scores.reshape(200, 300), n)), best)
 
 
 @pytest.mark.parametrize("pattern", ["ascending", "descending", "organ pipe", "sawtooth"])
@@ -289,6 +323,8 @@ def test_transposable_tiles_are_optimal_by_brute_force(n, m, levels):
     got = transposable_nm_mask(scores, n, m)
     tiles = got.reshape(4, m, 5, m)
     assert (tiles.sum(axis=1) == n).all()
+    columns = transposable_nm_columns(scores, n, m)
+    np.testing.assert_array_equal(mask_of(columns, scores.shape[1]), got)
     assert (tiles.sum(axis=3) == n).all()
     values = scores.reshape(4, m, 5, m).transpose(0, 2, 1, 3)
     best = np.einsum("abij,pij->abp", values, patterns.astype(float)).max(axis=2)
@@ -454,11 +490,31 @@ def test_the_fast_route_keeps_the_mass_of_the_paper_route(kind):
     assert kept(order_rows(mask, method="fast")) >= 0.99 * kept(order_rows(mask))
 
 
-def test_missing_scikit_learn_names_the_extra(monkeypatch):
-    monkeypatch.setitem(sys.modules, "sklearn.cluster", None)
-    with pytest.raises(MissingDependency, match=r"pip install 'spfmt\[search\]'"):
-        order_rows(np.ones((4, 4)))
-    assert sorted(order_rows(np.ones((4, 4)), method="fast").tolist()) == [0, 1, 2, 3]
+@pytest.mark.parametrize("fraction", [0.0, 0.1, 0.25, 0.5, 1.0])
+def test_rows_that_overlap_another_are_found(fraction):
+    mask = np.random.default_rng(7).random((300, 70)) < 0.1
+    common, counts = mask.astype(int) @ mask.T.astype(int), mask.sum(axis=1)
+    np.fill_diagonal(common, 0)
+    similar = (common.max(axis=1) > fraction * counts) & (counts > 0)
+    order = order_rows(mask, min_overlap=fraction)
+    rest = np.flatnonzero(~similar)
+    np.testing.assert_array_equal(order[order.size - rest.size :], rest)
+
+
+@pytest.mark.parametrize("linkage", ["average", "complete"])
+@pytest.mark.parametrize("metric", ["jaccard", "cosine"])
+@pytest.mark.parametrize(("n_rows", "cols"), [(3, 9), (60, 12), (150, 70)])
+def test_leaves_are_those_of_scipys_dendrogram(linkage, metric, n_rows, cols):
+    mask = np.random.default_rng(n_rows).random((n_rows, cols)) < 0.4
+    mask[:, 0] = True  # every row shares a column
+    m = mask.astype(float)
+    common, counts = m @ m.T, mask.sum(axis=1)
+    both = np.sqrt(np.outer(counts, counts)) if metric == "cosine" else (
+        np.add.outer(counts, counts) - common)  # fmt: skip
+    condensed = (1 - common / both)[np.triu_indices(n_rows, 1)]
+    want = hierarchy.leaves_list(hierarchy.linkage(condensed, method=linkage))
+    got = order_rows(mask, metric=metric, linkage=linkage, min_overlap=0.0)
+    np.testing.assert_array_equal(got, want)
 
 
 # ---- shuffled blocks -------------------------------------------------------------------------
@@ -517,6 +573,15 @@ def test_signed_blocks_rank_by_the_sum(block_shape):
         for g, (a, b) in enumerate(itertools.pairwise(pointer)):
             sums = scores[perm[g * block_shape[0] : (g + 1) * block_shape[0]]].sum(0)
             assert set(columns[a:b]) == set(np.argsort(-sums, kind="stable")[: b - a])
+
+
+def test_one_group_may_take_all_blocks():
+    scores = np.random.default_rng(0).random((16, 64))
+    scores[8:12] += 10
+    pointer, columns = select_blocks(scores, np.arange(16), (4, 2), 20)
+    assert pointer.tolist() == [0, 0, 0, 40, 40]
+    best = np.sort(np.argsort(-scores[8:12].sum(0), kind="stable")[:40])
+    np.testing.assert_array_equal(np.sort(columns), best)
 
 
 def test_blocks_by_hand():
@@ -702,3 +767,32 @@ def test_excluded_layers_are_dense(distribution):
 def test_uniform_densities_are_uniform():
     assert uniform_densities([(10, 10), (50, 50)], 0.2) == [0.2, 0.2]
     assert weights_of([(3, 3)] * 3, uniform_densities([(3, 3)] * 3, 0.5)) == [5, 5, 4]
+
+
+# ---- moves ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", sorted(MAKERS))
+def test_sources_are_the_old_places_of_equal_positions(name):
+    rng = np.random.default_rng(0)
+    for shape in [(0, 5), (5, 0), (1, 1), (7, 9), (40, 33), (6, 4, 3, 3)]:
+        old, new = (MAKERS[name](shape, rng)._structure for _ in range(2))
+        places = {int(flat): place for place, flat in enumerate(old.flat_indices())}
+        want = [places.get(int(flat), -1) for flat in new.flat_indices()]
+        assert new.sources(old).tolist() == want
+        assert new.sources(old, new.nnz + 2).tolist() == [*want, -1, -1]
+        assert old.sources(old).tolist() == list(range(old.nnz))
+
+
+def test_positions_move_between_layouts_of_one_shape_only():
+    rng = np.random.default_rng(1)
+    lists, groups = MAKERS["csr"]((20, 30), rng), MAKERS["hrbp"]((20, 30), rng)
+    found = moves.sources(groups.layout().row_runs(), lists.layout().row_runs())
+    at = found >= 0
+    np.testing.assert_array_equal(groups.flat_indices()[found[at]], lists.flat_indices()[at])
+    assert not set(lists.flat_indices()[~at]) & set(groups.flat_indices())
+    with pytest.raises(FormatError, match=r"capacity"):
+        lists._structure.sources(groups._structure, lists.nnz - 1)
+    other = MAKERS["csr"]((30, 20), rng)
+    with pytest.raises(FormatError, match=r"one shape"):
+        moves.sources(groups.layout().row_runs(), other.layout().row_runs())

@@ -23,8 +23,6 @@ from spfmt.errors import format_error
 from spfmt.formats._checks import (
     Array,
     Shape,
-    as_int,
-    check_density,
     check_names,
     check_shape,
     float_array,
@@ -32,12 +30,12 @@ from spfmt.formats._checks import (
     index_array,
     kernel_cells,
     matrix_shape,
-    plain_array,
-    score_matrix,
     value_dtype,
 )
 from spfmt.formats._coords import Coordinates
 from spfmt.formats._layout import Layout
+from spfmt.structure._checks import as_density, as_int, as_scores, plain_array
+from spfmt.structure.moves import sources
 
 if TYPE_CHECKING:
     from spfmt.dispatch import Plan
@@ -137,8 +135,14 @@ class Structure:
 
     def flat_indices(self) -> npt.NDArray[np.int64]:
         """Row-major flat index of every stored position, in the order of the values."""
-        rows, cols = self.layout.coordinates()
-        return rows * self.matrix_shape[1] + cols
+        return self.layout.flat_indices()
+
+    def sources(self, old: Structure, capacity: int | None = None) -> npt.NDArray[np.int64]:
+        """For every stored position its place in `old`; -1 if it is new, and for spare capacity.
+
+        See `spfmt.structure.moves.sources`.
+        """
+        return sources(old.layout.row_runs(), self.layout.row_runs(), capacity)
 
     def tensor(self, values: Any) -> SparseTensor:
         """Tensor with copied `values`, nnz of them in any shape, on this structure."""
@@ -163,7 +167,7 @@ class SparseTensor(ABC):
     Attributes
     ----------
     format : str
-        Name of the format, as in files and in the kernel table.
+        Name of the format, as in files and structure words; see `spfmt.formats.register`.
     STRUCTURE, PARAMS : tuple of str
         Names of the structure arrays and of the integer parameters.
     """
@@ -173,7 +177,6 @@ class SparseTensor(ABC):
     __array_ufunc__ = None  # numpy must not take A apart in X @ A
 
     format: ClassVar[str]
-    FORMAT_ID: ClassVar[int]
     STRUCTURE: ClassVar[tuple[str, ...]]
     NDIMS: ClassVar[tuple[int, ...]]
     POINTERS: ClassVar[tuple[str, ...]] = ()
@@ -239,6 +242,13 @@ class SparseTensor(ABC):
         unit : ndarray of int, shape (R,)
         """
         return "row", np.arange(self.matrix_shape[0])
+
+    def same_groups(self) -> dict[str, Any]:
+        """Keywords of `from_scores` with which another structure keeps this one's groups of rows.
+
+        Finding groups anew costs many training steps; keeping them costs less than one.
+        """
+        return {}
 
     # ---- construction --------------------------------------------------------------------------
 
@@ -628,5 +638,6 @@ def _rebuild(
 
 def scores_budget(scores: Any, density: Any) -> tuple[Array, Shape, int]:
     """Checked score matrix, the weight's shape, and the budget round(density * R * C)."""
-    matrix, shape = score_matrix(scores)
-    return matrix, shape, round(check_density(density) * matrix.size)
+    plain = as_scores(scores)
+    shape = check_shape(plain.shape)
+    return plain.reshape(matrix_shape(shape)), shape, round(as_density(density) * plain.size)

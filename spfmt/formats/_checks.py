@@ -1,4 +1,4 @@
-"""Checks on plain arrays, shared by all formats.
+"""Checks of shapes, dtypes and index arrays, shared by all formats; see also structure/_checks.
 
 Each check is vectorised, raises `FormatError` before anything is touched, and names the first
 offending place.
@@ -15,28 +15,14 @@ import numpy.typing as npt
 
 from spfmt._memory import aligned
 from spfmt.errors import FormatError, MissingDependency, format_error
-from spfmt.structure._checks import plain_array as plain_array
+from spfmt.structure._checks import INT32_MAX, plain_array
+from spfmt.structure._checks import as_int as as_int  # convert.py takes these two from here
+from spfmt.structure._checks import check_range as check_range
 
 Array = npt.NDArray[Any]
 Shape = tuple[int, ...]
 
-INT32_MAX = int(np.iinfo(np.int32).max)
 VALUE_DTYPES = ("float32", "float64", "float16", "bfloat16")
-
-
-def as_int(name: str, value: Any, low: int, high: int = INT32_MAX) -> int:
-    """Return `value` as an int in ``low..high``."""
-    try:
-        number = operator.index(value)
-    except TypeError:
-        raise format_error(
-            f"{name}={value!r} ({type(value).__name__})", "an integer", f"pass {name} as an int"
-        ) from None
-    if not low <= number <= high:
-        raise format_error(
-            f"{name}={number}", f"{low} <= {name} <= {high}", f"choose {name} in this range"
-        )
-    return number
 
 
 def check_shape(shape: Any) -> Shape:
@@ -163,22 +149,6 @@ def frozen(array: Array, dtype: np.dtype[Any], copy: bool) -> Array:
     return out
 
 
-def check_range(name: str, array: Array, size: int, axis: str) -> None:
-    """Raise unless every element of `array` lies in ``0..size-1``."""
-    if not array.size:
-        return
-    low, high = int(array.min()), int(array.max())
-    if low >= 0 and high < size:
-        return
-    bad = np.flatnonzero((array.reshape(-1) < 0) | (array.reshape(-1) >= size))[0]
-    place = tuple(int(i) for i in np.unravel_index(bad, array.shape))
-    raise format_error(
-        f"{name}[{', '.join(map(str, place))}] = {int(array[place])}",
-        f"0 <= index < {size} (the number of {axis})",
-        f"check that {name} belongs to this shape and counts from 0",
-    )
-
-
 def check_ascending(name: str, array: Array, row_name: str) -> None:
     """Raise unless the indices ascend strictly along the last axis of a 1-D or 2-D array."""
     if array.shape[-1] < 2:
@@ -200,30 +170,6 @@ def unsorted(name: str, before: int, after: int, where: str) -> FormatError:
         "strictly ascending indices",
         "sort the indices together with their values and merge duplicates",
     )
-
-
-def check_permutation(name: str, perm: Array, size: int) -> None:
-    """Raise unless `perm` holds each of ``0..size-1`` exactly once."""
-    if perm.size != size:
-        raise format_error(
-            f"{name} of length {perm.size}", f"length {size}", "list every row exactly once"
-        )
-    check_range(name, perm, size, "rows")
-    counts = np.bincount(perm, minlength=size)
-    if counts.size and counts.max() > 1:
-        row = int(np.flatnonzero(counts > 1)[0])
-        raise format_error(
-            f"{name} with row {row} {int(counts[row])} times",
-            f"a permutation of 0..{size - 1}",
-            "list every row exactly once",
-        )
-
-
-def permutation_array(name: str, value: Any, size: int) -> Array:
-    """`value` as an int32 array that holds each of ``0..size-1`` exactly once."""
-    perm = index_array(name, value, 1, np.int32, copy=False)
-    check_permutation(name, perm, size)
-    return perm
 
 
 def check_pointer(name: str, pointer: Array, count: int, total: int) -> None:
@@ -267,45 +213,6 @@ def weight_array(name: str, value: Any) -> Array:
     array = float_array(name, value)
     check_shape(array.shape)
     return array
-
-
-def score_matrix(scores: Any) -> tuple[Array, Shape]:
-    """Scores as a contiguous (R, C) float32 or float64 matrix, and the weight's shape.
-
-    Raises
-    ------
-    FormatError
-        For a wrong rank, a dtype that is no real number, and for NaN, which has no order.
-    """
-    array = plain_array("scores", scores)
-    if array.dtype.kind not in "iubf" and array.dtype.name != "bfloat16":
-        raise format_error(
-            f"scores of dtype {array.dtype}", "real numbers", "cast: scores.astype('float32')"
-        )
-    shape = check_shape(array.shape)
-    dtype = np.float32 if array.dtype.itemsize <= 4 and array.dtype.kind not in "iu" else np.float64
-    matrix = np.ascontiguousarray(array, dtype=dtype).reshape(matrix_shape(shape))
-    if matrix.size and np.isnan(matrix.min()):  # min hands a NaN on
-        row, col = np.argwhere(np.isnan(matrix))[0]
-        raise format_error(
-            f"scores with a NaN at row {row}, column {col}",
-            "scores that can be ordered",
-            "find where the NaN comes from, or use numpy.nan_to_num(scores)",
-        )
-    return matrix, shape
-
-
-def check_density(density: Any) -> float:
-    """`density` as a float in 0..1."""
-    try:
-        number = float("nan") if isinstance(density, str) else float(density)
-    except (TypeError, ValueError):
-        number = float("nan")
-    if not 0.0 <= number <= 1.0:
-        raise format_error(
-            f"density {density!r}", "0 <= density <= 1", "density = 1 - sparsity, as a fraction"
-        )
-    return number
 
 
 def check_names(kind: str, given: Mapping[str, Any], names: tuple[str, ...], owner: str) -> None:

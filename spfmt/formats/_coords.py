@@ -9,14 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from spfmt.errors import format_error
-from spfmt.formats._checks import (
-    Array,
-    Shape,
-    bool_mask,
-    check_range,
-    matrix_shape,
-    weight_array,
-)
+from spfmt.formats._checks import Array, Shape, bool_mask, matrix_shape, weight_array
+from spfmt.structure._checks import check_range
 
 __all__ = ["Coordinates", "fill_short_lists", "group_by_support"]
 

@@ -20,6 +20,7 @@ from spfmt._files import replace_file
 from spfmt.errors import FormatError, MissingDependency, format_error
 from spfmt.formats._base import SparseTensor
 from spfmt.formats._checks import Array, value_dtype
+from spfmt.formats._registry import FORMATS
 
 __all__ = ["load", "read_metadata", "save"]
 
@@ -185,8 +186,6 @@ def _tensor(path: Path, name: str, entry: Mapping[str, Any]) -> Array:
 
 
 def _format_of(header: Mapping[str, str], path: Path) -> type[SparseTensor]:
-    from spfmt.formats import FORMATS
-
     version, name = header.get("spfmt_version", ""), header.get("spfmt_format")
     # The length first: int() refuses thousands of digits with an error of its own.
     if name is None or len(version) > 9 or not version.isdecimal() or int(version) < 1:

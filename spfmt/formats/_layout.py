@@ -4,14 +4,15 @@
 
     values of row r = values[indptr[r]:indptr[r+1]], at columns col_indices[same range]
 
-``Groups`` is a dense tile per small group of rows (ShuffledBlock, HRBP)::
+``Groups`` is row groups with a common list of columns, cut into bands (ShuffledBlock, HRBP)::
 
-    tile t: rows row_perm[row_ptr[t]:row_ptr[t+1]]        1..16 of them
-            cols col_indices[col_begin[t]:col_end[t]]     tiles may share a list
+    band t: rows row_perm[row_ptr[t]:row_ptr[t+1]]        1..16 of them
+            cols col_indices[col_begin[t]:col_end[t]]     bands may share a list
             values[value_ptr[t] + j * n_rows(t) + i]      i-th row, j-th column
 
-Tiles are stored column after column: the rows of a tile are the lanes of a vector register, so
-that one broadcast input meets one contiguous load of weights.
+This is the *interchange order*: values of groups lie in bands of at most 16 rows, column after
+column, in tensors, layers, files and ONNX models alike. AVX-512, NEON and tensor cores all read it
+as it is: one broadcast input meets one contiguous load of weights.
 """
 
 from __future__ import annotations
@@ -22,17 +23,38 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["ROW_TILE", "Layout", "Groups", "Lists", "group_tiles", "lower_groups"]
+from spfmt.structure.moves import RowRuns, flat_indices
 
-ROW_TILE = 16
-"""Most rows of a tile: the lanes of a 512-bit register in float32."""
+__all__ = ["BAND", "Groups", "Layout", "Lists", "group_bands", "lower_groups"]
+
+BAND = 16
+"""Most rows of a band. A constant of the interchange order, not the width of any register."""
 
 Int32s = npt.NDArray[np.int32]
 Int64s = npt.NDArray[np.int64]
 
 
+class _Positions:
+    """What both layouts tell of their positions."""
+
+    cols: int
+
+    def row_runs(self) -> RowRuns:
+        raise NotImplementedError
+
+    def flat_indices(self) -> Int64s:
+        """Row-major flat index of every stored position, in the order of the values."""
+        return flat_indices(self.row_runs())
+
+    def coordinates(self) -> tuple[Int64s, Int64s]:
+        """Row and column of every stored position, in the order of the values."""
+        flat = self.flat_indices()
+        rows = flat // max(1, self.cols)
+        return rows, flat - rows * self.cols
+
+
 @dataclass(frozen=True, eq=False)
-class Lists:
+class Lists(_Positions):
     """A list of ascending columns per row.
 
     Attributes
@@ -53,22 +75,23 @@ class Lists:
         """Number of stored positions."""
         return int(self.col_indices.size)
 
-    def coordinates(self) -> tuple[Int64s, Int64s]:
-        """Row and column of every stored position, in the order of the values."""
-        rows = np.repeat(np.arange(self.rows, dtype=np.int64), np.diff(self.indptr))
-        return rows, self.col_indices.astype(np.int64)
+    def row_runs(self) -> RowRuns:
+        """The columns and places of every row's values."""
+        rows, begin = np.arange(self.rows, dtype=np.int32), self.indptr[:-1]
+        runs = np.stack([begin, np.diff(self.indptr), begin, np.ones_like(begin)])
+        return RowRuns((self.rows, self.cols), rows, runs, self.col_indices)
 
 
 @dataclass(frozen=True, eq=False)
-class Groups:
-    """Dense tiles of at most `ROW_TILE` rows.
+class Groups(_Positions):
+    """Bands of at most `BAND` rows that share their columns.
 
     Attributes
     ----------
     rows, cols : int
         Shape of the matrix.
     row_perm : ndarray of int32, shape (rows,)
-        The rows, tile after tile; each row exactly once.
+        The rows, band after band; each row exactly once.
     row_ptr : ndarray of int64, shape (T + 1,)
     col_begin, col_end : ndarray of int64, shape (T,)
     col_indices : ndarray of int32
@@ -89,26 +112,23 @@ class Groups:
         """Number of stored positions."""
         return int(self.value_ptr[-1])
 
-    def coordinates(self) -> tuple[Int64s, Int64s]:
-        """Row and column of every stored position, in the order of the values."""
-        # One entry per (tile, column) first: it is ROW_TILE times shorter than the values.
+    def row_runs(self) -> RowRuns:
+        """The columns and places of every row's values."""
         heights = np.diff(self.row_ptr)
-        widths = self.col_end - self.col_begin
-        columns = np.repeat(heights, widths)
-        starts = np.cumsum(columns) - columns
-        lane = np.arange(self.nnz, dtype=np.int64) - np.repeat(starts, columns)
-        rows = self.row_perm[np.repeat(np.repeat(self.row_ptr[:-1], widths), columns) + lane]
-        first = np.cumsum(widths) - widths
-        j = np.arange(columns.size, dtype=np.int64) - np.repeat(first, widths)
-        cols = self.col_indices[np.repeat(self.col_begin, widths) + j]
-        return rows.astype(np.int64), np.repeat(cols.astype(np.int64), columns)
+        band = np.repeat(np.arange(heights.size), heights)
+        lane = np.arange(self.rows, dtype=np.int64) - self.row_ptr[band]
+        begin = self.col_begin[band]
+        runs = np.stack(
+            [begin, self.col_end[band] - begin, self.value_ptr[band] + lane, heights[band]]
+        )
+        return RowRuns((self.rows, self.cols), self.row_perm, runs, self.col_indices)
 
 
 Layout = Lists | Groups
 
 
-def group_tiles(group_ptr: npt.NDArray[Any]) -> tuple[Int64s, Int64s]:
-    """Cut row groups into tiles of at most `ROW_TILE` consecutive rows.
+def group_bands(group_ptr: npt.NDArray[Any]) -> tuple[Int64s, Int64s]:
+    """Cut row groups into bands of at most `BAND` consecutive rows.
 
     Parameters
     ----------
@@ -118,12 +138,12 @@ def group_tiles(group_ptr: npt.NDArray[Any]) -> tuple[Int64s, Int64s]:
     Returns
     -------
     row_ptr : ndarray of int64, shape (T + 1,)
-    group_of_tile : ndarray of int64, shape (T,)
+    group_of_band : ndarray of int64, shape (T,)
     """
-    tiles = -(-np.diff(group_ptr) // ROW_TILE)
-    group = np.repeat(np.arange(tiles.size, dtype=np.int64), tiles)
-    nth = np.arange(group.size, dtype=np.int64) - np.repeat(np.cumsum(tiles) - tiles, tiles)
-    row_ptr = np.append(group_ptr[:-1][group] + nth * ROW_TILE, group_ptr[-1])
+    bands = -(-np.diff(group_ptr) // BAND)
+    group = np.repeat(np.arange(bands.size, dtype=np.int64), bands)
+    nth = np.arange(group.size, dtype=np.int64) - np.repeat(np.cumsum(bands) - bands, bands)
+    row_ptr = np.append(group_ptr[:-1][group] + nth * BAND, group_ptr[-1])
     return row_ptr.astype(np.int64), group
 
 
@@ -147,7 +167,7 @@ def lower_groups(
         Columns of a group, as places of `col_indices`.
     col_indices : ndarray of int32
     """
-    row_ptr, group = group_tiles(group_ptr)
+    row_ptr, group = group_bands(group_ptr)
     begin, end = col_ptr[:-1][group], col_ptr[1:][group]
     value_ptr = np.zeros(row_ptr.size, np.int64)
     np.cumsum(np.diff(row_ptr) * (end - begin), out=value_ptr[1:])

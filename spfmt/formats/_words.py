@@ -3,34 +3,46 @@
 A torch module keeps its structure in a single buffer of fixed length. The words describe
 themselves (version 1)::
 
-    magic  version  used  checksum  format_id  ndim  shape…  n_params  params…  n_arrays
+    magic  version  used  hash_low  hash_high
+    n_name  name…  ndim  shape…  n_params  params…  n_arrays
     per array: ndim  dims…  data…
 
-``used`` counts the words up to the last array, ``checksum`` is the CRC-32 of the words behind it,
-and zeros fill the rest of the buffer. Pointer arrays are stored as differences, which fit 32 bits
-where the pointers do not; their dims are those of the differences.
+``used`` counts the words up to the last array, the two words of the hash stand for all that follows
+them (`content_hash` in ``bindings/positions.pyx``), and zeros fill the rest of the buffer. ``name``
+is the format's name in ASCII, four bytes a word. Pointer arrays are stored as differences, which
+fit 32 bits where the pointers do not; their dims are those of the differences.
+
+The header stands for the structure: buffers with equal headers hold the same one.
 """
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Mapping
 from typing import Any
+from weakref import WeakValueDictionary
 
 import numpy as np
 import numpy.typing as npt
 
 from spfmt.errors import FormatError, format_error
 from spfmt.formats._base import SparseTensor, Structure
-from spfmt.formats._checks import INT32_MAX, Array, Shape, as_int, check_shape, plain_array
+from spfmt.formats._checks import Array, Shape, check_shape
+from spfmt.formats._registry import FORMATS, get_format
+from spfmt.structure._checks import INT32_MAX, as_int, plain_array
+from spfmt.structure._positions import content_hash
 
-__all__ = ["decode", "decode_structure", "encode", "words_capacity"]
+__all__ = ["HEADER", "decode", "decode_structure", "encode", "words_capacity"]
 
 Words = npt.NDArray[np.int32]
 
 MAGIC = 0x53504657  # "SPFW"
 VERSION = 1
-FIXED = 4  # magic, version, used, checksum
+HEADER = 5
+"""Words of the header: magic, version, used, hash_low, hash_high."""
+
+# Structures that live and have been words. What a module has just been given is not decoded and
+# checked anew; nothing is kept alive for it.
+_living: WeakValueDictionary[bytes, Structure] = WeakValueDictionary()
 
 
 def encode(tensor: SparseTensor, capacity: int | None = None) -> Words:
@@ -53,14 +65,8 @@ def encode(tensor: SparseTensor, capacity: int | None = None) -> Words:
         If the structure needs more words than `capacity`.
     """
     structure = tensor._structure
-    shape, params = structure.shape, tuple(structure.params.values())
-    head = [tensor.FORMAT_ID, len(shape), *shape, len(params), *params, len(tensor.STRUCTURE)]
-    parts: list[Array] = [np.array(head, np.int64)]
-    for name in tensor.STRUCTURE:
-        array = structure[name]
-        stored = np.diff(array) if name in tensor.POINTERS else array
-        parts += [np.array([stored.ndim, *stored.shape], np.int64), stored.reshape(-1)]
-    used = FIXED + sum(part.size for part in parts)
+    parts = _parts(structure)
+    used = HEADER + sum(part.size for part in parts)
     length = used if capacity is None else as_int("capacity", capacity, 0)
     if used > min(length, INT32_MAX):
         raise format_error(
@@ -69,9 +75,40 @@ def encode(tensor: SparseTensor, capacity: int | None = None) -> Words:
             "take the capacity from words_capacity(format, shape, nnz, params)",
         )
     words = np.zeros(length, np.int32)
-    np.concatenate(parts, out=words[FIXED:used], casting="unsafe")
-    words[:FIXED] = MAGIC, VERSION, used, _checksum(words[FIXED:used])
+    np.concatenate(parts, out=words[HEADER:used], casting="unsafe")
+    words[:HEADER] = _header(words[HEADER:used])
+    _living[words[:HEADER].tobytes()] = structure
     return words
+
+
+def _header(content: Words) -> Words:
+    """The header of words that are `content` behind it."""
+    hashed = np.array([content_hash(content)], "<u8").view("<i4")
+    return np.array([MAGIC, VERSION, HEADER + content.size, *hashed], np.int32)
+
+
+def _parts(structure: Structure) -> list[Array]:
+    """All that follows the header, one array after the other."""
+    name = structure.cls.format.encode()
+    named = np.frombuffer(name + bytes(-len(name) % 4), "<i4")
+    shape, params, names = structure.shape, structure.params.values(), structure.cls.STRUCTURE
+    sizes = [len(shape), *shape, len(params), *params, len(names)]
+    parts = [np.array([named.size]), named, np.array(sizes, np.int64)]
+    for array_name in names:
+        array = structure[array_name]
+        stored = np.diff(array) if array_name in structure.cls.POINTERS else array
+        parts += [np.array([stored.ndim, *stored.shape], np.int64), stored.reshape(-1)]
+    return parts
+
+
+def _is_content(structure: Structure, content: Words) -> bool:
+    """Whether words behind a header are those of `structure`: all are compared."""
+    at = 0
+    for part in _parts(structure):
+        if not np.array_equal(content[at : at + part.size], part):
+            return False
+        at += part.size
+    return at == content.size
 
 
 def decode(words: Any) -> tuple[type[SparseTensor], Shape, dict[str, Array], dict[str, int]]:
@@ -91,8 +128,14 @@ def decode_structure(words: Any) -> Structure:
     array = plain_array("structure words", words)
     if array.dtype != np.int32 or array.ndim != 1:
         raise _corrupt(f"dtype {array.dtype} and shape {array.shape}", "a 1-D int32 array")
-    reader = _Reader(np.ascontiguousarray(array))
-    cls = _format_of_id(reader.number())
+    content = _content(np.ascontiguousarray(array))
+    header = array[:HEADER].tobytes()
+    known = _living.get(header)
+    registered = known is not None and FORMATS.get(known.cls.format) is known.cls
+    if known is not None and registered and _is_content(known, content):
+        return known
+    reader = _Reader(content)
+    cls = _format_named(reader.numbers())
     shape = tuple(reader.numbers())
     params = dict(zip(cls.PARAMS, reader.numbers(len(cls.PARAMS)), strict=True))
     if reader.number() != len(cls.STRUCTURE):
@@ -104,7 +147,8 @@ def decode_structure(words: Any) -> Structure:
             stored = np.concatenate([np.zeros(1, np.int64), np.cumsum(stored, dtype=np.int64)])
         arrays[name] = stored
     reader.finish()
-    return Structure(cls, shape, arrays, params)
+    found = _living[header] = Structure(cls, shape, arrays, params)
+    return found
 
 
 def words_capacity(
@@ -125,29 +169,33 @@ def words_capacity(
     params : mapping of str to int, optional
         The format's parameters, as `SparseTensor.params` gives them; they make the bound tighter.
     """
-    from spfmt.formats import get_format
-
     cls, sizes = get_format(format), check_shape(shape)
-    given = dict(params or {})
-    header = FIXED + 2 + len(sizes) + 1 + len(cls.PARAMS) + 1 + len(cls.NDIMS) + sum(cls.NDIMS)
-    return header + cls._most_words(sizes, as_int("nnz_capacity", nnz_capacity, 0, 2**62), given)
+    nnz = as_int("nnz_capacity", nnz_capacity, 0, 2**62)
+    named = 1 + -(-len(cls.format) // 4)
+    head = 1 + len(sizes) + 1 + len(cls.PARAMS) + 1 + len(cls.NDIMS) + sum(cls.NDIMS)
+    return HEADER + named + head + cls._most_words(sizes, nnz, dict(params or {}))
+
+
+def _content(words: Words) -> Words:
+    """The words behind a header that says the truth about them."""
+    if words.size < HEADER or words[0] != MAGIC:
+        raise _corrupt("no structure words (the magic number is missing)", "spfmt's words")
+    if words[1] != VERSION:
+        raise _corrupt(f"version {int(words[1])}", f"version {VERSION}")
+    used = int(words[2])
+    if not HEADER <= used <= words.size:
+        raise _corrupt(f"{words.size} words", f"{used}, as their header says")
+    content = words[HEADER:used]
+    if words[used:].any() or not np.array_equal(words[:HEADER], _header(content)):
+        raise _corrupt("words whose checksum is wrong", "the words that encode wrote")
+    return content
 
 
 class _Reader:
     """Walks over words and refuses to read behind their end."""
 
     def __init__(self, words: Words) -> None:
-        if words.size < FIXED or words[0] != MAGIC:
-            raise _corrupt("no structure words (the magic number is missing)", "spfmt's words")
-        if words[1] != VERSION:
-            raise _corrupt(f"version {int(words[1])}", f"version {VERSION}")
-        used = int(words[2])
-        if not FIXED <= used <= words.size:
-            raise _corrupt(f"{words.size} words", f"{used}, as their header says")
-        self.words = words[:used]
-        self.place = FIXED
-        if words[used:].any() or int(words[3]) != _checksum(self.words[FIXED:]):
-            raise _corrupt("words whose checksum is wrong", "the words that encode wrote")
+        self.words, self.place = words, 0
 
     def number(self) -> int:
         return int(self.array([1])[0])
@@ -172,17 +220,11 @@ class _Reader:
             raise _corrupt(f"{self.words.size - self.place} words too many", "no words at the end")
 
 
-def _checksum(words: Words) -> int:
-    return int(np.array(zlib.crc32(words.tobytes()), np.uint32).view(np.int32))
-
-
-def _format_of_id(number: int) -> type[SparseTensor]:
-    from spfmt.formats import FORMATS
-
-    for cls in FORMATS.values():
-        if number == cls.FORMAT_ID:
-            return cls
-    raise _corrupt(f"format id {number}", "the id of a format of this version")
+def _format_named(letters: list[int]) -> type[SparseTensor]:
+    name = np.array(letters, "<i4").tobytes().rstrip(b"\0").decode("ascii", "replace")
+    if name in FORMATS:
+        return FORMATS[name]
+    raise _corrupt(f"format {name!r}", f"one of {', '.join(FORMATS)}")
 
 
 def _corrupt(got: str, expected: str) -> FormatError:

@@ -9,21 +9,16 @@ import numpy as np
 
 from spfmt.errors import format_error
 from spfmt.formats._base import SparseTensor, Structure, scores_budget
-from spfmt.formats._checks import (
-    Array,
-    Shape,
-    as_int,
-    check_ascending,
-    check_range,
-    matrix_shape,
-    plain_array,
-)
+from spfmt.formats._checks import Array, Shape, check_ascending, matrix_shape
 from spfmt.formats._coords import Coordinates, fill_short_lists
 from spfmt.formats._layout import Lists
+from spfmt.formats._registry import register
+from spfmt.structure._checks import as_int, check_range, plain_array
 
 __all__ = ["Condensed"]
 
 
+@register
 class Condensed(SparseTensor):
     """Every active row holds exactly `fan_in` values; the other rows are ablated.
 
@@ -48,7 +43,6 @@ class Condensed(SparseTensor):
 
     __slots__ = ()
     format = "condensed"
-    FORMAT_ID = 1
     STRUCTURE = ("row_indices", "col_indices")
     NDIMS = (1, 2)
     PARAMS = ("fan_in",)

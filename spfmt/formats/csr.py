@@ -8,13 +8,16 @@ from typing import Any
 import numpy as np
 
 from spfmt.formats._base import SparseTensor, Structure, scores_budget
-from spfmt.formats._checks import Array, Shape, check_pointer, check_range, matrix_shape, unsorted
+from spfmt.formats._checks import Array, Shape, check_pointer, matrix_shape, unsorted
 from spfmt.formats._coords import Coordinates
 from spfmt.formats._layout import Lists
+from spfmt.formats._registry import register
+from spfmt.structure._checks import check_range
 
 __all__ = ["CSR"]
 
 
+@register
 class CSR(SparseTensor):
     """Any pattern, row after row.
 
@@ -36,7 +39,6 @@ class CSR(SparseTensor):
 
     __slots__ = ()
     format = "csr"
-    FORMAT_ID = 5
     STRUCTURE = ("indptr", "col_indices")
     NDIMS = (1, 1)
     POINTERS = ("indptr",)
@@ -112,13 +114,11 @@ class CSR(SparseTensor):
         values : array_like of the same shape, optional
             Dense array to take the values from; zeros by default.
         """
-        from spfmt.structure.unstructured import topk_mask
+        from spfmt.structure.unstructured import topk_columns
 
         matrix, shape, budget = scores_budget(scores, density)
-        mask = topk_mask(matrix, budget)
-        rows, cols = np.nonzero(mask)
-        indptr = np.searchsorted(rows, np.arange(matrix.shape[0] + 1))
-        return cls._found(matrix, shape, {"indptr": indptr, "col_indices": cols}, {}, values)
+        indptr, columns = topk_columns(matrix, budget)
+        return cls._found(matrix, shape, {"indptr": indptr, "col_indices": columns}, {}, values)
 
     def _summary(self) -> str:
         return f"nnz={self.nnz}"

@@ -10,24 +10,22 @@ import numpy as np
 from spfmt.errors import format_error
 from spfmt.formats._base import SparseTensor, Structure, scores_budget
 from spfmt.formats._checks import (
-    INT32_MAX,
     Array,
     Shape,
-    as_int,
     check_ascending,
-    check_permutation,
     check_pointer,
-    check_range,
     kernel_cells,
     matrix_shape,
-    plain_array,
 )
 from spfmt.formats._coords import Coordinates, fill_short_lists, group_by_support
 from spfmt.formats._layout import Groups, lower_groups
+from spfmt.formats._registry import register
+from spfmt.structure._checks import INT32_MAX, as_int, check_permutation, check_range, plain_array
 
 __all__ = ["HRBP"]
 
 
+@register
 class HRBP(SparseTensor):
     """One dense block per row group: its input channels times its pattern of kernel cells.
 
@@ -47,7 +45,7 @@ class HRBP(SparseTensor):
         Kernel cells ``kh * Kw + kw`` of each group, strictly ascending; zeros of shape (t, 1) for
         a matrix. Channels and cells are both empty, or neither is.
     values : array_like of float, shape (nnz,)
-        Each group is cut into tiles of at most 16 consecutive rows; tile after tile, and in a tile
+        Each group is cut into bands of at most 16 consecutive rows; band after band, and in a band
         column after column (channel-major).
 
     Raises
@@ -58,7 +56,6 @@ class HRBP(SparseTensor):
 
     __slots__ = ()
     format = "hrbp"
-    FORMAT_ID = 4
     STRUCTURE = ("row_perm", "row_ptr", "channel_indices", "pattern_indices")
     NDIMS = (1, 1, 2, 2)
     POINTERS = ("row_ptr",)
@@ -162,6 +159,12 @@ class HRBP(SparseTensor):
         group[self.row_perm] = np.repeat(np.arange(self.groups), np.diff(self.row_ptr))
         return "group", group
 
+    def same_groups(self) -> dict[str, Any]:
+        sizes = np.diff(self.row_ptr)
+        groups = np.repeat(np.arange(self.groups), sizes)
+        larger_first = np.lexsort([groups, -np.repeat(sizes, sizes)])
+        return {"groups": self.groups, "row_perm": self.row_perm[larger_first]}
+
     @classmethod
     def _least_nnz(cls, coords: Coordinates) -> int:
         return coords.matrix_shape[0] * int(coords.row_counts.max(initial=0))
@@ -211,6 +214,7 @@ class HRBP(SparseTensor):
         block_density: float | None = None,
         groups: int | None = None,
         method: str = "paper",
+        row_perm: Any = None,
         values: Any = None,
     ) -> HRBP:
         """Choose groups, channels and patterns by the paper's procedure (HRBP, section 4.1).
@@ -226,6 +230,8 @@ class HRBP(SparseTensor):
             Number of row groups; min(8, R // 8) and at least 1 by default.
         method : {"paper", "fast"}
             How rows are clustered, see `spfmt.structure.rows.order_rows`.
+        row_perm : array_like of int, shape (R,), optional
+            Rows, group after group, the larger groups first; by default they are clustered.
         values : array_like of the same shape, optional
             Dense array to take the values from; zeros by default.
         """
@@ -244,6 +250,7 @@ class HRBP(SparseTensor):
             block_density=block_density,
             groups=groups,
             method=method,
+            row_perm=row_perm,
         )
         arrays: dict[str, Array] = dict(zip(cls.STRUCTURE, found, strict=True))
         params = {"groups": arrays["channel_indices"].shape[0]}

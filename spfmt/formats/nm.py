@@ -9,20 +9,16 @@ import numpy as np
 
 from spfmt.errors import FormatError, format_error
 from spfmt.formats._base import SparseTensor, Structure, scores_budget
-from spfmt.formats._checks import (
-    Array,
-    Shape,
-    as_int,
-    check_ascending,
-    check_range,
-    kernel_cells,
-)
+from spfmt.formats._checks import Array, Shape, check_ascending, kernel_cells
 from spfmt.formats._coords import Coordinates, fill_short_lists
 from spfmt.formats._layout import Lists
+from spfmt.formats._registry import register
+from spfmt.structure._checks import as_int, check_range
 
 __all__ = ["NM"]
 
 
+@register
 class NM(SparseTensor):
     """Every group of `m` columns holds exactly `n` values in every row.
 
@@ -50,7 +46,6 @@ class NM(SparseTensor):
 
     __slots__ = ()
     format = "nm"
-    FORMAT_ID = 2
     STRUCTURE = ("col_indices",)
     NDIMS = (2,)
     PARAMS = ("n", "m", "transposable")
@@ -203,7 +198,7 @@ class NM(SparseTensor):
         values : array_like of the same shape, optional
             Dense array to take the values from; zeros by default.
         """
-        from spfmt.structure.nm import nm_columns
+        from spfmt.structure.nm import nm_columns, transposable_nm_columns
 
         matrix, shape, budget = scores_budget(scores, 0.0 if density is None else density)
         cells = kernel_cells(shape)
@@ -212,7 +207,7 @@ class NM(SparseTensor):
         n = _choose_n(matrix.shape[1] // max(1, cells), density, n, m, budget)
         params = {"n": n, "m": m, "transposable": as_int("transposable", transposable, 0, 1)}
         if transposable:
-            columns = _best_tiles(matrix, cells, n, m)
+            columns = transposable_nm_columns(matrix, n, m, max(1, cells))
         else:
             columns = nm_columns(matrix, n, m, max(1, cells))
         return cls._found(matrix, shape, {"col_indices": columns}, params, values)
@@ -282,15 +277,14 @@ def _too_full(counts: Array, groups: int, cells: int, n: int, m: int) -> FormatE
 
 def _check_tiles(columns: Array, shape: tuple[int, int], cells: int, n: int, m: int) -> None:
     """Columns of every full m x m tile must hold n values; rows do so already."""
-    full_rows = shape[0] // m * m
+    from spfmt.structure.nm import column_counts
+
     full_cols = shape[1] // cells // m * m * cells if cells else 0
-    band = np.arange(full_rows, dtype=np.int64)[:, None] // m
-    keys = band * shape[1] + columns[:full_rows]
-    counts = np.bincount(keys.reshape(-1), minlength=full_rows // m * shape[1])
-    wrong = counts.reshape(full_rows // m, shape[1])[:, :full_cols] != n
+    counts = column_counts(columns, shape[1], m)[:, :full_cols]
+    wrong = counts != n
     if wrong.any():
         tile, col = np.unravel_index(int(np.flatnonzero(wrong)[0]), wrong.shape)
-        count = int(counts.reshape(-1, shape[1])[tile, col])
+        count = int(counts[tile, col])
         first = int(tile) * m
         raise format_error(
             f"{count} values in column {int(col)} of rows {first} to {first + m - 1}",
@@ -322,19 +316,12 @@ def _choose_n(length: int, density: float | None, n: Any, m: int, budget: int) -
     return lowest + int(np.argmin(np.abs(kept[lowest:] - density * length)))
 
 
-def _best_tiles(matrix: Array, cells: int, n: int, m: int) -> Array:
-    """Columns of the transposable pattern of largest score."""
-    from spfmt.structure.nm import transposable_nm_mask
-
-    mask = transposable_nm_mask(matrix, n, m, max(1, cells))
-    per_row = int(_quotas(matrix.shape[1] // max(1, cells), n, m).sum()) * cells
-    return np.nonzero(mask)[1].reshape(matrix.shape[0], per_row)
-
-
 def _complete_tiles(coords: Coordinates, cells: int, n: int, m: int) -> Array:
     """Columns of a transposable pattern that covers `coords`."""
+    from spfmt.structure.nm import transposable_nm_columns
+
     wanted = coords.support(np.arange(coords.matrix_shape[0]))
-    columns = _best_tiles(wanted.astype(np.float32), cells, n, m)
+    columns = transposable_nm_columns(wanted.astype(np.float32), n, m, max(1, cells))
     covered = np.zeros_like(wanted)
     covered[np.arange(wanted.shape[0])[:, None], columns] = True
     lost = np.flatnonzero(wanted & ~covered)

@@ -10,24 +10,18 @@ import numpy as np
 
 from spfmt.errors import format_error
 from spfmt.formats._base import SparseTensor, Structure, scores_budget
-from spfmt.formats._checks import (
-    Array,
-    Shape,
-    as_int,
-    check_permutation,
-    check_pointer,
-    check_range,
-    matrix_shape,
-    permutation_array,
-)
+from spfmt.formats._checks import Array, Shape, check_pointer, matrix_shape
 from spfmt.formats._coords import Coordinates, group_by_support
 from spfmt.formats._layout import Groups, lower_groups
+from spfmt.formats._registry import register
+from spfmt.structure._checks import as_int, as_row_perm, check_permutation, check_range
 
 __all__ = ["ShuffledBlock"]
 
 BLOCK_SHAPE = (16, 16)
 
 
+@register
 class ShuffledBlock(SparseTensor):
     """Blocks of S1 shuffled rows by S2 shuffled columns.
 
@@ -47,7 +41,7 @@ class ShuffledBlock(SparseTensor):
         S2 are its blocks, the last run may be short.
     col_indices : array_like of int, shape (T,)
     values : array_like of float, shape (nnz,)
-        Each group is cut into tiles of at most 16 consecutive rows; tile after tile, and in a tile
+        Each group is cut into bands of at most 16 consecutive rows; band after band, and in a band
         column after column.
 
     Raises
@@ -58,7 +52,6 @@ class ShuffledBlock(SparseTensor):
 
     __slots__ = ()
     format = "shuffled_block"
-    FORMAT_ID = 3
     STRUCTURE = ("row_perm", "group_ptr", "col_indices")
     NDIMS = (1, 1, 1)
     POINTERS = ("group_ptr",)
@@ -112,16 +105,16 @@ class ShuffledBlock(SparseTensor):
         layout = self.layout()
         assert isinstance(layout, Groups)
         flat, width = self.values, self.block_shape[1]
-        tile = 0
+        band = 0
         for group, begin in enumerate(self.group_ptr[:-1]):
             columns = self.col_indices[begin : self.group_ptr[group + 1]]
             rows = self.row_perm[group * self.block_shape[0] :][: self.block_shape[0]]
             parts, placed = [], 0
             while placed < rows.size:
-                part = flat[layout.value_ptr[tile] : layout.value_ptr[tile + 1]]
-                height = int(layout.row_ptr[tile + 1] - layout.row_ptr[tile])
+                part = flat[layout.value_ptr[band] : layout.value_ptr[band + 1]]
+                height = int(layout.row_ptr[band + 1] - layout.row_ptr[band])
                 parts.append(part.reshape(columns.size, height).T)
-                placed, tile = placed + height, tile + 1
+                placed, band = placed + height, band + 1
             dense = np.concatenate(parts)
             for start in range(0, columns.size, width):
                 run = slice(start, start + width)
@@ -170,6 +163,9 @@ class ShuffledBlock(SparseTensor):
         group[self.row_perm] = np.arange(self.row_perm.size) // self.block_shape[0]
         return "group", group
 
+    def same_groups(self) -> dict[str, Any]:
+        return {"row_perm": self.row_perm}
+
     @classmethod
     def _from_coordinates(
         cls, coords: Coordinates, *, block_shape: Any = BLOCK_SHAPE, row_perm: Any = None
@@ -179,7 +175,7 @@ class ShuffledBlock(SparseTensor):
         if row_perm is None:
             perm = _rows_by_support(coords, block_rows)
         else:
-            perm = permutation_array("row_perm", row_perm, rows)
+            perm = as_row_perm(row_perm, rows)
         group = np.empty(rows, np.int64)
         group[perm] = np.arange(rows) // block_rows
         # A group's columns are the union of its rows' columns.
@@ -267,7 +263,7 @@ class ShuffledBlock(SparseTensor):
                 group_size=block_rows,
             )
         else:
-            perm = permutation_array("row_perm", row_perm, matrix.shape[0])
+            perm = as_row_perm(row_perm, matrix.shape[0])
         pointer, columns = _best_blocks(matrix, perm, (block_rows, block_cols), budget)
         arrays: dict[str, Array] = {"row_perm": perm, "group_ptr": pointer, "col_indices": columns}
         params = {"block_rows": block_rows, "block_cols": block_cols}

@@ -10,10 +10,10 @@ from .blocks import select_blocks
 from .distribution import erk_densities, uniform_densities
 from .fan_in import constant_fan_in
 from .hrbp import hrbp_block_density, hrbp_structure
-from .nm import nm_columns, transposable_nm_mask, transposable_patterns
+from .nm import nm_columns, transposable_nm_columns, transposable_nm_mask, transposable_patterns
 from .packing import group_rows, slice_padding
 from .rows import order_rows, order_rows_fast
-from .unstructured import per_row_topk, topk_mask
+from .unstructured import per_row_topk, topk_columns, topk_mask
 
 __all__ = [
     "constant_fan_in",
@@ -27,7 +27,9 @@ __all__ = [
     "per_row_topk",
     "select_blocks",
     "slice_padding",
+    "topk_columns",
     "topk_mask",
+    "transposable_nm_columns",
     "transposable_nm_mask",
     "transposable_patterns",
     "uniform_densities",

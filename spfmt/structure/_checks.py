@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import math
+import operator
 from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import FormatError, format_error
+from ..errors import format_error
 
 BoolArray: TypeAlias = npt.NDArray[np.bool_]
 FloatArray: TypeAlias = npt.NDArray[np.float32] | npt.NDArray[np.float64]
 Int32Array: TypeAlias = npt.NDArray[np.int32]
 Int64Array: TypeAlias = npt.NDArray[np.int64]
 
-_INT32_MAX = 2**31 - 1
+INT32_MAX = 2**31 - 1
 
 
 def plain_array(name: str, value: Any) -> npt.NDArray[Any]:
@@ -110,23 +111,23 @@ def check_finite(scores: FloatArray, what: str) -> None:
         )
 
 
-def as_count(value: Any, name: str, low: int, high: int = _INT32_MAX) -> int:
-    """Check that value is a whole number in [low, high] and return it as an int.
+def as_int(name: str, value: Any, low: int, high: int = INT32_MAX) -> int:
+    """`value` as an int in low..high.
 
     Raises
     ------
     FormatError
-        Not a whole number or out of range.
+        Not an integer (2.0 is none), or out of range.
     """
     try:
-        number = int(value)
-        whole = number == value
-    except (TypeError, ValueError, OverflowError):
-        number, whole = low, False
-    if not whole or not low <= number <= high:
-        allowed = f"in [{low}, {high}]"
+        number = operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or not low <= number <= high:
         raise format_error(
-            f"{name} = {value!r}", f"a whole number {allowed}", f"choose {name} {allowed}"
+            f"{name}={value!r}",
+            f"an integer from {low} to {high}",
+            f"choose {name} in this range",
         )
     return number
 
@@ -145,7 +146,7 @@ def as_density(value: Any, name: str = "density") -> float:
         number = math.nan
     if not 0.0 <= number <= 1.0:
         raise format_error(
-            f"{name} = {value!r}",
+            f"{name}={value!r}",
             "a number in [0, 1]",
             f"pass {name} as a fraction (density = 1 - sparsity)",
         )
@@ -162,29 +163,59 @@ def as_choice(value: str, name: str, choices: tuple[str, ...]) -> str:
     """
     if value not in choices:
         expected = " or ".join(repr(c) for c in choices)
-        raise format_error(f"{name} = {value!r}", expected, f"pass {name}={choices[0]!r}")
+        raise format_error(f"{name}={value!r}", expected, f"pass {name}={choices[0]!r}")
     return value
 
 
+def check_range(name: str, array: npt.NDArray[Any], size: int, axis: str) -> None:
+    """Raise unless every element of `array` lies in ``0..size-1``."""
+    if not array.size:
+        return
+    low, high = int(array.min()), int(array.max())
+    if low >= 0 and high < size:
+        return
+    bad = np.flatnonzero((array.reshape(-1) < 0) | (array.reshape(-1) >= size))[0]
+    place = tuple(int(i) for i in np.unravel_index(bad, array.shape))
+    raise format_error(
+        f"{name}[{', '.join(map(str, place))}] = {int(array[place])}",
+        f"0 <= index < {size} (the number of {axis})",
+        f"check that {name} belongs to this shape and counts from 0",
+    )
+
+
+def check_permutation(name: str, perm: npt.NDArray[Any], size: int) -> None:
+    """Raise unless `perm` holds each of ``0..size-1`` exactly once."""
+    if perm.shape != (size,):
+        raise format_error(
+            f"{name} of shape {perm.shape}", f"shape {(size,)}", "list every row exactly once"
+        )
+    check_range(name, perm, size, "rows")
+    counts = np.bincount(perm, minlength=size)
+    if counts.size and counts.max() > 1:
+        row = int(np.flatnonzero(counts > 1)[0])
+        raise format_error(
+            f"{name} with row {row} {int(counts[row])} times",
+            f"a permutation of 0..{size - 1}",
+            "list every row exactly once",
+        )
+
+
 def as_row_perm(row_perm: npt.ArrayLike, rows: int) -> Int32Array:
-    """Check that row_perm is a permutation of range(rows) and return it as int32.
+    """`row_perm` as int32, each of range(rows) exactly once.
 
     Raises
     ------
     FormatError
-        Wrong length, not integers, or not a permutation.
+        Not integers, or names the first row that is out of range or listed twice.
     """
     array = plain_array("row_perm", row_perm)
-    legal = array.shape == (rows,) and (array.dtype.kind in "iu" or rows == 0)
-    if legal and rows:
-        inside = bool((array >= 0).all() and (array < rows).all())
-        legal = inside and bool((np.bincount(array.astype(np.int64), minlength=rows) == 1).all())
-    if not legal:
-        raise FormatError(
-            f"got row_perm of shape {array.shape} and dtype {array.dtype}; expected every row in "
-            f"range({rows}) exactly once; fix: pass numpy.arange({rows}) or order_rows(mask)"
+    if array.dtype.kind not in "iu" and array.size:
+        raise format_error(
+            f"row_perm of dtype {array.dtype}", "an integer dtype", "pass the result of order_rows"
         )
-    return np.ascontiguousarray(array, dtype=np.int32)
+    array = array.astype(np.int64, copy=False)
+    check_permutation("row_perm", array, rows)
+    return array.astype(np.int32)
 
 
 def _check_ndim(array: npt.NDArray[Any], name: str, ndim: int | None) -> None:
@@ -194,7 +225,7 @@ def _check_ndim(array: npt.NDArray[Any], name: str, ndim: int | None) -> None:
             f"{ndim} dimensions",
             "reshape a convolution weight to (C_out, C_in*Kh*Kw)",
         )
-    if array.ndim and max(array.shape) > _INT32_MAX:
+    if array.ndim and max(array.shape) > INT32_MAX:
         raise format_error(
             f"{name} of shape {array.shape}",
             "at most 2**31 - 1 rows and columns",

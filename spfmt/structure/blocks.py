@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from ..errors import format_error
 from . import _selection
-from ._checks import Int32Array, Int64Array, as_count, as_row_perm, as_scores
+from ._checks import FloatArray, Int32Array, Int64Array, as_int, as_row_perm, as_scores
 from .unstructured import topk_mask
 
 __all__ = ["select_blocks"]
@@ -71,18 +71,32 @@ def select_blocks(
         plain = np.abs(plain)
     groups = -(-rows // block_rows)
     per_group = -(-cols // block_cols)
-    n_blocks = as_count(n_blocks, "n_blocks", 0, groups * per_group)
-    order = np.empty((groups, cols), np.int32)
-    norms = np.empty((groups, per_group), np.float64)
-    _selection.block_norms(plain, perm, block_rows, block_cols, order, norms)
-    # Norms fall along a group, so what is kept of a group is always its first blocks; the one
-    # exception, a short last block of a better negative sum, gets no other treatment.
-    kept = topk_mask(norms, n_blocks).sum(axis=1)
+    n_blocks = as_int("n_blocks", n_blocks, 0, groups * per_group)
+    # Most groups keep about their share: few columns beyond it have to be ranked.
+    ranked = min(per_group, 2 + 3 * -(-n_blocks // max(1, groups)))
+    order, kept = _ranked_blocks(plain, perm, (block_rows, block_cols), n_blocks, ranked)
     widths = np.minimum(kept * block_cols, cols)
     group_ptr = np.zeros(groups + 1, np.int64)
     np.cumsum(widths, out=group_ptr[1:])
-    columns: Int32Array = order[np.arange(cols) < widths[:, None]]
+    columns: Int32Array = order[np.arange(order.shape[1]) < widths[:, None]]
     return group_ptr, _ascending_in_blocks(columns, group_ptr, block_cols, cols)
+
+
+def _ranked_blocks(
+    scores: FloatArray, perm: Int32Array, block_shape: tuple[int, int], n_blocks: int, ranked: int
+) -> tuple[Int32Array, Int64Array]:
+    """Columns of the first `ranked` blocks of every group, or of all, and how many are kept."""
+    (rows, cols), (block_rows, block_cols) = scores.shape, block_shape
+    groups, per_group = -(-rows // block_rows), -(-cols // block_cols)
+    order = np.empty((groups, min(cols, ranked * block_cols)), np.int32)
+    norms = np.empty((groups, ranked), np.float64)
+    _selection.block_norms(scores, perm, block_rows, block_cols, order, norms)
+    # Norms fall along a group, so what is kept of a group is always its first blocks; the one
+    # exception, a short last block of a better negative sum, gets no other treatment.
+    kept = topk_mask(norms, n_blocks).sum(axis=1)
+    if ranked < per_group and (kept.max(initial=0) == ranked or norms.min(initial=0) < 0):
+        return _ranked_blocks(scores, perm, block_shape, n_blocks, per_group)
+    return order, kept
 
 
 def _ascending_in_blocks(
@@ -105,4 +119,4 @@ def _check_block_shape(block_shape: Sequence[int]) -> tuple[int, int]:
         raise format_error(
             f"block_shape = {block_shape!r}", "two whole numbers (S1, S2)", "pass e.g. (16, 16)"
         ) from None
-    return as_count(block_rows, "block rows S1", 1), as_count(block_cols, "block columns S2", 1)
+    return as_int("block rows S1", block_rows, 1), as_int("block columns S2", block_cols, 1)

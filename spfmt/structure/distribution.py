@@ -6,7 +6,7 @@ import math
 from collections.abc import Collection, Sequence
 
 from ..errors import format_error
-from ._checks import as_count, as_density
+from ._checks import as_density, as_int
 
 __all__ = ["erk_densities", "uniform_densities"]
 
@@ -96,7 +96,7 @@ def _budget(
     """Sizes of the layers, indices of the sparse ones, and their number of active weights."""
     sizes = [_size(shape) for shape in shapes]
     d = as_density(density)
-    dense = {as_count(i, "an excluded index", 0, len(sizes) - 1) for i in excluded}
+    dense = {as_int("an excluded index", i, 0, len(sizes) - 1) for i in excluded}
     sparse = [i for i in range(len(sizes)) if i not in dense and sizes[i]]
     free = sum(sizes[i] for i in sparse)
     if not count_excluded:
@@ -155,7 +155,7 @@ def _densities(
 
 
 def _size(shape: Sequence[int]) -> int:
-    sizes = [as_count(size, "a size of a weight shape", 0) for size in shape]
+    sizes = [as_int("a size of a weight shape", size, 0) for size in shape]
     if len(sizes) < 2:
         raise format_error(
             f"a weight shape {tuple(sizes)}",

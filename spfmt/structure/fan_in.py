@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from ._checks import Int32Array, as_count, as_scores
+from ._checks import Int32Array, as_int, as_scores
 from .unstructured import per_row_topk
 
 __all__ = ["constant_fan_in"]
@@ -44,7 +44,7 @@ def constant_fan_in(scores: npt.ArrayLike, n_nonzeros: int) -> tuple[Int32Array,
     """
     plain = as_scores(scores, ndim=2)
     rows = plain.shape[0]
-    n_nonzeros = as_count(n_nonzeros, "n_nonzeros", 0, plain.size)
+    n_nonzeros = as_int("n_nonzeros", n_nonzeros, 0, plain.size)
     if n_nonzeros == 0:
         return np.empty(0, np.int32), np.empty((0, 0), np.int32)
     fan_in = max(1, -((rows - 2 * n_nonzeros) // (2 * rows)))  # ceil(N/R - 1/2)

@@ -4,28 +4,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from ..errors import format_error
-from . import _selection
+from . import _hrbp
 from ._checks import (
     BoolArray,
     FloatArray,
     Int32Array,
     Int64Array,
-    as_count,
     as_density,
+    as_int,
     as_mask,
+    as_row_perm,
     as_scores,
     bounded,
 )
 from .rows import order_rows
+from .unstructured import topk_mask
 
 __all__ = ["hrbp_block_density", "hrbp_structure"]
-
-_Counts = npt.NDArray[np.int32] | npt.NDArray[np.int64]
 
 
 def hrbp_structure(
@@ -37,6 +38,7 @@ def hrbp_structure(
     groups: int | None = None,
     *,
     method: str = "paper",
+    row_perm: npt.ArrayLike | None = None,
 ) -> tuple[Int32Array, Int64Array, Int32Array, Int32Array]:
     """Row groups, their input channels and their kernel pattern (HRBP, section 4.1).
 
@@ -67,6 +69,8 @@ def hrbp_structure(
         least 8 rows.
     method : {"paper", "fast"}
         How rows are ordered, see `order_rows`.
+    row_perm : array_like of int, shape (C_out,), optional
+        An order of the rows to cut into groups; step 3 is left out then.
 
     Returns
     -------
@@ -88,30 +92,23 @@ def hrbp_structure(
     m, plain, out, channels, cells = _check_layer(mask, scores, shape)
     r = as_density(density)
     if out == 0 or channels * cells == 0 or r == 0.0:
-        return _nothing(out, groups)
+        return _nothing(out, groups, row_perm)
     s_cells = _pattern_cells(r, channels, cells, block_density)
     fraction = min(1.0, r * cells / s_cells)
-    per_kernel = np.empty((out, channels), np.int32)
-    _selection.kernel_counts(m.view(np.uint8), cells, per_kernel)
-    sums = np.empty((out, channels), np.float64)
-    _selection.kernel_sums(plain, cells, sums)
-    kernel_mask = _most(fraction * per_kernel.size, per_kernel, sums)
-    row_perm, row_ptr = _row_groups(kernel_mask, groups, method)
+    kernel_mask = _kernel_mask(m, plain, fraction, cells)
+    order, row_ptr = _row_groups(kernel_mask, groups, method, row_perm)
     n_channels = max(1, _nearest(fraction * channels))
     kept_channels = np.empty((row_ptr.size - 1, n_channels), np.int32)
     patterns = np.empty((row_ptr.size - 1, s_cells), np.int32)
     for g in range(row_ptr.size - 1):
-        rows = row_perm[row_ptr[g] : row_ptr[g + 1]]
-        kept_channels[g] = np.flatnonzero(
-            _most(
-                n_channels,
-                kernel_mask[rows].sum(axis=0),
-                per_kernel[rows].sum(axis=0),
-                sums[rows].sum(axis=0),
-            )
+        rows = order[row_ptr[g] : row_ptr[g + 1]]
+        counts, sums = np.zeros((2, channels), np.int64), np.zeros(channels, np.float64)
+        _hrbp.channel_totals(
+            kernel_mask.view(np.uint8), m.view(np.uint8), plain, rows, cells, counts, sums
         )
+        kept_channels[g] = np.flatnonzero(_most(n_channels, *counts, sums))
         patterns[g] = _pattern(m, plain, rows, kept_channels[g], cells, s_cells)
-    return row_perm, row_ptr, kept_channels, patterns
+    return order, row_ptr, kept_channels, patterns
 
 
 def hrbp_block_density(
@@ -171,32 +168,44 @@ def _nearest(value: float) -> int:
     return math.floor(value + 0.5 + 1e-9)
 
 
-def _most(n: float, *keys: npt.NDArray[np.int32 | np.int64 | np.float64]) -> BoolArray:
-    """Mask of the round(n) largest by the first key, ties by the next ones, then by index."""
-    count = _nearest(n)
+def _kernel_mask(m: BoolArray, scores: FloatArray, fraction: float, cells: int) -> BoolArray:
+    """The fraction of the kernels with the most nonzeros, ties to the larger sum of scores."""
+    per_kernel: npt.NDArray[Any] = m.view(np.uint8)
+    if cells > 1:
+        per_kernel = np.empty((m.shape[0], m.shape[1] // cells), np.int32)
+        _hrbp.kernel_counts(m.view(np.uint8), cells, per_kernel)
+    count, bound = _nearest(fraction * per_kernel.size), int(per_kernel.max())
+    while np.count_nonzero(per_kernel >= bound) < count:  # there are few numbers of nonzeros
+        bound -= 1
+    kept: BoolArray = per_kernel >= bound
+    excess = int(np.count_nonzero(kept)) - count
+    if excess:
+        ties = np.flatnonzero(per_kernel == bound)
+        sums = np.empty(ties.size, np.float64)
+        _hrbp.kernel_sums(scores, cells, ties, sums)
+        kept.reshape(-1)[ties[~topk_mask(sums, ties.size - excess)]] = False
+    return kept
+
+
+def _most(count: int, *keys: npt.NDArray[Any]) -> BoolArray:
+    """Mask of the largest by the first key, ties by the next ones, then by index."""
+    ranked = np.lexsort([np.arange(keys[0].size), *(-key for key in reversed(keys))])
     chosen = np.zeros(keys[0].size, np.bool_)
-    among = np.arange(keys[0].size)
-    for key in keys:
-        if not 0 < count < among.size:
-            break
-        value = key.reshape(-1)[among]
-        bound = np.partition(value, among.size - count)[among.size - count]
-        chosen[among[value > bound]] = True
-        count -= int(np.count_nonzero(value > bound))
-        among = among[value == bound]
-    chosen[among[:count]] = True
-    return chosen.reshape(keys[0].shape)
+    chosen[ranked[:count]] = True
+    return chosen
 
 
 def _row_groups(
-    kernel_mask: BoolArray, groups: int | None, method: str
+    kernel_mask: BoolArray, groups: int | None, method: str, row_perm: npt.ArrayLike | None
 ) -> tuple[Int32Array, Int64Array]:
     """Leaf order of the rows cut into t groups whose sizes differ by at most one."""
     row_ptr = _group_ptr(kernel_mask.shape[0], groups)
-    # DSB's fraction q is not part of HRBP: every row that shares a channel is clustered.
-    order = order_rows(
-        kernel_mask, min_overlap=0.0, method=method, group_size=max(1, int(row_ptr[1]))
-    )
+    if row_perm is not None:
+        order = as_row_perm(row_perm, kernel_mask.shape[0]).copy()
+    else:  # DSB's fraction q is not part of HRBP: every row that shares a channel is clustered
+        order = order_rows(
+            kernel_mask, min_overlap=0.0, method=method, group_size=max(1, int(row_ptr[1]))
+        )
     for g in range(row_ptr.size - 1):
         order[row_ptr[g] : row_ptr[g + 1]].sort()
     return order, row_ptr
@@ -204,7 +213,7 @@ def _row_groups(
 
 def _group_ptr(out: int, groups: int | None) -> Int64Array:
     """Bounds of t groups whose sizes differ by at most one, the larger ones first."""
-    t = max(1, min(8, out // 8)) if groups is None else as_count(groups, "groups", 1, out)
+    t = max(1, min(8, out // 8)) if groups is None else as_int("groups", groups, 1, out)
     base, longer = divmod(out, t)
     row_ptr = np.zeros(t + 1, np.int64)
     np.cumsum(base + (np.arange(t) < longer), out=row_ptr[1:])
@@ -215,22 +224,27 @@ def _pattern(
     m: BoolArray, scores: FloatArray, rows: Int32Array, channels: Int32Array, cells: int, keep: int
 ) -> Int64Array:
     """The cells with the most nonzeros over the group's kept kernels, ascending (Fig. 3)."""
+    if keep == cells:
+        return np.arange(cells)
     counts = np.zeros(cells, np.int64)
     sums = np.zeros(cells, np.float64)
-    _selection.cell_counts(m.view(np.uint8), scores, rows, channels, counts, sums)
+    _hrbp.cell_counts(m.view(np.uint8), scores, rows, channels, counts, sums)
     return np.flatnonzero(_most(keep, counts, sums))
 
 
-def _nothing(out: int, groups: int | None) -> tuple[Int32Array, Int64Array, Int32Array, Int32Array]:
+def _nothing(
+    out: int, groups: int | None, row_perm: npt.ArrayLike | None
+) -> tuple[Int32Array, Int64Array, Int32Array, Int32Array]:
     """Groups without a weight; no group where there is no row."""
     row_ptr = _group_ptr(out, groups) if out else np.zeros(1, np.int64)
     empty = np.empty((row_ptr.size - 1, 0), np.int32)
-    return np.arange(out, dtype=np.int32), row_ptr, empty, empty.copy()
+    perm = np.arange(out, dtype=np.int32) if row_perm is None else as_row_perm(row_perm, out)
+    return perm, row_ptr, empty, empty.copy()
 
 
 def _layer_shape(shape: Sequence[int]) -> tuple[int, int, int]:
     """(C_out, C_in, Kh*Kw)."""
-    sizes = [as_count(size, "a size of shape", 0) for size in shape]
+    sizes = [as_int("a size of shape", size, 0) for size in shape]
     if len(sizes) not in (2, 4):
         raise format_error(
             f"shape = {tuple(sizes)}",

@@ -10,9 +10,14 @@ import numpy.typing as npt
 
 from ..errors import format_error
 from . import _selection
-from ._checks import BoolArray, FloatArray, Int32Array, as_count, as_scores, check_finite
+from ._checks import BoolArray, FloatArray, Int32Array, as_int, as_scores, check_finite
 
-__all__ = ["nm_columns", "transposable_nm_mask", "transposable_patterns"]
+__all__ = [
+    "nm_columns",
+    "transposable_nm_columns",
+    "transposable_nm_mask",
+    "transposable_patterns",
+]
 
 
 def nm_columns(scores: npt.ArrayLike, n: int, m: int, cells: int = 1) -> Int32Array:
@@ -101,6 +106,33 @@ def transposable_nm_mask(scores: npt.ArrayLike, n: int, m: int, cells: int = 1) 
     return mask.view(np.bool_)
 
 
+def transposable_nm_columns(scores: npt.ArrayLike, n: int, m: int, cells: int = 1) -> Int32Array:
+    """The columns of `transposable_nm_mask`, ascending in each row, as those of `nm_columns`."""
+    mask = transposable_nm_mask(scores, n, m, cells)
+    whole, rest = divmod(mask.shape[1] // cells, m)
+    columns = np.empty((mask.shape[0], (whole * n + min(n, rest)) * cells), np.int32)
+    _selection.mask_columns(mask.view(np.uint8), columns)
+    return columns
+
+
+def column_counts(columns: Int32Array, cols: int, m: int) -> Int32Array:
+    """How often each m consecutive rows list each column; rows beyond the last m are left out.
+
+    Parameters
+    ----------
+    columns : ndarray of int32, shape (R, K)
+        In 0..cols-1.
+    cols, m : int
+
+    Returns
+    -------
+    ndarray of int32, shape (R // m, cols)
+    """
+    counts = np.zeros((len(columns) // m, cols), np.int32)
+    _selection.column_counts(np.ascontiguousarray(columns), m, counts)
+    return counts
+
+
 @cache
 def transposable_patterns(n: int, m: int) -> BoolArray:
     """Every m x m mask with n per row and per column, in lexicographic order of the rows' columns.
@@ -148,9 +180,9 @@ def _fill_plain(
 
 
 def _check_groups(scores: FloatArray, n: int, m: int, cells: int) -> tuple[int, int, int]:
-    m = as_count(m, "m", 1)
-    n = as_count(n, "n", 0, m)
-    cells = as_count(cells, "cells", 1)
+    m = as_int("m", m, 1)
+    n = as_int("n", n, 0, m)
+    cells = as_int("cells", cells, 1)
     if scores.shape[1] % cells:
         raise format_error(
             f"{scores.shape[1]} columns for {cells} cells per kernel",

@@ -5,9 +5,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import MissingDependency
 from . import _rows
-from ._checks import Int32Array, as_choice, as_count, as_density, as_mask
+from ._checks import Int32Array, as_choice, as_density, as_int, as_mask
 
 __all__ = ["order_rows", "order_rows_fast"]
 
@@ -39,8 +38,8 @@ def order_rows(
     """Permutation of the rows that puts rows with common nonzero columns side by side.
 
     method="paper" is DSB's section 4: rows that share more than the fraction `min_overlap` (the
-    paper's q) of their nonzero columns with some other row are clustered by scikit-learn's
-    AgglomerativeClustering on 1 - similarity and read off the dendrogram in leaf order; the other
+    paper's q) of their nonzero columns with some other row are clustered agglomeratively on
+    1 - similarity and read off the dendrogram in leaf order; the other
     rows keep their order at the end. The paper uses the Jaccard similarity; the authors' own code
     uses cosine with complete linkage. Both are offered, the paper's words and average linkage are
     the default.
@@ -51,7 +50,7 @@ def order_rows(
     to components of at most 512 rows), and each chunk is handled as above: the fraction q and the
     dendrogram then look inside the chunk.
 
-    method="fast" calls `order_rows_fast`, which needs neither scikit-learn nor q.
+    method="fast" calls `order_rows_fast`, which needs no matrix of all pairs.
 
     Parameters
     ----------
@@ -77,8 +76,6 @@ def order_rows(
     ------
     FormatError
         mask not two-dimensional, or an unknown option.
-    MissingDependency
-        scikit-learn is not installed (method="paper" with rows to cluster).
     """
     as_choice(method, "method", _METHODS)
     if method == "fast":
@@ -91,7 +88,8 @@ def order_rows(
     clustered: list[Int32Array] = []
     rest: list[Int32Array] = [np.flatnonzero(counts == 0).astype(np.int32)]
     for chunk in _chunks(bits, counts, CHUNK_ROWS, cosine):
-        similar = _overlapping(bits[chunk], counts[chunk], min_overlap)
+        similar = np.empty(chunk.size, np.bool_)
+        _rows.overlapping(bits[chunk], counts[chunk], min_overlap, similar.view(np.uint8))
         clustered.append(_leaf_order(bits, counts, chunk[similar], cosine, linkage))
         rest.append(chunk[~similar])
     return np.concatenate([*clustered, np.sort(np.concatenate(rest))]).astype(np.int32)
@@ -129,7 +127,7 @@ def order_rows_fast(
         mask not two-dimensional, or a bad option.
     """
     cosine = as_choice(metric, "metric", _METRICS) == "cosine"
-    group_size = as_count(group_size, "group_size", 1)
+    group_size = as_int("group_size", group_size, 1)
     bits = _pack(as_mask(mask))
     counts = _row_counts(bits)
     whole, rest = [], []
@@ -168,47 +166,22 @@ def _row_counts(bits: _Words) -> Int32Array:
     return counts
 
 
-def _overlapping(bits: _Words, counts: Int32Array, min_overlap: float) -> npt.NDArray[np.bool_]:
-    """Which rows share more than the fraction min_overlap of their columns with another row."""
-    shared = np.zeros(len(bits), np.int32)
-    _rows.overlap_maxima(bits, shared)
-    return shared > min_overlap * counts
-
-
 def _leaf_order(
     bits: _Words, counts: Int32Array, rows: Int32Array, cosine: bool, linkage: str
 ) -> Int32Array:
     """Leaves of the dendrogram over the given rows, from left to right."""
     if rows.size < 3:
         return rows
-    distance = np.empty((rows.size, rows.size), np.float64)
+    # An odd number of cache lines a row: a power of two would put a column into one cache set.
+    distance = np.empty((rows.size, (rows.size // 16 * 2 + 3) * 8), np.float64)
     _rows.row_distances(bits, counts, rows, cosine, distance)
-    try:
-        from sklearn.cluster import AgglomerativeClustering
-    except ImportError as error:
-        raise MissingDependency(
-            "got no scikit-learn; expected it for clustering rows as in the paper; fix: "
-            "pip install 'spfmt[search]', or pass method='fast', which needs numpy only"
-        ) from error
-    tree = AgglomerativeClustering(n_clusters=1, metric="precomputed", linkage=linkage).fit(
-        distance
-    )
-    leaves: Int32Array = rows[_leaves(tree.children_.tolist(), rows.size)]
-    return leaves
-
-
-def _leaves(children: list[list[int]], n_leaves: int) -> list[int]:
-    """Depth-first, left child first; node n_leaves + i joins children[i]."""
-    leaves = []
-    stack = [2 * n_leaves - 2]
-    while stack:
-        node = stack.pop()
-        if node < n_leaves:
-            leaves.append(node)
-        else:
-            left, right = children[node - n_leaves]
-            stack += [right, left]
-    return leaves
+    pairs = np.empty((rows.size - 1, 2), np.int32)
+    heights = np.empty(rows.size - 1, np.float64)
+    _rows.nearest_neighbour_chain(distance, linkage == "complete", pairs, heights)
+    leaves = np.empty(rows.size, np.int32)
+    _rows.leaf_order(pairs[np.argsort(heights, kind="stable")], leaves)
+    ordered: Int32Array = rows[leaves]
+    return ordered
 
 
 def _chunks(bits: _Words, counts: Int32Array, limit: int, cosine: bool) -> list[Int32Array]:

@@ -6,9 +6,44 @@ import numpy as np
 import numpy.typing as npt
 
 from . import _selection
-from ._checks import BoolArray, Int32Array, as_count, as_scores
+from ._checks import BoolArray, Int32Array, Int64Array, as_int, as_scores
 
-__all__ = ["per_row_topk", "topk_mask"]
+__all__ = ["per_row_topk", "topk_columns", "topk_mask"]
+
+
+def topk_columns(scores: npt.ArrayLike, n: int) -> tuple[Int64Array, Int32Array]:
+    """Columns of the n largest scores of a whole matrix, row after row.
+
+    Parameters
+    ----------
+    scores : array_like, shape (R, C), any real dtype
+        Larger is better.
+    n : int
+        How many positions to keep, 0 <= n <= R*C.
+
+    Returns
+    -------
+    indptr : ndarray of int64, shape (R + 1,)
+    col_indices : ndarray of int32, shape (n,)
+        Ascending in each row; equal scores go to the lowest flat index.
+
+    Raises
+    ------
+    FormatError
+        NaN in scores, not two-dimensional, or n out of range.
+
+    Examples
+    --------
+    >>> indptr, columns = topk_columns([[1, 3], [3, 2]], 2)
+    >>> indptr.tolist(), columns.tolist()
+    ([0, 1, 2], [1, 0])
+    """
+    plain = as_scores(scores, ndim=2)
+    n = as_int("n", n, 0, plain.size)
+    indptr, columns = np.zeros(len(plain) + 1, np.int64), np.empty(n + 1, np.int32)
+    if n:
+        _selection.top_columns(plain, n, indptr, columns, np.empty((0, 0), np.uint8))
+    return indptr, columns[:n]
 
 
 def topk_mask(scores: npt.ArrayLike, n: int) -> BoolArray:
@@ -37,15 +72,16 @@ def topk_mask(scores: npt.ArrayLike, n: int) -> BoolArray:
     [[False, True], [False, False]]
     """
     plain = as_scores(scores)
-    n = as_count(n, "n", 0, plain.size)
-    if n == 0 or n == plain.size:
-        return np.full(plain.shape, n > 0)
-    flat = plain.reshape(-1)
-    bound = np.partition(flat, flat.size - n)[flat.size - n]
-    keep: BoolArray = flat > bound
-    ties = n - np.count_nonzero(keep)
-    keep[np.flatnonzero(flat == bound)[:ties]] = True
-    return keep.reshape(plain.shape)
+    n = as_int("n", n, 0, plain.size)
+    keep = np.zeros(plain.shape, np.bool_)
+    if n:
+        cols = plain.shape[-1] if plain.ndim > 1 else plain.size
+        matrix = plain.reshape(-1, cols)
+        _selection.top_columns(
+            matrix, n, np.empty(0, np.int64), np.empty(0, np.int32),
+            keep.view(np.uint8).reshape(matrix.shape),
+        )  # fmt: skip
+    return keep
 
 
 def per_row_topk(scores: npt.ArrayLike, k: int) -> Int32Array:
@@ -74,7 +110,7 @@ def per_row_topk(scores: npt.ArrayLike, k: int) -> Int32Array:
     [[1, 2], [0, 1]]
     """
     plain = as_scores(scores, ndim=2)
-    k = as_count(k, "k", 0, plain.shape[1])
+    k = as_int("k", k, 0, plain.shape[1])
     columns = np.empty((plain.shape[0], k), np.int32)
-    _selection.per_row_topk(plain, k, columns)
+    _selection.nm_columns(plain, k, max(1, plain.shape[1]), 1, columns)
     return columns

@@ -79,16 +79,6 @@ def _search_params(tensor: SparseTensor, given: Mapping[str, Any]) -> dict[str, 
     return {**own, **{name: v for name, v in given.items() if name not in _BUDGET_PARAMS}}
 
 
-def _sources(old: NDArray[np.int64], new: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return, for every position of `new`, its index in `old`, or -1 where `old` lacks it."""
-    if old.size == 0:
-        return np.full(new.size, -1, np.int64)
-    order = np.argsort(old, kind="stable")
-    ranks = np.minimum(np.searchsorted(old, new, sorter=order), old.size - 1)
-    found = order[ranks]
-    return np.where(old[found] == new, found, -1)
-
-
 class SparseLinear(nn.Module):
     """Affine map ``y = x A.T + b`` with a sparse weight A (out_features, in_features).
 
@@ -453,11 +443,12 @@ class SparseLinear(nn.Module):
             Where format, shape or capacity do not fit; nothing is changed then.
         """
         words = self._words_of(new)
-        places = np.full(self.capacity, -1, np.int64)
-        old = self._decoded().flat_indices()
+        structure, old = new._structure, self._decoded()
+        places = structure.sources(old, self.capacity)
         if forget is not None:
-            old[forget] = -1  # no position of `new` is negative
-        places[: new.nnz] = _sources(old, new.flat_indices())
+            dropped = np.zeros(old.nnz + 1, np.bool_)  # the last one stands for -1
+            dropped[:-1][forget] = True
+            places[dropped[places]] = -1
         source = torch.from_numpy(places).to(self.values.device)
         if take_values:
             moved = torch.zeros_like(self.values)
@@ -466,6 +457,8 @@ class SparseLinear(nn.Module):
             moved = follow(self.values, source)
         self.structure.copy_(torch.from_numpy(words))
         self.values.copy_(moved)
+        if self.structure.device.type == "cpu":
+            self._decoded()  # while `structure` lives: so the words are not decoded and checked
         return source
 
     def _words_of(self, new: SparseTensor) -> NDArray[np.int32]:
@@ -649,6 +642,4 @@ def follow(state: Tensor, source: Tensor) -> Tensor:
     source : Tensor, shape (capacity,), int64
         Result of :meth:`SparseLinear.set_structure`.
     """
-    if state.numel() == 0:
-        return state.clone()
-    return torch.where(source >= 0, state[source.clamp(min=0)], torch.zeros_like(state))
+    return torch.cat([state, state.new_zeros(1)]).take(source)  # -1 is the last one, the zero

@@ -1,0 +1,87 @@
+"""Where the values of a structure lie, and where they were before a change of topology."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from ..errors import format_error
+from . import _positions
+from ._checks import Int32Array, Int64Array, as_int
+
+__all__ = ["RowRuns", "flat_indices", "sources"]
+
+
+class RowRuns(NamedTuple):
+    """Columns and places of the values, row by row: what all kernel layouts have in common.
+
+    Value j of row ``rows[i]`` belongs to column ``col_indices[begin[i] + j]`` and lies at place
+    ``first[i] + j * step[i]`` of the values, for j below ``length[i]``. The arrays are legal by
+    construction: layouts make them.
+
+    Attributes
+    ----------
+    shape : tuple of int
+        (R, C) of the matrix.
+    rows : ndarray of int32, shape (R,)
+        Every row once.
+    runs : ndarray of int64, shape (4, R)
+        begin, length, first and step of every row in the order of `rows`.
+    col_indices : ndarray of int32
+    """
+
+    shape: tuple[int, int]
+    rows: Int32Array
+    runs: Int64Array
+    col_indices: Int32Array
+
+    @property
+    def nnz(self) -> int:
+        """Number of values."""
+        return int(self.runs[1].sum())
+
+
+def flat_indices(positions: RowRuns) -> Int64Array:
+    """Row-major flat index of every value, in the order of the values."""
+    flat = np.empty(positions.nnz, np.int64)
+    _positions.flat_indices(
+        positions.rows, positions.runs, positions.col_indices, positions.shape[1], flat
+    )
+    return flat
+
+
+def sources(old: RowRuns, new: RowRuns, capacity: int | None = None) -> Int64Array:
+    """For every value of `new` the place in `old` of the value at its position, -1 without one.
+
+    Parameters
+    ----------
+    old, new : RowRuns
+        Positions of two structures of one shape.
+    capacity : int, optional
+        Length of the result, new.nnz by default; places behind the values get -1.
+
+    Returns
+    -------
+    ndarray of int64, shape (capacity,)
+
+    Raises
+    ------
+    FormatError
+        If the shapes differ, or for a capacity below new.nnz.
+    """
+    nnz = new.nnz
+    capacity = as_int("capacity", nnz if capacity is None else capacity, nnz, 2**62)
+    if old.shape != new.shape:
+        raise format_error(
+            f"structures of shapes {old.shape} and {new.shape}", "one shape", "move within a layer"
+        )
+    place = np.empty(old.rows.size, np.int64)
+    place[old.rows] = np.arange(old.rows.size)
+    runs = np.ascontiguousarray(old.runs[:, place[new.rows]])
+    found = np.empty(capacity, np.int64)
+    found[nnz:] = -1
+    _positions.sources(
+        new.rows, new.runs, new.col_indices, runs, old.col_indices, new.shape[1], found
+    )
+    return found
