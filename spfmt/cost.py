@@ -21,8 +21,10 @@ from ._files import replace_file
 
 __all__ = ["VARIANTS", "Choice", "CostModel", "cost_model", "duration"]
 
-VARIANTS = ("tokens", "octets", "panels")
-"""What lanes run over: rows of the structure, eight samples at a time, panels of samples."""
+VARIANTS: dict[str, tuple[str, ...]] = {}
+"""Names of the kernel variants of each layout."""
+for _name, _layout, *_ in _kernels.variants():
+    VARIANTS[_layout] = (*VARIANTS.get(_layout, ()), _name)
 
 logger = logging.getLogger("spfmt")
 
@@ -32,8 +34,9 @@ class Choice(NamedTuple):
 
     Attributes
     ----------
-    variant : {"tokens", "octets", "panels"}
-        Lanes over rows, over eight samples, or over panels of samples. It never depends on the
+    variant : str
+        Of lists ``"lookup"`` (lanes over rows), ``"octets"`` (over eight samples) or ``"panels"``
+        (over up to 64); of groups ``"bands"`` (over rows) or ``"panels"``. It never depends on the
         number of threads.
     threads : int
         1 where waking others costs more than it saves.
@@ -53,7 +56,7 @@ class CostModel:
     Attributes
     ----------
     coefficients : mapping of str to float
-        Seconds per unit, by names such as ``"avx512.lists.spmm.tokens.stream"``; cache sizes in
+        Seconds per unit, by names such as ``"avx512.lists.spmm.lookup.stream"``; cache sizes in
         bytes; `docs/advise.md` explains them.
     cpu : str
         The CPU that they are used on.
@@ -156,17 +159,19 @@ def save(model: CostModel) -> str:
 @contextlib.contextmanager
 def forced(variant: str | None) -> Iterator[None]:
     """Run one variant in every product that this thread calls, wherever it exists."""
-    _kernels.force_variant(variant)
+    _kernels.force_variant(variant or "")
     try:
         yield
     finally:
-        _kernels.force_variant(None)
+        _kernels.force_variant("")
 
 
-def choose(isa: str, op: str, summary: Any, batch: int, threads: int) -> Choice:
+def choose(
+    isa: str, op: str, summary: Any, batch: int, threads: int, dtype: str = "float32"
+) -> Choice:
     """Return how a product would run under the model in use."""
     cost_model()
-    return Choice(*_kernels.choose(isa, op, summary, batch, threads))
+    return Choice(*_kernels.choose(isa, op, summary, batch, dtype, threads))
 
 
 def duration(seconds: float) -> str:

@@ -1,15 +1,13 @@
 """Which kernel runs: the table, the choice, and plans that hold a structure for the kernels.
 
-A kernel is one row (op, format, dtype, ISA) of one table. Nothing falls back in silence: a product
-without a kernel raises :class:`~spfmt.errors.KernelNotFound`, which lists what exists.
+A kernel is one row (op, layout, dtype, ISA) of one table, which knows no formats: a format lowers to
+one of the two layouts. Nothing falls back in silence: a product without a kernel raises :class:`~spfmt.errors.KernelNotFound`, which lists what exists.
 """
 
 from __future__ import annotations
 
 import functools
-import itertools
 import logging
-import threading
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +17,7 @@ import numpy.typing as npt
 import spfmt._kernels as _kernels
 
 from . import cost, threads
-from ._memory import empty_aligned
+from ._memory import aligned
 from .activations import activation_code, apply_activation
 from .errors import FormatError, KernelNotFound, format_error
 from .formats._layout import Groups, Lists
@@ -39,8 +37,9 @@ class Kernel:
 
     Attributes
     ----------
-    op, format, dtype, isa : str
-        What it computes, on which structure, in which dtype, with which instructions.
+    op, layout, dtype, isa : str
+        What it computes, on which layout of a structure (``"lists"`` or ``"groups"``), in which
+        dtype, with which instructions.
     available : bool
         Whether this CPU can run it.
     reason : str
@@ -48,19 +47,17 @@ class Kernel:
     """
 
     op: str
-    format: str
+    layout: str
     dtype: str
     isa: str
     available: bool
     reason: str
-    index: int
 
 
 def _read_table() -> tuple[Kernel, ...]:
-    rows = enumerate(_kernels.kernel_table())
     return tuple(
-        Kernel(op, fmt, dtype, isa, ok, "" if ok else f"this CPU lacks {isa}", index)
-        for index, (op, fmt, dtype, isa, ok) in rows
+        Kernel(*row, ok, "" if ok else f"this CPU lacks {row[-1]}")
+        for *row, ok in _kernels.kernel_table()
     )
 
 
@@ -69,13 +66,13 @@ _selected: dict[tuple[str, str, str, str], Kernel] = {}
 
 
 def kernels(
-    op: str | None = None, format: str | None = None, dtype: str | None = None
+    op: str | None = None, layout: str | None = None, dtype: str | None = None
 ) -> list[Kernel]:
-    """List the kernel table, filtered by any of op, format and dtype."""
+    """List the kernel table, filtered by any of op, layout and dtype."""
     return [
         k
         for k in _TABLE
-        if op in (None, k.op) and format in (None, k.format) and dtype in (None, k.dtype)
+        if op in (None, k.op) and layout in (None, k.layout) and dtype in (None, k.dtype)
     ]
 
 
@@ -113,14 +110,14 @@ def timed_isa() -> str:
     return isa
 
 
-def select(op: str, format: str, dtype: str, backend: str = "auto") -> Kernel:
+def select(op: str, layout: str, dtype: str, backend: str = "auto") -> Kernel:
     """Return the kernel that a product would run.
 
     Parameters
     ----------
     op : {"spmm", "spmm_t", "sddmm"}
-    format : str
-        A format's name, e.g. ``"condensed"``.
+    layout : {"lists", "groups"}
+        Layout of the structure, as ``tensor.layout().name`` tells it.
     dtype : str
         numpy dtype name of values and operands, e.g. ``"float32"``.
     backend : str
@@ -144,53 +141,30 @@ def select(op: str, format: str, dtype: str, backend: str = "auto") -> Kernel:
             f"'auto', 'reference' or one of {LEVELS}",
             "leave it out for the best kernel",
         )
-    rows = {k.isa: k for k in kernels(op, format, dtype)}
+    rows = {k.isa: k for k in kernels(op, layout, dtype)}
     for isa in wanted:
         if isa in rows and rows[isa].available:
             return rows[isa]
-    raise KernelNotFound(_no_kernel(op, format, dtype, wanted))
+    raise KernelNotFound(_no_kernel(op, layout, dtype, wanted))
 
 
-def _no_kernel(op: str, format: str, dtype: str, wanted: tuple[str, ...]) -> str:
-    near = kernels(op, format) or kernels(op) or list(_TABLE)
+def _no_kernel(op: str, layout: str, dtype: str, wanted: tuple[str, ...]) -> str:
+    near = kernels(op, layout) or kernels(op) or list(_TABLE)
     lines = [
-        f"  {k.op} {k.format} {k.dtype} {k.isa}: "
+        f"  {k.op} {k.layout} {k.dtype} {k.isa}: "
         + (k.reason or ("other level" if k.dtype == dtype else "other dtype"))
         for k in near
     ]
     fix = (
-        "Convert with astype('float32'), or use backend='reference' (numpy, dense, slow)."
-        if not kernels(op, format, dtype)
-        else "Use backend='auto' or unset SPFMT_ISA."
+        "Use backend='auto' or unset SPFMT_ISA."
+        if kernels(op, layout, dtype)
+        else "Convert with astype('float32'), or use backend='reference' (numpy, dense, slow)."
     )
     return (
-        f"no kernel for {op} of {format} in {dtype} at level {' or '.join(wanted)}. Existing:\n"
+        f"no kernel for {op} of {layout} in {dtype} at level {' or '.join(wanted)}. Existing:\n"
         + "\n".join(lines)
         + f"\n{fix}"
     )
-
-
-def _cached_select(op: str, format: str, dtype: str, backend: str) -> Kernel:
-    # "auto" with its level: SPFMT_ISA may change while the process runs. A level that was asked for
-    # by name is another key, for "auto" may have had to take a lower one there.
-    key = (op, format, dtype, f"auto {active_isa()}" if backend == "auto" else backend)
-    kernel = _selected.get(key)
-    if kernel is None:
-        kernel = _selected[key] = select(op, format, dtype, backend)
-    return kernel
-
-
-@functools.cache
-def _indices(format: str) -> list[int]:
-    """Return what ``backend="auto"`` takes, as table indices by (op, dtype, level); -1 for none."""
-    indices = []
-    for op, dtype in itertools.product(OPS, ("float32", "float64")):
-        rows = {k.isa: k.index for k in kernels(op, format, dtype) if k.available}
-        best = -1
-        for isa in LEVELS:
-            best = rows.get(isa, best)
-            indices.append(best)
-    return indices
 
 
 def show_config() -> str:
@@ -204,13 +178,13 @@ def show_config() -> str:
         "force one with SPFMT_ISA)",
         f"threads: {threads.get_num_threads()}",
         f"cost model: {cost.cost_model().origin}",
-        f"{'format':<16}{'op':<9}{'dtype':<9}levels",
+        f"{'layout':<9}{'op':<9}{'dtype':<9}levels",
     ]
-    for fmt, op, dtype in sorted({(k.format, k.op, k.dtype) for k in _TABLE}):
+    for layout, op, dtype in sorted({(k.layout, k.op, k.dtype) for k in _TABLE}):
         levels = [
-            _labelled(k.isa) if k.available else f"({k.isa})" for k in kernels(op, fmt, dtype)
+            _labelled(k.isa) if k.available else f"({k.isa})" for k in kernels(op, layout, dtype)
         ]
-        lines.append(f"{fmt:<16}{op:<9}{dtype:<9}{' '.join(levels)}")
+        lines.append(f"{layout:<9}{op:<9}{dtype:<9}{' '.join(levels)}")
     return "\n".join(lines)
 
 
@@ -223,57 +197,61 @@ def _available_levels() -> list[str]:
 
 
 class Plan:
-    """A structure made ready for the kernels; their private layouts of it are built once and kept.
+    """A structure made ready for the kernels; what they make of it is built once and kept.
 
     Parameters
     ----------
-    format : str
-        The format's name in the kernel table.
     layout : Lists or Groups
         The structure as kernels see it.
 
     Notes
     -----
     Thread-safe. `values` arguments are contiguous arrays of any shape with at least ``layout.nnz``
-    elements; what lies behind them (spare capacity) is ignored. A `version` (see
-    :func:`spfmt.formats.new_version`) promises that equal numbers mean equal content, so packed
-    copies of the values may be reused; None never reuses.
+    elements; what lies behind them (spare capacity) is ignored. They are multiplied as they are in
+    memory at the call, whoever wrote them. A `constant` promises that equal numbers mean equal
+    content, so that packed copies of them are reused without a look (see
+    :func:`spfmt.formats.new_version`); None promises nothing.
     """
 
-    def __init__(self, format: str, layout: Layout) -> None:
-        self.format = format
+    def __init__(self, layout: Layout) -> None:
         self.layout = layout
         self.shape = (layout.rows, layout.cols)
         self.nnz = int(layout.nnz)
-        self._lock = threading.Lock()
         self._compiled: Any = None
         self._calls: Any = None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Plan, (self.format, self.layout)
+        return Plan, (self.layout,)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Plan:
-        return self  # frozen: a copy would only build the same layouts again
+        return self  # frozen: a copy would only build the same again
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the compiled structure and of every private layout built so far."""
+        """Bytes of the compiled structure and of all that was built from it so far."""
         return 0 if self._compiled is None else int(self._compiled.nbytes)
 
     @property
     def padding(self) -> float:
-        """Places per nonzero of the layout for small batches at the active level, 1 at best.
+        """Places per nonzero of the placement for small batches at the active level, 1 at best.
 
         Kernels for a few samples multiply 16 rows side by side, and a row that has no nonzero for
-        a step multiplies by zero. Builds the layout if it is not there yet. Groups of rows that
+        a step multiplies by zero. Builds the placement if it is not there yet. Groups of rows that
         share their columns need no padding.
         """
-        return float((self._compiled or self._compile()).padding)
+        return float(self.compiled.padding)
+
+    @property
+    def compiled(self) -> Any:
+        """The core's plan."""
+        if self._compiled is None:  # without a lock, which a forked child could inherit locked
+            self._compiled = _compile(self.layout)
+        return self._compiled
 
     def choice(self, op: str, kernel: Kernel, batch: int, threads: int) -> cost.Choice:
         """Return how a kernel would run a product; :meth:`explain` says it in words."""
-        summary = _kernels.summary(self._compiled or self._compile(), op)
-        return cost.choose(kernel.isa, op, summary, batch, threads)
+        summary = _kernels.summary(self.compiled, op)
+        return cost.choose(kernel.isa, op, summary, batch, threads, kernel.dtype)
 
     def explain(
         self,
@@ -304,11 +282,12 @@ class Plan:
             If no kernel would run.
         """
         batch, used = check_workload(batch, threads, op)
-        kernel = _cached_select(op, self.format, dtype, backend)
+        kernel = select(op, self.layout.name, dtype, backend)
         choice = self.choice(op, kernel, batch, used)
         return (
-            f"{op} {self.format} {dtype}, batch {batch}: kernel {kernel.isa}, {choice.variant}, "
-            f"{choice.threads} of {used} threads, {cost.duration(choice.seconds)} predicted"
+            f"{op} {self.layout.name} {dtype}, batch {batch}: kernel {kernel.isa}, "
+            f"{choice.variant}, {choice.threads} of {used} threads, "
+            f"{cost.duration(choice.seconds)} predicted"
         )
 
     def spmm(
@@ -321,20 +300,20 @@ class Plan:
         batch_first: bool = False,
         out: Array | None = None,
         backend: str = "auto",
-        version: int | None = None,
+        constant: int | None = None,
     ) -> Array:
         """Compute Y = f(A X + bias), f and bias optional; see :func:`spfmt.spmm`."""
         code = 0 if activation is None else activation_code(activation)
         if backend == "auto" and not logger.isEnabledFor(logging.DEBUG):
             y: Array | None = (self._calls or self._bind())[0](
-                0, values, version, x, bias, code, batch_first, out, threads._override
+                0, values, constant, x, bias, code, batch_first, out, threads._override, None
             )
             if y is not None:
                 return y
         if bias is not None:
-            bias = self._bias(bias, values.dtype)
+            bias = self._bias(bias, np.asarray(values).dtype)
         return self._multiply(
-            "spmm", values, x, bias, batch_first, out, backend, version, activation
+            "spmm", values, x, bias, batch_first, out, backend, constant, activation
         )
 
     def spmm_t(
@@ -345,16 +324,16 @@ class Plan:
         batch_first: bool = False,
         out: Array | None = None,
         backend: str = "auto",
-        version: int | None = None,
+        constant: int | None = None,
     ) -> Array:
         """Compute dX = Aᵀ dY; see :func:`spfmt.spmm_t`."""
         if backend == "auto" and not logger.isEnabledFor(logging.DEBUG):
             dx: Array | None = (self._calls or self._bind())[0](
-                1, values, version, dy, None, 0, batch_first, out, threads._override
+                1, values, constant, dy, None, 0, batch_first, out, threads._override, None
             )
             if dx is not None:
                 return dx
-        return self._multiply("spmm_t", values, dy, None, batch_first, out, backend, version)
+        return self._multiply("spmm_t", values, dy, None, batch_first, out, backend, constant)
 
     def sddmm(
         self,
@@ -368,7 +347,7 @@ class Plan:
         """Compute the values' gradient, (nnz,) or `out` (zero behind nnz); see `spfmt.sddmm`."""
         if backend == "auto" and not logger.isEnabledFor(logging.DEBUG):
             gradient: Array | None = (self._calls or self._bind())[1](
-                dy, x, batch_first, out, threads._override
+                dy, x, batch_first, out, threads._override, None
             )
             if gradient is not None:
                 return gradient
@@ -383,81 +362,25 @@ class Plan:
                 "pass the X of the forward pass and the gradient of its result",
             )
         _same_dtype(dy.dtype, x.dtype, "dY", "X")
-        out = self._gradient_out(out, dy, x)
+        if out is not None:
+            self._check_gradient_out(out, dy, x)
         if backend == "reference":
-            out[: self.nnz] = self._reference_sddmm(dy2, x2)
+            found = self._reference_sddmm(dy2, x2)
         else:
-            self._run("sddmm", backend, out[: self.nnz], None, dy2, x2, None, None)
+            level = self._level("sddmm", backend, dy.dtype, dy2.shape[1])
+            found = self._call(1, dy2, x2, False, None, threads._override, level)
+        if out is None:
+            return found
+        out[: self.nnz] = found
         out[self.nnz :] = 0
         return out
 
-    def multiply_at(
-        self,
-        op: str,
-        dtype: str,
-        values: int,
-        version: int | None,
-        x: int,
-        strides: tuple[int, ...],
-        batch: int,
-        out: int,
-        bias: int = 0,
-    ) -> None:
-        """Compute Y = A X (+ bias) or dX = Aᵀ dY from addresses, which the caller has checked.
-
-        Parameters
-        ----------
-        op : {"spmm", "spmm_t"}
-        dtype : {"float32", "float64"}
-            Of all operands.
-        values, x, out, bias : int
-            Addresses; 0 for no bias. `out` is (batch, features), contiguous.
-        version : int or None
-            As for :meth:`spmm`.
-        strides : (int, int)
-            Elements from one sample, and from one feature of `x` to the next.
-        batch : int
-            Number of samples.
-        """
-        if logger.isEnabledFor(logging.DEBUG):
-            self._log(_cached_select(op, self.format, dtype, "auto"), batch)
-        multiply = (self._calls or self._bind())[2]
-        f64, number = dtype == "float64", 0 if op == "spmm" else 1
-        if not multiply(
-            number, f64, values, version, x, strides, batch, out, bias, threads._override
-        ):
-            raise self._refusal(op, dtype)
-
-    def sample_at(
-        self,
-        dtype: str,
-        out: int,
-        capacity: int,
-        dy: int,
-        dy_strides: tuple[int, ...],
-        x: int,
-        x_strides: tuple[int, ...],
-        batch: int,
-    ) -> None:
-        """Compute the values' gradient from addresses, zero behind nnz; as `multiply_at`."""
-        if logger.isEnabledFor(logging.DEBUG):
-            self._log(_cached_select("sddmm", self.format, dtype, "auto"), batch)
-        sample = (self._calls or self._bind())[3]
-        f64 = dtype == "float64"
-        if not sample(f64, out, capacity, dy, dy_strides, x, x_strides, batch, threads._override):
-            raise self._refusal("sddmm", dtype)
-
-    def _refusal(self, op: str, dtype: str) -> Exception:
-        """Return why no kernel runs: `select` raises it where SPFMT_ISA is the reason."""
-        select(op, self.format, dtype)
-        return KernelNotFound(f"no kernel for {op} of {self.format} in {dtype}")
-
     def capsule(self) -> Any:
-        """Return the compiled plan with its kernels, as other compiled code holds it."""
+        """Return the compiled plan as other compiled code holds it."""
         return (self._calls or self._bind())[0].__self__
 
     def _bind(self) -> Any:
-        self._calls = _kernels.bind(self._compiled or self._compile(), _indices(self.format))
+        self._calls = _kernels.bind(self.compiled)
         return self._calls
 
     def _multiply(
@@ -469,10 +392,10 @@ class Plan:
         batch_first: bool,
         out: Array | None,
         backend: str,
-        version: int | None,
+        constant: int | None,
         activation: str | None = None,
     ) -> Array:
-        code = activation_code(activation)
+        """Go the long way: make operands plain or say what is wrong with them, then compute."""
         x = np.asarray(x)
         n_in, n_out = (self.shape[1], self.shape[0]) if op == "spmm" else self.shape
         flat = self._flat_values(values)
@@ -480,55 +403,40 @@ class Plan:
         operand = _features_first(x, n_in, batch_first, "X" if op == "spmm" else "dY")
         if out is not None:
             _check_own_memory(out, x, flat, *(() if bias is None else (bias,)))
-        out = _result(out, x, n_out, batch_first)
-        target = _features_first(out, n_out, batch_first, "out", copy=False)
+            _check_result(out, x, n_out, batch_first)
         if backend == "reference":
-            target[...] = self._reference(op, flat, operand, bias, activation)
+            result = self._reference(op, flat, operand, bias, activation)
         else:
-            self._run(op, backend, flat, version, operand, None, target, bias, code)
+            level = self._level(op, backend, flat.dtype, operand.shape[1])
+            code = activation_code(activation)
+            number = 0 if op == "spmm" else 1
+            result = self._call(
+                0, number, flat, constant, operand, bias, code, False, None, threads._override, level
+            )
+        result = result[:, 0] if x.ndim == 1 else result.T if batch_first else result
+        if out is None:
+            return aligned(result, result.dtype)
+        out[...] = result
         return out
 
-    def _run(
-        self,
-        op: str,
-        backend: str,
-        values: Array,
-        version: int | None,
-        a: Array,
-        b: Array | None,
-        out: Array | None,
-        bias: Array | None,
-        activation: int = 0,
-    ) -> None:
-        kernel = _cached_select(op, self.format, _dtype_name(values.dtype), backend)
+    def _level(self, op: str, backend: str, dtype: np.dtype[Any], batch: int) -> int:
+        """Return the number of the level that runs, or raise; say so in the log."""
+        kernel = select(op, self.layout.name, _dtype_name(dtype), backend)
         if logger.isEnabledFor(logging.DEBUG):
-            self._log(kernel, a.shape[1])
-        _kernels.run(
-            kernel.index,
-            self._compiled or self._compile(),
-            values,
-            -1 if version is None else version,
-            a,
-            b,
-            out,
-            bias,
-            threads.get_num_threads(),
-            activation,
-        )
+            choice = self.choice(op, kernel, batch, threads.get_num_threads())
+            logger.debug(
+                "%s %s %s: kernel %s, %d x %d, nnz %d, batch %d, %s, %d threads",
+                op, self.layout.name, kernel.dtype, kernel.isa, *self.shape, self.nnz, batch,
+                choice.variant, choice.threads,
+            )  # fmt: skip
+        return LEVELS.index(kernel.isa)
 
-    def _log(self, kernel: Kernel, batch: int) -> None:
-        choice = self.choice(kernel.op, kernel, batch, threads.get_num_threads())
-        logger.debug(
-            "%s %s %s: kernel %s, %d x %d, nnz %d, batch %d, %s, %d threads",
-            kernel.op, self.format, kernel.dtype, kernel.isa, *self.shape, self.nnz, batch,
-            choice.variant, choice.threads,
-        )  # fmt: skip
-
-    def _compile(self) -> Any:
-        with self._lock:
-            if self._compiled is None:
-                self._compiled = _compile(self.layout)
-        return self._compiled
+    def _call(self, which: int, *arguments: Any) -> Array:
+        """Call a bound function with operands that are plain by now."""
+        result: Array | None = (self._calls or self._bind())[which](*arguments)
+        if result is None:
+            raise RuntimeError("got operands that were checked and are not plain; please report it")
+        return result
 
     def _flat_values(self, values: Array) -> Array:
         values = np.asarray(values)
@@ -551,10 +459,7 @@ class Plan:
         _same_dtype(bias.dtype, dtype, "bias", "values")
         return _plain(bias)
 
-    def _gradient_out(self, out: Array | None, dy: Array, x: Array) -> Array:
-        if out is None:
-            fresh: Array = _kernels.empty(self.nnz, dy.dtype)  # a tenth of empty_aligned's time
-            return fresh
+    def _check_gradient_out(self, out: Array, dy: Array, x: Array) -> None:
         if out.ndim != 1 or out.size < self.nnz or not out.flags.c_contiguous:
             raise format_error(
                 f"out of shape {out.shape}",
@@ -563,7 +468,6 @@ class Plan:
             )
         _same_dtype(out.dtype, dy.dtype, "out", "dY")
         _check_own_memory(out, dy, x)
-        return out
 
     def _dense(self, values: Array) -> npt.NDArray[np.float64]:
         dense = np.zeros(self.shape)
@@ -654,9 +558,7 @@ def _check_own_memory(out: Array, *operands: Array) -> None:
         )
 
 
-def _features_first(
-    x: Array, features: int, batch_first: bool, name: str, copy: bool = True
-) -> Array:
+def _features_first(x: Array, features: int, batch_first: bool, name: str) -> Array:
     """View `x` as (features, samples), checking its shape; a vector is one sample."""
     if x.ndim == 1:
         view = x[:, None]
@@ -673,17 +575,14 @@ def _features_first(
             f"{layout} with {features} features",
             f"pass batch_first={not batch_first} if samples run along the other axis",
         )
-    return np.array(view, order="C") if copy and _splits_elements(view) else view
+    return np.array(view, order="C") if _splits_elements(view) else view
 
 
-def _result(out: Array | None, x: Array, features: int, batch_first: bool) -> Array:
-    """Return the array that receives the result, in the layout that `x` came in."""
+def _check_result(out: Array, x: Array, features: int, batch_first: bool) -> None:
+    """Check the array that receives the result, in the layout that `x` came in."""
     shape: tuple[int, ...] = (features,)
     if x.ndim == 2:
         shape = (x.shape[0], features) if batch_first else (features, x.shape[1])
-    if out is None:
-        return empty_aligned(shape, x.dtype)
     if out.shape != shape:
         raise format_error(f"out of shape {out.shape}", f"{shape}", "let it be allocated")
     _same_dtype(out.dtype, x.dtype, "out", "the operand")
-    return out

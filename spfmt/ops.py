@@ -17,10 +17,10 @@ from typing import Any
 import numpy.typing as npt
 
 from .errors import format_error
-from .formats import FORMATS, SparseTensor
+from .formats import SparseTensor
 
 Array = npt.NDArray[Any]
-_TENSORS = frozenset(FORMATS.values())
+_tensors: set[type] = set()  # types that were seen to be formats
 
 
 def spmm(
@@ -83,7 +83,7 @@ def spmm(
         batch_first=batch_first,
         out=out,
         backend=backend,
-        version=a._version,
+        constant=a._version,
     )
 
 
@@ -107,7 +107,7 @@ def spmm_t(
     """
     _check(a)
     return a._structure.plan.spmm_t(
-        a._values, dy, batch_first=batch_first, out=out, backend=backend, version=a._version
+        a._values, dy, batch_first=batch_first, out=out, backend=backend, constant=a._version
     )
 
 
@@ -148,10 +148,13 @@ def sddmm(
 
 
 def _check(a: object) -> None:
-    # First the types that are known: an abstract class answers isinstance ten times as slowly.
-    if type(a) not in _TENSORS and not isinstance(a, SparseTensor):
+    # Types that were seen before first: an abstract class answers isinstance ten times as slowly.
+    if type(a) in _tensors:
+        return
+    if not isinstance(a, SparseTensor):
         raise format_error(
             f"a weight of type {type(a).__name__}",
             "a spfmt tensor",
             "convert it with spfmt.convert() or a format's from_dense()",
         )
+    _tensors.add(type(a))

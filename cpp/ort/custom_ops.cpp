@@ -11,7 +11,7 @@
 #include <thread>
 #include <utility>
 
-#include "../cost/cost.h"
+#include "../core/variant.h"
 #include "../core/workspace.h"
 #include "ort_api.h"
 #include "structure.h"
@@ -228,7 +228,7 @@ class Linear {
       throw std::invalid_argument("bias: expected " + std::to_string(rows_) +
                                   " elements of the type of values");
     }
-    choose_kernel(values.type);
+    check_type(values.type);
     structure_ = op_.read(constants);
     if (values.type == ElementType::f32) {
       prepare<float>(values, bias);
@@ -238,7 +238,7 @@ class Linear {
   }
 
   void compute(KernelContext* context) const {
-    if (kernel_->dtype == DType::f32) {
+    if (dtype_ == DType::f32) {
       run_on<float>(context, ElementType::f32);
     } else {
       run_on<double>(context, ElementType::f64);
@@ -251,17 +251,14 @@ class Linear {
  private:
   size_t bias_index() const { return op_.inputs.size() + 1; }
 
-  // float64 has one level only, the scalar one.
-  void choose_kernel(ElementType type) {
+  void check_type(ElementType type) {
     if (type != ElementType::f32 && type != ElementType::f64) {
       throw std::invalid_argument(
           "values: expected float32 or float64; open the model without this library to run its "
           "standard operators");
     }
-    const bool single = type == ElementType::f32;
-    kernel_ = find_kernel(Op::spmm, op_.format, single ? DType::f32 : DType::f64,
-                          single ? active_isa() : Isa::scalar);
-    if (kernel_ == nullptr) throw std::invalid_argument("no kernel for this type of values");
+    dtype_ = type == ElementType::f32 ? DType::f32 : DType::f64;
+    isa_ = active_isa();
   }
 
   // Values in the core's order, then one sample, which makes the kernel pack them for small
@@ -284,21 +281,21 @@ class Linear {
   template <class T>
   void multiply(const T* values, const T* x, const T* bias, T* y, int64_t batch,
                 const Executor& executor) const {
-    Args<T> args{};
-    args.values = const_cast<T*>(values);  // only sddmm writes them
-    args.values_version = kConstantValues;
-    args.in = {x, cols_, batch, 1, cols_};
-    args.out = {y, rows_, batch, 1, rows_};
-    args.bias = bias;
-    args.activation = linear_.activation;
-    run(*kernel_, *structure_.plan, args, executor);
+    Product p;
+    p.values = {const_cast<T*>(values), dtype_, plan_nnz(*structure_.plan)};  // sddmm alone writes
+    p.constant = kConstantValues;
+    p.in = {const_cast<T*>(x), dtype_, cols_, batch, 1, cols_};
+    p.out = {y, dtype_, rows_, batch, 1, rows_};
+    p.bias = {const_cast<T*>(bias), dtype_, rows_};
+    p.activation = linear_.activation;
+    run(isa_, *structure_.plan, p, executor);
   }
 
   void tell(int64_t batch, int threads) const {
     const Listener hears = listener.load(std::memory_order_acquire);
     if (hears == nullptr) return;
-    const Choice choice = choose(kernel_->isa, Op::spmm, *structure_.plan, batch, threads);
-    hears(op_.name, isa_name(kernel_->isa), variant_name(choice.variant), choice.threads);
+    const Choice choice = choose(isa_, *structure_.plan, {Op::spmm, batch, dtype_}, threads);
+    hears(op_.name, name_of(choice.isa), choice.variant->name, choice.threads);
   }
 
   // The leading dimensions of X and their product.
@@ -364,7 +361,8 @@ class Linear {
   const LinearOp& linear_;
   const Operator& op_;
   int64_t rows_ = 0, cols_ = 0;
-  const Kernel* kernel_ = nullptr;
+  DType dtype_ = DType::f32;
+  Isa isa_ = Isa::scalar;
   Structure structure_;
   // Values in the order of the plan, where the file's differs; null otherwise.
   std::unique_ptr<Buffer> reordered_;

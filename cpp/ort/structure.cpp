@@ -169,7 +169,7 @@ Structure group_structure(const Constants& node, const Grouped& grouped) {
   Tiles tiles;
   for (size_t begin = 0, end = 0; begin < rows.size(); begin = end) {
     const int64_t group = rows[begin].first / grouped.width;
-    const size_t limit = std::min(rows.size(), begin + kRowTile);
+    const size_t limit = std::min(rows.size(), begin + kBandRows);
     while (end < limit && rows[end].first / grouped.width == group) ++end;
     for (size_t i = begin; i < end; ++i) tiles.row_perm.push_back(rows[i].second);
     tiles.row_ptr.push_back(static_cast<int64_t>(end));

@@ -131,7 +131,7 @@ class Structure:
         """The structure compiled for the kernels, made at its first use."""
         from spfmt.dispatch import Plan
 
-        return Plan(self.cls.format, self.layout)
+        return Plan(self.layout)
 
     def flat_indices(self) -> npt.NDArray[np.int64]:
         """Row-major flat index of every stored position, in the order of the values."""

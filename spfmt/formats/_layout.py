@@ -18,7 +18,7 @@ as it is: one broadcast input meets one contiguous load of weights.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -65,6 +65,8 @@ class Lists(_Positions):
     col_indices : ndarray of int32, shape (nnz,)
     """
 
+    name: ClassVar[str] = "lists"
+
     rows: int
     cols: int
     indptr: Int64s
@@ -97,6 +99,8 @@ class Groups(_Positions):
     col_indices : ndarray of int32
     value_ptr : ndarray of int64, shape (T + 1,)
     """
+
+    name: ClassVar[str] = "groups"
 
     rows: int
     cols: int
