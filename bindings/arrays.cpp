@@ -1,5 +1,5 @@
-// Products of numpy arrays for callers in a hurry: no argument conversion, one call from operands to
-// result. A small product takes less time than pybind11 needs for nine arguments.
+// Products of numpy arrays for callers in a hurry: no argument conversion, one call from operands
+// to result. A small product takes less time than pybind11 needs for nine arguments.
 //
 // bind(plan) returns functions that carry their plan as `self`. They take plain arrays alone and
 // return None for every other, which then goes the long way: there it is made plain, or what is
@@ -123,7 +123,11 @@ View operand(PyObject* o, bool batch_first, DType dtype) {
   const int64_t size = spfmt::size_of(dtype);
   if (a->nd == 1) return {a->data, dtype, a->dimensions[0], 1, a->strides[0] / size, 0};
   const int f = batch_first ? 1 : 0, s = 1 - f;
-  return {a->data, dtype, a->dimensions[f], a->dimensions[s], a->strides[f] / size,
+  return {a->data,
+          dtype,
+          a->dimensions[f],
+          a->dimensions[s],
+          a->strides[f] / size,
           a->strides[s] / size};
 }
 
@@ -236,8 +240,8 @@ PyObject* multiply_plain(const spfmt::Plan& plan, PyObject* const* arg) {
   }
   const Shape shape(p.in, rows + cols - n_in, nd, batch_first);
   if (out != Py_None && !receives(out, shape, dtype_of(*dtype), {x, values, bias})) Py_RETURN_NONE;
-  py::object y = out == Py_None ? new_array(shape, dtype_of(*dtype))
-                                : py::reinterpret_borrow<py::object>(out);
+  py::object y =
+      out == Py_None ? new_array(shape, dtype_of(*dtype)) : py::reinterpret_borrow<py::object>(out);
   p.out = operand(y.ptr(), batch_first, *dtype);
   run(plan, *level, p, threads_of(arg[8]));
   return y.release().ptr();
@@ -264,8 +268,7 @@ PyObject* sample_plain(const spfmt::Plan& plan, PyObject* const* arg) {
   p.op = Op::sddmm;
   p.in = operand(dy, batch_first, *dtype);
   p.in2 = operand(x, batch_first, *dtype);
-  const bool fits =
-      p.in.rows == spfmt::plan_rows(plan) && p.in2.rows == spfmt::plan_cols(plan);
+  const bool fits = p.in.rows == spfmt::plan_rows(plan) && p.in2.rows == spfmt::plan_cols(plan);
   if (!fits || p.in.cols != p.in2.cols) Py_RETURN_NONE;
   Shape shape(spfmt::plan_nnz(plan));
   if (out != Py_None) {
@@ -274,8 +277,8 @@ PyObject* sample_plain(const spfmt::Plan& plan, PyObject* const* arg) {
     shape = Shape(size_of(out));
     if (!receives(out, shape, dtype_of(*dtype), {dy, x})) Py_RETURN_NONE;
   }
-  py::object g = out == Py_None ? new_array(shape, dtype_of(*dtype))
-                                : py::reinterpret_borrow<py::object>(out);
+  py::object g =
+      out == Py_None ? new_array(shape, dtype_of(*dtype)) : py::reinterpret_borrow<py::object>(out);
   p.values = flat(g.ptr(), *dtype);
   run(plan, *level, p, threads_of(arg[4]));
   clear_behind(p.values, spfmt::plan_nnz(plan));

@@ -8,11 +8,11 @@
 #include <optional>
 #include <stdexcept>
 
-#include "../cpp/cost/cost.h"
 #include "../cpp/core/plan.h"
 #include "../cpp/core/probe.h"
-#include "products.h"
+#include "../cpp/cost/cost.h"
 #include "cost.h"
+#include "products.h"
 
 namespace py = pybind11;
 using spfmt_python::forked_child;
@@ -67,7 +67,7 @@ PyPlan lists_plan(int64_t rows, int64_t cols, const Contiguous<int64_t>& indptr,
   require(indptr.data()[rows] == col_indices.size(),
           "indptr does not end at the last column index");
   const spfmt::Lists view{rows, cols, elements<const int64_t>(indptr),
-                             elements<const int32_t>(col_indices)};
+                          elements<const int32_t>(col_indices)};
   const std::string error = spfmt::validate(view);
   require(error.empty(), error.c_str());
   return {spfmt::make_plan(view)};
@@ -82,15 +82,15 @@ PyPlan groups_plan(int64_t rows, int64_t cols, const Contiguous<int32_t>& row_pe
   require(row_ptr.size() == bands + 1 && value_ptr.size() == bands + 1 && col_end.size() == bands,
           "row_ptr and value_ptr need bands + 1 entries, col_begin and col_end one per tile");
   const spfmt::Groups view{rows,
-                              cols,
-                              bands,
-                              col_indices.size(),
-                              elements<const int32_t>(row_perm),
-                              elements<const int64_t>(row_ptr),
-                              elements<const int64_t>(col_begin),
-                              elements<const int64_t>(col_end),
-                              elements<const int32_t>(col_indices),
-                              elements<const int64_t>(value_ptr)};
+                           cols,
+                           bands,
+                           col_indices.size(),
+                           elements<const int32_t>(row_perm),
+                           elements<const int64_t>(row_ptr),
+                           elements<const int64_t>(col_begin),
+                           elements<const int64_t>(col_end),
+                           elements<const int32_t>(col_indices),
+                           elements<const int64_t>(value_ptr)};
   const std::string error = spfmt::validate(view);
   require(error.empty(), error.c_str());
   return {spfmt::make_plan(view)};
@@ -177,7 +177,8 @@ PYBIND11_MODULE(_kernels, m) {
   py::class_<PyPlan>(m, "Plan")
       .def_property_readonly("nnz", [](const PyPlan& p) { return spfmt::plan_nnz(*p.plan); })
       .def_property_readonly("nbytes", [](const PyPlan& p) { return spfmt::plan_nbytes(*p.plan); })
-      .def_property_readonly("padding", [](const PyPlan& p) { return spfmt::plan_padding(*p.plan); });
+      .def_property_readonly("padding",
+                             [](const PyPlan& p) { return spfmt::plan_padding(*p.plan); });
   m.def("lists_plan", &lists_plan, py::arg("rows"), py::arg("cols"), py::arg("indptr").noconvert(),
         py::arg("col_indices").noconvert());
   m.def("groups_plan", &groups_plan, py::arg("rows"), py::arg("cols"),

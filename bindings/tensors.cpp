@@ -135,7 +135,8 @@ struct Known {
   Header header;
   py::capsule plan;
 };
-// Values whose owner promises that they stay as they are while he holds them; counted writes end it.
+// Values whose owner promises that they stay as they are while he holds them; counted writes end
+// it.
 struct Promise {
   int64_t count, version, number;
 };
@@ -189,8 +190,7 @@ int64_t constant_of(const Tensor& values) {
 
 void know(uintptr_t data, int64_t count, int64_t version, const Header& header,
           const py::capsule& plan) {
-  all<Known>().insert_or_assign(reinterpret_cast<void*>(data),
-                                Known{count, version, header, plan});
+  all<Known>().insert_or_assign(reinterpret_cast<void*>(data), Known{count, version, header, plan});
 }
 void forget(uintptr_t data) { all<Known>().erase(reinterpret_cast<void*>(data)); }
 
@@ -289,8 +289,7 @@ PyObject* sample(PyObject*, PyObject* const* arg, Py_ssize_t count) {
     const spfmt::Plan* plan = plan_of(held, arg[3]);
     const auto level = level_in_use();
     if (plan == nullptr || !level || dy.size(0) != x.size(0)) Py_RETURN_NONE;
-    const bool fits =
-        dy.size(1) == spfmt::plan_rows(*plan) && x.size(1) == spfmt::plan_cols(*plan);
+    const bool fits = dy.size(1) == spfmt::plan_rows(*plan) && x.size(1) == spfmt::plan_cols(*plan);
     // torch's allocation takes ints proper and nothing else that stands for one.
     const int64_t nnz = spfmt::plan_nnz(*plan);
     const int64_t capacity = arg[5] == Py_None ? integer(arg[4]) : nnz;

@@ -21,10 +21,10 @@ from ._files import replace_file
 
 __all__ = ["VARIANTS", "Choice", "CostModel", "cost_model", "duration"]
 
-VARIANTS: dict[str, tuple[str, ...]] = {}
-"""Names of the kernel variants of each layout."""
-for _name, _layout, *_ in _kernels.variants():
-    VARIANTS[_layout] = (*VARIANTS.get(_layout, ()), _name)
+VARIANTS: dict[str, list[tuple[str, tuple[str, ...], int]]] = {"lists": [], "groups": []}
+"""The kernel variants of each layout: name, products, and the largest batch that it takes."""
+for _name, _layout, _ops, _most in _kernels.variants():
+    VARIANTS[_layout].append((_name, tuple(_ops), _most))
 
 logger = logging.getLogger("spfmt")
 

@@ -1,7 +1,8 @@
 """Which kernel runs: the table, the choice, and plans that hold a structure for the kernels.
 
-A kernel is one row (op, layout, dtype, ISA) of one table, which knows no formats: a format lowers to
-one of the two layouts. Nothing falls back in silence: a product without a kernel raises :class:`~spfmt.errors.KernelNotFound`, which lists what exists.
+A kernel is one row (op, layout, dtype, ISA) of one table, which knows no formats: each lowers to
+one of two layouts. Nothing falls back in silence: a product without a kernel raises
+:class:`~spfmt.errors.KernelNotFound`, which lists what exists.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import numpy.typing as npt
 import spfmt._kernels as _kernels
 
 from . import cost, threads
-from ._memory import aligned
+from ._memory import aligned, is_aligned
 from .activations import activation_code, apply_activation
 from .errors import FormatError, KernelNotFound, format_error
 from .formats._layout import Groups, Lists
@@ -56,8 +57,8 @@ class Kernel:
 
 def _read_table() -> tuple[Kernel, ...]:
     return tuple(
-        Kernel(*row, ok, "" if ok else f"this CPU lacks {row[-1]}")
-        for *row, ok in _kernels.kernel_table()
+        Kernel(op, layout, dtype, isa, ok, "" if ok else f"this CPU lacks {isa}")
+        for op, layout, dtype, isa, ok in _kernels.kernel_table()
     )
 
 
@@ -404,18 +405,22 @@ class Plan:
         if out is not None:
             _check_own_memory(out, x, flat, *(() if bias is None else (bias,)))
             _check_result(out, x, n_out, batch_first)
+        batched = batch_first and x.ndim == 2
         if backend == "reference":
             result = self._reference(op, flat, operand, bias, activation)
+            result = result.T if batched else result
         else:
             level = self._level(op, backend, flat.dtype, operand.shape[1])
-            code = activation_code(activation)
-            number = 0 if op == "spmm" else 1
+            operand = operand.T if batched else operand
+            code, number = activation_code(activation), 0 if op == "spmm" else 1
+            most = threads._override
             result = self._call(
-                0, number, flat, constant, operand, bias, code, False, None, threads._override, level
+                0, number, flat, constant, operand, bias, code, batched, None, most, level
             )
-        result = result[:, 0] if x.ndim == 1 else result.T if batch_first else result
+        result = result[:, 0] if x.ndim == 1 else result
         if out is None:
-            return aligned(result, result.dtype)
+            placed = result.flags.c_contiguous and is_aligned(result)
+            return result if placed else aligned(result, result.dtype)
         out[...] = result
         return out
 
@@ -485,7 +490,7 @@ class Plan:
 
     def _reference_sddmm(self, dy: Array, x: Array) -> Array:
         full = dy.astype(np.float64) @ x.astype(np.float64).T
-        return np.asarray(full[self.layout.coordinates()], dtype=dy.dtype)
+        return aligned(full[self.layout.coordinates()], dy.dtype)
 
 
 def check_workload(batch: int, threads_: int | None, op: str) -> tuple[int, int]:

@@ -170,8 +170,10 @@ def oracle_dense(tensor: SparseTensor) -> NDArray[Any]:
     return dense.reshape(tensor.shape)
 
 
-def variants(format: str, op: str, batch: int) -> list[str]:
+LAYOUTS = {"lists": "csr", "groups": "shuffled_block"}
+"""Of each layout that kernels see, the format whose random tensors are the least regular."""
+
+
+def variants(layout: str, op: str, batch: int) -> list[str]:
     """All ways to compute one product: a machine's cost model may choose any of them."""
-    if op == "sddmm" or batch > 16:
-        return ["panels"]
-    return ["tokens", "panels"] if format in ("shuffled_block", "hrbp") else [*cost.VARIANTS]
+    return [name for name, ops, most in cost.VARIANTS[layout] if op in ops and batch <= most]

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from format_cases import MAKERS
+from format_cases import LAYOUTS, MAKERS
 
 import spfmt
 from spfmt.activations import ACTIVATIONS, apply_activation
@@ -21,12 +21,12 @@ SLOPE = 1.13
 SPMM = [
     pytest.param(
         k,
-        id=f"{k.format}-{k.dtype}-{k.isa}",
+        id=f"{k.layout}-{k.dtype}-{k.isa}",
         marks=[] if k.available else pytest.mark.skip(reason=k.reason),
     )
     for k in spfmt.kernels("spmm")
 ]
-LEVELS = [p for p in SPMM if p.values[0].format == "csr"]
+LEVELS = [p for p in SPMM if p.values[0].layout == "lists"]
 
 
 def definition(name: str, x: float) -> float:
@@ -62,7 +62,7 @@ def check_ulp(got: np.ndarray, x: np.ndarray, name: str) -> None:
 def test_fused_is_applied_after_the_bias(kernel: spfmt.Kernel, batch_first: bool) -> None:
     rng = np.random.default_rng(1)
     for shape in [(37, 45), (300, 64), (5, 0)]:
-        a = MAKERS[kernel.format](shape, rng).astype(kernel.dtype)
+        a = MAKERS[LAYOUTS[kernel.layout]](shape, rng).astype(kernel.dtype)
         bias = rng.standard_normal(shape[0]).astype(kernel.dtype)
         for batch in (0, 1, 3, 15, 16, 17, 64, 65):
             x = rng.standard_normal((shape[1], batch)).astype(kernel.dtype)
@@ -85,7 +85,7 @@ def test_fused_is_applied_after_the_bias(kernel: spfmt.Kernel, batch_first: bool
 @pytest.mark.parametrize("kernel", SPMM)
 def test_fused_equals_the_activation_of_the_product(kernel: spfmt.Kernel, name: str) -> None:
     """The same bits whichever kernel (tokens, panels, in place) the batch selects."""
-    a = MAKERS[kernel.format]((50, 40), np.random.default_rng(2)).astype(kernel.dtype)
+    a = MAKERS[LAYOUTS[kernel.layout]]((50, 40), np.random.default_rng(2)).astype(kernel.dtype)
     for batch in (1, 3, 16, 65):
         x = np.random.default_rng(3).standard_normal((40, batch)).astype(kernel.dtype)
         z = spfmt.spmm(a, x, backend=kernel.isa)
@@ -133,16 +133,3 @@ def test_unknown_activations_are_refused(name: Any) -> None:
     for backend in ("auto", "reference"):
         with pytest.raises(FormatError, match=r"got activation=.*expected None or one of .'relu'"):
             spfmt.spmm(a, x, activation=name, backend=backend)
-
-
-def test_only_spmm_has_activations() -> None:
-    a, x = identity(np.ones(3), "float32")
-    kernel = spfmt.dispatch.select("spmm_t", "csr", "float32")
-    compiled, out = a.plan._compile(), np.empty_like(x)
-    with pytest.raises(ValueError, match="only spmm has activations"):
-        spfmt._kernels.run(
-            kernel.index, compiled, a.values, -1, x, None, out, None, 1, activation=1
-        )
-    index = spfmt.dispatch.select("spmm", "csr", "float32").index
-    with pytest.raises(ValueError, match="only spmm has activations"):
-        spfmt._kernels.run(index, compiled, a.values, -1, x, None, out, None, 1, activation=5)

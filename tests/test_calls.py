@@ -88,7 +88,7 @@ def test_quick_multiplication_leaves_doubtful_outputs_to_the_long_way() -> None:
     x, bias = memory[:C], memory[C : C + R]
 
     def quick(out: object, values: np.ndarray = a.values) -> object:
-        return multiply(0, values, None, x, bias, 0, False, out, 1)
+        return multiply(0, values, None, x, bias, 0, False, out, 1, None)
 
     read_only = np.ones(R, "float32")
     read_only.flags.writeable = False
@@ -117,7 +117,7 @@ def test_quick_multiplication_leaves_doubtful_outputs_to_the_long_way() -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_quick_sampling_is_taken(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch.Plan, "_gradient_out", None)  # the long way would call it
+    monkeypatch.setattr(dispatch.Plan, "_level", None)  # the long way would call it
     a, rng = weight(dtype), np.random.default_rng(3)
     dy, x = rng.standard_normal((3, R)).astype(dtype), rng.standard_normal((3, C)).astype(dtype)
     at = a.layout().coordinates()
@@ -146,14 +146,16 @@ def test_quick_sampling_leaves_what_is_not_plain_to_the_long_way() -> None:
     dy, x = memory[:R], memory[R : R + C]
 
     def quick(dy: object = dy, x: object = x, out: object = None) -> object:
-        return sample(dy, x, False, out, 1)
+        return sample(dy, x, False, out, 1, None)
 
     assert quick() is not None
     for other in (np.ones(R + 1, "float32"), np.ones((R, 1), "float32"), np.ones(R), dy.view(Sub)):
         assert quick(dy=other) is None
     for other in (x[1:], x[:, None], x[None, :, None], misaligned(x), x.tolist(), x.astype(">f4")):
         assert quick(x=other) is None
-    assert sample(np.ones((R, 2), "float32"), np.ones((C, 3), "float32"), False, None, 1) is None
+    assert (
+        sample(np.ones((R, 2), "float32"), np.ones((C, 3), "float32"), False, None, 1, None) is None
+    )
     read_only = np.ones(a.nnz, "float32")
     read_only.flags.writeable = False
     for out in (
@@ -236,67 +238,44 @@ def test_byte_order_of_another_machine_has_no_kernel() -> None:
         a.plan.spmm(a.values.astype(">f4"), np.ones((C, 2), ">f4"))
 
 
-def test_indices_are_what_select_takes(monkeypatch: pytest.MonkeyPatch) -> None:
-    for level, isa in enumerate(dispatch.LEVELS):
-        if isa not in dispatch._available_levels():
-            continue
-        monkeypatch.setenv("SPFMT_ISA", isa)
-        for format in {k.format for k in dispatch.kernels()}:
-            found = np.reshape(dispatch._indices(format), (3, 2, 3))
-            for i, op in enumerate(dispatch.OPS):
-                for j, dtype in enumerate(("float32", "float64")):
-                    assert found[i, j, level] == dispatch.select(op, format, dtype).index
-
-
 def test_a_level_that_does_not_exist_is_an_error_at_every_call(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     a, x = weight(), np.ones(C, "float32")
     spfmt.spmm(a, x)
-    out, strides = np.ones(R, "float32"), (C, 1)
     monkeypatch.setenv("SPFMT_ISA", "sse9")
+    for product, operand in ((spfmt.spmm, x), (spfmt.spmm_t, np.ones(R, "float32"))):
+        with pytest.raises(FormatError, match="sse9"):
+            product(a, operand)
     with pytest.raises(FormatError, match="sse9"):
-        spfmt.spmm(a, x)
-    at = (x.ctypes.data, strides, 1, out.ctypes.data)
-    with pytest.raises(FormatError, match="sse9"):
-        a.plan.multiply_at("spmm", "float32", a.values.ctypes.data, None, *at)
-    assert (out == 1).all()
+        spfmt.sddmm(a, np.ones(R, "float32"), x)
 
 
 def test_bound_functions_check_their_arguments_and_keep_their_plan() -> None:
     a = weight()
-    multiply, sample, multiply_at, sample_at = dispatch._kernels.bind(
-        a.plan._compile(), dispatch._indices("csr")
-    )
+    multiply, sample = dispatch._kernels.bind(a.plan.compiled)
     values, x, dense = a.values, np.ones(C, "float32"), a.to_dense()
-    for function in (multiply, sample, multiply_at, sample_at, dispatch._kernels.fingerprint):
+    for function in (multiply, sample):
         with pytest.raises(TypeError):
             function()
     with pytest.raises(IndexError):
-        multiply(9, values, None, x, None, 0, False, None, None)
+        multiply(9, values, None, x, None, 0, False, None, None, None)
     for code in (-1, 5):
         with pytest.raises(ValueError, match="no such activation"):
-            multiply(0, values, None, x, None, code, False, None, None)
-    with pytest.raises(ValueError, match="only spmm has activations"):
-        multiply(1, values, None, np.ones(R, "float32"), None, 1, False, None, None)
-    memory, strides = np.ones(R * C, "float32"), (C, 1)
-    place = memory.ctypes.data
-    with pytest.raises(ValueError, match="negative"):
-        multiply_at(0, False, place, None, place, strides, -1, place, 0, 1)
-    with pytest.raises(ValueError, match="only spmm has a bias"):
-        multiply_at(1, False, place, None, place, strides, 1, place, place, 1)
-    with pytest.raises(ValueError, match="sddmm"):
-        multiply_at(2, False, place, None, place, strides, 1, place, 0, 1)
-    with pytest.raises(ValueError, match="fewer elements"):
-        sample_at(False, place, 1, place, strides, place, strides, 1, 1)
+            multiply(0, values, None, x, None, code, False, None, None, None)
     dy = np.ones(R, "float32")
-    assert multiply(1, values, None, dy, values[:R], 0, False, None, None) is None
-    with pytest.raises(ValueError, match="kernel count"):
-        dispatch._kernels.bind(a.plan._compile(), [0])
+    with pytest.raises(ValueError, match="only spmm has a bias and activations"):
+        multiply(1, values, None, dy, None, 1, False, None, None, None)
+    for level in (-1, 3):
+        with pytest.raises(ValueError, match="no such level"):
+            multiply(0, values, None, x, None, 0, False, None, None, level)
+        with pytest.raises(ValueError, match="no such level"):
+            sample(dy, x, False, None, None, level)
+    assert multiply(1, values, None, dy, values[:R], 0, False, None, None, None) is None
     del a
     gc.collect()
     np.testing.assert_allclose(
-        multiply(0, values, None, x, None, 0, False, None, 1), dense.sum(1), rtol=1e-5, atol=1e-5
+        multiply(0, values, None, x, None, 0, False, None, 1, None), dense.sum(1), rtol=1e-5
     )
 
 
@@ -322,20 +301,3 @@ def test_first_products_of_two_threads_do_not_wait_for_each_other() -> None:
         """
     result = run_python(code)
     assert result.stdout.strip() == "done", (result.returncode, result.stderr)
-
-
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("size", [1, 5, 255, 1000, 100_003])
-def test_fingerprint_sees_the_ends_and_every_whole_write(dtype: str, size: int) -> None:
-    a = np.random.default_rng(0).random(size).astype(dtype)
-
-    def fingerprint() -> int:
-        return dispatch._kernels.fingerprint(a.ctypes.data, a.size, a.itemsize)
-
-    before = fingerprint()
-    assert fingerprint() == before
-    a[-1] += 1
-    assert fingerprint() != before
-    a[-1] -= 1
-    a *= 2
-    assert fingerprint() != before

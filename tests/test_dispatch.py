@@ -26,7 +26,7 @@ PACKAGE = Path(spfmt.__file__).parent
 def test_environment_forces_a_level(isa: str) -> None:
     if isa not in dispatch._available_levels():
         pytest.skip(f"this CPU lacks {isa}")
-    code = "import spfmt; print(spfmt.dispatch.select('spmm', 'nm', 'float32').isa)"
+    code = "import spfmt; print(spfmt.dispatch.select('spmm', 'lists', 'float32').isa)"
     assert run_python(code, SPFMT_ISA=isa).stdout.strip() == isa
 
 
@@ -110,28 +110,19 @@ def test_bindings_refuse_arrays_of_other_kinds() -> None:
             kernels.lists_plan(2, 2, *bad)
     with pytest.raises(ValueError, match="column index out of range"):
         kernels.lists_plan(2, 1, pointers, columns)
+    calls = kernels.bind(plan)
     x, odd = np.ones((2, 3), "float32"), np.ones(25, "u1")[1:].view("float32").reshape(2, 3)
-    index = dispatch.select("spmm", "csr", "float32", "scalar").index
     for values, operand, out in [
         (np.ones(2), x, x.copy()),
         (x[0, :1], x, x.copy()),
         (x[0, :2], x.astype("float64"), x.copy()),
         (x[0, :2], x[:1], x.copy()),
         (x[0, :2], odd, x.copy()),
-        (x[0, :2], x, odd),
-        (x[0, :2], x, x[:, :2]),
-        (x[0, :2], x, None),
+        (x[0, :2], x, x[:, :2].copy()),
     ]:
-        with pytest.raises(ValueError, match=r"vector|operand|output|aligned"):
-            kernels.run(index, plan, values, -1, operand, None, out, None, 1)
-    transposed = dispatch.select("spmm_t", "csr", "float32", "scalar").index
-    with pytest.raises(ValueError, match="only spmm has a bias"):
-        kernels.run(transposed, plan, x[0, :2], -1, x, None, x.copy(), x[0, :2], 1)
-    other = dispatch.select("spmm", "hrbp", "float32", "scalar").index
-    with pytest.raises(ValueError, match="another layout"):
-        kernels.run(other, plan, x[0, :2], -1, x, None, x.copy(), None, 1)
-    with pytest.raises(IndexError):
-        kernels.run(10_000, plan, x[0, :2], -1, x, None, x.copy(), None, 1)
+        for op in (0, 1):
+            arguments = (op, values, None, operand, None, 0, False, out, 1, None)
+            assert calls[0](*arguments) is None  # left to the long way, which explains
 
 
 def test_bindings_check_groups() -> None:
@@ -171,7 +162,7 @@ def test_import_needs_numpy_alone() -> None:
 def test_show_config_lists_every_row() -> None:
     text = spfmt.show_config()
     for kernel in spfmt.kernels():
-        assert kernel.format in text
+        assert kernel.layout in text
         assert kernel.op in text
     assert f"threads: {spfmt.get_num_threads()}" in text
 
@@ -180,7 +171,7 @@ def test_debug_log_names_the_kernel(caplog: pytest.LogCaptureFixture) -> None:
     a = spfmt.CSR.from_dense(np.eye(3, dtype="float32"))
     with caplog.at_level(logging.DEBUG, logger="spfmt"):
         spfmt.spmm(a, np.ones((3, 2), "float32"), backend="scalar")
-    assert "spmm csr float32: kernel scalar, 3 x 3, nnz 3, batch 2" in caplog.text
+    assert "spmm lists float32: kernel scalar, 3 x 3, nnz 3, batch 2" in caplog.text
 
 
 def _product(a: spfmt.CSR, x: np.ndarray) -> np.ndarray:

@@ -57,15 +57,15 @@ class Kernel:
 
 KERNELS = {
     "probe_fma": Kernel(lambda chains: chains),
-    "tile_panel": Kernel(lambda rows, vectors: rows * vectors, registers=True),
-    "tile_tokens": Kernel(lambda tokens, chains, columns, adjacent: tokens),
+    "band_panel": Kernel(lambda rows, vectors: rows * vectors, registers=True),
+    "band_samples": Kernel(lambda samples, chains, columns, adjacent: samples),
     "last_columns": Kernel(lambda: 1),
-    "tile_t_panel": Kernel(lambda columns, vectors: columns * vectors, registers=True),
-    "groups_t_tokens_n": Kernel(lambda tokens: tokens),
-    "tile_dots": Kernel(lambda columns: 4 * columns),
+    "band_t_panel": Kernel(lambda columns, vectors: columns * vectors, registers=True),
+    "groups_t_bands_n": Kernel(lambda samples: samples),
+    "band_dots": Kernel(lambda columns: 4 * columns),
     "pieces_panel": Kernel(lambda rows, vectors, first: rows * vectors),
     "slice_sums": Kernel(
-        lambda width, steps, tokens: steps * tokens,
+        lambda width, steps, samples: steps * samples,
         contains={"avx512": "vperm[it]2ps", "avx2": "vpermps"},
         spills={"avx2": "four registers of a window beside the weights of four steps"},
     ),

@@ -7,11 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from format_cases import MAKERS, variants
+from format_cases import LAYOUTS, MAKERS, variants
 from fresh_python import run_python
 
 import spfmt
-from spfmt import cost
 from spfmt.cost import forced
 
 SHAPES = [(1, 1), (15, 31), (16, 32), (17, 33), (5, 70), (100, 257), (33, 300), (0, 5), (5, 0)]
@@ -22,7 +21,7 @@ FORMATS = sorted(MAKERS)
 ROWS = [
     pytest.param(
         k,
-        id=f"{k.op}-{k.format}-{k.dtype}-{k.isa}",
+        id=f"{k.op}-{k.layout}-{k.dtype}-{k.isa}",
         marks=[] if k.available else pytest.mark.skip(reason=k.reason),
     )
     for k in spfmt.kernels()
@@ -31,7 +30,7 @@ ROWS = [
 
 def tensor(name: str, shape: tuple[int, ...], dtype: str, seed: int = 0) -> spfmt.SparseTensor:
     rng = np.random.default_rng([seed, *shape])
-    return MAKERS[name](shape, rng).astype(dtype)
+    return MAKERS[LAYOUTS.get(name, name)](shape, rng).astype(dtype)
 
 
 def guarded(rows: int, cols: int, order: str, dtype: str) -> tuple[np.ndarray, np.ndarray]:
@@ -66,7 +65,7 @@ ORDERS = ["features_first", "batch_first", "strided", "reversed"]
 @pytest.mark.parametrize("shape", [*SHAPES, *CONV_SHAPES], ids=str)
 @pytest.mark.parametrize("kernel", ROWS)
 def test_against_float64(kernel: spfmt.Kernel, shape: tuple[int, ...]) -> None:
-    a = tensor(kernel.format, shape, kernel.dtype)
+    a = tensor(kernel.layout, shape, kernel.dtype)
     dense = a.to_dense().reshape(a.matrix_shape).astype(np.float64)
     rng = np.random.default_rng(1)
     for i, batch in enumerate(BATCHES):
@@ -81,7 +80,7 @@ def test_against_float64(kernel: spfmt.Kernel, shape: tuple[int, ...]) -> None:
             continue
         weight, right = (dense, x) if kernel.op == "spmm" else (dense.T, dy)
         product = spfmt.spmm if kernel.op == "spmm" else spfmt.spmm_t
-        for variant in variants(kernel.format, kernel.op, batch):
+        for variant in variants(kernel.layout, kernel.op, batch):
             frame, out = guarded(weight.shape[0], batch, out_order, kernel.dtype)
             with forced(variant):
                 assert product(a, right, out=out, backend=kernel.isa) is out
@@ -91,7 +90,7 @@ def test_against_float64(kernel: spfmt.Kernel, shape: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("kernel", [p for p in ROWS if p.values[0].op == "spmm"])
 def test_bias_vector_and_batch_first(kernel: spfmt.Kernel) -> None:
-    a = tensor(kernel.format, (37, 45), kernel.dtype, 3)
+    a = tensor(kernel.layout, (37, 45), kernel.dtype, 3)
     rng = np.random.default_rng(2)
     bias = rng.standard_normal(37).astype(kernel.dtype)
     for batch in (1, 4, 20, 70):
@@ -107,7 +106,7 @@ def test_bias_vector_and_batch_first(kernel: spfmt.Kernel) -> None:
 
 @pytest.mark.parametrize("kernel", [p for p in ROWS if p.values[0].dtype == "float32"])
 def test_threads_do_not_change_a_bit(kernel: spfmt.Kernel) -> None:
-    a = tensor(kernel.format, (300, 280), "float32", 4)
+    a = tensor(kernel.layout, (300, 280), "float32", 4)
     rng = np.random.default_rng(5)
     for batch in (3, 6, 40, 150, 700):
         x = rng.standard_normal((batch, 280)).astype("float32")
@@ -122,7 +121,7 @@ def test_threads_do_not_change_a_bit(kernel: spfmt.Kernel) -> None:
                     (spfmt.spmm, x) if kernel.op == "spmm" else (spfmt.spmm_t, dy)
                 )  # fmt: skip
                 found = []
-                for variant in variants(kernel.format, kernel.op, batch):
+                for variant in variants(kernel.layout, kernel.op, batch):
                     with forced(variant):
                         found.append(product(a, right, batch_first=True, backend=kernel.isa))
                 results.append(np.stack(found))
@@ -140,20 +139,20 @@ def _default_threads():
 @pytest.mark.parametrize("kernel", [p for p in ROWS if p.values[0].op != "sddmm"])
 def test_padding_never_meets_infinities(kernel: spfmt.Kernel, value: float) -> None:
     """An output depends only on the inputs that its structure names: 0 * inf must not appear."""
-    a = tensor(kernel.format, (50, 90), kernel.dtype, 6)
+    a = tensor(kernel.layout, (50, 90), kernel.dtype, 6)
     mask = a.mask() if kernel.op == "spmm" else a.mask().T
     product = spfmt.spmm if kernel.op == "spmm" else spfmt.spmm_t
     for batch, feature in product_of((1, 3, 20), (0, 7, 32, mask.shape[1] - 1)):
         x = np.ones((mask.shape[1], batch), kernel.dtype)
         x[feature, 0] = value  # padding looks at the first feature of its chunk of 32
-        for variant in variants(kernel.format, kernel.op, batch):
+        for variant in variants(kernel.layout, kernel.op, batch):
             with forced(variant):
                 got = product(a, x, backend=kernel.isa)
             np.testing.assert_array_equal(np.isfinite(got[:, 0]), ~mask[:, feature])
             assert np.isfinite(got[:, 1:]).all()
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", LAYOUTS)
 def test_values_may_have_spare_capacity(name: str) -> None:
     a = tensor(name, (40, 30), "float32", 7)
     rng = np.random.default_rng(8)
@@ -166,7 +165,7 @@ def test_values_may_have_spare_capacity(name: str) -> None:
     assert (gradient[a.nnz :] == 0).all()
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", LAYOUTS)
 def test_new_values_on_the_same_structure(name: str) -> None:
     """Packed copies of values belong to the tensor they were made from."""
     a = tensor(name, (40, 30), "float32", 9)
@@ -177,15 +176,47 @@ def test_new_values_on_the_same_structure(name: str) -> None:
         np.testing.assert_array_equal(2 * spfmt.spmm_t(a, dy), spfmt.spmm_t(b, dy))
 
 
-@pytest.mark.parametrize("name", FORMATS)
-def test_values_without_a_version_may_change_in_place(name: str) -> None:
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_changing_values_are_multiplied_as_they_are(name: str) -> None:
+    """Whoever writes them, and however little: every single one, between any two products."""
     a = tensor(name, (40, 30), "float32", 9)
     values = a.values.copy().reshape(-1)
-    x, dy = np.ones((30, 2), "float32"), np.ones((40, 2), "float32")
-    one, one_t = a.plan.spmm(values, x), a.plan.spmm_t(values, dy)
+    for batch, op in product_of((1, 2, 20), ("spmm", "spmm_t")):
+        x = np.ones((30 if op == "spmm" else 40, batch), "float32")
+        dense = a.to_dense() if op == "spmm" else a.to_dense().T
+        for variant in variants(name, op, batch):
+            with forced(variant):
+                product = getattr(a.plan, op)
+                before = product(values, x)
+                for place in range(0, a.nnz, 7):
+                    values[place] += 64.0
+                    after = product(values, x)
+                    values[place] -= 64.0
+                    row, col = (int(i[place]) for i in a.layout().coordinates())
+                    changed = np.flatnonzero(abs(after[:, 0] - before[:, 0]) > 1)
+                    np.testing.assert_array_equal(changed, row if op == "spmm" else col)
+                check(product(values, x), dense @ x, abs(dense) @ abs(x), dense.shape[1])
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_promise_of_constant_values_is_taken_at_its_word(name: str) -> None:
+    a = tensor(name, (40, 30), "float32", 9)
+    values, x = a.values.copy().reshape(-1), np.ones((30, 2), "float32")
+    first = spfmt.formats.new_version()
+    one = a.plan.spmm(values, x, constant=first)
+    np.testing.assert_array_equal(a.plan.spmm(values, x, constant=first), one)
     values *= 2
+    second = a.plan.spmm(values, x, constant=spfmt.formats.new_version())
+    np.testing.assert_array_equal(second, 2 * one)
     np.testing.assert_array_equal(a.plan.spmm(values, x), 2 * one)
-    np.testing.assert_array_equal(a.plan.spmm_t(values, dy), 2 * one_t)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_lowers_to_a_layout_that_kernels_read(name: str) -> None:
+    a = tensor(name, (37, 45), "float32", 3)
+    x = np.random.default_rng(4).standard_normal((45, 6)).astype("float32")
+    dense = a.to_dense().astype(float)
+    check(spfmt.spmm(a, x), dense @ x, abs(dense) @ abs(x), 45)
 
 
 def csr(mask: np.ndarray, dtype: str) -> spfmt.CSR:
@@ -194,9 +225,7 @@ def csr(mask: np.ndarray, dtype: str) -> spfmt.CSR:
 
 
 BLOCK_PRODUCTS = [
-    p
-    for p in ROWS
-    if p.values[0].format == "shuffled_block" and p.values[0].op in ("spmm", "spmm_t")
+    p for p in ROWS if p.values[0].layout == "groups" and p.values[0].op in ("spmm", "spmm_t")
 ]
 
 
@@ -222,7 +251,7 @@ def test_blocks_of_every_small_batch(kernel: spfmt.Kernel, block_rows: int, cols
         order, out_order = ORDERS[(i + batch // 4) % 4], ORDERS[i]
         x = operand(cols, batch, order, kernel.dtype, rng)
         frame, out = guarded(71, batch, out_order, kernel.dtype)
-        with forced("tokens"):
+        with forced("bands"):
             spfmt.spmm(a, x, bias=bias, out=out, backend=kernel.isa)
             active = spfmt.spmm(a, x, bias=bias, activation="relu", backend=kernel.isa)
         np.testing.assert_array_equal(active, np.maximum(out, 0))
@@ -233,8 +262,8 @@ def test_blocks_of_every_small_batch(kernel: spfmt.Kernel, block_rows: int, cols
 
 @pytest.mark.parametrize("cols", [95, 97, 1000, 4200])
 @pytest.mark.parametrize("kernel", BLOCK_PRODUCTS)
-def test_tiles_take_many_columns_in_parts(kernel: spfmt.Kernel, cols: int) -> None:
-    """Wide tiles are split where L1 would not hold them; 64 samples of 4200 columns exceed L2."""
+def test_bands_take_many_columns_in_parts(kernel: spfmt.Kernel, cols: int) -> None:
+    """Wide bands are split where L1 would not hold them; 64 samples of 4200 columns exceed L2."""
     rng = np.random.default_rng(cols)
     widths = [cols, 0, cols * 2 // 3]
     pointer = np.append(0, np.cumsum(widths))
@@ -257,19 +286,17 @@ def test_tiles_take_many_columns_in_parts(kernel: spfmt.Kernel, cols: int) -> No
         assert np.isnan(frame).sum() == frame.size - out.size, "wrote outside of the output"
 
 
-CSR_SPMM = [p for p in ROWS if (p.values[0].op, p.values[0].format) == ("spmm", "csr")]
+LISTS_SPMM = [p for p in ROWS if (p.values[0].op, p.values[0].layout) == ("spmm", "lists")]
 
 
-SMALL = [p for p in ROWS if p.values[0].op == "spmm" and p.values[0].format in ("csr", "nm")]
-
-
+@pytest.mark.parametrize("regular", [False, True])
 @pytest.mark.parametrize("per_window", [1, 2, 3, 5])
-@pytest.mark.parametrize("kernel", SMALL)
-def test_every_small_batch(kernel: spfmt.Kernel, per_window: int) -> None:
-    """1 to 16 samples meet every number of steps per record and of tokens per pass."""
+@pytest.mark.parametrize("kernel", LISTS_SPMM)
+def test_every_small_batch(kernel: spfmt.Kernel, per_window: int, regular: bool) -> None:
+    """1 to 16 samples meet every number of steps per record and of samples per pass."""
     rng = np.random.default_rng(per_window)
     scores = rng.random((39, 210))  # 210 columns: the last window is cut short
-    if kernel.format == "nm":
+    if regular:
         a = spfmt.NM.from_scores(scores, n=per_window, m=32, values=scores - 0.5)
     else:
         mask = scores < per_window / 32
@@ -277,7 +304,7 @@ def test_every_small_batch(kernel: spfmt.Kernel, per_window: int) -> None:
         a = csr(mask, "float64")
     a = a.astype(kernel.dtype)
     dense = a.to_dense().astype(np.float64)
-    for batch, variant in product_of(range(1, 17), cost.VARIANTS):
+    for batch, variant in product_of(range(1, 17), variants("lists", "spmm", 1)):
         order = ORDERS[batch % 4]
         x = operand(210, batch, order, kernel.dtype, rng)
         frame, out = guarded(39, batch, ORDERS[batch // 5], kernel.dtype)
@@ -298,23 +325,23 @@ def test_structure_too_large_for_caches() -> None:
     columns = np.sort(order[:, :fan_in], axis=1)
     values = rng.standard_normal((rows, fan_in)).astype("float32")
     a = spfmt.Condensed((rows, cols), np.arange(rows), columns, values)
-    for kernel in spfmt.kernels(op="spmm", format="condensed", dtype="float32"):
+    for kernel in spfmt.kernels(op="spmm", layout="lists", dtype="float32"):
         for batch in (1, 2, 3, 8) if kernel.available else ():
             x = rng.standard_normal((batch, cols)).astype("float32")
             terms = values.astype(np.float64) * x[:, columns]
-            with forced("tokens"):
+            with forced("lookup"):
                 got = spfmt.spmm(a, x, batch_first=True, backend=kernel.isa)
             check(got, terms.sum(2), abs(terms).sum(2), fan_in)
         x = np.ones(cols, "float32")
         x[[0, 40, 299]] = np.inf, -np.inf, np.nan
         if kernel.available:
             finite = np.isfinite(x[columns]).all(1)
-            with forced("tokens"):
+            with forced("lookup"):
                 got = spfmt.spmm(a, x, backend=kernel.isa)
             np.testing.assert_array_equal(np.isfinite(got), finite)
 
 
-@pytest.mark.parametrize("kernel", CSR_SPMM)
+@pytest.mark.parametrize("kernel", LISTS_SPMM)
 def test_octets_cut_long_rows_into_tiles(kernel: spfmt.Kernel) -> None:
     """Rows of all lengths, over three tiles of columns and two chunks of rows, and infinite x."""
     rng = np.random.default_rng(14)
@@ -333,7 +360,7 @@ def test_octets_cut_long_rows_into_tiles(kernel: spfmt.Kernel) -> None:
             x[feature] = 1.0
 
 
-@pytest.mark.parametrize("kernel", CSR_SPMM)
+@pytest.mark.parametrize("kernel", LISTS_SPMM)
 def test_rows_that_miss_whole_tiles_of_columns(kernel: spfmt.Kernel) -> None:
     mask = np.zeros((70, 1100), bool)
     for r in range(70):  # full, empty and in between, each somewhere else
@@ -344,7 +371,7 @@ def test_rows_that_miss_whole_tiles_of_columns(kernel: spfmt.Kernel) -> None:
     check(spfmt.spmm(a, x, backend=kernel.isa), dense @ x, abs(dense) @ abs(x), 1100)
 
 
-@pytest.mark.parametrize("kernel", CSR_SPMM)
+@pytest.mark.parametrize("kernel", LISTS_SPMM)
 def test_rows_longer_than_sixteen_bits_count(kernel: spfmt.Kernel) -> None:
     cols = 2**16 + 70
     rng = np.random.default_rng(14)
@@ -371,7 +398,7 @@ def test_layouts_of_wide_matrices_grow_with_the_nonzeros() -> None:
 GUARD_PAGES = """
 import ctypes, mmap
 import numpy as np, spfmt
-from format_cases import MAKERS
+from format_cases import LAYOUTS, MAKERS
 
 libc = ctypes.CDLL(None, use_errno=True)
 
@@ -392,7 +419,7 @@ for kernel in spfmt.kernels():
     if not kernel.available:
         continue
     for shape in [(3, 5), (17, 33), (37, 50)]:
-        a = MAKERS[kernel.format](shape, np.random.default_rng(3)).astype(kernel.dtype)
+        a = MAKERS[LAYOUTS[kernel.layout]](shape, np.random.default_rng(3)).astype(kernel.dtype)
         values = at_page_end(a.values.reshape(-1))
         for batch in (1, 3, 17, 32, 70):
             for flip in (False, True):
@@ -420,7 +447,7 @@ def test_nothing_behind_an_operand_is_touched() -> None:
     assert result.stdout.strip() == "done", (result.returncode, result.stderr)
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", LAYOUTS)
 def test_operators(name: str) -> None:
     a = tensor(name, (40, 30), "float64", 10)
     rng = np.random.default_rng(11)
@@ -430,12 +457,8 @@ def test_operators(name: str) -> None:
     np.testing.assert_array_equal(x.T @ a.T, spfmt.spmm(a, x.T, batch_first=True))
 
 
-def test_every_format_has_every_product_at_every_level() -> None:
-    rows = {(k.format, k.op, k.isa) for k in spfmt.kernels(dtype="float32")}
-    wanted = {
-        (f, op, isa)
-        for f in FORMATS
-        for op in ("spmm", "spmm_t", "sddmm")
-        for isa in ("scalar", "avx2", "avx512")
-    }
-    assert rows == wanted
+def test_every_layout_has_every_product_at_every_level() -> None:
+    assert len(spfmt.kernels()) == 24
+    rows = {(k.layout, k.op, k.isa) for k in spfmt.kernels(dtype="float32")}
+    levels = ("scalar", "avx2", "avx512")
+    assert rows == set(product_of(LAYOUTS, ("spmm", "spmm_t", "sddmm"), levels))

@@ -77,7 +77,7 @@ def test_plan_refuses_short_values_and_outputs(a: spfmt.CSR) -> None:
 def test_missing_kernel_names_what_exists(a: spfmt.CSR) -> None:
     half = a.astype("float16")
     x = np.ones((4, 1), "float16")
-    with pytest.raises(KernelNotFound, match=r"(?s)spmm of csr in float16.*float32.*astype"):
+    with pytest.raises(KernelNotFound, match=r"(?s)spmm of lists in float16.*float32.*astype"):
         spfmt.spmm(half, x)
     with pytest.raises(KernelNotFound, match=r"(?s)float64 at level avx2.*backend='auto'"):
         spfmt.spmm(a.astype("float64"), x.astype("float64"), backend="avx2")

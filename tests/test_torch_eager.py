@@ -10,8 +10,7 @@ from torch.overrides import TorchFunctionMode  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 from spfmt import _kernels  # noqa: E402
-from spfmt.torch import SparseLinear, _products, functional  # noqa: E402
-from spfmt.torch._eager import is_ordinary, is_unobserved  # noqa: E402
+from spfmt.torch import SparseLinear, ops  # noqa: E402
 
 
 @pytest.fixture
@@ -23,7 +22,7 @@ def test_eager_and_dispatched_agree_with_gradients(layer, monkeypatch):
     x = torch.randn(4, 16, requires_grad=True)
     parameters = [x, layer.values, layer.bias]
     quick = torch.autograd.grad(layer(x).square().sum(), parameters)
-    monkeypatch.setattr(_products, "is_unobserved", lambda: False)
+    monkeypatch.setattr(ops, "_is_unobserved", lambda: False)
     long = torch.autograd.grad(layer(x).square().sum(), parameters)
     for a, b in zip(quick, long, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
@@ -60,21 +59,21 @@ def test_only_ordinary_tensors_are_quick():
         pass
 
     x = torch.randn(2, 3)
-    assert is_ordinary(x, None, torch.nn.Parameter(x))
-    assert not is_ordinary(x.as_subclass(Sub))
-    assert not is_ordinary(x.to("meta"))
-    assert not is_ordinary(torch._neg_view(x))
-    assert not is_ordinary(x.to_sparse())
-    assert not is_ordinary(torch._efficientzerotensor((2, 3)))
-    assert is_unobserved()
+    assert ops._is_ordinary(x, None, torch.nn.Parameter(x))
+    assert not ops._is_ordinary(x.as_subclass(Sub))
+    assert not ops._is_ordinary(x.to("meta"))
+    assert not ops._is_ordinary(torch._neg_view(x))
+    assert not ops._is_ordinary(x.to_sparse())
+    assert not ops._is_ordinary(torch._efficientzerotensor((2, 3)))
+    assert ops._is_unobserved()
     with torch.autocast("cpu"):
-        assert not is_unobserved()
+        assert not ops._is_unobserved()
 
 
 def test_compiled_products_check_their_arguments(layer):
     x, out = torch.randn(2, 16), torch.full((2, 12), 7.0)
     values, structure = layer.values.detach(), layer.structure
-    weight = values, structure, x, None, (12, 16), "condensed"
+    weight = values, structure, x, None, (12, 16)
     multiply, sample = _kernels.multiply_tensors, _kernels.sample_tensors
     for function in (multiply, sample):
         with pytest.raises(TypeError):
@@ -92,10 +91,10 @@ def test_compiled_products_check_their_arguments(layer):
 
 
 def declined(layer):
-    """Yield operands of spmm, (values, structure, x, bias, shape, format, out), with one flaw."""
+    """Yield operands of spmm, (values, structure, x, bias, shape, out), with one flaw."""
     good = {
         "values": layer.values.detach(), "structure": layer.structure, "x": torch.randn(3, 16),
-        "bias": torch.randn(12), "shape": (12, 16), "format": "condensed", "out": torch.ones(3, 12),
+        "bias": torch.randn(12), "shape": (12, 16), "out": torch.ones(3, 12),
     }  # fmt: skip
     yield good
     flaws = [
@@ -108,7 +107,6 @@ def declined(layer):
         ("bias", [torch.randn(11), torch.randn(12).double(), torch.randn(24)[::2], 0]),
         ("shape", [(16, 12), (12,), "ab", None, (12.0, 16), ("12", "16"), (12, None)]),
         ("shape", [(2**70, 16), (12 + 2**64, 16), (-1, 16)]),
-        ("format", ["csr", None, 3, "condensed "]),
         ("out", [torch.ones(3, 11), torch.ones(2, 12), torch.ones(36), torch.ones(3, 12).half()]),
     ]
     for name, values in flaws:
@@ -119,7 +117,7 @@ def declined(layer):
 def test_compiled_products_decline_what_is_not_plain(layer):
     results = []
     for case in declined(layer):
-        operands = [case[n] for n in ("values", "structure", "x", "bias", "shape", "format")]
+        operands = [case[n] for n in ("values", "structure", "x", "bias", "shape")]
         out = case["out"].fill_(1)
         results.append(_kernels.multiply_tensors(0, *operands, 0, out, 1))
         assert (out == 1).all() == (results[-1] is None)  # declined before anything was written
@@ -128,7 +126,7 @@ def test_compiled_products_decline_what_is_not_plain(layer):
 
 
 def test_compiled_gradients_decline_what_is_not_plain(layer):
-    x, dy, weight = torch.randn(3, 16), torch.randn(3, 12), ((12, 16), "condensed")
+    x, dy, weight = torch.randn(3, 16), torch.randn(3, 12), ((12, 16),)
     sample, words, nnz = _kernels.sample_tensors, layer.structure, layer.nnz
     assert sample(words, dy, x, *weight, nnz, None, 1).shape == (nnz,)
     assert sample(words, dy, x, *weight, nnz - 1, None, 1) is None
@@ -152,9 +150,7 @@ def test_lazily_negated_input(layer):
 def test_strided_bias(layer):
     bias = torch.randn(24)[::2]
     x = torch.zeros(2, 16)
-    y = functional.spmm(
-        layer.values, layer.structure, x, bias, shape=layer.shape, format=layer.format
-    )
+    y = ops.spmm(layer.values, layer.structure, x, bias, shape=layer.shape)
     torch.testing.assert_close(y.detach(), bias.expand(2, 12))
 
 

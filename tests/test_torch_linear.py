@@ -329,7 +329,7 @@ def test_module_conversions_leave_the_structure_alone():
         with pytest.raises(KernelNotFound, match="autocast"):
             half(x.to(dtype))
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            assert half(x.to(dtype)).dtype == torch.float32
+            assert half(x.to(dtype)).dtype == torch.bfloat16
         torch.testing.assert_close(half.float()(x), layer(x), rtol=0.02, atol=0.02)
     double = copy.deepcopy(layer).double()
     torch.testing.assert_close(double(x.double()).float(), layer(x))

@@ -1,5 +1,5 @@
-// The serial pieces that an ISA level provides. Drivers split work and call these; the functions hold
-// no threads, no allocation and no checks.
+// The serial pieces that an ISA level provides. Drivers split work and call these; the functions
+// hold no threads, no allocation and no checks.
 #pragma once
 
 #include "../groups/bands.h"

@@ -37,7 +37,8 @@ class PanelSet {
   const Panel<const T>* read() const { return read_.data(); }
   int64_t sample(int64_t i) const { return begin_ + i * width_; }
 
-  void pack(const SampleBodies<T>& bodies, const Matrix<const T>& from, const Executor& executor) const {
+  void pack(const SampleBodies<T>& bodies, const Matrix<const T>& from,
+            const Executor& executor) const {
     for_pieces(executor, [&](int64_t i, int64_t f, int64_t stop) {
       bodies.pack(samples_from(from, sample(i)), panels_[i], f, stop);
     });

@@ -77,8 +77,7 @@ void Plan::add(Made made) const {
 }
 
 int64_t Plan::nbytes() const {
-  auto total =
-      static_cast<int64_t>(8 * (pointers_.size() + source_.size()) + 4 * indices_.size());
+  auto total = static_cast<int64_t>(8 * (pointers_.size() + source_.size()) + 4 * indices_.size());
   for (const Made* m = made_.load(std::memory_order_acquire); m != nullptr; m = m->next) {
     total += m->nbytes(m->pack.get());
   }

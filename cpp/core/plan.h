@@ -35,8 +35,8 @@ class Plan {
   }
   // Null unless the plan is another's, transposed.
   const int64_t* source() const { return source_.empty() ? nullptr : source_.data(); }
-  // Values in a variant's placement of `places` elements: reused, or filled by fill(T* packed, const
-  // T* values) from those of the product. Whoever reads them holds the buffer.
+  // Values in a variant's placement of `places` elements: reused, or filled by fill(T* packed,
+  // const T* values) from those of the product. Whoever reads them holds the buffer.
   template <class T, class Fill>
   std::shared_ptr<const Buffer> packed(const void* variant, const Product& p, int64_t places,
                                        const Fill& fill) const {

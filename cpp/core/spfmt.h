@@ -43,8 +43,8 @@ constexpr int kBandRows = 16;
 // Bands of 1 .. kBandRows rows, each with one list of columns.
 //
 //   band b: rows    row_perm[row_ptr[b] .. row_ptr[b + 1]]           (n rows)
-//           columns col_indices[col_begin[b] .. col_end[b]]          (bands of a group share a list)
-//           values[value_ptr[b] + j * n + i]   is column j, row i: column after column
+//           columns col_indices[col_begin[b] .. col_end[b]]          (bands of a group share a
+//           list) values[value_ptr[b] + j * n + i]   is column j, row i: column after column
 //
 // Every row of the matrix is in exactly one band, so products write each output exactly once.
 struct Groups {
@@ -117,7 +117,7 @@ struct Product {
   View values;                   // (nnz or more), contiguous; the first nnz are in use
   int64_t constant = kChanging;  // a number >= 0 promises: equal numbers, equal content
   View in, in2, out;
-  View bias;  // (rows), contiguous, or without data; spmm only
+  View bias;                                 // (rows), contiguous, or without data; spmm only
   Activation activation = Activation::none;  // spmm only
   const Geometry* geometry = nullptr;
   const Scales* scales = nullptr;

@@ -1,4 +1,5 @@
-// Checks of structures and products. Kernels index without looking, so everything is looked at here.
+// Checks of structures and products. Kernels index without looking, so everything is looked at
+// here.
 #include <climits>
 
 #include "plan.h"

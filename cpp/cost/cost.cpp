@@ -110,7 +110,11 @@ Summary summarize(const Lists& a) {
   const double vectors = (full + std::max(full, steps * scale)) / 2;
   const int64_t nnz = a.indptr[a.rows];
   const double places = octet_padding(a) * static_cast<double>(nnz);
-  return {Layout::lists,           a.rows, a.cols, nnz, static_cast<int64_t>(vectors),
+  return {Layout::lists,
+          a.rows,
+          a.cols,
+          nnz,
+          static_cast<int64_t>(vectors),
           static_cast<int64_t>(places)};
 }
 

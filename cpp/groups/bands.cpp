@@ -24,7 +24,8 @@ class Samples {
     const int64_t width = m.cols <= kOctet ? m.cols : (m.cols + kLanes - 1) / kLanes * kLanes;
     copy_ = std::make_unique<Workspace>(sizeof(T) * (m.rows * width + kOctet));
     T* data = copy_->template as<T>();
-    bodies.pack(view_, {data, m.rows, static_cast<int>(width), static_cast<int>(m.cols)}, 0, m.rows);
+    bodies.pack(view_, {data, m.rows, static_cast<int>(width), static_cast<int>(m.cols)}, 0,
+                m.rows);
     view_ = {data, width, 1};
   }
   Strided<const T> operator[](int64_t sample) const {
@@ -40,7 +41,8 @@ template <class T>
 void multiply_rows(const Bodies<T>& bodies, const Groups& a, const Product& p, const Matrix<T>& y,
                    bool quads, const Executor& executor) {
   const Samples<T> x(bodies.samples, p.in.as<const T>());
-  const T *values = static_cast<const T*>(p.values.data), *bias = static_cast<const T*>(p.bias.data);
+  const T *values = static_cast<const T*>(p.values.data),
+          *bias = static_cast<const T*>(p.bias.data);
   for_ranges(executor, a.bands, range_step(executor, a.bands), [&](int64_t begin, int64_t end) {
     for_parts(p.in.cols, bodies.bands.most_samples, [&](int64_t b, int n) {
       bodies.bands.multiply(a, values, x[b], n, bias, p.activation, samples_from(y, b), quads,

@@ -24,7 +24,8 @@ struct BandBodies {
   int most_samples;
   void (*multiply)(const Groups&, const T* values, Strided<const T> x, int n, const T* bias,
                    Activation, Strided<T> y, bool quads, int64_t begin, int64_t end);
-  // dy_bands[(b * bands + t) * 16 + i]: dY by band, zeros behind a short band; columns [begin, end).
+  // dy_bands[(b * bands + t) * 16 + i]: dY by band, zeros behind a short band; columns [begin,
+  // end).
   void (*multiply_t)(const Groups&, const ColumnEntries&, const T* values, const T* dy_bands, int n,
                      Strided<T> dx, int64_t begin, int64_t end);
 };

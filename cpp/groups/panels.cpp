@@ -13,12 +13,12 @@ void multiply(const Bodies<T>& bodies, const Plan& plan, const Product& p,
   constexpr int64_t kBands = 16;
   const Groups& a = plan.groups();
   const int64_t chunks = divide_up(a.bands, kBands);
-  const T *values = static_cast<const T*>(p.values.data), *bias = static_cast<const T*>(p.bias.data);
+  const T *values = static_cast<const T*>(p.values.data),
+          *bias = static_cast<const T*>(p.bias.data);
   const Matrix<const T> in = p.in.as<const T>();
   const Matrix<T> out = p.out.as<T>();
   for_panels(
-      in.cols, kLanes, executor,
-      [&](int64_t begin, int64_t end, int width, const Executor& inner) {
+      in.cols, kLanes, executor, [&](int64_t begin, int64_t end, int width, const Executor& inner) {
         // The kernel writes whole vectors of samples.
         const bool direct = out.col_stride == 1 && (end - begin) % kLanes == 0;
         const PanelSet<T> x(a.cols, begin, end, width), y(direct ? 0 : a.rows, begin, end, width);

@@ -17,7 +17,7 @@ namespace {
 // `readable` columns, a multiple of P, have sixteen weights that belong to the caller.
 template <class S, int N, int CH, int P, bool kAdjacent, class T = typename S::T>
 inline void band_samples(const Band& g, int64_t readable, const T* w, Strided<const T> x,
-                        typename S::V* out) noexcept {
+                         typename S::V* out) noexcept {
   const int64_t sample = kAdjacent ? 1 : x.sample_stride;
   typename S::V acc[CH][N];
   SPFMT_UNROLL
@@ -73,10 +73,9 @@ inline int64_t readable_columns(const Groups& a, const Band& g, int pack) noexce
 constexpr int most_chains(int chains) { return chains < 1 ? 1 : chains > 4 ? 4 : chains; }
 
 template <class S, int N, bool kAdjacent, class T = typename S::T>
-__attribute__((noinline)) void groups_bands_n(const Groups& a, const T* values,
-                                               Strided<const T> x, const T* bias, Activation kind,
-                                               Strided<T> y, bool quads, int64_t begin,
-                                               int64_t end) noexcept {
+__attribute__((noinline)) void groups_bands_n(const Groups& a, const T* values, Strided<const T> x,
+                                              const T* bias, Activation kind, Strided<T> y,
+                                              bool quads, int64_t begin, int64_t end) noexcept {
   constexpr int kChains = most_chains(S::kBandSamples / N);
   for (int64_t t = begin; t < end; ++t) {
     const Band g = band_of(a, t);
@@ -98,8 +97,8 @@ __attribute__((noinline)) void groups_bands_n(const Groups& a, const T* values,
 
 template <class S, int N, class T = typename S::T>
 void groups_bands_to(const Groups& a, const T* values, Strided<const T> x, int n, const T* bias,
-                      Activation kind, Strided<T> y, bool quads, int64_t begin,
-                      int64_t end) noexcept {
+                     Activation kind, Strided<T> y, bool quads, int64_t begin,
+                     int64_t end) noexcept {
   const auto call = [&](auto body) { body(a, values, x, bias, kind, y, quads, begin, end); };
   if constexpr (N > 1) {
     if (n < N) return groups_bands_to<S, N - 1>(a, values, x, n, bias, kind, y, quads, begin, end);
@@ -110,14 +109,14 @@ void groups_bands_to(const Groups& a, const T* values, Strided<const T> x, int n
 
 template <class S, class T = typename S::T>
 void groups_bands(const Groups& a, const T* values, Strided<const T> x, int n, const T* bias,
-                   Activation kind, Strided<T> y, bool quads, int64_t begin, int64_t end) noexcept {
+                  Activation kind, Strided<T> y, bool quads, int64_t begin, int64_t end) noexcept {
   static_assert(S::kBandSamples >= 4, "a part of fewer would write past eight samples");
   groups_bands_to<S, S::kBandSamples>(a, values, x, n, bias, kind, y, quads, begin, end);
 }
 
 template <class S, int N, class T = typename S::T>
 void groups_t_bands_n(const Groups& a, const ColumnEntries& entries, const T* values,
-                       const T* dy_bands, Strided<T> dx, int64_t begin, int64_t end) noexcept {
+                      const T* dy_bands, Strided<T> dx, int64_t begin, int64_t end) noexcept {
   for (int64_t c = begin; c < end; ++c) {
     typename S::V acc[N];
     for (int b = 0; b < N; ++b) acc[b] = S::zero();
@@ -138,7 +137,7 @@ void groups_t_bands_n(const Groups& a, const ColumnEntries& entries, const T* va
 
 template <class S, class T = typename S::T>
 void groups_t_bands(const Groups& a, const ColumnEntries& entries, const T* values,
-                     const T* dy_bands, int n, Strided<T> dx, int64_t begin, int64_t end) noexcept {
+                    const T* dy_bands, int n, Strided<T> dx, int64_t begin, int64_t end) noexcept {
   const auto call = [&](auto body) { body(a, entries, values, dy_bands, dx, begin, end); };
   n == 1   ? call(groups_t_bands_n<S, 1>)
   : n == 2 ? call(groups_t_bands_n<S, 2>)

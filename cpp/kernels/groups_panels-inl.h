@@ -123,8 +123,8 @@ void groups_panel(const Groups& a, const T* values, const Panel<const T>& x, con
 
 // CB columns of dX by NV registers stay in place while the band's rows of dY pass by.
 template <class R, int CB, int NV, class T = typename R::T>
-inline void band_t_panel(const Band& g, const T* w, const int32_t* col, const T* dy,
-                         int64_t width, T* dx) noexcept {
+inline void band_t_panel(const Band& g, const T* w, const int32_t* col, const T* dy, int64_t width,
+                         T* dx) noexcept {
   typename R::V acc[CB][NV];
   const T* weights[CB];
   SPFMT_UNROLL
@@ -224,8 +224,8 @@ inline void band_dots(const T* dy, int rows, const Panel<const T>& x, const int3
 }
 
 template <class S, int CB, class T = typename S::T>
-void columns_sddmm(const Band& g, int64_t j, const T* dy, const Panel<const T>& x,
-                   bool accumulate, T* gradient) noexcept {
+void columns_sddmm(const Band& g, int64_t j, const T* dy, const Panel<const T>& x, bool accumulate,
+                   T* gradient) noexcept {
   typename S::Quad quad[CB][4] = {};
   band_dots<S, CB>(dy, g.rows, x, g.col + j, quad);
   for (int c = 0; c < CB; ++c) {

@@ -7,8 +7,8 @@
 namespace spfmt {
 namespace {
 
-// n samples into blocks: to[(c * n + b) * 16 + j] is feature 16 c + j of sample b. Tells whether all
-// of them are finite.
+// n samples into blocks: to[(c * n + b) * 16 + j] is feature 16 c + j of sample b. Tells whether
+// all of them are finite.
 template <class S, class T = typename S::T>
 bool stage(Strided<const T> x, int64_t features, int n, int64_t blocks, T* to) noexcept {
   auto check = S::zero();  // 0 * inf and 0 * nan are nan
@@ -48,8 +48,8 @@ bool stage(Strided<const T> x, int64_t features, int n, int64_t blocks, T* to) n
 constexpr int kAhead = 32;  // steps
 inline void prefetch(const void* p) noexcept { __builtin_prefetch(p); }
 
-// One slice against N staged samples. Steps of a record go to separate sums where samples are too few
-// to hide the latency of the multiply-adds.
+// One slice against N staged samples. Steps of a record go to separate sums where samples are too
+// few to hide the latency of the multiply-adds.
 template <class S, int kWidth, int kSteps, int N, class T = typename S::T>
 inline void slice_sums(const Slices& a, const T* packed, const T* staged, int64_t slice,
                        typename S::V* sum) noexcept {
@@ -118,8 +118,8 @@ inline void store_lanes(const int32_t* row, typename S::V sum, const T* bias, Ac
 }
 
 template <class S, int kWidth, int kSteps, int N, class T = typename S::T>
-void slices_n(const Slices& a, const T* packed, const T* staged, const T* bias,
-                     Activation kind, Strided<T> y, int64_t begin, int64_t end) noexcept {
+void slices_n(const Slices& a, const T* packed, const T* staged, const T* bias, Activation kind,
+              Strided<T> y, int64_t begin, int64_t end) noexcept {
   for (int64_t s = begin; s < end; ++s) {
     typename S::V sum[N];
     slice_sums<S, kWidth, kSteps, N>(a, packed, staged, s, sum);
@@ -131,9 +131,8 @@ void slices_n(const Slices& a, const T* packed, const T* staged, const T* bias,
 }
 
 template <class S, int kWidth, class T = typename S::T>
-void slices_masked(const Slices& a, const T* packed, const T* staged, int n,
-                          const T* bias, Activation kind, Strided<T> y, int64_t begin,
-                          int64_t end) noexcept {
+void slices_masked(const Slices& a, const T* packed, const T* staged, int n, const T* bias,
+                   Activation kind, Strided<T> y, int64_t begin, int64_t end) noexcept {
   for (int64_t s = begin; s < end; ++s) {
     for (int b = 0; b < n; ++b) {
       const auto sum = slice_sum_masked<S, kWidth>(a, packed, staged + b * kLanes, n, s);
@@ -144,8 +143,8 @@ void slices_masked(const Slices& a, const T* packed, const T* staged, int n,
 }
 
 template <class S, int kWidth, int N, class T = typename S::T>
-void slices_steps(const Slices& a, const T* packed, const T* staged, const T* bias,
-                         Activation kind, Strided<T> y, int64_t begin, int64_t end) noexcept {
+void slices_steps(const Slices& a, const T* packed, const T* staged, const T* bias, Activation kind,
+                  Strided<T> y, int64_t begin, int64_t end) noexcept {
   const auto call = [&](auto body) { body(a, packed, staged, bias, kind, y, begin, end); };
   switch (a.steps) {
     case 1:
@@ -161,8 +160,8 @@ void slices_steps(const Slices& a, const T* packed, const T* staged, const T* bi
 
 template <class S, int kWidth, class T = typename S::T>
 void slices_width(const Slices& a, const T* packed, const T* staged, int n, bool finite,
-                         const T* bias, Activation kind, Strided<T> y, int64_t begin,
-                         int64_t end) noexcept {
+                  const T* bias, Activation kind, Strided<T> y, int64_t begin,
+                  int64_t end) noexcept {
   if (!finite) {
     return slices_masked<S, kWidth>(a, packed, staged, n, bias, kind, y, begin, end);
   }
@@ -179,9 +178,8 @@ void slices_width(const Slices& a, const T* packed, const T* staged, int n, bool
 
 // `finite`: every x is finite, so padding (0 * x) adds nothing and needs no mask.
 template <class S, class T = typename S::T>
-void slices(const Slices& a, const T* packed, const T* staged, int n, bool finite,
-                   const T* bias, Activation kind, Strided<T> y, int64_t begin,
-                   int64_t end) noexcept {
+void slices(const Slices& a, const T* packed, const T* staged, int n, bool finite, const T* bias,
+            Activation kind, Strided<T> y, int64_t begin, int64_t end) noexcept {
   const auto call = [&](auto body) {
     body(a, packed, staged, n, finite, bias, kind, y, begin, end);
   };

@@ -76,8 +76,8 @@ inline void store_octets(T* sums, int rows, const T* bias, Activation kind, int 
 }
 
 template <class S, class T = typename S::T>
-void lists_octet(const Octets& a, const T* values, const T* staged, int n, int64_t chunk,
-                 int rows, const T* bias, Activation kind, Strided<T> y) noexcept {
+void lists_octet(const Octets& a, const T* values, const T* staged, int n, int64_t chunk, int rows,
+                 const T* bias, Activation kind, Strided<T> y) noexcept {
   constexpr int kStep = kQuadRows * kStepTerms;
   alignas(64) T sums[(kOctetRows + 1) * kOctet] = {};  // the last row is that of quads with fewer
   for (int64_t t = 0; t < a.tiles; ++t) {

@@ -11,26 +11,28 @@ namespace {
 // are loaded four at a time and spread inside the register, so that X has the load units to itself.
 // `w` are the chunk's, in the order of the lists.
 template <class S, int N, int NV, bool kFirst, class T = typename S::T>
-inline void pieces_panel(const Piece* piece, const T* w, const uint16_t* col, int count,
+inline void pieces_panel(const Piece* piece, const T* w, const uint16_t* col, int64_t count,
                          const T* x, const T* bias, T* y) noexcept {
   constexpr int64_t kWidth = NV * kLanes;
   typename S::V acc[N][NV];
   const T* weight[N];
+  const uint16_t* column[N];
   SPFMT_UNROLL
   for (int i = 0; i < N; ++i) {
     weight[i] = w + piece[i].start;
+    column[i] = col + i * count;
     SPFMT_UNROLL
     for (int v = 0; v < NV; ++v) {
       acc[i][v] = kFirst ? S::set1(bias ? bias[piece[i].row] : T(0))
                          : S::load(y + piece[i].row * kWidth + v * kLanes);
     }
   }
-  const auto add = [&](int i, int k, typename S::V wk) {
-    const T* xk = x + col[i * count + k] * kWidth;
+  const auto add = [&](int i, int64_t k, typename S::V wk) {
+    const T* xk = x + column[i][k] * kWidth;
     SPFMT_UNROLL
     for (int v = 0; v < NV; ++v) acc[i][v] = S::fma(wk, S::load(xk + v * kLanes), acc[i][v]);
   };
-  int k = 0;
+  int64_t k = 0;
   for (; k + 4 <= count; k += 4) {
     SPFMT_UNROLL
     for (int i = 0; i < N; ++i) {
@@ -54,8 +56,8 @@ inline void pieces_panel(const Piece* piece, const T* w, const uint16_t* col, in
 
 // One (chunk, tile): pieces sorted by length, as many of one length side by side as fit registers.
 template <class S, int NV, bool kFirst, class T = typename S::T>
-void tile_pieces(const Piece* piece, const Piece* stop, const T* w, const uint16_t* col,
-                 const T* x, const T* bias, T* y) noexcept {
+void tile_pieces(const Piece* piece, const Piece* stop, const T* w, const uint16_t* col, const T* x,
+                 const T* bias, T* y) noexcept {
   while (piece < stop) {
     constexpr int kMost = 4 * S::kPieces / NV < 4 ? 4 * S::kPieces / NV : 4;
     const int count = piece->count;

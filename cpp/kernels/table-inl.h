@@ -16,8 +16,12 @@ namespace {
 template <class S>
 const Bodies<typename S::T>& bodies_of() noexcept {
   static constexpr Bodies<typename S::T> kBodies = {
-      {pack<S>, unpack<S>, activate<S>}, lookup_bodies<S>(), octet_bodies<S>(),
-      list_panel_bodies<S>(),            band_bodies<S>(),   group_panel_bodies<S>(),
+      {pack<S>, unpack<S>, activate<S>},
+      lookup_bodies<S>(),
+      octet_bodies<S>(),
+      list_panel_bodies<S>(),
+      band_bodies<S>(),
+      group_panel_bodies<S>(),
   };
   return kBodies;
 }

@@ -10,8 +10,8 @@
 namespace spfmt {
 namespace {
 
-// Some samples of X in the order the kernel reads them: block after block of 16 features, the samples
-// of a block side by side, zeros behind the last feature as far as a window may reach.
+// Some samples of X in the order the kernel reads them: block after block of 16 features, the
+// samples of a block side by side, zeros behind the last feature as far as a window may reach.
 template <class T>
 struct StagedSamples {
   int64_t first;
@@ -21,8 +21,8 @@ struct StagedSamples {
 
 // The batch in groups of as many samples as the kernel takes at once, then of fewer: powers of two.
 template <class T>
-std::vector<StagedSamples<T>> stage(const LookupBodies<T>& lookup, const Matrix<const T>& x, int width,
-                                 bool& finite) {
+std::vector<StagedSamples<T>> stage(const LookupBodies<T>& lookup, const Matrix<const T>& x,
+                                    int width, bool& finite) {
   const int64_t blocks = (x.rows + width - 1) / kBlockCols + 1;
   std::vector<StagedSamples<T>> groups;
   for (int64_t b = 0; b < x.cols;) {
@@ -62,7 +62,8 @@ struct ListLookup {
   template <class T>
   static void run(const Bodies<T>& bodies, const Plan& plan, const Product& p,
                   const Executor& executor) {
-    constexpr int64_t kRun = 4;  // slices that stay in L1 while all groups of samples pass over them
+    constexpr int64_t kRun =
+        4;  // slices that stay in L1 while all groups of samples pass over them
     const LookupBodies<T>& lookup = bodies.lookup;
     const Plan& lists = plan.oriented(p.op);
     const SlicePack& pack = slices_of(lists, lookup.widest_window, executor);

@@ -108,11 +108,11 @@ std::shared_ptr<const OctetPack> make_octets(const Lists& a) {
   return pack;
 }
 
-// Values in the order of the steps, zero where there are none. `source` (or null) maps a position of
-// the lists to a place in `values`.
+// Values in the order of the steps, zero where there are none. `source` (or null) maps a position
+// of the lists to a place in `values`.
 template <class T>
-void pack_values(const OctetPack& pack, const int64_t* source, const T* values,
-                       T* packed, const Executor& executor) {
+void pack_values(const OctetPack& pack, const int64_t* source, const T* values, T* packed,
+                 const Executor& executor) {
   const Octets& a = pack.view;
   for_each(executor, a.chunks, [&](int64_t chunk) {
     for (int64_t q = a.quad_ptr[chunk * a.tiles]; q < a.quad_ptr[(chunk + 1) * a.tiles]; ++q) {
@@ -138,7 +138,7 @@ void stage(const SampleBodies<T>& samples, const Octets& a, Strided<const T> x, 
   for (int64_t t = 0; t < a.tiles; ++t, to += (a.width + 1) * kOctet) {
     const int64_t first = std::min(cols, t * a.width), features = std::min(a.width, cols - first);
     samples.pack({x.data + first * x.feature_stride, x.feature_stride, x.sample_stride},
-               {to, features, kOctet, n}, 0, features);
+                 {to, features, kOctet, n}, 0, features);
     std::fill_n(to + a.width * kOctet, kOctet, T(0));
   }
 }
@@ -155,10 +155,9 @@ struct ListOctets {
     const Plan& lists = plan.oriented(p.op);
     const OctetPack& pack = lists.made<OctetPack>([&] { return make_octets(lists.lists()); });
     const Octets& a = pack.view;
-    const auto packed =
-        lists.packed<T>(&kListOctets, p, pack.places(), [&](T* to, const T* values) {
-          pack_values(pack, lists.source(), values, to, executor);
-        });
+    const auto packed = lists.packed<T>(
+        &kListOctets, p, pack.places(),
+        [&](T* to, const T* values) { pack_values(pack, lists.source(), values, to, executor); });
     const Matrix<const T> in = p.in.as<const T>();
     const Matrix<T> out = p.out.as<T>();
     const int64_t octets = divide_up(in.cols, kOctet);

@@ -175,10 +175,9 @@ struct ListPanels {
       gather(lists, values, ordered.template as<T>(), executor);
       return multiply(bodies, lists, ordered.template as<T>(), p, executor);
     }
-    const auto ordered =
-        lists.packed<T>(&kListPanels, p, lists.nnz(), [&](T* to, const T* constant_values) {
-          gather(lists, constant_values, to, executor);
-        });
+    const auto ordered = lists.packed<T>(
+        &kListPanels, p, lists.nnz(),
+        [&](T* to, const T* constant_values) { gather(lists, constant_values, to, executor); });
     multiply(bodies, lists, ordered->template as<const T>(), p, executor);
   }
 

@@ -1,6 +1,5 @@
 #include "row_grouping.h"
 
-
 #include <algorithm>
 #include <numeric>
 #include <utility>

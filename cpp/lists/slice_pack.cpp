@@ -205,12 +205,12 @@ SlicePack make_slices(const Lists& a, int widest, const Executor& executor) {
   pack.block = std::make_unique<Buffer>(records * sizeof(int32_t));
   pack.code = std::make_unique<Buffer>(records * steps * kLanes);
   pack.view = {slices,
-                width,
-                steps,
-                pack.lane_row.data(),
-                pack.slice_ptr.data(),
-                pack.block->as<int32_t>(),
-                pack.code->as<uint8_t>()};
+               width,
+               steps,
+               pack.lane_row.data(),
+               pack.slice_ptr.data(),
+               pack.block->as<int32_t>(),
+               pack.code->as<uint8_t>()};
   for_ranges(executor, slices, step, [&](int64_t begin, int64_t end) {
     for (int64_t s = begin; s < end; ++s) fill_slice(a, pack, s);
   });
@@ -253,8 +253,8 @@ void pack_slice(const Lists& a, const Slices& slices, int64_t slice, const T* va
 }  // namespace
 
 template <class T>
-void pack_slice_values(const Lists& a, const Slices& slices, const int64_t* source,
-                       const T* values, T* packed, const Executor& executor) {
+void pack_slice_values(const Lists& a, const Slices& slices, const int64_t* source, const T* values,
+                       T* packed, const Executor& executor) {
   for_ranges(executor, slices.slices, range_step(executor, slices.slices),
              [&](int64_t begin, int64_t end) {
                for (int64_t s = begin; s < end; ++s) {
@@ -268,9 +268,9 @@ void pack_slice_values(const Lists& a, const Slices& slices, const int64_t* sour
              });
 }
 
-template void pack_slice_values(const Lists&, const Slices&, const int64_t*, const float*,
-                                float*, const Executor&);
-template void pack_slice_values(const Lists&, const Slices&, const int64_t*, const double*,
-                                double*, const Executor&);
+template void pack_slice_values(const Lists&, const Slices&, const int64_t*, const float*, float*,
+                                const Executor&);
+template void pack_slice_values(const Lists&, const Slices&, const int64_t*, const double*, double*,
+                                const Executor&);
 
 }  // namespace spfmt

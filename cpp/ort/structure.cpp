@@ -183,15 +183,15 @@ Structure group_structure(const Constants& node, const Grouped& grouped) {
     tiles.value_ptr.push_back(static_cast<int64_t>(tiles.source.size()));
   }
   const Groups view{node.rows,
-                       node.cols,
-                       static_cast<int64_t>(tiles.col_begin.size()),
-                       static_cast<int64_t>(grouped.columns.size()),
-                       tiles.row_perm.data(),
-                       tiles.row_ptr.data(),
-                       tiles.col_begin.data(),
-                       tiles.col_end.data(),
-                       grouped.columns.data(),
-                       tiles.value_ptr.data()};
+                    node.cols,
+                    static_cast<int64_t>(tiles.col_begin.size()),
+                    static_cast<int64_t>(grouped.columns.size()),
+                    tiles.row_perm.data(),
+                    tiles.row_ptr.data(),
+                    tiles.col_begin.data(),
+                    tiles.col_end.data(),
+                    grouped.columns.data(),
+                    tiles.value_ptr.data()};
   const std::string error = validate(view);
   expect(error.empty(), "structure: " + error);
   return {make_plan(view), std::move(tiles.source)};

@@ -5,13 +5,12 @@
 
 #include <cstdint>
 
-#include "../lists/lookup.h"
 #include "../core/samples.h"
+#include "../lists/lookup.h"
 #include "octet.h"
 
 namespace spfmt {
 namespace {
-
 
 struct Avx2Simd {
   using T = float;

@@ -9,13 +9,12 @@
 
 #include <cstdint>
 
-#include "../lists/lookup.h"
 #include "../core/samples.h"
+#include "../lists/lookup.h"
 #include "octet.h"
 
 namespace spfmt {
 namespace {
-
 
 struct Avx512Simd {
   using T = float;

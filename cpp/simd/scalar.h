@@ -5,12 +5,11 @@
 #include <cmath>
 #include <cstdint>
 
-#include "../lists/lookup.h"
 #include "../core/samples.h"
+#include "../lists/lookup.h"
 
 namespace spfmt {
 namespace {
-
 
 // N lanes: what eight and sixteen have in common.
 template <class Real, int N>

@@ -13,8 +13,8 @@ except ImportError as error:
     ) from error
 
 from spfmt.torch.attention import UnpackedAttention, unpack_attention
-from spfmt.torch.functional import sddmm, spmm, spmm_t
 from spfmt.torch.linear import SparseLinear, follow, resolve_density
+from spfmt.torch.ops import sddmm, spmm, spmm_t
 from spfmt.torch.report import LayerReport, ModelReport
 from spfmt.torch.sparsify import densify, layer_densities, sparsify
 

@@ -11,10 +11,9 @@ import sys
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 
 from spfmt.activations import activation_code
-from spfmt.torch._direct import SPMM, SPMM_T, multiply, sample
+from spfmt.torch.values import SPMM, SPMM_T, multiply, sample
 
 __all__ = ["lower_products", "sddmm_into_v1", "spmm_into_v1", "spmm_t_into_v1"]
 
@@ -33,22 +32,13 @@ def spmm_into_v1(
     bias: Tensor | None = None,
     *,
     shape: tuple[int, int],
-    format: str,
     activation: str | None,
-    written: bool = False,
     out: Tensor,
 ) -> None:
-    """Compute ``spfmt::spmm``, or ``spfmt::spmm_act`` where there is an activation, into `out`.
-
-    `written` tells that generated code writes the values, whose version then means nothing.
-    """
-    if written:
-        increment_version(values)
+    """Compute ``spfmt::spmm`` into `out`."""
     code = activation_code(activation)
-    if _profiled() or multiply(SPMM, values, structure, x, bias, shape, format, code, out) is None:
-        operands = values, structure, x, bias, shape, format
-        ops = torch.ops.spfmt
-        out.copy_(ops.spmm_act(*operands, activation) if code else ops.spmm(*operands))
+    if _profiled() or multiply(SPMM, values, structure, x, bias, shape, code, out) is None:
+        out.copy_(torch.ops.spfmt.spmm(values, structure, x, bias, shape, activation))
 
 
 def spmm_t_into_v1(
@@ -57,23 +47,19 @@ def spmm_t_into_v1(
     dy: Tensor,
     *,
     shape: tuple[int, int],
-    format: str,
-    written: bool = False,
     out: Tensor,
 ) -> None:
-    """Compute ``spfmt::spmm_t`` into `out`; `written` as for `spmm_into_v1`."""
-    if written:
-        increment_version(values)
-    if _profiled() or multiply(SPMM_T, values, structure, dy, None, shape, format, 0, out) is None:
-        out.copy_(torch.ops.spfmt.spmm_t(values, structure, dy, shape, format))
+    """Compute ``spfmt::spmm_t`` into `out`."""
+    if _profiled() or multiply(SPMM_T, values, structure, dy, None, shape, 0, out) is None:
+        out.copy_(torch.ops.spfmt.spmm_t(values, structure, dy, shape))
 
 
 def sddmm_into_v1(
-    structure: Tensor, dy: Tensor, x: Tensor, *, shape: tuple[int, int], format: str, out: Tensor
+    structure: Tensor, dy: Tensor, x: Tensor, *, shape: tuple[int, int], out: Tensor
 ) -> None:
     """Compute ``spfmt::sddmm`` into `out`, whose length is the capacity."""
-    if _profiled() or sample(structure, dy, x, shape, format, None, out) is None:
-        out.copy_(torch.ops.spfmt.sddmm(structure, dy, x, shape, format, out.shape[0]))
+    if _profiled() or sample(structure, dy, x, shape, None, out) is None:
+        out.copy_(torch.ops.spfmt.sddmm(structure, dy, x, shape, out.shape[0]))
 
 
 _lowered = False

@@ -32,22 +32,7 @@ class _Product(ir.ExternKernelOut):
         super().codegen(wrapper)
 
 
-class _WeightedProduct(_Product):
-    """A product whose first operand is values: it is told when generated code writes them too."""
-
-    def codegen(self, wrapper: Any) -> None:
-        values: Any = self.inputs[0]
-        name, graph = values.get_name(), V.graph
-        given = name in graph.graph_inputs or name in graph.constants
-        # What the graph allocates lies where other values may have been; what it writes in place,
-        # it writes without advancing the version. Neither is known before all code is.
-        if not given or name in graph.mutated_buffers:
-            self.kwargs["written"] = True
-        super().codegen(wrapper)
-
-
 def _call(
-    product: type[_Product],
     function: Callable[..., None],
     operands: Sequence[Any],
     size: Sequence[Any],
@@ -55,7 +40,7 @@ def _call(
 ) -> Any:
     """Let `function` compute a contiguous buffer of this size from operands of any strides."""
     like = operands[-1]
-    call = product(
+    call = _Product(
         layout=ir.FixedLayout(like.get_device(), like.get_dtype(), list(size)),
         inputs=[ir.ExternKernel.realize_input(t) for t in operands],
         kwargs=constants,
@@ -69,10 +54,10 @@ def _register(op: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     dispatched = fallback_handler(op, add_to_fallback_set=False)  # type: ignore[no-untyped-call]
 
     def decorate(direct: Callable[..., Any]) -> Callable[..., Any]:
-        def lowered(*operands: Any) -> Any:
+        def lowered(*operands: Any, **options: Any) -> Any:
             devices = {t.get_device().type for t in operands if hasattr(t, "get_device")}
             called_from_python = devices == {"cpu"} and not V.graph.cpp_wrapper
-            return (direct if called_from_python else dispatched)(*operands)
+            return (direct if called_from_python else dispatched)(*operands, **options)
 
         register_lowering(op, type_promotion_kind=None)(lowered)
         return direct
@@ -80,7 +65,6 @@ def _register(op: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     return decorate
 
 
-@_register(torch.ops.spfmt.spmm_act.default)
 @_register(torch.ops.spfmt.spmm.default)
 def _spmm(
     values: Any,
@@ -88,26 +72,23 @@ def _spmm(
     x: Any,
     bias: Any,
     shape: Sequence[int],
-    format: str,
     activation: str | None = None,
 ) -> Any:
     operands = [values, structure, x] if bias is None else [values, structure, x, bias]
-    constants = {"shape": tuple(shape), "format": format, "activation": activation}
+    constants = {"shape": tuple(shape), "activation": activation}
     size = x.get_size()[0], shape[0]
-    return _call(_WeightedProduct, _compiled.spmm_into_v1, operands, size, **constants)
+    return _call(_compiled.spmm_into_v1, operands, size, **constants)
 
 
 @_register(torch.ops.spfmt.spmm_t.default)
-def _spmm_t(values: Any, structure: Any, dy: Any, shape: Sequence[int], format: str) -> Any:
-    size, constants = (dy.get_size()[0], shape[1]), {"shape": tuple(shape), "format": format}
+def _spmm_t(values: Any, structure: Any, dy: Any, shape: Sequence[int]) -> Any:
+    size, constants = (dy.get_size()[0], shape[1]), {"shape": tuple(shape)}
     operands = [values, structure, dy]
-    return _call(_WeightedProduct, _compiled.spmm_t_into_v1, operands, size, **constants)
+    return _call(_compiled.spmm_t_into_v1, operands, size, **constants)
 
 
 @_register(torch.ops.spfmt.sddmm.default)
-def _sddmm(
-    structure: Any, dy: Any, x: Any, shape: Sequence[int], format: str, capacity: Any
-) -> Any:
-    constants = {"shape": tuple(shape), "format": format}
+def _sddmm(structure: Any, dy: Any, x: Any, shape: Sequence[int], capacity: Any) -> Any:
+    constants = {"shape": tuple(shape)}
     operands = [structure, dy, x]
-    return _call(_Product, _compiled.sddmm_into_v1, operands, (capacity,), **constants)
+    return _call(_compiled.sddmm_into_v1, operands, (capacity,), **constants)

@@ -20,9 +20,9 @@ from spfmt.formats import (
     get_format,
     words_capacity,
 )
-from spfmt.torch._identity import compiled_structure, invalidate
 from spfmt.torch.convert import to_numpy, to_torch_values
-from spfmt.torch.functional import spmm
+from spfmt.torch.ops import spmm
+from spfmt.torch.values import compiled_structure
 
 __all__ = ["SparseLinear", "follow", "implied_density", "resolve_density"]
 
@@ -126,9 +126,7 @@ class SparseLinear(nn.Module):
     the log. A module in float16 or bfloat16 can be stored and moved; calling it outside autocast
     raises :class:`spfmt.KernelNotFound`.
 
-    Writes to `values` are seen by the next call: optimizer steps, ``load_state_dict``, in-place
-    operations under ``no_grad`` or ``inference_mode``, and writes of the whole vector through
-    ``.data``. After a write through ``.data`` to a few elements only, call `invalidate`.
+    A call multiplies with the values as they are in memory, whoever wrote them and however.
 
     Examples
     --------
@@ -477,10 +475,6 @@ class SparseLinear(nn.Module):
             )
         return encode(new, self.structure.shape[0])
 
-    def invalidate(self) -> None:
-        """Forget packed layouts; needed only after a partial write through ``.data``."""
-        invalidate(self.structure)
-
     def explain(self, batch: int, threads: int | None = None, op: str = "spmm") -> str:
         """Say which kernel would run a batch, and the time predicted for it.
 
@@ -515,9 +509,7 @@ class SparseLinear(nn.Module):
         flat = x if dims == 2 else x.flatten(0, -2) if dims > 2 else x.unsqueeze(0)
         values, structure = self._held("values"), self._held("structure")
         bias = None if self._parameters.get("bias", self) is None else self._held("bias")
-        y = spmm(
-            values, structure, flat, bias, shape=shape, format=self.format, activation=activation
-        )
+        y = spmm(values, structure, flat, bias, shape=shape, activation=activation)
         return y if dims == 2 else y.reshape((*x.shape[:-1], shape[0]))
 
     def _held(self, name: str) -> Tensor:

@@ -1,0 +1,211 @@
+"""The operators on the CPU, and on no device: what they check, compute, and promise of results.
+
+Of every operator there are two functions. ``*_fake`` checks the operands and returns an empty
+result, which is all that a trace needs. ``*_cpu`` computes: in one compiled call where the operands
+are plain, and else by way of numpy, which makes them plain or says what is wrong with them.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from spfmt.activations import activation_code
+from spfmt.errors import KernelNotFound, format_error
+from spfmt.torch.values import SPMM, SPMM_T, CompiledStructure, compiled_structure, multiply, sample
+
+__all__ = ["sddmm_cpu", "sddmm_fake", "spmm_cpu", "spmm_fake", "spmm_t_cpu", "spmm_t_fake"]
+
+_COMPUTE_DTYPES = (torch.float32, torch.float64)
+
+# ----------------------------------------------------------------------------- checks and fakes
+
+
+def _check_matrix(name: str, x: Tensor, columns: int, like: Tensor) -> None:
+    """Check that x is (B, columns) and has the dtype of `like`."""
+    if x.dim() != 2 or x.shape[1] != columns:
+        raise format_error(
+            f"{name} of shape {tuple(x.shape)}",
+            f"(B, {columns})",
+            "pass a 2-D batch whose last size is the weight's",
+        )
+    if x.dtype != like.dtype:
+        raise format_error(
+            f"{name} of {x.dtype} beside {like.dtype}",
+            "one dtype for all operands",
+            f"cast with {name}.to({like.dtype}), or the module with .to({x.dtype})",
+        )
+
+
+def _check_shape(shape: Sequence[int]) -> None:
+    """Check the shape of a weight before anything is allocated for it."""
+    try:
+        sizes = [operator.index(n) for n in shape]
+    except TypeError:
+        sizes = []
+    if len(sizes) != 2 or not all(0 <= n < 2**31 for n in sizes):
+        raise format_error(
+            f"a weight of shape {shape!r}", "two ints, (R, C)", "pass the shape of its SparseLinear"
+        )
+
+
+def _check_weight(values: Tensor, structure: Tensor) -> None:
+    if values.dim() != 1 or structure.dim() != 1 or structure.dtype != torch.int32:
+        raise format_error(
+            f"values of shape {tuple(values.shape)} and structure of shape "
+            f"{tuple(structure.shape)} and dtype {structure.dtype}",
+            "1-D values and 1-D int32 structure words",
+            "take both from one SparseLinear",
+        )
+
+
+def _check_dtype(op: str, x: Tensor) -> None:
+    if x.dtype not in _COMPUTE_DTYPES:
+        raise KernelNotFound(
+            f"got {op} of {x.dtype}; kernels exist for float32 and float64 on CPU; fix: cast the "
+            f"module and its input with .float(), or use torch.autocast, which computes in float32"
+        )
+
+
+def _check_bias(bias: Tensor | None, rows: int, like: Tensor) -> None:
+    if bias is not None and (bias.shape != (rows,) or bias.dtype != like.dtype):
+        raise format_error(
+            f"bias of shape {tuple(bias.shape)} and dtype {bias.dtype}",
+            f"({rows},) and {like.dtype}",
+            "pass one bias per output feature, in the dtype of values",
+        )
+
+
+def spmm_fake(
+    values: Tensor,
+    structure: Tensor,
+    x: Tensor,
+    bias: Tensor | None,
+    shape: Sequence[int],
+    activation: str | None = None,
+) -> Tensor:
+    activation_code(activation)
+    _check_shape(shape)
+    _check_weight(values, structure)
+    _check_matrix("x", x, shape[1], values)
+    _check_bias(bias, shape[0], values)
+    _check_dtype("spmm", x)
+    return x.new_empty((x.shape[0], shape[0]))
+
+
+def spmm_t_fake(values: Tensor, structure: Tensor, dy: Tensor, shape: Sequence[int]) -> Tensor:
+    _check_shape(shape)
+    _check_weight(values, structure)
+    _check_matrix("dy", dy, shape[0], values)
+    _check_dtype("spmm_t", dy)
+    return dy.new_empty((dy.shape[0], shape[1]))
+
+
+def sddmm_fake(
+    structure: Tensor, dy: Tensor, x: Tensor, shape: Sequence[int], capacity: int
+) -> Tensor:
+    _check_shape(shape)
+    _check_matrix("dy", dy, shape[0], x)
+    _check_matrix("x", x, shape[1], dy)
+    if dy.shape[0] != x.shape[0]:
+        raise format_error(
+            f"dy with {dy.shape[0]} rows and x with {x.shape[0]}",
+            "one batch size",
+            "pass the x that this dy belongs to",
+        )
+    _check_dtype("sddmm", x)
+    return x.new_empty((capacity,))
+
+
+# ------------------------------------------------------------------------------------- the CPU
+
+
+def _weight_of(structure: Tensor, shape: Sequence[int]) -> CompiledStructure:
+    compiled = compiled_structure(structure.contiguous())
+    if compiled.shape != (shape[0], shape[1]):
+        raise format_error(
+            f"a structure of shape {compiled.shape}",
+            f"shape {tuple(shape)}",
+            "use the structure of the module that the values come from",
+        )
+    return compiled
+
+
+def _check_capacity(values: Tensor, compiled: CompiledStructure) -> None:
+    if values.numel() < compiled.nnz:
+        raise format_error(
+            f"{values.numel()} values",
+            f"at least {compiled.nnz}",
+            "use the structure of the module that the values come from",
+        )
+
+
+def _check_memory(*tensors: Tensor | None) -> None:
+    """Check that elements lie somewhere: a storage can be freed under its tensors."""
+    if any(t is not None and t.numel() and t.data_ptr() == 0 for t in tensors):
+        raise format_error(
+            "a tensor whose storage has been freed",
+            "elements in memory",
+            "bring it back first; sharded modules free parameters between their passes",
+        )
+
+
+def _array(t: Tensor) -> NDArray[Any]:
+    return t.detach().resolve_neg().numpy()
+
+
+def spmm_cpu(
+    values: Tensor,
+    structure: Tensor,
+    x: Tensor,
+    bias: Tensor | None,
+    shape: Sequence[int],
+    activation: str | None = None,
+) -> Tensor:
+    y = multiply(SPMM, values, structure, x, bias, shape, activation_code(activation))
+    if y is not None:
+        return y
+    y = spmm_fake(values, structure, x, bias, shape, activation)
+    _check_memory(values, structure, x, bias)
+    compiled = _weight_of(structure, shape)
+    _check_capacity(values, compiled)
+    compiled.plan.spmm(
+        _array(values),
+        _array(x),
+        bias=None if bias is None else _array(bias),
+        activation=activation,
+        batch_first=True,
+        out=y.numpy(),
+    )
+    return y
+
+
+def spmm_t_cpu(values: Tensor, structure: Tensor, dy: Tensor, shape: Sequence[int]) -> Tensor:
+    dx = multiply(SPMM_T, values, structure, dy, None, shape)
+    if dx is not None:
+        return dx
+    dx = spmm_t_fake(values, structure, dy, shape)
+    _check_memory(values, structure, dy)
+    compiled = _weight_of(structure, shape)
+    _check_capacity(values, compiled)
+    compiled.plan.spmm_t(_array(values), _array(dy), batch_first=True, out=dx.numpy())
+    return dx
+
+
+def sddmm_cpu(
+    structure: Tensor, dy: Tensor, x: Tensor, shape: Sequence[int], capacity: int
+) -> Tensor:
+    found = sample(structure, dy, x, shape, capacity)
+    if found is not None:
+        return found
+    gradient = sddmm_fake(structure, dy, x, shape, capacity)
+    _check_memory(structure, dy, x)
+    compiled = _weight_of(structure, shape)
+    _check_capacity(gradient, compiled)
+    compiled.plan.sddmm(_array(dy), _array(x), batch_first=True, out=gradient.numpy())
+    return gradient
