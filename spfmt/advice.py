@@ -13,7 +13,6 @@ import numpy.typing as npt
 import spfmt._kernels as _kernels
 
 from . import cost
-from .calibration import calibrate as run_calibration
 from .convert import convert
 from .dispatch import Plan, active_isa, check_workload
 from .errors import FormatError, MissingDependency, SpfmtError, format_error
@@ -41,7 +40,7 @@ class Candidate:
     description : str
         The parameters that were assumed, or how a given weight gets there.
     variant : str
-        ``"tokens"`` or ``"panels"``; for dense the empty string.
+        Name of the kernel variant; for dense the empty string.
     threads : int
         How many would be used.
     density : float
@@ -70,7 +69,7 @@ class Advice:
     format : str
         The fastest format's name, or ``"dense"``.
     variant : str
-        Kernel variant that will run: ``"tokens"``, ``"panels"``, or empty for dense.
+        Kernel variant that will run, empty for dense.
     seconds, speedup : float
         Predicted time, and dense time over it: 1.0 where dense wins.
     candidates : tuple of Candidate
@@ -167,7 +166,6 @@ def advise(
     threads: int | None = None,
     formats: Iterable[str] | None = None,
     op: str = "spmm",
-    calibrate: bool | None = None,
 ) -> Advice:
     """Predict which format and kernel are fastest for a weight on this machine.
 
@@ -187,10 +185,6 @@ def advise(
         Formats to compare; all by default. Dense always takes part.
     op : {"spmm", "spmm_t", "sddmm"}
         The forward product, or one of the two of the backward pass.
-    calibrate : bool, optional
-        Whether to measure this CPU first, which takes a few seconds. None: only where that has
-        never been done for this CPU and level; later processes find the result in the cache
-        directory (see :func:`spfmt.calibrate`). False: use what is known.
 
     Returns
     -------
@@ -205,12 +199,14 @@ def advise(
     Notes
     -----
     float32; times are those of calls from numpy with (batch, features) operands, with values that
-    were packed before. See docs/advise.md for the model and for how far off it is.
+    were packed before. Nothing is measured and nothing is written: predictions are those of the
+    cost model in use, which :func:`spfmt.calibrate` fits to this CPU. See docs/advise.md for the
+    model and for how far off it is.
 
     Examples
     --------
     >>> import spfmt
-    >>> advice = spfmt.advise((3072, 768), density=0.1, batch=256, calibrate=False)
+    >>> advice = spfmt.advise((3072, 768), density=0.1, batch=256)
     >>> advice.format in spfmt.formats.FORMATS and advice.speedup > 1
     True
     """
@@ -218,8 +214,6 @@ def advise(
     names = _checked_formats(formats)
     shape, tensor = _read_weight(weight, density)
     isa = active_isa()
-    if calibrate or (calibrate is None and isa not in cost.cost_model().levels):
-        run_calibration(used)
     work = _Workload(op, batch, used, isa)
     dense = _kernels.dense_seconds(*shape, batch, used)
     found = [Candidate("dense", "", "", used, 1.0, dense, 1.0)]
@@ -313,7 +307,7 @@ def _converted(
         held = tensor if own else convert(tensor, name)
     except (FormatError, MissingDependency) as error:
         return str(error)
-    summary = _kernels.summary(held.plan._compiled or held.plan._compile(), work.op)
+    summary = _kernels.summary(held.plan.compiled, work.op)
     padding = held.nnz - tensor.nnz
     text = "as it is" if own else "converted"
     if padding:
@@ -370,7 +364,7 @@ def _lists_like(name: str, shape: tuple[int, int], density: float, op: str) -> t
         shrink = -(-_BLOCK * per_row // _SAMPLE_DRAWS)
         part = -(-per_row // shrink)
         sample = _sample(rows, -(-cols // shrink), part)
-        found = _kernels.summary(Plan("csr", sample)._compile(), "spmm")
+        found = _kernels.summary(Plan(sample).compiled, "spmm")
         vectors = round(found.vectors * tiles / -(-sample.rows // _BLOCK) * per_row / part)
         places = round(found.octet_places / found.nnz * rows * per_row)
     # By the product's own structure, which spmm_t takes as transposed already.

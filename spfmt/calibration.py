@@ -51,7 +51,8 @@ _GRID = (
 _THREADED = (3072, 768, 0.1)
 _DENSE_GRID = ((64, 64), (256, 256), (512, 1024), (768, 3072), (2048, 1536))
 _BATCHES = {
-    "tokens": (1, 2, 4, 8, 12, 16),
+    "lookup": (1, 2, 4, 8, 12, 16),
+    "bands": (1, 2, 4, 8, 12, 16),
     "octets": (1, 4, 8, 16),
     "panels": (4, 16, 32, 64, 256),
 }
@@ -142,9 +143,9 @@ def names() -> list[str]:
 def _structures(rng: np.random.Generator) -> Iterator[Plan]:
     """Yield random structures of both layouts over the grid."""
     for rows, cols, density, _ in _GRID:
-        yield Plan("csr", _random_lists(rows, cols, density, rng))
+        yield Plan(_random_lists(rows, cols, density, rng))
     for rows, cols, density, height in _GRID:
-        yield Plan("shuffled_block", _random_groups(rows, cols, density, height, rng))
+        yield Plan(_random_groups(rows, cols, density, height, rng))
 
 
 def _random_groups(
@@ -168,35 +169,33 @@ def _random_lists(rows: int, cols: int, density: float, rng: np.random.Generator
 
 def _cases(plan: Plan) -> Iterator[tuple[str, str]]:
     """Yield the (op, variant) pairs that have coefficients of their own."""
-    ops = ("spmm", "sddmm") if isinstance(plan.layout, Lists) else ("spmm", "spmm_t", "sddmm")
+    # spmm_t of lists is spmm of the transposed lists.
+    ops = ("spmm", "sddmm") if plan.layout.name == "lists" else ("spmm", "spmm_t", "sddmm")
     return ((op, variant) for op in ops for variant in variants(plan, op, 1))
 
 
 def variants(plan: Plan, op: str, batch: int) -> list[str]:
     """Return the kernel variants that can compute a product."""
-    layout = _layout(plan)
-    return [v for v in cost.VARIANTS if _kernels.has_variant(layout, op, v, batch)]
-
-
-def _layout(plan: Plan) -> str:
-    return "lists" if isinstance(plan.layout, Lists) else "groups"
+    return [
+        name for name, ops, most in cost.VARIANTS[plan.layout.name] if op in ops and batch <= most
+    ]
 
 
 def _fit_kernels(isa: str, model: dict[str, float]) -> dict[str, float]:
     """Time all variants on all structures and fit their coefficients."""
     points: dict[str, list[_Point]] = {}
     for plan in _structures(np.random.default_rng(0)):
-        layout = _layout(plan)
+        layout = plan.layout.name
         values = np.random.default_rng(1).standard_normal(plan.nnz, np.float32)
         for op, variant in _cases(plan):
-            summary = _kernels.summary(plan._compile(), op)
+            summary = _kernels.summary(plan.compiled, op)
             for batch in _BATCHES[variant]:
                 if batch > 1 and plan.nnz * batch > _MOST_WORK[isa]:
                     continue
                 run = product(plan, values, op, batch)
                 with cost.forced(variant):
                     seconds = best_time(run)
-                terms = _kernels.kernel_terms(model, variant, summary, batch)
+                terms = _kernels.kernel_terms(model, variant, summary, op, batch, "float32")
                 name = f"{isa}.{layout}.{op}.{variant}"
                 points.setdefault(name, []).append(_Point(tuple(terms), seconds))
     return _fitted(points, model)
@@ -211,8 +210,8 @@ def product(plan: Plan, values: Array, op: str, batch: int) -> Callable[[], obje
     if op == "sddmm":
         return lambda: plan.sddmm(dy, x, batch_first=True)
     if op == "spmm_t":
-        return lambda: plan.spmm_t(values, dy, batch_first=True, version=0)
-    return lambda: plan.spmm(values, x, batch_first=True, version=0)
+        return lambda: plan.spmm_t(values, dy, batch_first=True, constant=0)
+    return lambda: plan.spmm(values, x, batch_first=True, constant=0)
 
 
 def best_time(
@@ -341,7 +340,7 @@ def _fit_dense(model: dict[str, float]) -> dict[str, float]:
 def _fit_threads(used: int) -> dict[str, float]:
     """Measure what further threads add, on products large enough to share."""
     rng = np.random.default_rng(0)
-    plan = Plan("csr", _random_lists(*_THREADED, rng))
+    plan = Plan(_random_lists(*_THREADED, rng))
     values = rng.standard_normal(plan.nnz, np.float32)
     weight = rng.standard_normal(_THREADED[:2], np.float32)
     run = product(plan, values, "spmm", 256)

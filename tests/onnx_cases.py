@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from format_cases import LAYOUTS
 
 from spfmt.formats import CSR, HRBP, NM, Condensed, ShuffledBlock, SparseTensor
 
@@ -21,7 +22,6 @@ import spfmt.onnx as sonnx  # noqa: E402
 Rng = np.random.Generator
 Array = np.ndarray[Any, Any]
 
-OP_TYPES = {name: operator.op_type for name, operator in sonnx.OPERATORS.items()}
 SHAPES = [(1, 1), (13, 21), (37, 19), (64, 48), (16, 130)]
 EMPTY = [(0, 5), (5, 0), (0, 0), (6, 7)]  # the last one without nonzeros
 
@@ -107,8 +107,11 @@ MAKE: dict[str, Callable[..., SparseTensor]] = {
 def weight(
     format: str, rows: int, cols: int, dtype: Any = np.float32, seed: int = 0
 ) -> SparseTensor:
+    """A weight of a format, or of the least regular one of a layout."""
     full = (rows, cols) != (6, 7)
-    return MAKE[format](rows, cols, np.random.default_rng(seed), full).astype(dtype)
+    return MAKE[LAYOUTS.get(format, format)](rows, cols, np.random.default_rng(seed), full).astype(
+        dtype
+    )
 
 
 def one_layer(
@@ -123,7 +126,8 @@ def one_layer(
 ) -> Any:
     """A model of one layer; `change` damages it, `free` names an input to make non-constant."""
     lowered = sonnx.lower(tensor)
-    inputs, attributes = {**lowered.inputs, "bias": bias}, dict(lowered.attributes)
+    inputs = {**lowered, "bias": bias}
+    attributes = {"in_features": tensor.shape[1], "out_features": tensor.shape[0]}
     if change is not None:
         change(inputs, attributes)
     dtype = helper.np_dtype_to_tensor_dtype(tensor.dtype)
@@ -134,9 +138,14 @@ def one_layer(
         array = inputs.pop(free)
         kind = helper.np_dtype_to_tensor_dtype(array.dtype)
         graph_inputs.append(info(free, kind, array.shape))
-    names = ["x", *lowered.inputs, "bias"]
+    names = ["x", *lowered, "bias"]
     node = helper.make_node(
-        lowered.op_type, names, ["y"], name="layer", domain=sonnx.DOMAIN, **attributes
+        sonnx.OPERATORS[tensor.layout().name].op_type,
+        names,
+        ["y"],
+        name="layer",
+        domain=sonnx.DOMAIN,
+        **attributes,
     )
     graph = helper.make_graph(
         [node],
@@ -146,7 +155,7 @@ def one_layer(
         [numpy_helper.from_array(np.ascontiguousarray(a), name) for name, a in inputs.items()],
     )
     opsets = [helper.make_opsetid("", opset), helper.make_opsetid(sonnx.DOMAIN, sonnx.VERSION)]
-    body = sonnx.function(tensor.format, opset)
+    body = sonnx.function(tensor.layout().name, opset)
     return helper.make_model(graph, opset_imports=opsets, functions=[body], ir_version=8)
 
 

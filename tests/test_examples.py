@@ -17,7 +17,7 @@ NEEDS = {
 SAYS = {
     "convert_formats": "to csr: exact",
     "train_set": "13 updates",
-    "deploy_onnx": "with our library: ['NMLinearGelu', 'NMLinear']",
+    "deploy_onnx": "with our library: ['ListsLinearGelu', 'ListsLinear']",
     "keep_pretrained": "same outputs",
 }
 

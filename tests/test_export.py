@@ -18,9 +18,9 @@ ort = pytest.importorskip("onnxruntime")
 torch = pytest.importorskip("torch")
 pytest.importorskip("onnxscript")
 
+from format_cases import LAYOUTS  # noqa: E402
 from onnx.reference import ReferenceEvaluator  # noqa: E402
 from onnx_cases import (  # noqa: E402
-    OP_TYPES,
     bias_of,
     weight,
 )
@@ -65,8 +65,8 @@ def test_export_of_a_whole_network(example: tuple[int, ...], tmp_path: Path) -> 
     assert model.training
     proto = onnx.load(path)
     onnx.checker.check_model(proto, full_check=True)
-    fused = {"CondensedLinearRelu", "NMLinearGelu"}
-    assert {f.name for f in proto.functions} == {*OP_TYPES.values(), *fused}
+    fused = {"ListsLinearRelu", "ListsLinearGelu"}
+    assert {f.name for f in proto.functions} == {"ListsLinear", "GroupsLinear", *fused}
     model.eval()
     for batch in (0, 1, 17):
         x = torch.randn(batch, *example[1:])
@@ -80,7 +80,7 @@ def test_export_of_a_whole_network(example: tuple[int, ...], tmp_path: Path) -> 
         for got in runs:
             np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
     ran = {run.op_type for run in sonnx.kernels_run(path, feeds)}
-    assert ran >= {"CSRLinear", "ShuffledBlockLinear", "HRBPLinear", *fused}
+    assert ran >= {"ListsLinear", "GroupsLinear", *fused}
 
 
 def test_export_is_silent(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -95,16 +95,15 @@ def test_training_data_stays_out_of_the_file(tmp_path: Path) -> None:
     proto = onnx.load(sonnx.export(model, torch.zeros(2, 19), tmp_path / "net.onnx"))
     sizes = {t.name: int(np.prod(t.dims)) for t in proto.graph.initializer}
     tensor = weight("condensed", 37, 19)
-    assert sum(sizes.values()) == 2 * tensor.nnz + 35 + 37
+    assert sum(sizes.values()) == 2 * tensor.nnz + 38 + 37
     assert not proto.graph.metadata_props
     assert not any(node.metadata_props for node in proto.graph.node)
 
 
 def test_layers_that_share_a_weight_share_it_in_the_file(tmp_path: Path) -> None:
     proto = onnx.load(sonnx.export(network(), torch.zeros(2, 21), tmp_path / "net.onnx"))
-    used = [node.input[1:] for node in proto.graph.node if node.op_type == "CSRLinear"]
-    assert len(used) == 2
-    assert used[0] == used[1]
+    used = [node.input[1:] for node in proto.graph.node if node.op_type == "ListsLinear"]
+    assert len(used) > len({tuple(inputs) for inputs in used})
 
 
 def test_export_of_float64(tmp_path: Path) -> None:
@@ -174,7 +173,7 @@ def test_keyword_inputs(tmp_path: Path) -> None:
 class Branches(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.one, self.two = layer("nm", 13, 21), layer("csr", 13, 21)
+        self.one, self.two = layer("nm", 13, 21), layer("hrbp", 13, 21)
 
     def forward(self, x: Any) -> Any:
         return torch.cond(x.sum() > 0, lambda x: self.one(x), lambda x: self.two(x), (x,))
@@ -182,7 +181,7 @@ class Branches(nn.Module):
 
 def test_layers_inside_branches(tmp_path: Path) -> None:
     path = sonnx.export(Branches(), torch.randn(2, 21), tmp_path / "net.onnx")
-    for sign, op_type in [(1, "NMLinear"), (-1, "CSRLinear")]:
+    for sign, op_type in [(1, "ListsLinear"), (-1, "GroupsLinear")]:
         feeds = {only_input(path): np.full((3, 21), sign, np.float32)}
         assert op_type in {run.op_type for run in sonnx.kernels_run(path, feeds)}
         fast, body = (sonnx.session(path, library=lib).run(None, feeds)[0] for lib in (True, False))
@@ -213,7 +212,7 @@ class Computed(nn.Module):
 
     def forward(self, x: Any) -> Any:
         values = self.inner.values * x.sum()
-        return torch.ops.spfmt.spmm(values, self.inner.structure, x, None, [13, 21], "nm")
+        return torch.ops.spfmt.spmm(values, self.inner.structure, x, None, [13, 21])
 
 
 def test_computed_weights_are_refused(tmp_path: Path) -> None:
@@ -328,12 +327,13 @@ def check_file(path: Path, model: Any, x: Any, rtol: float) -> None:
 
 
 @pytest.mark.parametrize("suffix", ACTIVATIONS)
-@pytest.mark.parametrize("format", OP_TYPES)
+@pytest.mark.parametrize("format", LAYOUTS.values())
 def test_activations_join_the_product(format: str, suffix: str, tmp_path: Path) -> None:
     module, _ = ACTIVATIONS[suffix]
     model = nn.Sequential(layer(format, 24, 21), module)
     path = sonnx.export(model, torch.zeros(2, 21), tmp_path / "net.onnx")
-    fused = OP_TYPES[format] + suffix
+    tensor_layout = model[0].tensor().layout().name
+    fused = sonnx.OPERATORS[tensor_layout].op_type + suffix
     assert op_types(path) == [fused]
     for batch in (1, 17):
         x = torch.randn(batch, 21)
@@ -348,7 +348,7 @@ def test_activations_in_float64_and_later_opsets(suffix: str, tmp_path: Path) ->
     model = nn.Sequential(layer("csr", 24, 21), module).double()
     example = torch.zeros(2, 21, dtype=torch.float64)
     path = sonnx.export(model, example, tmp_path / "net.onnx", opset=21)
-    assert op_types(path) == ["CSRLinear" + suffix]
+    assert op_types(path) == ["ListsLinear" + suffix]
     x = torch.randn(17, 21, dtype=torch.float64)
     if suffix != "Gelu":
         check_file(path, model, x, 1e-12)
@@ -365,7 +365,7 @@ def test_activations_join_through_reshapes_and_calls(suffix: str, tmp_path: Path
     _, function = ACTIVATIONS[suffix]
     model = Calls(layer("nm", 24, 21), function)
     path = sonnx.export(model, torch.zeros(2, 3, 21), tmp_path / "net.onnx")
-    assert op_types(path) == ["Reshape", "NMLinear" + suffix, "Reshape"]
+    assert op_types(path) == ["Reshape", "ListsLinear" + suffix, "Reshape"]
     check_file(path, model, torch.randn(5, 3, 21), 1e-5)
     plain = sonnx.export(model, torch.zeros(2, 3, 21), tmp_path / "plain.onnx", inline=True)
     assert not onnx.load(plain).functions
@@ -377,13 +377,13 @@ def test_activations_stay_apart_where_the_sum_is_read_again(suffix: str, tmp_pat
     module, function = ACTIVATIONS[suffix]
     model = Calls(layer("nm", 24, 21), lambda z: z + function(z))
     path = sonnx.export(model, torch.zeros(2, 21), tmp_path / "net.onnx")
-    assert op_types(path)[0] == "NMLinear"
+    assert op_types(path)[0] == "ListsLinear"
     assert len(op_types(path)) > 2
     check_file(path, model, torch.randn(5, 21), 1e-5)
     dense = nn.Sequential(nn.Linear(21, 21), module, layer("nm", 24, 21), nn.LayerNorm(24), module)
     path = sonnx.export(dense, torch.zeros(2, 21), tmp_path / "dense.onnx")
-    assert [name for name in op_types(path) if "NM" in name] == ["NMLinear"]
-    assert {f.name for f in onnx.load(path).functions} == {"NMLinear"}
+    assert [name for name in op_types(path) if "Linear" in name] == ["ListsLinear"]
+    assert {f.name for f in onnx.load(path).functions} == {"ListsLinear"}
     check_file(path, dense, torch.randn(5, 21), 1e-5)
 
 
@@ -391,10 +391,10 @@ def test_activations_of_outputs_and_chains(tmp_path: Path) -> None:
     """The product is an output itself; a second activation has no product left to join."""
     model = Calls(layer("csr", 24, 21), lambda z: (z, torch.relu(z)))
     path = sonnx.export(model, torch.zeros(2, 21), tmp_path / "net.onnx")
-    assert op_types(path) == ["CSRLinear", "Relu"]
+    assert op_types(path) == ["ListsLinear", "Relu"]
     model = Calls(layer("csr", 24, 21), lambda z: torch.relu(torch.nn.functional.silu(z)))
     path = sonnx.export(model, torch.zeros(2, 21), tmp_path / "chain.onnx")
-    assert op_types(path) == ["CSRLinearSilu", "Relu"]
+    assert op_types(path) == ["ListsLinearSilu", "Relu"]
     check_file(path, model, torch.randn(5, 21), 1e-5)
 
 
@@ -407,7 +407,7 @@ class BranchesWithActivations(Branches):
 def test_activations_inside_branches(tmp_path: Path) -> None:
     model = BranchesWithActivations()
     path = sonnx.export(model, torch.randn(2, 21), tmp_path / "net.onnx")
-    for sign, op_type in [(1, "NMLinearRelu"), (-1, "CSRLinear")]:
+    for sign, op_type in [(1, "ListsLinearRelu"), (-1, "GroupsLinear")]:
         feeds = {only_input(path): np.full((3, 21), sign, np.float32)}
         assert op_type in {run.op_type for run in sonnx.kernels_run(path, feeds)}
         fast, body = (sonnx.session(path, library=lib).run(None, feeds)[0] for lib in (True, False))
@@ -420,5 +420,71 @@ def test_fused_calls_are_exported_fused(tmp_path: Path) -> None:
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     path = sonnx.export(model, torch.zeros(2, 21), tmp_path / "net.onnx")
-    assert op_types(path) == ["HRBPLinearGelu"]
+    assert op_types(path) == ["GroupsLinearGelu"]
     check_file(path, model, torch.randn(5, 21), 1e-5)
+
+
+# ------------------------------------------------------------------------------- other tools
+
+
+def test_wrappers_that_take_any_arguments_have_a_dynamic_batch(tmp_path: Path) -> None:
+    model = torch.optim.swa_utils.AveragedModel(nn.Sequential(layer("csr", 24, 21)))
+    path = sonnx.export(model, (torch.zeros(4, 21),), tmp_path / "net.onnx")
+    check_file(path, model.eval(), torch.randn(9, 21), 1e-5)
+
+
+def test_an_input_without_a_batch_is_explained(tmp_path: Path) -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = layer("csr", 24, 21)
+
+        def forward(self, x: Any, mask: Any) -> Any:
+            return self.inner(x) * mask
+
+    inputs = (torch.randn(4, 7, 21), torch.randn(7, 24))
+    with pytest.raises(sonnx.ExportError, match="dynamic_shapes"):
+        sonnx.export(Masked(), inputs, tmp_path / "net.onnx")
+    shapes = ({0: "batch"}, None)
+    sonnx.export(Masked(), inputs, tmp_path / "net.onnx", dynamic_shapes=shapes)
+
+
+def test_the_dense_rest_can_be_quantized(tmp_path: Path) -> None:
+    quantization = pytest.importorskip("onnxruntime.quantization")
+    model = nn.Sequential(layer("csr", 24, 21), nn.ReLU(), nn.Linear(24, 8))
+    path = sonnx.export(model, torch.zeros(2, 21), tmp_path / "net.onnx")
+    quantization.quantize_dynamic(path, tmp_path / "quantized.onnx")
+    assert {"ListsLinearRelu", "MatMulInteger"} <= set(op_types(tmp_path / "quantized.onnx"))
+    sonnx.session(tmp_path / "quantized.onnx")
+
+
+def test_a_file_that_a_tool_made_dense_is_noticed(tmp_path: Path) -> None:
+    path = sonnx.export(layer("csr", 24, 21), torch.zeros(2, 21), tmp_path / "net.onnx")
+    sonnx.session(path)  # no warning
+    dense = onnx.inliner.inline_local_functions(onnx.load(path))
+    onnx.save(dense, tmp_path / "dense.onnx")
+    with pytest.warns(UserWarning, match=r"exported with 1 sparse layers and has none"):
+        sonnx.session(tmp_path / "dense.onnx")
+    with pytest.warns(UserWarning, match="none any more"):
+        sonnx.session((tmp_path / "dense.onnx").read_bytes())
+    sonnx.session(tmp_path / "dense.onnx", library=False)
+
+
+def test_options_on_which_the_library_is_registered_are_explained(tmp_path: Path) -> None:
+    path = sonnx.export(layer("csr", 24, 21), torch.zeros(2, 21), tmp_path / "net.onnx")
+    options = ort.SessionOptions()
+    options.register_custom_ops_library(sonnx.library_path())
+    with pytest.raises(SpfmtError, match=r"spfmt\.onnx\.register\(options\)"):
+        sonnx.session(path, session_options=options)
+
+
+def test_files_in_float16_are_explained(tmp_path: Path) -> None:
+    float16 = pytest.importorskip("onnxruntime.transformers.float16")
+    path = sonnx.export(layer("csr", 24, 21), torch.zeros(2, 21), tmp_path / "net.onnx")
+    convert = float16.convert_float_to_float16
+    onnx.save(convert(onnx.load(path), keep_io_types=True), tmp_path / "half.onnx")
+    with pytest.raises(SpfmtError, match="op_block_list"):
+        sonnx.session(tmp_path / "half.onnx")
+    kept = convert(onnx.load(path), keep_io_types=True, op_block_list=[*sonnx.OP_TYPES])
+    onnx.save(kept, tmp_path / "kept.onnx")
+    sonnx.session(tmp_path / "kept.onnx")

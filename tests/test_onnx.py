@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from format_cases import LAYOUTS
 from fresh_python import run_python
 
 from spfmt.activations import ACTIVATIONS, apply_activation
@@ -23,7 +24,6 @@ ort = pytest.importorskip("onnxruntime")
 
 from onnx_cases import (  # noqa: E402
     EMPTY,
-    OP_TYPES,
     SHAPES,
     Array,
     bias_of,
@@ -42,9 +42,9 @@ import spfmt.onnx as sonnx  # noqa: E402
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize(("rows", "cols"), SHAPES + EMPTY)
-@pytest.mark.parametrize("format", FORMATS)
-def test_the_same_file_gives_the_same_answer(format: str, rows: int, cols: int, dtype: Any) -> None:
-    tensor = weight(format, rows, cols, dtype)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_same_file_gives_the_same_answer(layout: str, rows: int, cols: int, dtype: Any) -> None:
+    tensor = weight(layout, rows, cols, dtype)
     bias = bias_of(tensor)
     model = one_layer(tensor, bias)
     onnx.checker.check_model(model, full_check=True)
@@ -53,10 +53,22 @@ def test_the_same_file_gives_the_same_answer(format: str, rows: int, cols: int, 
         check(got, x, tensor, bias)
 
 
-@pytest.mark.parametrize("lead", [(0,), (1,), (17,), (64,), (3, 5), (2, 1, 4), (2, 0), ()])
 @pytest.mark.parametrize("format", FORMATS)
-def test_any_leading_dimensions(format: str, lead: tuple[int, ...]) -> None:
+def test_every_format_lowers_to_an_operator(format: str) -> None:
     tensor = weight(format, 37, 19)
+    bias, x = bias_of(tensor), samples(tensor, 3)
+    node, tensors = sonnx.make_node(tensor, "x", "bias", "y", name="layer")
+    assert node.op_type == sonnx.OPERATORS[tensor.layout().name].op_type
+    assert node.doc_string == repr(tensor)
+    assert [t.name for t in tensors] == list(node.input[1:-1])
+    for got in run_everywhere(one_layer(tensor, bias), x).values():
+        check(got, x, tensor, bias)
+
+
+@pytest.mark.parametrize("lead", [(0,), (1,), (17,), (64,), (3, 5), (2, 1, 4), (2, 0), ()])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_any_leading_dimensions(layout: str, lead: tuple[int, ...]) -> None:
+    tensor = weight(layout, 37, 19)
     bias = bias_of(tensor)
     x = samples(tensor, *lead)
     for got in run_everywhere(one_layer(tensor, bias, lead=len(lead)), x).values():
@@ -64,9 +76,9 @@ def test_any_leading_dimensions(format: str, lead: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("opset", [18, 20, 21, 23])
-@pytest.mark.parametrize("format", FORMATS)
-def test_bodies_hold_in_later_opsets(format: str, opset: int) -> None:
-    tensor = weight(format, 13, 21)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_bodies_hold_in_later_opsets(layout: str, opset: int) -> None:
+    tensor = weight(layout, 13, 21)
     bias, x = bias_of(tensor), samples(tensor, 3)
     for got in run_everywhere(one_layer(tensor, bias, opset=opset), x).values():
         check(got, x, tensor, bias)
@@ -81,33 +93,31 @@ def test_block_heights(block_rows: int) -> None:
         check(got, x, tensor, bias)
 
 
-@pytest.mark.parametrize("format", FORMATS)
-def test_wide_layers_use_32_bit_indices(format: str) -> None:
-    tensor = weight(format, 6, 70_000)
-    lowered = sonnx.lower(tensor)
-    wide = lowered.inputs["channel_indices" if format == "hrbp" else "col_indices"]
-    assert wide.dtype == np.int32
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_wide_layers_use_32_bit_indices(layout: str) -> None:
+    tensor = weight(layout, 6, 70_000)
+    assert sonnx.lower(tensor)["col_indices"].dtype == np.int32
     bias, x = bias_of(tensor), samples(tensor, 2)
     for library in (False, True):
         model = one_layer(tensor, bias).SerializeToString()
         check(sonnx.session(model, library=library).run(None, {"x": x})[0], x, tensor, bias)
 
 
-@pytest.mark.parametrize("format", FORMATS)
-def test_small_layers_use_16_bit_indices(format: str) -> None:
-    inputs = sonnx.lower(weight(format, 37, 19)).inputs
-    pointers = {"indptr", "group_ptr", "values"}
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_small_layers_use_16_bit_indices(layout: str) -> None:
+    inputs = sonnx.lower(weight(layout, 37, 19))
+    pointers = {"indptr", "row_ptr", "values"}
     assert {a.dtype.name for name, a in inputs.items() if name not in pointers} == {"uint16"}
 
 
-@pytest.mark.parametrize("format", FORMATS)
-def test_profile_shows_our_kernel(format: str) -> None:
-    tensor = weight(format, 64, 48)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_profile_shows_our_kernel(layout: str) -> None:
+    tensor = weight(layout, 64, 48)
     model = one_layer(tensor, bias_of(tensor)).SerializeToString()
     feeds = {"x": samples(tensor, 4)}
     (run,) = sonnx.kernels_run(model, feeds)
     assert (run.op_type, run.node, run.provider) == (
-        OP_TYPES[format],
+        sonnx.OPERATORS[layout].op_type,
         "layer",
         "CPUExecutionProvider",
     )
@@ -121,9 +131,9 @@ def test_profile_shows_our_kernel(format: str) -> None:
 
 
 @pytest.mark.parametrize("batch", [1, 64, 200])
-@pytest.mark.parametrize("format", FORMATS)
-def test_threads_do_not_change_a_bit(format: str, batch: int) -> None:
-    tensor = weight(format, 512, 300)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_threads_do_not_change_a_bit(layout: str, batch: int) -> None:
+    tensor = weight(layout, 512, 300)
     model = one_layer(tensor, bias_of(tensor)).SerializeToString()
     x = samples(tensor, batch)
     one, two = (sonnx.session(model, threads=n).run(None, {"x": x})[0] for n in (1, 2))
@@ -182,9 +192,9 @@ def test_isa_can_be_forced(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_nodes_and_functions_with_an_activation(activation: str) -> None:
     tensor = weight("nm", 37, 19)
     node, _ = sonnx.make_node(tensor, "x", "bias", "y", name="layer", activation=activation)
-    body = sonnx.function("nm", activation=activation)
-    assert node.op_type == body.name == "NMLinear" + activation.title().replace("_", "")
-    assert (body.node[0].domain, body.node[0].op_type) == (sonnx.DOMAIN, "NMLinear")
+    body = sonnx.function("lists", activation=activation)
+    assert node.op_type == body.name == "ListsLinear" + activation.title().replace("_", "")
+    assert (body.node[0].domain, body.node[0].op_type) == (sonnx.DOMAIN, "ListsLinear")
     model = one_layer(tensor, bias_of(tensor))
     model.graph.node[0].op_type = node.op_type
     model.functions.append(body)
@@ -198,7 +208,7 @@ def test_nodes_and_functions_with_an_activation(activation: str) -> None:
 
 def test_unknown_activations_are_refused() -> None:
     with pytest.raises(FormatError, match="activation='elu'"):
-        sonnx.function("nm", activation="elu")
+        sonnx.function("lists", activation="elu")
     tensor = weight("nm", 13, 21)
     with pytest.raises(FormatError, match="activation='elu'"):
         sonnx.make_node(tensor, "x", "bias", "y", name="layer", activation="elu")
@@ -245,6 +255,13 @@ def retype(name: str, dtype: Any) -> Callable[..., None]:
     return change
 
 
+def reshape(name: str, shape: tuple[int, ...]) -> Callable[..., None]:
+    def change(inputs: dict[str, Array], attributes: dict[str, int]) -> None:
+        inputs[name] = inputs[name].reshape(shape)
+
+    return change
+
+
 def drop(name: str) -> Callable[..., None]:
     def change(inputs: dict[str, Array], attributes: dict[str, int]) -> None:
         del attributes[name]
@@ -252,71 +269,51 @@ def drop(name: str) -> Callable[..., None]:
     return change
 
 
-def any_format(change: Callable[..., None], message: str) -> list[tuple[str, Any, str]]:
-    return [(format, change, message) for format in FORMATS]
+def both(change: Callable[..., None], message: str) -> list[tuple[str, Any, str]]:
+    return [(layout, change, message) for layout in LAYOUTS]
 
 
 BROKEN = [
-    *any_format(cut("bias"), "bias: expected"),
-    *any_format(cut("values"), "got shape"),
-    *any_format(attribute("in_features", -1), "in_features: got -1"),
-    *any_format(attribute("out_features", 2**40), "out_features: got"),
-    *any_format(attribute("out_features", 38), "bias: expected"),
-    *any_format(drop("in_features"), "no integer attribute in_features"),
-    ("condensed", put("col_indices", (3, 1), 19), "outside .0, 19"),
-    ("condensed", put("col_indices", (3, 1), 65535), "outside .0, 19"),
-    ("condensed", put("col_indices", (3, 1), -1), "-1 at 16 is outside"),
-    ("condensed", copy("col_indices", (3, 1), (3, 2)), "do not ascend"),
-    ("condensed", put("row_indices", 4, 37), "outside .0, 37"),
-    ("condensed", put("row_indices", 4, -5), "outside .0, 37"),
-    ("condensed", copy("row_indices", 4, 5), "ascending rows without duplicates"),
-    ("condensed", cut("row_indices"), "row_indices: got shape"),
-    ("condensed", cut("col_indices"), "col_indices: got shape"),
-    ("condensed", retype("col_indices", np.int64), "uint16 or int32"),
-    ("condensed", attribute("in_features", 3), "outside .0, 3"),
-    ("nm", put("col_indices", (3, 1), 19), "outside .0, 19"),
-    ("nm", put("col_indices", (3, 1), -1), "outside .0, 19"),
-    ("nm", put("col_indices", (3, 1), 7), "breaks 2:5"),
-    ("nm", copy("col_indices", (3, 1), (3, 0)), "do not ascend"),
-    ("nm", attribute("m", 0), "n, m: expected"),
-    ("nm", attribute("n", 6), "n, m: expected"),
-    ("nm", attribute("n", 1), "values: got shape"),
-    ("nm", retype("col_indices", np.float32), "uint16 or int32"),
-    ("csr", put("col_indices", 3, 19), "outside .0, 19"),
-    ("csr", put("col_indices", 3, -1), "outside .0, 19"),
-    ("csr", copy("col_indices", 0, 1), "do not ascend"),
-    ("csr", put("indptr", 3, -1), "indptr: index -1"),
-    ("csr", put("indptr", 3, 10**6), "indptr: index 1000000"),
-    ("csr", put("indptr", 0, 1), "expected pointers from 0"),
-    ("csr", put("indptr", 2, 0), "do not ascend|pointers fall"),
-    ("csr", cut("indptr"), "indptr: got shape"),
-    ("csr", cut("col_indices"), "col_indices: got shape"),
-    ("shuffled_block", put("col_indices", 3, 19), "outside .0, 19"),
-    ("shuffled_block", put("col_indices", 3, -1), "outside .0, 19"),
-    ("shuffled_block", copy("col_indices", 0, 1), "duplicate column"),
-    ("shuffled_block", put("group_ptr", 1, -1), "group_ptr: index -1"),
-    ("shuffled_block", put("group_ptr", 1, 10**6), "group_ptr: index"),
-    ("shuffled_block", cut("group_ptr"), "expected pointers from 0"),
-    ("shuffled_block", put("row_positions", 2, 40), "row_positions: index 40"),
-    ("shuffled_block", copy("row_positions", 2, 3), "rows 2 and 3 share one position"),
-    ("shuffled_block", cut("row_positions"), "row_positions: got shape"),
-    ("hrbp", put("channel_indices", (1, 2), 19), "outside .0, 19"),
-    ("hrbp", put("channel_indices", (1, 2), -1), "outside .0, 19"),
-    ("hrbp", copy("channel_indices", (1, 2), (1, 3)), "duplicate column"),
-    ("hrbp", put("pattern_indices", (1, 0), 1), "outside .0, 1"),
-    ("hrbp", cut("channel_indices"), "values: got shape"),
-    ("hrbp", put("row_positions", 2, 39), "row_positions: index 39"),
-    ("hrbp", copy("row_positions", 2, 3), "rows 2 and 3 share one position"),
-    ("hrbp", attribute("cells", 0), "cells: expected"),
-    ("hrbp", attribute("cells", 2), "cells: expected"),
+    *both(cut("bias"), "bias: expected"),
+    *both(cut("values"), "got shape"),
+    *both(attribute("in_features", -1), "in_features: got -1"),
+    *both(attribute("out_features", 2**40), "out_features: got"),
+    *both(attribute("out_features", 38), "bias: expected"),
+    *both(attribute("in_features", 3), "outside .0, 3"),
+    *both(drop("in_features"), "no integer attribute in_features"),
+    *both(put("col_indices", 3, 19), "outside .0, 19"),
+    *both(put("col_indices", 3, 65535), "outside .0, 19"),
+    *both(put("col_indices", 3, -1), "outside .0, 19"),
+    *both(retype("col_indices", np.int64), "uint16 or int32"),
+    *both(retype("col_indices", np.float32), "uint16 or int32"),
+    *both(reshape("values", (1, -1)), "values: expected one dimension"),
+    ("lists", copy("col_indices", 0, 1), "do not ascend"),
+    ("lists", put("indptr", 3, -1), "indptr: index -1"),
+    ("lists", put("indptr", 3, 10**6), "indptr: index 1000000"),
+    ("lists", put("indptr", 0, 1), "expected pointers from 0"),
+    ("lists", put("indptr", 2, 0), "do not ascend|pointers fall"),
+    ("lists", cut("indptr"), "indptr: got shape"),
+    ("lists", cut("col_indices"), "col_indices: got shape"),
+    ("groups", copy("col_indices", 0, 1), "duplicate column"),
+    ("groups", cut("col_indices"), "col_end: index"),
+    ("groups", put("row_perm", 2, 40), "row_perm: index 40"),
+    ("groups", copy("row_perm", 2, 3), "row_perm is not a permutation"),
+    ("groups", cut("row_perm"), "row_perm: got shape"),
+    ("groups", put("row_ptr", 1, -1), "row_ptr: index -1"),
+    ("groups", put("row_ptr", 1, 0), "band without 1..16 rows"),
+    ("groups", cut("row_ptr"), "col_begin: got shape|expected pointers from 0"),
+    ("groups", put("col_begin", 1, 10**4), "col_begin: index"),
+    ("groups", put("col_end", 1, 10**4), "col_end: index"),
+    ("groups", put("col_end", 0, 0), "column range|got shape|values"),
+    ("groups", cut("col_end"), "col_end: got shape"),
 ]
 
 
-@pytest.mark.parametrize(("format", "change", "message"), BROKEN)
+@pytest.mark.parametrize(("layout", "change", "message"), BROKEN)
 def test_broken_structures_are_refused(
-    format: str, change: Callable[..., None], message: str
+    layout: str, change: Callable[..., None], message: str
 ) -> None:
-    tensor = weight(format, 37, 19)
+    tensor = weight(layout, 37, 19)
     model = one_layer(tensor, bias_of(tensor), change=change).SerializeToString()
     with pytest.raises(SpfmtError, match=message):
         sonnx.session(model)
@@ -330,21 +327,21 @@ def test_a_refusal_prints_nothing_to_stdout(capfd: pytest.CaptureFixture[str]) -
 
 
 @pytest.mark.parametrize(
-    ("format", "name"),
+    ("layout", "name"),
     [(name, free) for name, op in sonnx.OPERATORS.items() for free in (*op.inputs, "bias")],
 )
-def test_inputs_must_be_constant(format: str, name: str) -> None:
-    tensor = weight(format, 37, 19)
+def test_inputs_must_be_constant(layout: str, name: str) -> None:
+    tensor = weight(layout, 37, 19)
     model = one_layer(tensor, bias_of(tensor), free=name).SerializeToString()
     with pytest.raises(SpfmtError, match=f"{name}: expected a constant"):
         sonnx.session(model)
 
 
 @pytest.mark.parametrize("seed", range(40))
-@pytest.mark.parametrize("format", FORMATS)
-def test_damaged_numbers_are_refused_or_harmless(format: str, seed: int) -> None:
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_damaged_numbers_are_refused_or_harmless(layout: str, seed: int) -> None:
     rng = np.random.default_rng(seed)
-    tensor = weight(format, 37, 19)
+    tensor = weight(layout, 37, 19)
 
     def change(inputs: dict[str, Array], attributes: dict[str, int]) -> None:
         names = [n for n, a in inputs.items() if a.dtype.kind in "iu" and a.size]
@@ -430,7 +427,7 @@ def test_library_exports_one_symbol_of_ours() -> None:
     [
         ("onnxruntime", lambda: sonnx.register(object())),  # type: ignore[arg-type]
         ("onnxruntime", lambda: sonnx.session("model.onnx")),
-        ("onnx", lambda: sonnx.function("nm")),
+        ("onnx", lambda: sonnx.function("lists")),
         ("onnx", lambda: sonnx.export(None, (), "model.onnx")),  # type: ignore[arg-type]
         ("onnxscript", lambda: sonnx.export(None, (), "model.onnx")),  # type: ignore[arg-type]
         ("torch", lambda: sonnx.export(None, (), "model.onnx")),  # type: ignore[arg-type]
@@ -468,6 +465,6 @@ def test_half_precision_has_no_operator() -> None:
         sonnx.lower(weight("csr", 3, 4, np.float16))
 
 
-def test_unknown_formats_have_no_operator() -> None:
-    with pytest.raises(FormatError, match="csr"):
+def test_unknown_layouts_have_no_operator() -> None:
+    with pytest.raises(FormatError, match="lists, groups"):
         sonnx.function("coo")

@@ -1,4 +1,4 @@
-// The custom-op library: one ONNX operator per format on top of the core, running on ONNX Runtime's
+// The custom-op library: one ONNX operator per layout on top of the core, running on ONNX Runtime's
 // own threads. No exception leaves a callback: every one becomes an OrtStatus.
 #include <algorithm>
 #include <atomic>
@@ -212,13 +212,9 @@ class Linear {
   Linear(const LinearOp& linear, const KernelInfo* node)
       : api_(*linear.runtime.api), linear_(linear), op_(*linear.op) {
     const Api& api = api_;
-    Constants constants{
-        extent(api, node, "out_features"), extent(api, node, "in_features"), {}, {}};
+    Constants constants{extent(api, node, "out_features"), extent(api, node, "in_features"), {}};
     rows_ = constants.rows;
     cols_ = constants.cols;
-    for (const char* name : op_.attributes) {
-      constants.attributes.push_back(attribute(api, node, name));
-    }
     for (size_t i = 0; i < op_.inputs.size(); ++i) {
       constants.inputs.push_back(constant_input(api, node, i + 1, op_.inputs[i]));
     }
@@ -229,7 +225,8 @@ class Linear {
                                   " elements of the type of values");
     }
     check_type(values.type);
-    structure_ = op_.read(constants);
+    if (values.shape.size() != 1) throw std::invalid_argument("values: expected one dimension");
+    plan_ = op_.read(constants);
     if (values.type == ElementType::f32) {
       prepare<float>(values, bias);
     } else {
@@ -261,40 +258,32 @@ class Linear {
     isa_ = active_isa();
   }
 
-  // Values in the core's order, then one sample, which makes the kernel pack them for small
-  // batches: the first of them should not pay for it.
+  // One sample makes the kernel pack the values for small batches: the first should not pay for it.
   template <class T>
   void prepare(const Tensor& values, const Tensor& bias) {
-    const T* stored = static_cast<const T*>(values.data);
-    if (!structure_.source.empty()) {
-      reordered_ = std::make_unique<Buffer>(structure_.source.size() * sizeof(T));
-      T* to = reordered_->template as<T>();
-      for (const int64_t from : structure_.source) *to++ = stored[from];
-      std::vector<int64_t>().swap(structure_.source);  // assigning {} would keep its memory
-      stored = reordered_->template as<T>();
-    }
     const std::vector<T> x(cols_);
     std::vector<T> y(rows_);
-    multiply(stored, x.data(), static_cast<const T*>(bias.data), y.data(), 1, serial_executor());
+    multiply(static_cast<const T*>(values.data), x.data(), static_cast<const T*>(bias.data),
+             y.data(), 1, serial_executor());
   }
 
   template <class T>
   void multiply(const T* values, const T* x, const T* bias, T* y, int64_t batch,
                 const Executor& executor) const {
     Product p;
-    p.values = {const_cast<T*>(values), dtype_, plan_nnz(*structure_.plan)};  // sddmm alone writes
+    p.values = {const_cast<T*>(values), dtype_, plan_nnz(*plan_)};  // sddmm alone writes
     p.constant = kConstantValues;
     p.in = {const_cast<T*>(x), dtype_, cols_, batch, 1, cols_};
     p.out = {y, dtype_, rows_, batch, 1, rows_};
     p.bias = {const_cast<T*>(bias), dtype_, rows_};
     p.activation = linear_.activation;
-    run(isa_, *structure_.plan, p, executor);
+    run(isa_, *plan_, p, executor);
   }
 
   void tell(int64_t batch, int threads) const {
     const Listener hears = listener.load(std::memory_order_acquire);
     if (hears == nullptr) return;
-    const Choice choice = choose(isa_, *structure_.plan, {Op::spmm, batch, dtype_}, threads);
+    const Choice choice = choose(isa_, *plan_, {Op::spmm, batch, dtype_}, threads);
     hears(op_.name, name_of(choice.isa), choice.variant->name, choice.threads);
   }
 
@@ -334,12 +323,6 @@ class Linear {
     return {dims, dims + rank};
   }
 
-  // In the order of the plan.
-  template <class T>
-  const T* values(const KernelContext* context) const {
-    return reordered_ ? reordered_->template as<T>() : input<T>(context, 1);
-  }
-
   template <class T>
   void run_on(KernelContext* context, ElementType type) const {
     const Value* x = nullptr;
@@ -352,7 +335,7 @@ class Linear {
     if (batch == 0 || rows_ == 0) return;
     Pool pool{api_, context};
     tell(batch, pool.executor().threads);
-    multiply(values<T>(context), static_cast<const T*>(data_of(api_, x)),
+    multiply(input<T>(context, 1), static_cast<const T*>(data_of(api_, x)),
              input<T>(context, bias_index()), static_cast<T*>(const_cast<void*>(data_of(api_, y))),
              batch, pool.executor());
   }
@@ -363,9 +346,7 @@ class Linear {
   int64_t rows_ = 0, cols_ = 0;
   DType dtype_ = DType::f32;
   Isa isa_ = Isa::scalar;
-  Structure structure_;
-  // Values in the order of the plan, where the file's differs; null otherwise.
-  std::unique_ptr<Buffer> reordered_;
+  std::shared_ptr<const Plan> plan_;
 };
 
 const LinearOp& self(const CustomOp* op) { return *static_cast<const LinearOp*>(op); }

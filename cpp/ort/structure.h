@@ -23,23 +23,14 @@ struct Tensor {
 struct Constants {
   int64_t rows, cols;  // out_features, in_features
   std::vector<Tensor> inputs;
-  std::vector<int64_t> attributes;
-};
-
-struct Structure {
-  std::shared_ptr<const Plan> plan;
-  // Value p of the plan is value source[p] of the input `values`; empty: the same order.
-  std::vector<int64_t> source;
 };
 
 // One operator of the domain: its signature between X and bias, and how to read it.
 struct Operator {
   const char* name;
-  const char* format;
-  std::vector<const char*> inputs;      // values first
-  std::vector<const char*> attributes;  // behind in_features and out_features
+  std::vector<const char*> inputs;  // values first, a vector in the order of the layout
   // Throws std::invalid_argument, naming what is wrong, for anything but a sound structure.
-  Structure (*read)(const Constants&);
+  std::shared_ptr<const Plan> (*read)(const Constants&);
 };
 
 const std::vector<Operator>& operators();

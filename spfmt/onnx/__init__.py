@@ -12,7 +12,16 @@ onnxruntime alone; exporting needs torch, onnx and onnxscript::
 from __future__ import annotations
 
 from spfmt.onnx.export import ExportError, export
-from spfmt.onnx.functions import DOMAIN, MIN_OPSET, OPERATORS, VERSION, function, lower, make_node
+from spfmt.onnx.functions import (
+    DOMAIN,
+    MIN_OPSET,
+    OP_TYPES,
+    OPERATORS,
+    VERSION,
+    function,
+    lower,
+    make_node,
+)
 from spfmt.onnx.session import (
     KernelRun,
     kernels_run,
@@ -26,6 +35,7 @@ __all__ = [
     "DOMAIN",
     "MIN_OPSET",
     "OPERATORS",
+    "OP_TYPES",
     "VERSION",
     "ExportError",
     "KernelRun",

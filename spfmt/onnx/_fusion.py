@@ -30,24 +30,20 @@ def translations() -> dict[Any, Any]:
     product = _operator(
         PRODUCT,
         {"values": "T", "structure": "tensor(int32)", "x": "T", "bias": "T"},
-        ("format", "activation"),
+        ("activation",),
     )
     activation = _operator(ACTIVATION, {"z": "T"}, ("kind",))
 
-    def spmm(values: Any, structure: Any, x: Any, bias: Any, shape: Any, format: str) -> Any:
-        return product(values, structure, x, bias, format=format, activation="")
-
-    def spmm_act(
-        values: Any, structure: Any, x: Any, bias: Any, shape: Any, format: str, activation: str
+    def spmm(
+        values: Any, structure: Any, x: Any, bias: Any, shape: Any, activation: str | None = None
     ) -> Any:
-        return product(values, structure, x, bias, format=format, activation=activation)
+        return product(values, structure, x, bias, activation=activation or "")
 
     def gelu(z: Any, approximate: str = "none") -> Any:
         return activation(z, kind="gelu" if approximate == "none" else "gelu_tanh")
 
     return {
         torch.ops.spfmt.spmm.default: spmm,
-        torch.ops.spfmt.spmm_act.default: spmm_act,
         torch.ops.aten.relu.default: lambda z: activation(z, kind="relu"),
         torch.ops.aten.gelu.default: gelu,
         torch.ops.aten.silu.default: lambda z: activation(z, kind="silu"),

@@ -2,7 +2,7 @@
 
 The model goes through ``torch.onnx.export``, where every sparse product becomes a placeholder that
 still holds capacity and structure words. An activation that alone reads a product joins it. Then
-each placeholder is replaced by its format's operator with just the arrays that it needs (see
+each placeholder is replaced by its layout's operator with just the arrays that it needs (see
 `spfmt.onnx.functions`).
 """
 
@@ -25,7 +25,16 @@ from spfmt.errors import SpfmtError, format_error
 from spfmt.formats import decode_structure
 from spfmt.onnx._deps import require
 from spfmt.onnx._fusion import PRODUCT, fuse_activations, nodes_of, translations
-from spfmt.onnx.functions import DOMAIN, MIN_OPSET, VERSION, function, make_node, op_type
+from spfmt.onnx.functions import (
+    DOMAIN,
+    MIN_OPSET,
+    OPERATORS,
+    SPARSE_NODES,
+    VERSION,
+    function,
+    make_node,
+    op_type,
+)
 
 if TYPE_CHECKING:
     import onnx
@@ -191,10 +200,11 @@ def _batch_shapes(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     def shape(value: Any) -> dict[int, str] | None:
         return {0: "batch"} if isinstance(value, torch.Tensor) and value.ndim else None
 
-    if not kwargs:
+    signature = inspect.signature(model.forward)
+    kinds = {p.kind for p in signature.parameters.values()}
+    if not kwargs and inspect.Parameter.VAR_POSITIONAL not in kinds:
         return pytree.tree_map(shape, args)
-    bound = inspect.signature(model.forward).bind(*args, **kwargs)
-    return pytree.tree_map(shape, dict(bound.arguments))
+    return pytree.tree_map(shape, dict(signature.bind(*args, **kwargs).arguments))
 
 
 def _translate(model: Any, args: tuple[Any, ...], **options: Any) -> onnx.ModelProto:
@@ -217,9 +227,27 @@ def _translate(model: Any, args: tuple[Any, ...], **options: Any) -> onnx.ModelP
         except Exception as error:
             raise ExportError(
                 f"got a {type(model).__name__} that torch.onnx.export cannot translate "
-                f"({_cause(error)}); expected SparseLinear and ordinary layers; rewrite or leave "
-                "out the layer that is named, or export it apart"
+                f"({_cause(error)}); {_way_out(error)}"
             ) from error
+
+
+def _way_out(error: Exception) -> str:
+    """Return what was expected and how to get there."""
+    text = str(error)
+    if (
+        "dynamic_shapes" in text
+        or "user-specified ranges" in text
+        or "Constraints violated" in text
+    ):
+        return (
+            "expected the first dimension of every input tensor to be a batch of any size; pass "
+            "dynamic_shapes as for torch.export (None for an input without a batch, "
+            "({0: 'batch'}, None) for instance), or dynamic_batch=False"
+        )
+    return (
+        "expected SparseLinear and ordinary layers; rewrite or leave out the layer that is named, "
+        "or export it apart"
+    )
 
 
 def _cause(error: Exception) -> str:
@@ -258,7 +286,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _replace_placeholders(proto: onnx.ModelProto, opset: int) -> None:
-    """Turn placeholders into the formats' operators and add those operators' functions."""
+    """Turn placeholders into the layouts' operators and add those operators' functions."""
     nodes = list(nodes_of(proto.graph))
     replace = _Replacer(proto.graph)
     for node in nodes:
@@ -271,9 +299,9 @@ def _replace_placeholders(proto: onnx.ModelProto, opset: int) -> None:
         )
     replace.drop_unused()
     # A function with an activation calls the one without.
-    plain = {(format, "") for format, _ in replace.used}
-    for format, activation in sorted(plain | replace.used):
-        proto.functions.append(function(format, opset, activation or None))
+    plain = {(layout, "") for layout, _ in replace.used}
+    for layout, activation in sorted(plain | replace.used):
+        proto.functions.append(function(layout, opset, activation or None))
 
 
 class _Replacer:
@@ -285,7 +313,7 @@ class _Replacer:
         self.taken = set(self.initializers)
         self.lowered: dict[tuple[str, str], onnx.NodeProto] = {}
         self.zeros: dict[tuple[int, int], str] = {}
-        self.used: set[tuple[str, str]] = set()  # formats and activations
+        self.used: set[tuple[str, str]] = set()  # layouts and activations
 
     def __call__(self, node: onnx.NodeProto) -> None:
         values, structure, x, *rest = node.input
@@ -293,17 +321,15 @@ class _Replacer:
             tensor = self._tensor(values, structure, node.name)
             self.lowered[values, structure] = self._lower(tensor, structure)
         template = self.lowered[values, structure]
-        format, activation = (
-            next(a.s.decode() for a in node.attribute if a.name == key)
-            for key in ("format", "activation")
-        )
-        self.used.add((format, activation))
+        layout = next(key for key, op in OPERATORS.items() if op.op_type == template.op_type)
+        activation = next(a.s.decode() for a in node.attribute if a.name == "activation")
+        self.used.add((layout, activation))
         bias = rest[0] if rest and rest[0] else self._zero_bias(values, template)
         layer = template.name.removesuffix(".sparse")
         name, output = f"{layer}/{node.name}", node.output[0]
         node.CopyFrom(template)
         node.name = name
-        node.op_type = op_type(format, activation or None)
+        node.op_type = op_type(layout, activation or None)
         node.input[0], node.input[-1], node.output[0] = x, bias, output
 
     def _array(self, name: str, node: str) -> Any:
@@ -356,6 +382,11 @@ class _Replacer:
 def _finish(proto: onnx.ModelProto, inline: bool) -> onnx.ModelProto:
     """Strip what only debugging needs, lower the IR version, inline, check."""
     onnx = require("onnx")
+    # Names of initializers there would only repeat them, and break onnxruntime's quantization.
+    stored = {tensor.name for tensor in proto.graph.initializer}
+    described = [info for info in proto.graph.value_info if info.name not in stored]
+    del proto.graph.value_info[:]
+    proto.graph.value_info.extend(described)
     # torch's notes hold paths of the machine that exported, and need a newer IR version.
     for item in (proto.graph, *proto.graph.value_info, *nodes_of(proto.graph)):
         item.ClearField("metadata_props")
@@ -365,8 +396,11 @@ def _finish(proto: onnx.ModelProto, inline: bool) -> onnx.ModelProto:
         del proto.opset_import[:]
         proto.opset_import.extend(kept)
         _drop_unused_constants(proto.graph)
-    elif all(opset.domain != DOMAIN for opset in proto.opset_import):
-        proto.opset_import.append(onnx.helper.make_opsetid(DOMAIN, VERSION))
+    else:
+        if all(opset.domain != DOMAIN for opset in proto.opset_import):
+            proto.opset_import.append(onnx.helper.make_opsetid(DOMAIN, VERSION))
+        count = sum(node.domain == DOMAIN for node in nodes_of(proto.graph))
+        onnx.helper.set_model_props(proto, {SPARSE_NODES: str(count)})
     known = [opset for opset in proto.opset_import if opset.domain != DOMAIN]
     proto.ir_version = max(8, onnx.helper.find_min_ir_version_for(known, ignore_unknown=True))
     size = proto.ByteSize()

@@ -7,8 +7,10 @@ import ctypes
 import dataclasses
 import json
 import os
+import re
 import tempfile
 import threading
+import warnings
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from spfmt.errors import MissingDependency, SpfmtError
 from spfmt.onnx._deps import require
+from spfmt.onnx.functions import OPERATORS, SPARSE_NODES
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -134,12 +137,48 @@ def session(
     name = f"{len(model)} bytes" if isinstance(model, bytes) else repr(source)
     try:
         # Without the fallback: it prints, and tries the same providers once more.
-        return ort.InferenceSession(source, options, providers=list(providers), enable_fallback=0)
+        opened = ort.InferenceSession(source, options, providers=list(providers), enable_fallback=0)
     except Exception as error:
         raise SpfmtError(
-            f"got a model that ONNX Runtime cannot open ({name}): {error}; expected a sound ONNX "
-            "file; export it again with spfmt.onnx.export"
+            f"got a model that ONNX Runtime cannot open ({name}): {error}; {_way_out(str(error))}"
         ) from error
+    if library:
+        _warn_if_dense(opened, source, name)
+    return opened
+
+
+def _way_out(error: str) -> str:
+    """Return what was expected, and how to get there."""
+    if "Domain already set" in error:
+        return (
+            "expected options on which the library is not registered; register it with "
+            "spfmt.onnx.register(options), which remembers, or pass library=False"
+        )
+    if "tensor(float16)" in error or "tensor(bfloat16)" in error:
+        return (
+            "expected sparse layers in float32 or float64, for there are no narrower kernels; "
+            "convert with op_block_list=[*spfmt.onnx.OP_TYPES], or pass library=False to run their "
+            "standard operators"
+        )
+    return "expected a sound ONNX file; export it again with spfmt.onnx.export"
+
+
+# A node's op_type in a serialized model: field 4, a length, one of our names.
+_OURS = re.compile(rb"\x22.(?:%s)" % "|".join(o.op_type for o in OPERATORS.values()).encode())
+
+
+def _warn_if_dense(opened: Any, source: str | bytes, name: str) -> None:
+    """Warn of a file that was exported with sparse nodes and has lost them since."""
+    count = opened.get_modelmeta().custom_metadata_map.get(SPARSE_NODES, "0")
+    data = source if isinstance(source, bytes) else Path(source).read_bytes()
+    inlined = any(f"_inlfunc_{o.op_type}".encode() in data for o in OPERATORS.values())
+    if (count != "0" or inlined) and not _OURS.search(data):
+        warnings.warn(
+            f"{name} was exported with {count if count != '0' else 'some'} sparse layers and has "
+            "none any more: a tool has replaced them by dense ones (docs/file-format.md says which "
+            "do); run it on the dense parts, before the sparse layers are exported",
+            stacklevel=3,
+        )
 
 
 @dataclass(frozen=True)
@@ -149,7 +188,7 @@ class KernelRun:
     Attributes
     ----------
     op_type : str
-        Operator, such as ``"NMLinear"`` for ours or ``"Gemm"`` for its standard body.
+        Operator, such as ``"ListsLinear"`` for ours or ``"Gemm"`` for its standard body.
     node : str
         Name of the node.
     provider : str
@@ -158,7 +197,7 @@ class KernelRun:
         Wall time of this run.
     kernel : str
         For our operators in `kernels_run`, how the cost model chose to run it: instruction set,
-        variant and threads, such as ``"avx512, tokens, 1 threads"``. Else empty.
+        variant and threads, such as ``"avx512, lookup, 1 threads"``. Else empty.
     """
 
     op_type: str
