@@ -17,7 +17,9 @@ from pybind11 import get_include
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-CORE = sorted(str(p) for d in ("core", "cost", "lists", "groups") for p in Path("cpp", d).glob("*.cpp"))
+CORE = sorted(
+    str(p) for d in ("core", "cost", "lists", "groups") for p in Path("cpp", d).glob("*.cpp")
+)
 ORT = sorted(str(p) for p in Path("cpp/ort").glob("*.cpp"))
 HEADERS = sorted(str(p) for place in ("cpp", "bindings") for p in Path(place).rglob("*.h"))
 SANITIZE = os.environ.get("SPFMT_SANITIZE", "")

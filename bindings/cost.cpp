@@ -1,4 +1,4 @@
-// Python's view of the cost model: dictionaries of coefficients, predictions, the file.
+// Python's view of the cost model: dictionaries of coefficients, and predictions.
 #include "cost.h"
 
 #include <pybind11/pybind11.h>
@@ -77,29 +77,6 @@ CostModel from_dict(const Coefficients& given) {
   return model;
 }
 
-// Text of a file that may hold anything: no byte of it is an error.
-py::object lenient_text(const std::string& bytes) {
-  return py::reinterpret_steal<py::object>(
-      PyUnicode_DecodeUTF8(bytes.data(), static_cast<Py_ssize_t>(bytes.size()), "replace"));
-}
-
-py::dict read_file(const std::string& path) {
-  const spfmt::Calibration found = spfmt::read_calibration(path);
-  py::dict out;
-  out["coefficients"] = to_dict(found.model);
-  out["date"] = lenient_text(found.date);
-  out["levels"] = lenient_text(found.levels);
-  out["ignored"] = lenient_text(found.ignored);
-  return out;
-}
-
-// As os.fsdecode does: paths are bytes, of any kind.
-py::object cost_path() {
-  const std::string path = spfmt::cost_file();
-  return py::reinterpret_steal<py::object>(
-      PyUnicode_DecodeFSDefaultAndSize(path.data(), static_cast<Py_ssize_t>(path.size())));
-}
-
 py::tuple as_tuple(const spfmt::Choice& choice) {
   return py::make_tuple(choice.variant->name, choice.threads, choice.seconds);
 }
@@ -125,13 +102,6 @@ void bind_cost(py::module_& m) {
   m.def("cost_model", [] { return to_dict(spfmt::cost_model()); });
   m.def("default_cost_model", [] { return to_dict(spfmt::default_cost_model()); });
   m.def("set_cost_model", [](const Coefficients& c) { spfmt::set_cost_model(from_dict(c)); });
-  m.def("read_calibration", &read_file, py::arg("path"));
-  m.def("format_calibration",
-        [](const Coefficients& c, const std::string& date, const std::string& levels) {
-          return spfmt::format_calibration(from_dict(c), date, levels);
-        });
-  m.def("cost_file", &cost_path);
-  m.def("cpu_key", &spfmt::cpu_key);
   m.def("variants", &variants, "Rows (name, layout, ops, largest batch).");
   m.def("force_variant", &spfmt::force_variant, py::arg("name"));
   m.def("kernel_terms",

@@ -19,7 +19,6 @@ except ImportError as error:
     ) from error
 
 from .advice import Advice, advise
-from .calibration import calibrate
 from .convert import ConversionReport, convert
 from .cost import CostModel, cost_model
 from .dispatch import Kernel, kernels, show_config
@@ -46,7 +45,6 @@ __all__ = [
     "SparseTensor",
     "SpfmtError",
     "advise",
-    "calibrate",
     "convert",
     "cost_model",
     "get_num_threads",

@@ -82,8 +82,6 @@ class Advice:
     batch, threads : int
     isa : str
         Instruction-set level of the kernels.
-    model : str
-        Where the coefficients come from.
     """
 
     candidates: tuple[Candidate, ...]
@@ -93,7 +91,6 @@ class Advice:
     batch: int
     threads: int
     isa: str
-    model: str
 
     @property
     def best(self) -> Candidate:
@@ -133,7 +130,7 @@ class Advice:
             for c in self.candidates
         ]
         lines += [f"{name:<16}{reason.partition(';')[0]}" for name, reason in self.excluded]
-        return "\n".join([*lines, f"predicted by the cost model: {self.model}"])
+        return "\n".join([*lines, "predicted by the cost model"])
 
 
 @dataclass(frozen=True)
@@ -200,8 +197,7 @@ def advise(
     -----
     float32; times are those of calls from numpy with (batch, features) operands, with values that
     were packed before. Nothing is measured and nothing is written: predictions are those of the
-    cost model in use, which :func:`spfmt.calibrate` fits to this CPU. See docs/advise.md for the
-    model and for how far off it is.
+    cost model. See docs/advise.md for the model and for how far off it is.
 
     Examples
     --------
@@ -228,9 +224,7 @@ def advise(
             else:
                 excluded.append((name, candidate))
     found.sort(key=lambda c: c.seconds)
-    return Advice(
-        tuple(found), tuple(excluded), shape, op, batch, used, isa, cost.cost_model().origin
-    )
+    return Advice(tuple(found), tuple(excluded), shape, op, batch, used, isa)
 
 
 # ------------------------------------------------------------------------------------ arguments

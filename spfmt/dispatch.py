@@ -178,7 +178,6 @@ def show_config() -> str:
         f"(available: {', '.join(map(_labelled, _available_levels()))}; "
         "force one with SPFMT_ISA)",
         f"threads: {threads.get_num_threads()}",
-        f"cost model: {cost.cost_model().origin}",
         f"{'layout':<9}{'op':<9}{'dtype':<9}levels",
     ]
     for layout, op, dtype in sorted({(k.layout, k.op, k.dtype) for k in _TABLE}):
@@ -506,7 +505,6 @@ def check_workload(batch: int, threads_: int | None, op: str) -> tuple[int, int]
 
 
 def _compile(layout: Layout) -> Any:
-    cost.cost_model()  # says so in the log where a calibration is ignored
     if isinstance(layout, Lists):
         return _kernels.lists_plan(layout.rows, layout.cols, layout.indptr, layout.col_indices)
     return _kernels.groups_plan(

@@ -63,7 +63,7 @@ def test_nothing_measures_an_emulated_level(monkeypatch: pytest.MonkeyPatch) -> 
     assert dispatch.timed_isa() == isa
     monkeypatch.setattr(dispatch, "EMULATED", (isa,))
     assert f"instruction set: {isa}[emulated]" in spfmt.show_config()
-    for measure in (dispatch.timed_isa, spfmt.calibrate, machine.describe):
+    for measure in (dispatch.timed_isa, machine.describe):
         with pytest.raises(spfmt.FormatError, match=f"level '{isa}', which this build emulates"):
             measure()
 
@@ -247,8 +247,7 @@ ORDER = {
     "activations": {"errors"},
     "cost": {"_files"},
     "dispatch": {"_memory", "activations", "errors", "formats", "cost", "threads"},
-    "calibration": {"formats", "cost", "dispatch", "threads"},
-    "advice": {"errors", "formats", "convert", "cost", "dispatch", "calibration"},
+    "advice": {"errors", "formats", "convert", "cost", "dispatch"},
     "ops": {"errors", "formats", "dispatch"},
     "torch": {
         "activations",
@@ -277,7 +276,6 @@ ORDER = {
         "errors",
         "_files",
         "_memory",
-        "calibration",
         "ceilings",
         "threads",
         "formats",

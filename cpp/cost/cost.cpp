@@ -202,13 +202,40 @@ const CostModel& cost_model() {
   if (const CostModel* model = state.now.load(std::memory_order_acquire)) return *model;
   const std::lock_guard<std::mutex> lock(state.mutex);
   if (const CostModel* model = state.now.load(std::memory_order_acquire)) return *model;
-  return state.keep(read_calibration(cost_file()).model);
+  return state.keep(default_cost_model());
 }
 
 void set_cost_model(const CostModel& model) {
   InUse& state = in_use();
   const std::lock_guard<std::mutex> lock(state.mutex);
   state.keep(model);
+}
+
+std::vector<std::pair<std::string, double*>> coefficients(CostModel& model) {
+  std::vector<std::pair<std::string, double*>> out = {
+      {"l2_bytes", &model.l2_bytes},
+      {"l3_bytes", &model.l3_bytes},
+      {"wake_seconds", &model.wake_seconds},
+      {"efficiency", &model.efficiency},
+      {"dense_efficiency", &model.dense_efficiency},
+  };
+  const auto add = [&](const std::string& prefix, Terms& terms) {
+    for (int i = 0; i < kTerms; ++i) out.emplace_back(prefix + "." + kTermNames[i], &terms[i]);
+  };
+  add("dense", model.dense);
+  for (int isa = 0; isa < kIsas; ++isa) {
+    for (size_t i = 0; i < std::size(kVariants); ++i) {
+      const Variant& v = *kVariants[i];
+      for (const Op op : {Op::spmm, Op::spmm_t, Op::sddmm}) {
+        const bool transposed = v.layout == Layout::lists && op == Op::spmm_t;
+        if (transposed || !v.takes(op, 1)) continue;
+        add(std::string(name_of(static_cast<Isa>(isa))) + "." + name_of(v.layout) + "." +
+                name_of(op) + "." + v.name,
+            model.kernels[isa][i][static_cast<int>(op)]);
+      }
+    }
+  }
+  return out;
 }
 
 }  // namespace spfmt

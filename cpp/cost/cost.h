@@ -2,8 +2,8 @@
 // runs, and whether threads are worth waking.
 //
 // A cost is linear in six terms of the workload (`Terms`), so it can be fitted to a few timed runs
-// and read by people. Coefficients are compiled in and may be replaced by a calibration file, which
-// every library that holds this core reads at first use (see cost_file.cpp).
+// and read by people. Coefficients are compiled in: fitted to one CPU they choose as well on others,
+// for what decides is how the variants' costs compare.
 //
 // The variant depends on the model, the structure and the batch alone, never on the threads:
 // variants may round differently, and the number of threads must not change a bit.
@@ -12,7 +12,6 @@
 #include <array>
 #include <cstdint>
 #include <memory>
-#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -100,7 +99,7 @@ Choice choose(Isa, const Plan&, const Work&, int threads);
 // comparisons and tests of variants do. Empty returns to the model's choice.
 void force_variant(const std::string& name);
 
-// The model in use: of `cost_file()` if there is a sound one, else the defaults.
+// The model in use: the defaults, unless another was set.
 const CostModel& cost_model();
 // Takes effect for every product that begins afterwards.
 void set_cost_model(const CostModel& model);
@@ -110,22 +109,5 @@ constexpr int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
 
 // Names of all coefficients, such as "avx512.lists.spmm.lookup.stream", and their places.
 std::vector<std::pair<std::string, double*>> coefficients(CostModel& model);
-
-// The CPU that a calibration holds for: its name, family, model and stepping.
-std::string cpu_key();
-// Where this CPU's calibration is kept: a file in $SPFMT_CACHE_DIR, $XDG_CACHE_HOME/spfmt or
-// ~/.cache/spfmt. Empty when none of the three is set.
-std::string cost_file();
-
-// Reading a calibration: lines "key value"; see cost_file.cpp.
-struct Calibration {
-  CostModel model;
-  std::string date;     // as written; empty for the defaults
-  std::string levels;   // the instruction sets that were measured, the others hold defaults
-  std::string ignored;  // why a file that exists is not used; empty otherwise
-};
-Calibration read_calibration(const std::string& path);
-std::string format_calibration(const CostModel& model, const std::string& date,
-                               const std::string& levels);
 
 }  // namespace spfmt

@@ -1,6 +1,6 @@
-// Coefficients that hold until this machine is calibrated, measured on a Zen 4 core (1 MiB of L2,
-// 32 MiB of L3), those of octets and of avx2's lookup on Zen 3 and scaled by its clock.
-// `python -m benchmarks.advise --defaults` prints the table for another one.
+// The coefficients, fitted on one core of a Zen 5 (1 MiB of L2, 32 MiB of L3) by least squares of
+// relative errors. Fitted to another CPU they chose its variants by about one percent better, which
+// was not worth a file of each machine's own; `python -m benchmarks.advise` shows how well they do.
 #include <map>
 
 #include "cost.h"
@@ -15,34 +15,34 @@ struct Row {
 
 // clang-format off
 constexpr Row kRows[] = {
-    {"avx2.groups.sddmm.panels", {6.64e-06, 0, 2.18e-09, 7.96e-10, 3.33e-10, 2.5e-11}},
-    {"avx2.groups.spmm.panels", {1.32e-06, 2.15e-09, 9.79e-11, 3.53e-10, 0, 2.5e-11}},
-    {"avx2.groups.spmm.bands", {9.44e-07, 6.79e-09, 3.81e-10, 2.05e-10, 3.01e-12, 2.5e-11}},
-    {"avx2.groups.spmm_t.panels", {1.22e-06, 2.68e-09, 9.47e-10, 3.22e-10, 0, 2.5e-11}},
-    {"avx2.groups.spmm_t.bands", {8.34e-07, 8.18e-09, 1.64e-09, 4.31e-10, 0, 2.5e-11}},
-    {"avx2.lists.sddmm.panels", {4.38e-06, 3.45e-09, 8.91e-10, 4.45e-10, 0, 2.5e-11}},
-    {"avx2.lists.spmm.octets", {1.1e-06, 7e-09, 0, 2.9e-10, 0, 2.5e-11}},
-    {"avx2.lists.spmm.panels", {1.24e-06, 2.2e-09, 2.77e-10, 4.05e-10, 4.16e-11, 2.5e-11}},
-    {"avx2.lists.spmm.lookup", {9.21e-07, 6e-09, 6e-10, 3.7e-09, 0, 2.5e-11}},
-    {"avx512.groups.sddmm.panels", {5.46e-06, 0, 1.58e-09, 4.4e-10, 6.53e-11, 2.5e-11}},
-    {"avx512.groups.spmm.panels", {1.26e-06, 1.63e-09, 9.22e-11, 2.85e-10, 0, 2.5e-11}},
-    {"avx512.groups.spmm.bands", {9.23e-07, 5.65e-09, 4.82e-10, 1.54e-10, 1.05e-12, 2.5e-11}},
-    {"avx512.groups.spmm_t.panels", {1.19e-06, 1.9e-09, 7.91e-10, 2.75e-10, 0, 2.5e-11}},
-    {"avx512.groups.spmm_t.bands", {7.7e-07, 1.53e-08, 1.2e-09, 4.16e-10, 0, 2.5e-11}},
-    {"avx512.lists.sddmm.panels", {4.16e-06, 2.37e-09, 4.27e-10, 3.75e-10, 0, 2.5e-11}},
-    {"avx512.lists.spmm.octets", {1.1e-06, 7e-09, 0, 2.9e-10, 0, 2.5e-11}},
-    {"avx512.lists.spmm.panels", {1.15e-06, 1.25e-09, 1.66e-10, 3.89e-10, 0, 2.5e-11}},
-    {"avx512.lists.spmm.lookup", {9.14e-07, 8.33e-09, 6.16e-10, 3.63e-10, 0, 2.5e-11}},
-    {"dense", {4.07e-06, 1e-09, 4.27e-10, 2.69e-10, 0, 2.5e-11}},
-    {"scalar.groups.sddmm.panels", {7.53e-06, 0, 1.47e-08, 2.31e-09, 3.48e-10, 2.5e-11}},
-    {"scalar.groups.spmm.panels", {1.59e-06, 8.52e-09, 2.26e-11, 9.87e-10, 0, 2.5e-11}},
-    {"scalar.groups.spmm.bands", {9.72e-07, 1.36e-08, 9.8e-11, 8.61e-10, 1.19e-11, 2.5e-11}},
-    {"scalar.groups.spmm_t.panels", {1.49e-06, 9.02e-09, 1.78e-09, 1.02e-09, 0, 2.5e-11}},
-    {"scalar.groups.spmm_t.bands", {7.43e-07, 2.84e-08, 7.39e-09, 9.04e-10, 4.82e-11, 2.5e-11}},
-    {"scalar.lists.sddmm.panels", {4.45e-06, 8.63e-09, 1.03e-09, 5.2e-09, 0, 2.5e-11}},
-    {"scalar.lists.spmm.octets", {1.3e-06, 7e-09, 0, 5.5e-10, 0, 2.5e-11}},
-    {"scalar.lists.spmm.panels", {1.18e-06, 8.08e-09, 4.02e-10, 9.63e-10, 0, 2.5e-11}},
-    {"scalar.lists.spmm.lookup", {1.31e-06, 1.19e-08, 5.01e-09, 4.64e-09, 0, 2.5e-11}},
+    {"avx2.groups.sddmm.panels", {1.73e-06, 8.35e-11, 1.41e-09, 4.53e-10, 5.34e-11, 2.5e-11}},
+    {"avx2.groups.spmm.bands", {6.97e-07, 2.19e-09, 2e-10, 1.66e-10, 3.31e-12, 2.5e-11}},
+    {"avx2.groups.spmm.panels", {9.24e-07, 1.41e-09, 1.05e-11, 2.77e-10, 6.62e-13, 2.5e-11}},
+    {"avx2.groups.spmm_t.bands", {6.7e-07, 4.57e-09, 1.58e-09, 2.63e-10, 8.72e-13, 2.5e-11}},
+    {"avx2.groups.spmm_t.panels", {8.43e-07, 1.84e-09, 6.63e-10, 2.24e-10, 0, 2.5e-11}},
+    {"avx2.lists.sddmm.panels", {6.95e-07, 2.54e-09, 3.27e-10, 2.67e-10, 0, 2.5e-11}},
+    {"avx2.lists.spmm.lookup", {7.07e-07, 8.6e-09, 2.43e-10, 1.55e-09, 0, 2.5e-11}},
+    {"avx2.lists.spmm.octets", {7.75e-07, 1.51e-09, 0, 1.72e-10, 0, 2.5e-11}},
+    {"avx2.lists.spmm.panels", {7.51e-07, 1.59e-09, 1.11e-10, 3.08e-10, 0, 2.5e-11}},
+    {"avx512.groups.sddmm.panels", {1.25e-06, 6.31e-10, 1.07e-09, 2.24e-10, 3.63e-11, 2.5e-11}},
+    {"avx512.groups.spmm.bands", {7.51e-07, 2.31e-09, 2.35e-10, 1.38e-10, 1.91e-12, 2.5e-11}},
+    {"avx512.groups.spmm.panels", {9.05e-07, 1.15e-09, 1.2e-10, 1.27e-10, 0, 2.5e-11}},
+    {"avx512.groups.spmm_t.bands", {6.32e-07, 1e-08, 1.06e-09, 2.08e-10, 1.02e-11, 2.5e-11}},
+    {"avx512.groups.spmm_t.panels", {8.44e-07, 1.22e-09, 5.7e-10, 1.36e-10, 3.31e-12, 2.5e-11}},
+    {"avx512.lists.sddmm.panels", {7.25e-07, 1.59e-09, 2.47e-10, 2.17e-10, 0, 2.5e-11}},
+    {"avx512.lists.spmm.lookup", {6.77e-07, 5.26e-09, 5.73e-10, 1.36e-10, 0, 2.5e-11}},
+    {"avx512.lists.spmm.octets", {7.56e-07, 1.6e-09, 0, 1.68e-10, 0, 2.5e-11}},
+    {"avx512.lists.spmm.panels", {7.31e-07, 6.57e-10, 9.12e-11, 2.42e-10, 0, 2.5e-11}},
+    {"dense", {3.01e-06, 3.9e-10, 3.17e-10, 1.17e-10, 1.23e-12, 2.5e-11}},
+    {"scalar.groups.sddmm.panels", {2.52e-06, 0, 3.83e-09, 1.92e-09, 1.34e-10, 2.5e-11}},
+    {"scalar.groups.spmm.bands", {8.4e-07, 7.17e-09, 3.83e-10, 6.32e-10, 1.22e-11, 2.5e-11}},
+    {"scalar.groups.spmm.panels", {8.85e-07, 5.95e-09, 0, 7.11e-10, 7.68e-12, 2.5e-11}},
+    {"scalar.groups.spmm_t.bands", {5.97e-07, 1.66e-08, 5.75e-09, 7.95e-10, 3.48e-11, 2.5e-11}},
+    {"scalar.groups.spmm_t.panels", {7.79e-07, 5.96e-09, 1.11e-09, 7.07e-10, 1.61e-12, 2.5e-11}},
+    {"scalar.lists.sddmm.panels", {1.72e-07, 1.61e-08, 5.28e-10, 3.27e-09, 0, 2.5e-11}},
+    {"scalar.lists.spmm.lookup", {6.94e-07, 4.86e-09, 1.42e-09, 4.93e-09, 0, 2.5e-11}},
+    {"scalar.lists.spmm.octets", {8.1e-07, 5.09e-09, 0, 3.87e-10, 1.79e-12, 2.5e-11}},
+    {"scalar.lists.spmm.panels", {7.22e-07, 5.6e-09, 4.23e-12, 7.45e-10, 0, 2.5e-11}},
 };
 // clang-format on
 

@@ -17,7 +17,6 @@ import numpy.typing as npt
 
 from spfmt.bench.contenders import FEATURES_FIRST, LAYER, Contender, Setting
 from spfmt.bench.machine import available_memory
-from spfmt.calibration import dense_gemm
 from spfmt.formats import CSR, Condensed, SparseTensor
 
 __all__ = [
@@ -367,3 +366,27 @@ def _limit_blas(threads: int) -> bool:
         return False
     limits(threads, user_api="blas")
     return True
+
+
+def dense_gemm(weight: Array, *, transposed: bool = False) -> bytes:
+    """Return an ONNX model of one dense layer, Y = X Wᵀ, or Y = X W where `transposed`.
+
+    Parameters
+    ----------
+    weight : ndarray of float32, shape (R, C)
+    transposed : bool
+        Whether X is (batch, R) and Y (batch, C) instead of the other way round.
+    """
+    from onnx import TensorProto, helper, numpy_helper
+
+    n_out, n_in = weight.shape[::-1] if transposed else weight.shape
+    graph = helper.make_graph(
+        [helper.make_node("Gemm", ["x", "w"], ["y"], transB=int(not transposed))],
+        "dense",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [None, n_in])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [None, n_out])],
+        [numpy_helper.from_array(weight, "w")],
+    )
+    opsets = [helper.make_opsetid("", 17)]
+    model: bytes = helper.make_model(graph, opset_imports=opsets, ir_version=8).SerializeToString()
+    return model
