@@ -227,6 +227,45 @@ class SparseTensor(ABC):
     def _summary(self) -> str:
         """What the repr tells about this structure."""
 
+    # ---- what a format may tell, for reports, benchmarks and command lines ----------------------
+
+    SPECS: ClassVar[tuple[str, ...]] = ()
+    """How parameters are written behind the format's name, as ``"M"`` in ``nm:M``."""
+
+    def label(self) -> str:
+        """Name this tensor by its format and what distinguishes it, as in ``nm 3:32``."""
+        return self.format
+
+    @classmethod
+    def parse_spec(cls, text: str) -> dict[str, Any] | None:
+        """Read parameters of `from_scores` as written in one of `SPECS`; None for anything else."""
+        return None if text else {}
+
+    @classmethod
+    def random(
+        cls: type[Self],
+        shape: tuple[int, int],
+        density: float,
+        rng: np.random.Generator,
+        **params: Any,
+    ) -> Self:
+        """Draw a float32 tensor of random structure and standard normal values.
+
+        Parameters
+        ----------
+        shape : (int, int)
+            (R, C).
+        density : float
+            Share of stored weights; the nearest legal budget is taken, or the one that `params`
+            fix.
+        rng : numpy.random.Generator
+        **params
+            Those of `from_scores`.
+        """
+        scores = rng.random(shape, dtype=np.float32)
+        values = rng.standard_normal(shape, dtype=np.float32)
+        return cls.from_scores(scores, density, values=values, **params)
+
     @classmethod
     def _least_nnz(cls, coords: Coordinates) -> int:
         """A lower bound of the stored positions for `coords`, before memory for them is taken."""

@@ -177,6 +177,19 @@ class Condensed(SparseTensor):
         arrays = {"row_indices": rows, "col_indices": columns}
         return cls._found(matrix, shape, arrays, {"fan_in": columns.shape[1]}, values)
 
+    @classmethod
+    def random(
+        cls, shape: tuple[int, int], density: float, rng: np.random.Generator, **params: Any
+    ) -> Condensed:
+        """Draw a tensor row by row, in memory for its nonzeros only; see `SparseTensor.random`."""
+        from spfmt.structure.fan_in import random_columns
+
+        rows, cols = shape
+        fan_in = params.get("fan_in", max(1, round(density * cols)))
+        columns = random_columns(rng, rows, cols, fan_in)
+        values = rng.standard_normal(columns.shape, dtype=np.float32)
+        return cls(shape, np.arange(rows), columns, values)
+
     def _summary(self) -> str:
         active = f"active {self.row_indices.size}/{self.matrix_shape[0]}"
         return f"fan_in={self.fan_in}, {active}"

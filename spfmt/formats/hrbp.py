@@ -256,6 +256,21 @@ class HRBP(SparseTensor):
         params = {"groups": arrays["channel_indices"].shape[0]}
         return cls._found(matrix, shape, arrays, params, values)
 
+    @classmethod
+    def random(
+        cls, shape: tuple[int, int], density: float, rng: np.random.Generator, **params: Any
+    ) -> HRBP:
+        """Draw a tensor group by group, in memory for its nonzeros; see `SparseTensor.random`."""
+        from spfmt.structure.fan_in import random_columns
+
+        rows, cols = shape
+        groups = params.get("groups", max(1, min(8, rows // 8)))
+        channels = random_columns(rng, groups, cols, max(1, round(density * cols)))
+        pattern = np.zeros((groups, 1), np.int64)
+        starts = np.linspace(0, rows, groups + 1).astype(np.int64)
+        values = rng.standard_normal(rows * channels.shape[1], dtype=np.float32)
+        return cls(shape, rng.permutation(rows), starts, channels, pattern, values)
+
     def _summary(self) -> str:
         channels, cells = self.channel_indices.shape[1], self.pattern_indices.shape[1]
         return f"groups={self.groups}, channels={channels}, cells={cells}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -211,6 +212,33 @@ class NM(SparseTensor):
         else:
             columns = nm_columns(matrix, n, m, max(1, cells))
         return cls._found(matrix, shape, {"col_indices": columns}, params, values)
+
+    SPECS = ("M", "N:M with N <= M")
+
+    def label(self) -> str:
+        """``nm 3:32``."""
+        return f"{self.format} {self.n}:{self.m}"
+
+    @classmethod
+    def parse_spec(cls, text: str) -> dict[str, Any] | None:
+        """Read ``M`` or ``N:M``; 32 columns a group where nothing is written."""
+        if not text:
+            return {"m": 32}
+        match = re.fullmatch(r"(?:([1-9]\d{0,3}):)?([1-9]\d{0,3})", text)
+        if match is None or int(match[1] or 0) > int(match[2]):
+            return None
+        return {"n": int(match[1]), "m": int(match[2])} if match[1] else {"m": int(match[2])}
+
+    @classmethod
+    def random(
+        cls, shape: tuple[int, int], density: float, rng: np.random.Generator, **params: Any
+    ) -> NM:
+        """Draw n of every m, n the nearest to the density; see `SparseTensor.random`."""
+        m = params.get("m", 32)
+        n = params.get("n", max(1, round(density * m)))
+        scores = rng.random(shape, dtype=np.float32)
+        values = rng.standard_normal(shape, dtype=np.float32)
+        return cls.from_scores(scores, n=n, m=m, values=values)
 
     def _summary(self) -> str:
         kind = "transposable " if self.transposable else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -268,6 +269,28 @@ class ShuffledBlock(SparseTensor):
         arrays: dict[str, Array] = {"row_perm": perm, "group_ptr": pointer, "col_indices": columns}
         params = {"block_rows": block_rows, "block_cols": block_cols}
         return cls._found(matrix, shape, arrays, params, values)
+
+    SPECS = ("ROWSxCOLS",)
+
+    def label(self) -> str:
+        """``shuffled_block 16x16``."""
+        return "{} {}x{}".format(self.format, *self.block_shape)
+
+    @classmethod
+    def parse_spec(cls, text: str) -> dict[str, Any] | None:
+        """Read ``ROWSxCOLS``; 16x16 where nothing is written."""
+        match = re.fullmatch(r"([1-9]\d{0,3})x([1-9]\d{0,3})", text or "16x16")
+        return None if match is None else {"block_shape": (int(match[1]), int(match[2]))}
+
+    @classmethod
+    def random(
+        cls, shape: tuple[int, int], density: float, rng: np.random.Generator, **params: Any
+    ) -> ShuffledBlock:
+        """Draw blocks on shuffled rows, which are not searched; see `SparseTensor.random`."""
+        scores = rng.random(shape, dtype=np.float32)
+        values = rng.standard_normal(shape, dtype=np.float32)
+        order = rng.permutation(shape[0])
+        return cls.from_scores(scores, density, row_perm=order, values=values, **params)
 
     def _summary(self) -> str:
         block_rows, block_cols = self.block_shape
