@@ -14,7 +14,8 @@ except ImportError as error:
 
 from spfmt.torch.attention import UnpackedAttention, unpack_attention
 from spfmt.torch.functional import sddmm, spmm, spmm_t
-from spfmt.torch.linear import SparseLinear, follow, resolve_density
+from spfmt.torch.linear import SparseLinear, resolve_density
+from spfmt.torch.module import SparseModule, follow
 from spfmt.torch.report import LayerReport, ModelReport
 from spfmt.torch.sparsify import densify, layer_densities, sparsify
 
@@ -22,6 +23,7 @@ __all__ = [
     "LayerReport",
     "ModelReport",
     "SparseLinear",
+    "SparseModule",
     "UnpackedAttention",
     "densify",
     "follow",

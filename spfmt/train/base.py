@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from spfmt.errors import format_error
 from spfmt.formats import SparseTensor, get_format
-from spfmt.torch.linear import SparseLinear, follow
+from spfmt.torch.linear import SparseLinear
+from spfmt.torch.module import follow
 from spfmt.torch.report import table
 from spfmt.torch.wrappers import unwrapped
 from spfmt.train.schedule import CosineSchedule
