@@ -306,11 +306,11 @@ class SparseModule(nn.Module):
     ) -> None:
         """Write another structure and its values, here and in the averages of this layer."""
         if not new.same_as(old):
+            averages = [twin for twin in _copies.get(self, ()) if twin._is_average_on(old)]
             _left.add(old)
-            for twin in tuple(_copies.get(self, ())):
-                if twin._is_average_on(old):
-                    _log.info("an average of a %s layer moves along", self.format)
-                    twin._move(old, new, words, source.to(twin.values.device))
+            for twin in averages:
+                _log.info("an average of a %s layer moves along", self.format)
+                twin._move(old, new, words, source.to(twin.values.device))
         moved = follow(whole(self.values), source) if taken is None else taken
         self.structure.copy_(torch.from_numpy(words))
         write_whole(self.values, moved)
