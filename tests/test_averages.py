@@ -16,7 +16,6 @@ from spfmt.errors import FormatError  # noqa: E402
 from spfmt.torch import SparseLinear, sparsify  # noqa: E402
 from spfmt.train import SET  # noqa: E402
 
-
 PARAMS = {"shuffled_block": {"block_shape": (4, 4)}}
 
 

@@ -309,6 +309,10 @@ class SparseLinear(SparseModule):
             y = spmm(values, structure, flat, bias, **given)
         return y if dims == 2 else y.reshape((*x.shape[:-1], shape[0]))
 
+    def samples(self, x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
+        """Return inputs (B, in_features) and output gradients (B, out_features) of a call."""
+        return x.reshape(-1, self.in_features), dy.reshape(-1, self.out_features)
+
     def _traced(self, x: fx.Proxy, activation: str | None) -> Tensor:
         """Become one node of a graph that torch.fx traces, as the layers of torch itself do."""
         tracer: Any = x.tracer

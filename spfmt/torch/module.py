@@ -91,6 +91,7 @@ class SparseModule(nn.Module):
     format_params: dict[str, Any]
     _kept: Structure | None  # what `values` stand for, as far as it was looked at
     _written: int  # version of the structure buffer when it was copied or loaded
+    _average: bool = False  # whether it is known to be one
 
     def _install(
         self,
@@ -178,11 +179,7 @@ class SparseModule(nn.Module):
     def _mended(self, error: FormatError) -> Structure:
         """Restore words that were averaged with equal ones, whose rounding made them corrupt."""
         kept = self._kept
-        if kept is None:
-            raise error
-        words = encode(kept.tensor(np.zeros(kept.nnz, np.float32)), self.structure.shape[0])
-        off = np.abs(self.structure.cpu().numpy().astype(np.int64) - words)
-        if (off > 2 + np.abs(words.astype(np.int64)) // 500).any():  # EMA drifts by 1/(1 - decay)
+        if kept is None or not self._is_near(self.structure):
             raise error
         if _was_left(kept):
             raise format_error(
@@ -192,8 +189,22 @@ class SparseModule(nn.Module):
             ) from error
         _log.warning("structure words had been averaged like weights; they are restored")
         with torch.no_grad():
-            self.structure.copy_(torch.from_numpy(words))
+            self.structure.copy_(self._words_kept(kept))
         return kept
+
+    def _words_kept(self, kept: Structure) -> Tensor:
+        tensor = kept.tensor(np.zeros(kept.nnz, np.float32))
+        return torch.from_numpy(encode(tensor, self.structure.shape[0]))
+
+    def _is_near(self, words: Tensor) -> bool:
+        """Tell whether words are those of the kept structure, but for the rounding of averages.
+
+        A moving average of equal words drifts from them by at most 1 / (1 - decay) roundings.
+        """
+        if self._kept is None:
+            return False
+        kept = self._words_kept(self._kept).long()
+        return bool(((words.cpu().long() - kept).abs() <= 2 + kept.abs() // 500).all())
 
     def _mend(self) -> bool:
         """Tell whether words were corrupt and are restored now, so that a product can go on."""
@@ -305,12 +316,12 @@ class SparseModule(nn.Module):
         taken: Tensor | None = None,
     ) -> None:
         """Write another structure and its values, here and in the averages of this layer."""
+        averages = [twin for twin in _copies.get(self, ()) if twin._is_average_on(old)]
         if not new.same_as(old):
-            averages = [twin for twin in _copies.get(self, ()) if twin._is_average_on(old)]
             _left.add(old)
-            for twin in averages:
-                _log.info("an average of a %s layer moves along", self.format)
-                twin._move(old, new, words, source.to(twin.values.device))
+        for twin in averages:
+            _log.info("an average of a %s layer moves along", self.format)
+            twin._move(old, new, words, source.to(twin.values.device))
         moved = follow(whole(self.values), source) if taken is None else taken
         self.structure.copy_(torch.from_numpy(words))
         write_whole(self.values, moved)
@@ -318,9 +329,15 @@ class SparseModule(nn.Module):
         if self.structure.device.type == "cpu":
             self._as_written()  # while `new` lives: so the words are not decoded and checked
 
+    def lead(self, average: SparseModule) -> None:
+        """Let an average of this layer, on the same structure, move whenever this layer moves."""
+        average.__dict__["_average"] = True
+        _copies.setdefault(self, WeakSet()).add(average)
+
     def _is_average_on(self, structure: Structure) -> bool:
         """Tell whether a copy stands on a structure and was written since it was copied."""
-        if self.structure.is_meta or _version(self.structure) == self._written:
+        written = self._average or _version(self.structure) != self._written
+        if self.structure.is_meta or not written:
             return False
         try:
             return self._decoded().same_as(structure)
@@ -342,6 +359,10 @@ class SparseModule(nn.Module):
                 "lower its density, or build the layer with a larger capacity",
             )
         return encode(new, self.structure.shape[0])
+
+    def samples(self, x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what a call multiplied, as matrices: inputs (B, C), output gradients (B, R)."""
+        raise NotImplementedError
 
     def invalidate(self) -> None:
         """Forget packed layouts; needed only after a partial write through ``.data``."""
@@ -404,7 +425,7 @@ class SparseModule(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self.__dict__["_written"] = _version(self.structure)
+        self.__dict__.update(_written=_version(self.structure), _average=False)
 
     def _apply(self: Self, fn: Any, recurse: bool = True) -> Self:
         written = _version(self.structure) != self._written
