@@ -17,7 +17,6 @@ from torch import nn  # noqa: E402
 from torch.optim.swa_utils import AveragedModel  # noqa: E402
 
 from spfmt.errors import FormatError  # noqa: E402
-from spfmt.torch import SparseLinear  # noqa: E402
 from spfmt.train import SET  # noqa: E402
 
 # ------------------------------------------------------------------------------ wrapped optimizers
@@ -199,6 +198,7 @@ def _rank(rank: int, body, port: int) -> None:
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     try:
         body(rank)
+        dist.barrier()  # gloo's threads end badly where the other rank has gone already
     finally:
         dist.destroy_process_group()
 
@@ -265,9 +265,14 @@ def _fully_shard(rank: int) -> None:
             runs.append(model[0].tensor())
         np.testing.assert_array_equal(runs[0].mask(), runs[1].mask())
         np.testing.assert_allclose(runs[0].to_dense(), runs[1].to_dense(), rtol=1e-4, atol=1e-6)
-    assert isinstance(model[0], SparseLinear)
+    alone = fully_shard(network()[0])
+    method = resting(nn.Sequential(alone))
     with torch.no_grad():
-        model(torch.zeros(1, 32))  # the root's parameters stay gathered after it
+        alone(torch.zeros(1, 32))  # leaves the values of a root gathered: writes would be lost
+    with pytest.raises(FormatError, match="reshard"):
+        method.step()
+    alone.reshard()
+    assert method.step()
 
 
 def test_fsdp2_trains_and_moves():

@@ -101,9 +101,10 @@ class SparseTrainer(ABC):
         self.steps = 0
         self.updates = 0
         self._check_layers()
-        check_ranks(model, self.layers, (seed, self.schedule), process_group)
+        group = getattr(model, "process_group", None) if process_group is None else process_group
+        check_ranks(self.layers, (seed, self.schedule), group)
         self._averages = Averages(averages, self.layers)
-        self._observer = Observer()
+        self._observer = Observer(group)
         self._explored = {name: _packed_mask(layer) for name, layer in self.layers.items()}
         self._watch_next_step()
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from spfmt.errors import format_error
 from spfmt.torch.module import SparseModule
+from spfmt.train.ranks import world_size
 
 __all__ = ["Observation", "Observe", "Observer"]
 
@@ -23,8 +24,8 @@ class Observation:
     and every rank must ask for them; batches are the rank's own.
     """
 
-    def __init__(self, kind: Observe) -> None:
-        self.kind = kind
+    def __init__(self, kind: Observe, group: Any = None) -> None:
+        self.kind, self.group = kind, group
         self._batches: list[tuple[Tensor, Tensor]] = []
         self._squares: tuple[Tensor, Tensor] | None = None
 
@@ -65,14 +66,20 @@ class Observation:
     def weight_grad(self) -> Tensor:
         """Compute the dense gradient of the weight, ``dY.T @ X``, (R, C); mean over the ranks."""
         products = [dy.T @ x.to(dy.dtype) for x, dy in self._whole()]
-        return _over_ranks(torch.stack(products).sum(0)) / _world_size()
+        return self._over_ranks(torch.stack(products).sum(0)) / world_size(self.group)
 
     def _norms(self, which: int) -> Tensor:
         squares = self._squares
         if squares is not None:
-            return _over_ranks(squares[which].clone()).sqrt()
+            return self._over_ranks(squares[which].clone()).sqrt()
         recorded = torch.cat([call[which] for call in self._whole()])
-        return _over_ranks(recorded.float().square().sum(0)).sqrt()
+        return self._over_ranks(recorded.float().square().sum(0)).sqrt()
+
+    def _over_ranks(self, total: Tensor) -> Tensor:
+        """Add what the ranks found."""
+        if world_size(self.group) > 1:
+            torch.distributed.all_reduce(total, group=self.group)
+        return total
 
     def _whole(self) -> list[tuple[Tensor, Tensor]]:
         if self.kind != "batches":
@@ -85,7 +92,8 @@ class Observation:
 class Observer:
     """Hooks on layers, from `watch` to `stop`."""
 
-    def __init__(self) -> None:
+    def __init__(self, group: Any = None) -> None:
+        self._group = group
         self._found: dict[int, Observation] = {}
         self._hooks: list[Any] = []
 
@@ -100,7 +108,7 @@ class Observer:
             return
         if kind not in ("norms", "batches"):
             raise format_error(f"observes {kind!r}", "'norms', 'batches' or None", "use one")
-        found = self._found[id(layer)] = Observation(kind)
+        found = self._found[id(layer)] = Observation(kind, self._group)
         self._hooks.append(layer.register_forward_hook(_recorder(found)))
 
     def stop(self) -> None:
@@ -135,16 +143,3 @@ def _recorder(found: Observation) -> Callable[..., None]:
         y.register_hook(record)  # type: ignore[no-untyped-call]
 
     return forward_hook
-
-
-def _world_size() -> int:
-    distributed = torch.distributed
-    ready = distributed.is_available() and distributed.is_initialized()
-    return distributed.get_world_size() if ready else 1
-
-
-def _over_ranks(total: Tensor) -> Tensor:
-    """Add what the ranks found."""
-    if _world_size() > 1:
-        torch.distributed.all_reduce(total)
-    return total
