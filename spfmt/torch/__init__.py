@@ -17,7 +17,7 @@ from spfmt.torch.functional import sddmm, spmm, spmm_t
 from spfmt.torch.linear import SparseLinear, resolve_density
 from spfmt.torch.module import SparseModule, follow
 from spfmt.torch.report import LayerReport, ModelReport
-from spfmt.torch.sparsify import densify, layer_densities, sparsify
+from spfmt.torch.sparsify import decay_groups, densify, layer_densities, sparsify, sparsify_like
 
 __all__ = [
     "LayerReport",
@@ -25,12 +25,14 @@ __all__ = [
     "SparseLinear",
     "SparseModule",
     "UnpackedAttention",
+    "decay_groups",
     "densify",
     "follow",
     "layer_densities",
     "resolve_density",
     "sddmm",
     "sparsify",
+    "sparsify_like",
     "spmm",
     "spmm_t",
     "unpack_attention",
