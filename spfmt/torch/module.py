@@ -50,7 +50,7 @@ def _search_params(tensor: SparseTensor, given: Mapping[str, Any]) -> dict[str, 
         if p.kind is inspect.Parameter.KEYWORD_ONLY and name not in left_out
     ]
     own = {name: getattr(tensor, name) for name in names if hasattr(tensor, name)}
-    return {**own, **{name: v for name, v in given.items() if name not in BUDGET_PARAMS}}
+    return {**own, **{name: given[name] for name in names if name in given}}
 
 
 class SparseModule(nn.Module):
