@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any, TypeVar, cast
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
+from torch.fx import Proxy
 
 from spfmt.errors import FormatError, format_error
 from spfmt.formats import SparseTensor, get_format
@@ -288,7 +289,7 @@ class SparseLinear(SparseModule):
         -------
         Tensor, shape (..., out_features)
         """
-        if isinstance(x, fx.Proxy):
+        if isinstance(x, Proxy):
             return self._traced(x, activation)
         dims, shape = x.dim(), self.shape
         if dims == 0 or x.shape[-1] != shape[1]:
@@ -300,20 +301,20 @@ class SparseLinear(SparseModule):
         flat = x if dims == 2 else x.flatten(0, -2) if dims > 2 else x.unsqueeze(0)
         values, structure = self._held("values"), self._held("structure")
         bias = None if self._parameters.get("bias", self) is None else self._held("bias")
-        given: dict[str, Any] = {"shape": shape, "format": self.format, "activation": activation}
         try:
-            y = spmm(values, structure, flat, bias, **given)
+            y = spmm(values, structure, flat, bias, shape=shape, format=self.format,
+                     activation=activation)  # fmt: skip
         except FormatError:
             if not self._mend():
                 raise
-            y = spmm(values, structure, flat, bias, **given)
+            return self.forward(x, activation=activation)
         return y if dims == 2 else y.reshape((*x.shape[:-1], shape[0]))
 
     def samples(self, x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
         """Return inputs (B, in_features) and output gradients (B, out_features) of a call."""
         return x.reshape(-1, self.in_features), dy.reshape(-1, self.out_features)
 
-    def _traced(self, x: fx.Proxy, activation: str | None) -> Tensor:
+    def _traced(self, x: Proxy, activation: str | None) -> Tensor:
         """Become one node of a graph that torch.fx traces, as the layers of torch itself do."""
         tracer: Any = x.tracer
         if tracer.root is self:

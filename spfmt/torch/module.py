@@ -43,14 +43,15 @@ def _search_params(tensor: SparseTensor, given: Mapping[str, Any]) -> dict[str, 
     They are what the caller gave and else the tensor's own attributes of the same names (a block
     shape, a group size), without what fixes the budget and without structure arrays.
     """
-    left_out = BUDGET_PARAMS.union(type(tensor).STRUCTURE, {"values"})
-    names = [
-        name
-        for name, p in inspect.signature(type(tensor).from_scores).parameters.items()
-        if p.kind is inspect.Parameter.KEYWORD_ONLY and name not in left_out
-    ]
-    own = {name: getattr(tensor, name) for name in names if hasattr(tensor, name)}
-    return {**own, **{name: given[name] for name in names if name in given}}
+    parameters = inspect.signature(type(tensor).from_scores).parameters
+    names = {n for n, p in parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY}
+    names -= BUDGET_PARAMS | {"values"}
+    own = {n: getattr(tensor, n) for n in parameters if n in names and hasattr(tensor, n)}
+    structure = type(tensor).STRUCTURE
+    return {
+        **{name: value for name, value in own.items() if name not in structure},
+        **{name: value for name, value in given.items() if name in names},
+    }
 
 
 class SparseModule(nn.Module):
