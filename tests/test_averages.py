@@ -131,3 +131,37 @@ def test_an_average_of_an_average_moves_too():
     for twin in (average, second):
         assert torch.equal(twin[0].structure, model[0].structure)
         assert_kept_weights_agree(twin[0], model[0])
+
+
+@pytest.mark.parametrize("broadcast", [False, True])
+def test_a_copy_that_is_trained_itself_goes_its_own_way(broadcast):
+    """Twins with one seed stand on equal structures, and yet neither is the other's average."""
+    model = network()
+    twin, alone = copy.deepcopy(model), network()
+    methods = [resting(m) for m in (model, twin, alone)]
+    for method in methods:
+        if broadcast:
+            for now in (twin, alone):
+                now[0].structure.copy_(now[0].structure.clone())
+        assert method.step()
+    with torch.no_grad():
+        for part in (twin[0], alone[0]):
+            part.values.mul_(2)
+            if broadcast:  # as DDP does with buffers, before every forward pass
+                part.structure.copy_(part.structure.clone())
+    for method in methods:
+        assert method.step()
+    assert torch.equal(dense(twin[0]), dense(alone[0]))
+
+
+def test_a_restored_model_leaves_its_average_behind():
+    model = network()
+    start = copy.deepcopy(model.state_dict())
+    average = copy.deepcopy(model)
+    blend(average, model)
+    assert resting(model).step()
+    assert torch.equal(average[0].structure, model[0].structure)
+    model.load_state_dict(start)
+    blend(average, model, 0.9999)
+    with pytest.raises(FormatError, match="averages="):
+        average(torch.randn(3, 32))

@@ -47,11 +47,26 @@ class Hidden(torch.optim.Optimizer):
             p -= 0.1 * momentum.mul_(0.9).add_(p.grad)
 
 
+class Engine:
+    """What a fused implementation keeps beside the optimizer."""
+
+    def __init__(self, params):
+        self.flat = torch.zeros(sum(p.numel() for p in params))
+
+
+class Fused(Hidden):
+    def __init__(self, params):
+        super().__init__(params)
+        self.engine = Engine(self.param_groups[0]["params"])
+        self.momenta = []
+
+
 class Sign(torch.optim.Optimizer):
     """Has no state at all."""
 
     def __init__(self, params):
         super().__init__(params, {"lr": 0.01})
+        self.constants = torch.ones(3)
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -95,6 +110,12 @@ def test_state_out_of_reach_is_refused_before_anything_moves():
         method.step()
     assert trained != before
     assert model[0].tensor() == trained
+
+
+def test_state_in_an_object_beside_the_optimizer_is_refused():
+    model = network()
+    with pytest.raises(FormatError, match=r"Fused\.engine"):
+        SET(model, Fused(model.parameters()), delta_t=1, t_end=100).step()
 
 
 def test_an_optimizer_without_state_is_fine():

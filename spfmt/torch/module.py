@@ -294,6 +294,7 @@ class SparseModule(nn.Module):
             Where format, shape or capacity do not fit; nothing is changed then.
         """
         words = self._words_of(new)
+        self.stand_alone()
         structure, old = new._structure, self._decoded()
         places = structure.sources(old, self.capacity)
         if forget is not None:
@@ -319,7 +320,7 @@ class SparseModule(nn.Module):
         """Write another structure and its values, here and in the averages of this layer."""
         averages = [twin for twin in _copies.get(self, ()) if twin._is_average_on(old)]
         if not new.same_as(old):
-            _left.add(old)
+            self._leave(old)
         for twin in averages:
             _log.info("an average of a %s layer moves along", self.format)
             twin._move(old, new, words, source.to(twin.values.device))
@@ -330,10 +331,21 @@ class SparseModule(nn.Module):
         if self.structure.device.type == "cpu":
             self._as_written()  # while `new` lives: so the words are not decoded and checked
 
+    def _leave(self, old: Structure) -> None:
+        """Remember that whoever stands on a structure now does not stand where this layer does."""
+        _left.add(old)
+        kept = (twin._kept for twin in _copies.get(self, ()))
+        _left.update(other for other in kept if other is not None and other.same_as(old))
+
     def lead(self, average: SparseModule) -> None:
         """Let an average of this layer, on the same structure, move whenever this layer moves."""
         average.__dict__["_average"] = True
         _copies.setdefault(self, WeakSet()).add(average)
+
+    def stand_alone(self) -> None:
+        """Follow no other layer any more: whoever is trained or moved by itself is no average."""
+        for twins in tuple(_copies.values()):
+            twins.discard(self)
 
     def _is_average_on(self, structure: Structure) -> bool:
         """Tell whether a copy stands on a structure and was written since it was copied."""
@@ -458,10 +470,13 @@ class SparseModule(nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+        before = self._kept
         self.__dict__.update(_kept=None, _written=_version(self.structure))
         if not self.structure.is_meta:
             with contextlib.suppress(FormatError):  # not loaded by this state: still to come
-                self._decoded()
+                now = self._decoded()
+                if before is not None and not now.same_as(before):
+                    self._leave(before)
 
     def _problem_with(self, state_dict: Mapping[str, Any], prefix: str) -> str | None:
         """Return why a checkpoint cannot be loaded into this layer, or None."""

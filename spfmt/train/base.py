@@ -117,6 +117,7 @@ class SparseTrainer(ABC):
             )
         for name, layer in self.layers.items():
             self._state.check_holds(name, layer)
+            layer.stand_alone()
 
     # --------------------------------------------------------------------------------- stepping
 

@@ -63,7 +63,7 @@ class OptimizerState:
                         f"state of the parameter's shape {tuple(values.shape)}",
                         "train with SGD, Adam, AdamW or another element-wise optimizer",
                     )
-        hidden = None if any(self._of(values)) else self._hidden()
+        hidden = None if any(self._of(values)) else self._hidden(values.numel())
         if hidden:
             raise format_error(
                 f"an optimizer that keeps state in {hidden}, and none of {name}.values in `state`",
@@ -97,8 +97,8 @@ class OptimizerState:
         states = [state.get(values) for state in held if isinstance(state, Mapping)]
         return list({id(state): state for state in states if state}.values())
 
-    def _hidden(self) -> str | None:
-        """Name an attribute of an innermost optimizer, other than `state`, that holds tensors."""
+    def _hidden(self, size: int) -> str | None:
+        """Name what an innermost optimizer holds, other than `state`, that is large enough."""
         for optimizer in self._all():
             attributes = _attributes(optimizer)
             if any(map(_is_optimizer, attributes.values())):
@@ -106,7 +106,9 @@ class OptimizerState:
             held = {id(p) for group in optimizer.param_groups for p in group["params"]}
             for name, value in attributes.items():
                 if name not in ("state", "param_groups", "defaults"):
-                    tensors = (t for t in _tensors(value) if t.numel() > 1 and id(t) not in held)
+                    tensors = (
+                        t for t in _tensors(value) if t.numel() >= size and id(t) not in held
+                    )
                     if any(t.is_floating_point() for t in tensors):
                         return f"{type(optimizer).__name__}.{name}"
         return None
@@ -129,15 +131,19 @@ def _is_optimizer(candidate: Any) -> bool:
 
 
 def _tensors(value: Any, depth: int = 3) -> Iterator[Tensor]:
-    """Return the tensors in a value and in the containers that it is made of."""
+    """Return the tensors in a value, in containers and in objects that hold its parts."""
     if isinstance(value, Tensor):
         yield value
+    elif isinstance(value, nn.Module):
+        return  # a model that the optimizer knows
     elif depth and isinstance(value, Mapping):
         for item in (*value.keys(), *value.values()):
             yield from _tensors(item, depth - 1)
     elif depth and isinstance(value, list | tuple | set):
         for item in value:
             yield from _tensors(item, depth - 1)
+    elif depth and hasattr(value, "__dict__") and not callable(value):
+        yield from _tensors(vars(value), depth - 1)
 
 
 class Averages:
