@@ -165,3 +165,22 @@ def test_a_restored_model_leaves_its_average_behind():
     blend(average, model, 0.9999)
     with pytest.raises(FormatError, match="averages="):
         average(torch.randn(3, 32))
+
+
+def test_damaged_words_are_saved_whole_and_refused_by_compiled_graphs():
+    model = network()
+    x = torch.randn(3, 32)
+    averages = [AveragedModel(model, use_buffers=True) for _ in range(2)]
+    for average in averages:
+        for _ in range(3):
+            average.update_parameters(model)
+        for buffer in (average.module[0].structure, average.module[2].structure):
+            buffer[buffer > 2] -= 1  # as decays of 0.999 do it
+    twin = network(seed=1)
+    twin.load_state_dict(averages[0].module.state_dict())
+    torch.testing.assert_close(twin(x), model(x))
+    compiled = torch.compile(averages[1], backend="eager")
+    with pytest.raises(FormatError, match="structure words"):
+        compiled(x)
+    averages[1](x)  # once outside
+    torch.testing.assert_close(compiled(x), model(x))

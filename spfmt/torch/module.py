@@ -188,7 +188,9 @@ class SparseModule(nn.Module):
                 "an average that moves along",
                 "pass averages=[...] to the trainer, or average parameters and copy buffers",
             ) from error
-        _log.warning("structure words had been averaged like weights; they are restored")
+        level = logging.DEBUG if self._average else logging.WARNING  # once for every average
+        _log.log(level, "structure words had been averaged like weights; they are restored")
+        self.__dict__["_average"] = True
         with torch.no_grad():
             self.structure.copy_(self._words_kept(kept))
         return kept
@@ -209,7 +211,8 @@ class SparseModule(nn.Module):
 
     def _mend(self) -> bool:
         """Tell whether words were corrupt and are restored now, so that a product can go on."""
-        if torch.compiler.is_compiling() or self.structure.is_meta:
+        plain = type(self.structure) is Tensor and not self.structure.is_meta
+        if torch.compiler.is_compiling() or not plain:
             return False
         try:
             self._as_written()
@@ -477,6 +480,12 @@ class SparseModule(nn.Module):
                 now = self._decoded()
                 if before is not None and not now.same_as(before):
                     self._leave(before)
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """Save words that averaging damaged as they were; what is corrupt, loading refuses."""
+        with contextlib.suppress(FormatError):
+            self._mend()
+        super()._save_to_state_dict(*args, **kwargs)
 
     def _problem_with(self, state_dict: Mapping[str, Any], prefix: str) -> str | None:
         """Return why a checkpoint cannot be loaded into this layer, or None."""
