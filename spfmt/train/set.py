@@ -72,7 +72,9 @@ class SET(SparseTrainer):
         scores = grow_scores * np.float32(_FAINT)
         scores[positions[kept]] = np.maximum(magnitudes[kept], 2 * _FAINT)
         scores[grown] = max(magnitudes.max(), 2 * _FAINT)
-        forgotten = dropped[np.isin(positions[dropped], grown)]
+        grows = np.zeros(scores.size, np.bool_)
+        grows[grown] = True
+        forgotten = dropped[grows[positions[dropped]]]
         return self.fitting(layer, scores.reshape(layer.shape)), forgotten
 
     def grow_scores(self, layer: SparseModule, tensor: SparseTensor) -> NDArray[np.float32]:
@@ -110,7 +112,9 @@ class SET(SparseTrainer):
         sizes = np.bincount(unit)
         order = torch.randperm(sizes.size, generator=self.generator, device="cpu").numpy()
         before = np.cumsum(sizes[order]) - sizes[order]
-        return drawn[np.isin(unit, order[before < count])]
+        chosen = np.zeros(sizes.size, np.bool_)
+        chosen[order[before < count]] = True
+        return drawn[chosen[unit]]
 
 
 def _units(tensor: SparseTensor) -> NDArray[np.int64]:
