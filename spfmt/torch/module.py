@@ -22,7 +22,7 @@ from spfmt.torch._identity import compiled_structure, invalidate
 from spfmt.torch.convert import to_numpy, to_torch_values, whole, write_whole
 from spfmt.torch.weight import WeightInfo
 
-__all__ = ["SparseModule", "follow"]
+__all__ = ["SparseModule", "follow", "move"]
 
 Self = TypeVar("Self", bound="SparseModule")
 
@@ -327,9 +327,11 @@ class SparseModule(nn.Module):
         for twin in averages:
             _log.info("an average of a %s layer moves along", self.format)
             twin._move(old, new, words, source.to(twin.values.device))
-        moved = follow(whole(self.values), source) if taken is None else taken
         self.structure.copy_(torch.from_numpy(words))
-        write_whole(self.values, moved)
+        if taken is None:
+            move(self.values, source)
+        else:
+            write_whole(self.values, taken)
         self.__dict__["_kept"] = new
         if self.structure.device.type == "cpu":
             self._as_written()  # while `new` lives: so the words are not decoded and checked
@@ -566,3 +568,14 @@ def follow(state: Tensor, source: Tensor) -> Tensor:
         Result of :meth:`SparseModule.set_structure`.
     """
     return torch.cat([state, state.new_zeros(1)]).take(source)  # -1 is the last one, the zero
+
+
+@torch.no_grad()
+def move(state: Tensor, source: Tensor) -> None:
+    """Let per-weight state follow its weights in place, on every rank that has a part of it."""
+    gathered = whole(state)
+    if gathered is state:
+        padded = torch.cat([state, state.new_zeros(1)])
+        torch.take(padded, source.to(state.device), out=state)
+    else:
+        write_whole(state, follow(gathered, source.to(state.device)))

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from spfmt.errors import FormatError, format_error
 from spfmt.formats import decode_structure
-from spfmt.torch.convert import whole, write_whole
-from spfmt.torch.module import SparseModule, follow
+from spfmt.torch.module import SparseModule, move
 
 __all__ = ["Averages", "OptimizerState"]
 
@@ -76,9 +75,9 @@ class OptimizerState:
         for state in self._of(values):
             for _, part in _parts(state):
                 if part.shape == values.shape:
-                    write_whole(part, follow(whole(part), source.to(part.device)))
+                    move(part, source)
         if values.grad is not None:
-            write_whole(values.grad, follow(whole(values.grad), source))
+            move(values.grad, source)
 
     def _all(self) -> Iterator[Any]:
         """The optimizer and all that it holds, each once."""
@@ -187,7 +186,7 @@ class Averages:
         for average in self.given:
             if _layer_of(average, name) is None:
                 values, structure = _pair(average, name)
-                write_whole(values, follow(whole(values), source.to(values.device)))
+                move(values, source)
                 if structure is not None:
                     structure.copy_(layer.structure)
 

@@ -61,7 +61,7 @@ class SET(SparseTrainer):
         """Choose the next structure of a layer; see :meth:`SparseTrainer.rewire`."""
         tensor, positions = layer.tensor(), layer.positions()
         magnitudes = whole(layer.values)[: layer.nnz].abs().to("cpu", torch.float32).numpy()
-        dropped = np.argsort(magnitudes, kind="stable")[:n_drop]
+        dropped = _smallest(magnitudes, n_drop)
         kept = np.ones(layer.nnz, np.bool_)
         kept[dropped] = False
 
@@ -115,6 +115,14 @@ class SET(SparseTrainer):
         chosen = np.zeros(sizes.size, np.bool_)
         chosen[order[before < count]] = True
         return drawn[chosen[unit]]
+
+
+def _smallest(magnitudes: NDArray[np.float32], count: int) -> NDArray[np.int64]:
+    """Return where the smallest numbers are, of equal ones the first; far cheaper than sorting."""
+    limit = np.partition(magnitudes, count - 1)[count - 1]
+    small = magnitudes < limit
+    small[np.flatnonzero(magnitudes == limit)[: count - np.count_nonzero(small)]] = True
+    return np.flatnonzero(small)
 
 
 def _units(tensor: SparseTensor) -> NDArray[np.int64]:
