@@ -172,6 +172,11 @@ class SparseModule(nn.Module):
             self.__dict__["_kept"] = found
         return found
 
+    @property
+    def _readable(self) -> bool:
+        """Whether the structure buffer has content: it is neither on meta nor a stand-in."""
+        return type(self.structure) is Tensor and not self.structure.is_meta
+
     def _as_written(self) -> Structure:
         if self.structure.device.type == "cpu":
             return compiled_structure(self.structure).structure
@@ -211,8 +216,7 @@ class SparseModule(nn.Module):
 
     def _mend(self) -> bool:
         """Tell whether words were corrupt and are restored now, so that a product can go on."""
-        plain = type(self.structure) is Tensor and not self.structure.is_meta
-        if torch.compiler.is_compiling() or not plain:
+        if torch.compiler.is_compiling() or not self._readable:
             return False
         try:
             self._as_written()
@@ -355,7 +359,7 @@ class SparseModule(nn.Module):
     def _is_average_on(self, structure: Structure) -> bool:
         """Tell whether a copy stands on a structure and was written since it was copied."""
         written = self._average or _version(self.structure) != self._written
-        if self.structure.is_meta or not written:
+        if not (written and self._readable):
             return False
         try:
             return self._decoded().same_as(structure)
@@ -431,7 +435,7 @@ class SparseModule(nn.Module):
         twin = self.__class__.__new__(self.__class__)
         memo[id(self)] = twin
         twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
-        if self._kept is None and not self.structure.is_meta:
+        if self._kept is None and self._readable:
             with contextlib.suppress(FormatError):
                 self._decoded()
         twin.__dict__["_kept"] = self._kept  # frozen: copies share it
