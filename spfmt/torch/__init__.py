@@ -13,6 +13,7 @@ except ImportError as error:
     ) from error
 
 from spfmt.torch.attention import UnpackedAttention, unpack_attention
+from spfmt.torch.frozen import FrozenLinear, freeze, unfreeze
 from spfmt.torch.linear import SparseLinear, resolve_density
 from spfmt.torch.module import SparseModule, follow
 from spfmt.torch.ops import sddmm, spmm, spmm_t
@@ -20,6 +21,7 @@ from spfmt.torch.report import LayerReport, ModelReport
 from spfmt.torch.sparsify import decay_groups, densify, layer_densities, sparsify, sparsify_like
 
 __all__ = [
+    "FrozenLinear",
     "LayerReport",
     "ModelReport",
     "SparseLinear",
@@ -28,6 +30,7 @@ __all__ = [
     "decay_groups",
     "densify",
     "follow",
+    "freeze",
     "layer_densities",
     "resolve_density",
     "sddmm",
@@ -35,5 +38,6 @@ __all__ = [
     "sparsify_like",
     "spmm",
     "spmm_t",
+    "unfreeze",
     "unpack_attention",
 ]

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from spfmt.errors import format_error
+from spfmt.torch.frozen import FrozenLinear
 from spfmt.torch.linear import SparseLinear
 from spfmt.torch.wrappers import changeable
 
@@ -175,7 +176,7 @@ def set_fast_paths(model: nn.Module) -> None:
             switch = "use_nested_tensor"
         else:
             continue
-        changed = (SparseLinear, UnpackedAttention)
+        changed = (SparseLinear, FrozenLinear, UnpackedAttention)
         sparse = any(isinstance(child, changed) for child in module.modules())
         saved = module.__dict__.get("_dense_fast_path")
         if sparse and saved is None:

@@ -15,7 +15,7 @@ from spfmt.torch.convert import to_torch_values, whole
 from spfmt.torch.module import SparseModule
 from spfmt.torch.ops import spmm
 
-__all__ = ["SparseLinear", "implied_density", "resolve_density"]
+__all__ = ["SparseLinear", "affine", "implied_density", "resolve_density", "traced"]
 
 Self = TypeVar("Self", bound="SparseLinear")
 
@@ -289,43 +289,56 @@ class SparseLinear(SparseModule):
         Tensor, shape (..., out_features)
         """
         if isinstance(x, Proxy):
-            return self._traced(x, activation)
-        dims, shape = x.dim(), self.shape
-        if dims == 0 or x.shape[-1] != shape[1]:
-            raise format_error(
-                f"an input of shape {tuple(x.shape)}",
-                f"(..., {self.in_features})",
-                f"the last dimension must be in_features={self.in_features}",
-            )
-        flat = x if dims == 2 else x.flatten(0, -2) if dims > 2 else x.unsqueeze(0)
+            return traced(self, x, activation)
         values, structure = self._held("values"), self._held("structure")
         bias = None if self._parameters.get("bias", self) is None else self._held("bias")
         try:
-            y = spmm(values, structure, flat, bias, shape=shape, activation=activation)
+            return affine(x, values, structure, bias, self.shape, activation)
         except FormatError:
             if not self._mend():
                 raise
             return self.forward(x, activation=activation)
-        return y if dims == 2 else y.reshape((*x.shape[:-1], shape[0]))
 
     def samples(self, x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
         """Return inputs (B, in_features) and output gradients (B, out_features) of a call."""
         return x.reshape(-1, self.in_features), dy.reshape(-1, self.out_features)
 
-    def _traced(self, x: Proxy, activation: str | None) -> Tensor:
-        """Become one node of a graph that torch.fx traces, as the layers of torch itself do."""
-        tracer: Any = x.tracer
-        if tracer.root is self:
-            raise format_error(
-                "a SparseLinear to be traced by itself",
-                "a model that holds it",
-                "trace nn.Sequential(layer)",
-            )
-        path = tracer.path_of_module(self)
-        options = {} if activation is None else {"activation": activation}
-        return cast(Tensor, tracer.create_proxy("call_module", path, (x,), options))
-
     def extra_repr(self) -> str:
         """Describe the layer as it is printed inside a model."""
         sizes = f"in_features={self.in_features}, out_features={self.out_features}"
         return f"{sizes}, {super().extra_repr()}"
+
+
+def affine(
+    x: Tensor,
+    values: Tensor,
+    structure: Tensor,
+    bias: Tensor | None,
+    shape: tuple[int, int],
+    activation: str | None,
+) -> Tensor:
+    """Return ``f(x A.T + b)`` for an x of shape (..., C)."""
+    dims = x.dim()
+    if dims == 0 or x.shape[-1] != shape[1]:
+        raise format_error(
+            f"an input of shape {tuple(x.shape)}",
+            f"(..., {shape[1]})",
+            f"the last dimension must be in_features={shape[1]}",
+        )
+    flat = x if dims == 2 else x.flatten(0, -2) if dims > 2 else x.unsqueeze(0)
+    y = spmm(values, structure, flat, bias, shape=shape, activation=activation)
+    return y if dims == 2 else y.reshape((*x.shape[:-1], shape[0]))
+
+
+def traced(layer: nn.Module, x: Proxy, activation: str | None) -> Tensor:
+    """Let a layer become one node of a graph that torch.fx traces, as those of torch itself do."""
+    tracer: Any = x.tracer
+    if tracer.root is layer:
+        raise format_error(
+            f"a {type(layer).__name__} to be traced by itself",
+            "a model that holds it",
+            "trace nn.Sequential(layer)",
+        )
+    path = tracer.path_of_module(layer)
+    options = {} if activation is None else {"activation": activation}
+    return cast(Tensor, tracer.create_proxy("call_module", path, (x,), options))

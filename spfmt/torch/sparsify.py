@@ -15,27 +15,17 @@ from spfmt.errors import FormatError, format_error
 from spfmt.formats import SparseTensor, decode_structure, get_format
 from spfmt.structure.distribution import erk_densities, uniform_densities
 from spfmt.torch.attention import set_fast_paths
+from spfmt.torch.frozen import unfreeze
 from spfmt.torch.linear import SparseLinear, implied_density, resolve_density
 from spfmt.torch.module import SparseModule
 from spfmt.torch.report import LayerReport, ModelReport
-from spfmt.torch.survey import Found, Selector, as_linear, matches, survey, ties, why_unfit
+from spfmt.torch.survey import Found, Selector, as_linear, matches, survey, swap, ties, why_unfit
 from spfmt.torch.wrappers import changeable
 
 __all__ = ["decay_groups", "densify", "layer_densities", "sparsify", "sparsify_like"]
 
 Scores = Literal["magnitude", "random"] | Callable[[str, nn.Linear], Tensor]
 Distribution = Literal["uniform", "erk"]
-
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-    "_is_full_backward_hook",
-)
 
 
 def _selectors(given: Selector | Iterable[Selector] | None) -> tuple[Selector, ...]:
@@ -215,7 +205,7 @@ def sparsify(
         if layer is not None:
             swaps.append((entry, layer))
     for entry, layer in swaps:
-        _swap(entry, layer)
+        swap(entry, layer)
     set_fast_paths(model)
     return ModelReport(tuple(rows))
 
@@ -339,17 +329,8 @@ def _row(entry: Found, layer: SparseLinear | None, remark: str) -> LayerReport:
     )
 
 
-def _swap(entry: Found, layer: nn.Module) -> None:
-    """Put a layer in every place of an old one; hooks come along."""
-    for hooks in _HOOKS:  # the dictionaries themselves, so that handles can still remove hooks
-        setattr(layer, hooks, getattr(entry.module, hooks))
-    layer.training = entry.module.training
-    for parent, attribute in entry.places:
-        setattr(parent, attribute, layer)
-
-
 def densify(model: nn.Module) -> ModelReport:
-    """Replace every `SparseLinear` of a model by a dense ``nn.Linear`` with the same map, in place.
+    """Replace every sparse layer of a model by a dense ``nn.Linear`` with the same map, in place.
 
     Parameters
     ----------
@@ -362,11 +343,11 @@ def densify(model: nn.Module) -> ModelReport:
         A row for every weight of the model; the sparse ones are taken.
     """
     rows = []
-    model = changeable(model)
+    model = unfreeze(changeable(model))
     for entry in survey(model):
         sparse = isinstance(entry.module, SparseLinear) and bool(entry.places)
         if isinstance(entry.module, SparseLinear) and sparse:
-            _swap(entry, entry.module.to_linear())
+            swap(entry, entry.module.to_linear())
         reason = "" if sparse else _why_not_densified(entry)
         rows.append(
             LayerReport(
@@ -426,7 +407,7 @@ def sparsify_like(model: nn.Module, state_dict: Mapping[str, Tensor]) -> ModelRe
         layer = layers[id(entry)]
         rows.append(_row(entry, layer, "" if layer else "not sparse in the state"))
         if layer is not None:
-            _swap(entry, layer)
+            swap(entry, layer)
     set_fast_paths(model)
     return ModelReport(tuple(rows))
 

@@ -14,13 +14,35 @@ from torch.nn.utils import parametrize
 from spfmt.torch.linear import SparseLinear
 from spfmt.torch.module import SparseModule
 
-__all__ = ["Found", "Selector", "as_linear", "matches", "survey", "ties", "why_unfit"]
+__all__ = [
+    "Found",
+    "Selector",
+    "as_linear",
+    "matches",
+    "places",
+    "survey",
+    "swap",
+    "ties",
+    "why_unfit",
+]
 
 Selector = str | type | Callable[[str, nn.Module], bool]
 
 _COMPUTED = (
     "its weight is computed (pruning hook, norm or parametrization); make it plain, e.g. with "
     "prune.remove(...)"
+)
+
+
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_is_full_backward_hook",
 )
 
 
@@ -64,8 +86,8 @@ class Found:
         return math.prod(self.shape) if self.shape else 0
 
 
-def survey(model: nn.Module) -> list[Found]:
-    """Return every module that owns a weight, once, in the order of its first name."""
+def places(model: nn.Module) -> list[Found]:
+    """Return every module of a model once, in the order of its first name."""
     found: dict[int, Found] = {}
     parents = dict(model.named_modules(remove_duplicate=False))
     for name, module in parents.items():
@@ -74,10 +96,15 @@ def survey(model: nn.Module) -> list[Found]:
         parent, _, attribute = name.rpartition(".")
         if name:
             entry.places.append((parents[parent], attribute))
+    return list(found.values())
+
+
+def survey(model: nn.Module) -> list[Found]:
+    """Return every module that owns a weight, once, in the order of its first name."""
     linear = (nn.Linear, SparseModule)
     return [
         f
-        for f in found.values()
+        for f in places(model)
         if f.weights or isinstance(f.module, linear) or _is_quantised(f.module)
     ]
 
@@ -199,3 +226,12 @@ def _why_unfit_weight(entry: Found, tied: Mapping[int, list[str]], empty: bool) 
     if not entry.places:
         return "it is the model itself: use SparseLinear.from_linear"
     return ""
+
+
+def swap(entry: Found, layer: nn.Module) -> None:
+    """Put a layer in every place of an old one; hooks come along."""
+    for hooks in _HOOKS:  # the dictionaries themselves, so that handles can still remove hooks
+        setattr(layer, hooks, getattr(entry.module, hooks))
+    layer.training = entry.module.training
+    for parent, attribute in entry.places:
+        setattr(parent, attribute, layer)

@@ -165,6 +165,12 @@ class Constant:
         if not values.is_inference() and self._address:
             _kernels.promise(self._address, values.numel(), values._version, new_version())
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Constant:
+        return Constant(self.values.clone())
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Constant, (self.values,)
+
     def __del__(self) -> None:
         # The tensor lives until here, so its address can have been given to no other.
         _kernels.retract(self._address)
