@@ -1,7 +1,7 @@
 """Figures of a benchmark's record: speed-up against sparsity, roofline, threads.
 
 Needs matplotlib. Each function takes results as a record holds them (`spfmt.bench.record`) and
-returns a matplotlib ``Figure``; `save` writes it as PNG and SVG, byte for byte the same each time.
+returns a matplotlib ``Figure``; `save` writes it as PNG, byte for byte the same each time.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
@@ -32,11 +31,10 @@ _SPARSITIES = (0.5, 0.8, 0.9, 0.95, 0.98, 0.99)
 
 
 def save(figure: Figure, stem: Path) -> Path:
-    """Write ``stem.png`` and ``stem.svg``; return the first."""
-    with matplotlib.rc_context({"svg.hashsalt": "spfmt"}):
-        figure.savefig(stem.with_suffix(".png"), dpi=150, metadata={"Software": None})
-        figure.savefig(stem.with_suffix(".svg"), metadata={"Date": None, "Creator": None})
-    return stem.with_suffix(".png")
+    """Write ``stem.png`` and return its path."""
+    path = stem.with_suffix(".png")
+    figure.savefig(path, dpi=150, metadata={"Software": None})
+    return path
 
 
 def draw_all(record: Mapping[str, Any], folder: Path) -> list[Path]:
@@ -52,7 +50,7 @@ def draw_all(record: Mapping[str, Any], folder: Path) -> list[Path]:
     Returns
     -------
     list of Path
-        The PNG files; an SVG lies beside each.
+        The PNG files.
     """
     forward = [r for r in record["results"] if r["op"] == "spmm" and r["kind"] != "baseline"]
     single = [r for r in forward if r["threads"] == 1 and r["layout"] == "(B, C)"]
