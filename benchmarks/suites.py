@@ -13,7 +13,7 @@ import numpy as np
 
 import spfmt
 from benchmarks.costs import costs
-from spfmt.bench import BATCH_FIRST, FORMATS, LAYER, Case, Session, parse_spec
+from spfmt.bench import BATCH_FIRST, LAYER, Case, Session, parse_spec
 from spfmt.bench.baselines import BASELINES, available
 from spfmt.bench.machine import available_cpus
 from spfmt.bench.runtime import in_onnxruntime
@@ -33,7 +33,7 @@ def specs(*texts: str) -> tuple[Spec, ...]:
     return tuple(parse_spec(text) for text in texts)
 
 
-ALL_FORMATS = specs(*FORMATS)
+ALL_FORMATS = specs(*spfmt.formats.FORMATS)
 BLOCKS = specs("shuffled_block", "hrbp")
 LISTS = specs("nm", "condensed", "csr")
 

@@ -12,12 +12,11 @@ from spfmt.bench.contenders import BATCH_FIRST, FEATURES_FIRST, LAYER, OPS, Case
 from spfmt.bench.exact import WrongResult
 from spfmt.bench.rows import Row
 from spfmt.bench.session import Session
-from spfmt.bench.weights import FORMATS, Spec, parse_spec, random_weight
+from spfmt.bench.weights import Spec, parse_spec, random_weight
 
 __all__ = [
     "BATCH_FIRST",
     "FEATURES_FIRST",
-    "FORMATS",
     "LAYER",
     "OPS",
     "Case",

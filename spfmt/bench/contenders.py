@@ -12,7 +12,6 @@ import numpy as np
 import numpy.typing as npt
 
 from spfmt.bench.exact import Exact, product
-from spfmt.bench.weights import label
 from spfmt.bench.work import Work, dense_work, sparse_work
 from spfmt.formats import SparseTensor
 from spfmt.ops import sddmm, spmm, spmm_t
@@ -210,7 +209,7 @@ def ours(
     x = setting.x if first else setting.x_features
     dy = setting.dy if first else setting.dy_features
     options: dict[str, Any] = {"batch_first": first}
-    name, isa = label(a), ""
+    name, isa = a.label(), ""
     if backend != "auto":
         options["backend"] = isa = backend
         name += f" [{backend}]"

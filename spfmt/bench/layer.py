@@ -9,7 +9,6 @@ import numpy as np
 
 from spfmt.bench.contenders import Contender, Setting
 from spfmt.bench.exact import Exact
-from spfmt.bench.weights import label
 from spfmt.formats import SparseTensor
 
 if TYPE_CHECKING:
@@ -36,7 +35,7 @@ def sparse_layer(setting: Setting, a: SparseTensor) -> Contender:
     from spfmt.torch import SparseLinear
 
     layer = SparseLinear.from_tensor(a, torch.zeros(a.matrix_shape[0]))
-    return layer_contender(setting, f"{label(a)} SparseLinear", "sparse", a, layer, layer.values)
+    return layer_contender(setting, f"{a.label()} SparseLinear", "sparse", a, layer, layer.values)
 
 
 def layer_contender(

@@ -8,7 +8,6 @@ import numpy as np
 
 from spfmt.bench.baselines import quiet_options
 from spfmt.bench.contenders import Contender, Setting
-from spfmt.bench.weights import label
 from spfmt.formats import SparseTensor
 
 __all__ = ["in_onnxruntime"]
@@ -25,7 +24,7 @@ def in_onnxruntime(setting: Setting, a: SparseTensor) -> Contender:
     run = session(_one_layer(a), session_options=options).run
     feed = {"x": setting.x}
     return setting.contender(
-        f"{label(a)} in onnxruntime",
+        f"{a.label()} in onnxruntime",
         "sparse",
         a,
         lambda: run(None, feed),

@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 from spfmt.bench import (
     BATCH_FIRST,
     FEATURES_FIRST,
-    FORMATS,
     LAYER,
     Case,
     Session,
@@ -23,6 +22,7 @@ from spfmt.bench.baselines import BASELINES, absent
 from spfmt.bench.machine import available_cpus, available_memory
 from spfmt.bench.record import check_target, make_record, write_record
 from spfmt.errors import FormatError, MissingDependency, format_error
+from spfmt.formats import FORMATS
 
 __all__ = ["add_parser"]
 

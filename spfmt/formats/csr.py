@@ -122,3 +122,7 @@ class CSR(SparseTensor):
 
     def _summary(self) -> str:
         return f"nnz={self.nnz}"
+
+    def caption(self) -> str:
+        """Anywhere."""
+        return "anywhere in the matrix"

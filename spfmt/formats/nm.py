@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +13,7 @@ from spfmt.formats._base import SparseTensor, Structure, scores_budget
 from spfmt.formats._checks import Array, Shape, check_ascending, kernel_cells
 from spfmt.formats._coords import Coordinates, fill_short_lists
 from spfmt.formats._layout import Lists
+from spfmt.formats._random import normal
 from spfmt.formats._registry import register
 from spfmt.structure._checks import as_int, check_range
 
@@ -215,6 +217,39 @@ class NM(SparseTensor):
     def _summary(self) -> str:
         kind = "transposable " if self.transposable else ""
         return f"{kind}{self.n}:{self.m}"
+
+    @classmethod
+    def parse_spec(cls, text: str = "") -> dict[str, Any]:
+        """``M`` (n from the density), ``N:M``; 32 by default."""
+        if not text:
+            return {"m": 32}
+        found = re.fullmatch(r"(?:([1-9]\d{0,3}):)?([1-9]\d{0,3})", text)
+        n, m = (int(found[1] or 0), int(found[2])) if found else (0, 0)
+        if not found or n > m:
+            raise format_error(f"nm:{text}", "nm, nm:M or nm:N:M with N <= M", "write nm:2:4")
+        return {"n": n, "m": m} if n else {"m": m}
+
+    @classmethod
+    def random(
+        cls,
+        shape: tuple[int, int],
+        density: float,
+        rng: np.random.Generator,
+        **params: Any,
+    ) -> NM:
+        """Draw scores; without n the nearest to the density of a full group, at least 1."""
+        m = params.setdefault("m", 32)
+        n = params.pop("n", max(1, round(density * m)))
+        scores = rng.random(shape, dtype=np.float32)
+        return cls.from_scores(scores, n=n, values=normal(rng, shape), **params)
+
+    def label(self) -> str:
+        """Format, n and m."""
+        return f"nm {self.n}:{self.m}"
+
+    def caption(self) -> str:
+        """What every group holds."""
+        return f"{self.n} in each {self.m} columns of a row"
 
 
 def _quotas(length: int, n: int, m: int) -> Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -13,6 +14,7 @@ from spfmt.formats._base import SparseTensor, Structure, scores_budget
 from spfmt.formats._checks import Array, Shape, check_pointer, matrix_shape
 from spfmt.formats._coords import Coordinates, group_by_support
 from spfmt.formats._layout import Groups, lower_groups
+from spfmt.formats._random import normal
 from spfmt.formats._registry import register
 from spfmt.structure._checks import as_int, as_row_perm, check_permutation, check_range
 
@@ -272,6 +274,40 @@ class ShuffledBlock(SparseTensor):
     def _summary(self) -> str:
         block_rows, block_cols = self.block_shape
         return f"block_shape=({block_rows}, {block_cols}), blocks {self.n_blocks}"
+
+    @classmethod
+    def parse_spec(cls, text: str = "") -> dict[str, Any]:
+        """``ROWSxCOLS``; 16x16 by default."""
+        found = re.fullmatch(r"([1-9]\d{0,3})x([1-9]\d{0,3})", text or "16x16")
+        if not found:
+            raise format_error(
+                f"shuffled_block:{text}",
+                "shuffled_block or shuffled_block:ROWSxCOLS",
+                "write shuffled_block:16x16",
+            )
+        return {"block_shape": (int(found[1]), int(found[2]))}
+
+    @classmethod
+    def random(
+        cls,
+        shape: tuple[int, int],
+        density: float,
+        rng: np.random.Generator,
+        **params: Any,
+    ) -> ShuffledBlock:
+        """Draw scores and an order of the rows: blocks of random scores are all alike."""
+        scores = rng.random(shape, dtype=np.float32)
+        values = normal(rng, shape)
+        params.setdefault("row_perm", rng.permutation(shape[0]))
+        return cls.from_scores(scores, density, values=values, **params)
+
+    def label(self) -> str:
+        """Format and block shape."""
+        return "shuffled_block {}x{}".format(*self.block_shape)
+
+    def caption(self) -> str:
+        """How many rows a group has."""
+        return f"{self.block_shape[0]} rows share each block's columns"
 
 
 def _check_block(block_shape: Any) -> tuple[int, int]:
