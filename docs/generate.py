@@ -31,7 +31,7 @@ def support_table() -> str:
     lines = [f"| layout | dtype | {' | '.join(f'`{op}`' for op in ops)} |", "|---" * 5 + "|"]
     for layout, dtype in dict.fromkeys((k.layout, k.dtype) for k in spfmt.kernels()):
         cells = [", ".join(k.isa for k in spfmt.kernels(op, layout, dtype)) for op in ops]
-        lines.append(f"| `{layout}` | {dtype} | {' | '.join(cells)} |")
+        lines.append(f"| {layout} | {dtype} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -48,7 +48,7 @@ def _one_layer(a: SparseTensor) -> bytes:
     )
     opsets = [helper.make_opsetid("", MIN_OPSET), helper.make_opsetid(DOMAIN, VERSION)]
     model: Any = helper.make_model(
-        graph, opset_imports=opsets, functions=[function(a.format)], ir_version=8
+        graph, opset_imports=opsets, functions=[function(a.layout().name)], ir_version=8
     )
     content: bytes = model.SerializeToString()
     return content

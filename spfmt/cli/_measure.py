@@ -108,7 +108,7 @@ def kernels(model: Deployed, name: str, x: Array) -> dict[str, int]:
     if not model.tensors:
         return dict(counts)
     # The plain operator, and those with an activation fused into them, which begin with its name.
-    plain = OPERATORS[name].op_type
+    plain = OPERATORS[model.tensors[0].layout().name].op_type
     ours = {op: runs for op, runs in counts.items() if op.startswith(plain)}
     if sum(ours.values()) != len(model.tensors):
         raise Mismatch(

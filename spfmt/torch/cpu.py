@@ -89,6 +89,7 @@ def spmm_fake(
     shape: Sequence[int],
     activation: str | None = None,
 ) -> Tensor:
+    """Check the operands of ``spmm`` and return an empty result."""
     activation_code(activation)
     _check_shape(shape)
     _check_weight(values, structure)
@@ -99,6 +100,7 @@ def spmm_fake(
 
 
 def spmm_t_fake(values: Tensor, structure: Tensor, dy: Tensor, shape: Sequence[int]) -> Tensor:
+    """Check the operands of ``spmm_t`` and return an empty result."""
     _check_shape(shape)
     _check_weight(values, structure)
     _check_matrix("dy", dy, shape[0], values)
@@ -109,6 +111,7 @@ def spmm_t_fake(values: Tensor, structure: Tensor, dy: Tensor, shape: Sequence[i
 def sddmm_fake(
     structure: Tensor, dy: Tensor, x: Tensor, shape: Sequence[int], capacity: int
 ) -> Tensor:
+    """Check the operands of ``sddmm`` and return an empty result."""
     _check_shape(shape)
     _check_matrix("dy", dy, shape[0], x)
     _check_matrix("x", x, shape[1], dy)
@@ -167,6 +170,7 @@ def spmm_cpu(
     shape: Sequence[int],
     activation: str | None = None,
 ) -> Tensor:
+    """Compute ``spmm``."""
     y = multiply(SPMM, values, structure, x, bias, shape, activation_code(activation))
     if y is not None:
         return y
@@ -186,6 +190,7 @@ def spmm_cpu(
 
 
 def spmm_t_cpu(values: Tensor, structure: Tensor, dy: Tensor, shape: Sequence[int]) -> Tensor:
+    """Compute ``spmm_t``."""
     dx = multiply(SPMM_T, values, structure, dy, None, shape)
     if dx is not None:
         return dx
@@ -200,6 +205,7 @@ def spmm_t_cpu(values: Tensor, structure: Tensor, dy: Tensor, shape: Sequence[in
 def sddmm_cpu(
     structure: Tensor, dy: Tensor, x: Tensor, shape: Sequence[int], capacity: int
 ) -> Tensor:
+    """Compute ``sddmm``."""
     found = sample(structure, dy, x, shape, capacity)
     if found is not None:
         return found
