@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -18,8 +17,6 @@ from .errors import FormatError, MissingDependency, SpfmtError, format_error
 from .formats import CSR, FORMATS, SparseTensor
 
 __all__ = ["Advice", "Candidate", "advise"]
-
-logger = logging.getLogger("spfmt")
 
 _BLOCK = 16  # rows of a band
 _SAMPLE_ROWS = 128
