@@ -18,6 +18,7 @@ from spfmt.bench import BATCH_FIRST, LAYER, Case, Session, parse_spec
 from spfmt.bench.baselines import BASELINES, available
 from spfmt.bench.machine import available_cpus
 from spfmt.bench.weights import Spec
+from spfmt.formats import FORMATS
 
 Shape = tuple[int, int]
 
@@ -33,7 +34,7 @@ def specs(*texts: str) -> tuple[Spec, ...]:
     return tuple(parse_spec(text) for text in texts)
 
 
-ALL_FORMATS = specs(*spfmt.formats.FORMATS)
+ALL_FORMATS = specs(*FORMATS)
 BLOCKS = specs("shuffled_block", "hrbp")
 LISTS = specs("nm", "condensed", "csr")
 

@@ -69,7 +69,9 @@ def draw_patterns() -> None:
     figure = Figure(figsize=(13, 2.5), dpi=120, facecolor="white", layout="constrained")
     axes = figure.subplots(1, len(FORMATS))
     for place, found in zip(axes, FORMATS.values(), strict=True):
-        tensor = found.random((64, 96), 0.25, np.random.default_rng(0), **found.parse_spec())
+        tensor = found.random(
+            (64, 96), 0.25, np.random.default_rng(0), **found.parse_spec("") or {}
+        )
         draw_pattern(place, tensor, tensor.label(), f"density {tensor.density:.2g}")
     figure.savefig(ROOT / "docs" / "patterns.png", metadata={"Software": None})
 

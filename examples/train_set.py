@@ -4,7 +4,7 @@ import torch
 from sklearn.datasets import load_digits
 from torch import nn
 
-from spfmt.torch import SparseLinear
+from spfmt.torch import SparseLinear, decay_groups
 from spfmt.train import SET
 
 torch.manual_seed(0)
@@ -25,7 +25,7 @@ print(model)
 
 epochs, batch_size = 12, 50
 steps = epochs * len(train) // batch_size
-optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+optimizer = torch.optim.AdamW(decay_groups(model, 0.01), lr=2e-3)  # sparse values are weights
 method = SET(model, optimizer, total_steps=steps, delta_t=20)
 
 for epoch in range(epochs):

@@ -339,4 +339,4 @@ def _expected(
 
 
 def _sample(cls: type[SparseTensor], shape: tuple[int, int], density: float) -> SparseTensor:
-    return cls.random(shape, density, np.random.default_rng(0), **cls.parse_spec())
+    return cls.random(shape, density, np.random.default_rng(0), **cls.parse_spec("") or {})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 
 import pytest
 
@@ -14,9 +15,11 @@ from torch.nn.utils import prune  # noqa: E402
 from spfmt.errors import FormatError  # noqa: E402
 from spfmt.torch import (  # noqa: E402
     SparseLinear,
+    decay_groups,
     densify,
     layer_densities,
     sparsify,
+    sparsify_like,
     unpack_attention,
 )
 
@@ -330,6 +333,158 @@ def test_attention_is_reported():
     assert not report.taken
     assert all("MultiheadAttention" in r.reason for r in report.left)
     assert [r.name for r in report.left] == ["0", "0.out_proj"]
+
+
+def test_a_layer_narrower_than_m_takes_n_of_what_it_has():
+    model = nn.Sequential(nn.Linear(13, 64), nn.ReLU(), nn.Linear(64, 8))
+    report = sparsify(model, "nm", n=3, m=32)
+    assert [row.nnz for row in report.taken] == [3 * 64, 2 * 3 * 8]
+    assert SparseLinear(13, 64, format="nm", n=3, m=32).nnz == 3 * 64
+    assert SparseLinear(13, 64, format="nm", n=20, m=32).nnz == 13 * 64
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR")
+@pytest.mark.parametrize("density", [0.5, "keep"])
+def test_a_torch_sparse_weight_is_reported(density):
+    model = nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 4), nn.Linear(4, 4))
+    model[0].weight = nn.Parameter(model[0].weight.detach().relu().to_sparse_csr())
+    model[1].weight = nn.Parameter(model[1].weight.detach().relu().to_sparse())
+    report = sparsify(model, "csr", density, include=["0", "1"])
+    assert "layout torch.sparse_csr" in report["0"].reason
+    assert "layout torch.sparse_coo" in report["1"].reason
+    assert not report.taken
+
+
+def test_weights_that_share_memory_are_tied():
+    model = mlp()
+    flat = torch.randn(2 * 64 * 64)
+    square = nn.Linear(64, 64)
+    model.append(square)
+    square.weight.data = flat[: 64 * 64].view(64, 64)
+    model[2][0].weight.data = flat[64 * 64 :].view(64, 64)  # beside it, not over it
+    assert len(sparsify(copy.deepcopy(model), "csr", density=0.5).taken) == 4
+    model[2][0].weight.data = flat[64 : 64 + 64 * 64].view(64, 64)
+    report = sparsify(model, "csr", density=0.5)
+    assert report["4"].reason == "its weight is tied to 2.0.weight"
+    assert report["2.0"].reason == "its weight is tied to 4.weight"
+    assert [row.name for row in report.taken] == ["0", "3"]
+
+
+class Conv1D(nn.Module):
+    """GPT-2's linear layer: ``y = x W + b`` with W (in, out)."""
+
+    def __init__(self, nf, nx):
+        super().__init__()
+        self.nf = nf
+        self.weight = nn.Parameter(torch.randn(nx, nf))
+        self.bias = nn.Parameter(torch.randn(nf))
+
+    def forward(self, x):
+        return x @ self.weight + self.bias
+
+
+def test_conv1d_is_taken_through_its_transposed_weight():
+    model = nn.Sequential(Conv1D(24, 8), nn.ReLU(), Conv1D(6, 24))
+    original, bias = model[0].weight.detach().clone(), model[0].bias
+    shapes = {}
+
+    def scores(name, linear):
+        shapes[name] = tuple(linear.weight.shape)
+        return linear.weight.abs()
+
+    report = sparsify(model, "csr", density=0.5, scores=scores, exclude="2")
+    assert shapes == {"0": (24, 8)}
+    assert report["0"].kind == "Conv1D"
+    assert (report["0"].shape, report["2"].shape) == ((24, 8), (6, 24))
+    assert report["2"].reason == "excluded"
+    kept = torch.from_numpy(model[0].tensor().to_dense())
+    assert torch.equal(kept, original.T * (kept != 0))
+    assert model[0].bias is bias
+    x = torch.randn(3, 8)
+    torch.testing.assert_close(model[0](x), x @ kept.T + bias)
+    assert sparsify(nn.Sequential(nn.Conv1d(4, 4, 1)), density=0.5)["0"].reason.startswith("Conv1d")
+
+
+# ------------------------------------------------------------------------- models of a checkpoint
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("meta", [False, True])
+def test_a_checkpoint_of_kept_zeros_loads_into_a_fresh_model(format, meta):
+    pruned = mlp()
+    if format in ("nm", "shuffled_block"):  # which cannot hold zeros anywhere
+        sparsify(pruned, format, density=0.25, include="0", **FORMATS[format])
+    else:  # padding makes a capacity that no density gives
+        prune.l1_unstructured(pruned[0], "weight", 0.8)
+        prune.remove(pruned[0], "weight")
+        sparsify(pruned, format, "keep", include="0", max_padding=None)
+        assert "max_padding" not in pruned[0].format_params  # which says how to search again
+    sparsify(pruned, "csr", density=0.5, include="2.0")
+    with torch.device("meta" if meta else "cpu"):
+        fresh = mlp()
+    state = pruned.state_dict()
+    report = sparsify_like(fresh, state)
+    assert [row.name for row in report.taken] == ["0", "2.0"]
+    assert report["3"].reason == "not sparse in the state"
+    fresh.load_state_dict(state, assign=meta)
+    x = torch.randn(3, 32)
+    assert torch.equal(fresh(x), pruned(x))
+    assert fresh[0].tensor() == pruned[0].tensor()
+    again = sparsify_like(fresh, state)  # over layers that are sparse already
+    assert len(again.taken) == 2
+    fresh.load_state_dict(state)
+    assert torch.equal(fresh(x), pruned(x))
+
+
+def test_a_shared_layer_and_spare_capacity_come_from_a_checkpoint():
+    model = Tied()
+    tensor = SparseLinear(16, 16, format="csr", density=0.25).tensor()
+    model.block = model.again = SparseLinear.from_tensor(tensor, torch.ones(16), capacity=99)
+    fresh = Tied()
+    sparsify_like(fresh, model.state_dict())
+    assert fresh.block is fresh.again
+    fresh.load_state_dict(model.state_dict())
+    assert fresh.block.capacity == 99
+    assert torch.equal(fresh(torch.arange(4)), model(torch.arange(4)))
+
+
+def test_a_checkpoint_that_does_not_fit_leaves_the_model():
+    source = mlp()
+    sparsify(source, "csr", density=0.5)
+    state = source.state_dict()
+    renamed = {f"net.{key}": value for key, value in state.items()}
+    torn = {key: value for key, value in state.items() if key != "3.values"}
+    corrupt = {**state, "3.structure": state["3.structure"] + 1}
+    wide = nn.Sequential(*mlp()[:3], nn.Linear(64, 9))
+    norm = nn.Sequential(*mlp()[:3], nn.LayerNorm(64))
+    for model, wrong, message in [
+        (mlp(), renamed, "rename its keys"),
+        (mlp(), torn, "and its values"),
+        (mlp(), corrupt, "structure words"),
+        (wide, state, r"\(9, 64\)"),
+        (norm, state, r"3\.structure"),
+    ]:
+        with pytest.raises(FormatError, match=message):
+            sparsify_like(model, wrong)
+        assert not any(isinstance(module, SparseLinear) for module in model.modules())
+    with pytest.raises(FormatError, match="the model itself"):
+        sparsify_like(nn.Linear(32, 64), source[0].state_dict())
+
+
+def test_decay_groups_know_sparse_weights():
+    model = nn.Sequential(nn.Linear(32, 64), nn.LayerNorm(64), nn.Linear(64, 8))
+    dense = decay_groups(model, 0.1)
+    sparsify(model, density=0.25, include="0")
+    groups = decay_groups(model, 0.1)
+    assert [group["weight_decay"] for group in groups] == [0.1, 0.0]
+    for before, after in zip(dense, groups, strict=True):
+        assert len(before["params"]) == len(after["params"])
+    assert any(p is model[0].values for p in groups[0]["params"])
+    torch.optim.AdamW(groups)
+    model[2].weight.requires_grad_(False)
+    assert len(decay_groups(model, 0.1)[0]["params"]) == 1
+    with pytest.raises(FormatError, match="at least 0"):
+        decay_groups(model, -1.0)
 
 
 def encoder(**kwargs) -> nn.TransformerEncoder:

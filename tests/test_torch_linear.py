@@ -76,8 +76,6 @@ def test_wrong_inputs():
         layer(torch.zeros(2, 16, dtype=torch.float64))
     with pytest.raises(FormatError, match="one device"):
         layer(torch.zeros(2, 16, device="meta"))
-    with pytest.raises(AttributeError, match="no dense `weight`"):
-        _ = layer.weight
     with pytest.raises(AttributeError, match="missing"):
         _ = layer.missing
 

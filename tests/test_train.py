@@ -217,6 +217,17 @@ def test_blocks_of_odd_sizes_never_exceed_the_capacity():
         assert 0 < model[0].nnz <= model[0].capacity
 
 
+def test_of_equal_magnitudes_the_first_are_dropped():
+    weight = np.array([[3.0, 1.0, 1.0, 2.0, 1.0, 0.0]], np.float32)
+    model = nn.Sequential(SparseLinear.from_tensor(CSR.from_dense(weight, weight > 0)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    method = GrowWhere(model, optimizer, alpha=0.4, delta_t=1, t_end=10**9)
+    method.grow = np.array([[0.1, 0.2, 0.3, 0.1, 0.4, 0.9]])
+    assert method.step()  # two of three equal ones go; positions 5 and 2 come
+    assert model[0].tensor().to_dense().tolist() == [[3.0, 0.0, 0.0, 2.0, 1.0, 0.0]]
+    assert model[0].tensor().mask().tolist() == [[True, False, True, True, True, True]]
+
+
 def test_trained_zeros_are_ordinary_weights():
     model = network("condensed")
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Random weights of every format, as a command line names them."""
+"""Random weights of every format: the hardest structures for caches and packing."""
 
 from __future__ import annotations
 
@@ -21,35 +21,47 @@ class Spec:
     ----------
     format : str
     params : dict
-        Keywords of the format's `random`.
+        Keywords of the format's `random`; ``n`` and ``m`` fix the density.
     """
 
     format: str
     params: dict[str, Any] = field(default_factory=dict)
 
+    def density(self, density: float) -> float:
+        """Return the density asked for, or the one that the parameters fix."""
+        return self.params["n"] / self.params["m"] if "n" in self.params else density
+
 
 def parse_spec(text: str) -> Spec:
-    """Read a format as written on a command line: a name, or ``name:`` and what it accepts.
+    """Read a format as written on a command line.
+
+    Parameters
+    ----------
+    text : str
+        A format's name, alone or with parameters: ``nm`` (m = 32), ``nm:16`` (n from the density),
+        ``nm:2:4``, ``shuffled_block:8x32``.
 
     Raises
     ------
     FormatError
-        For an unknown name, and for what the format does not accept after it.
+        For anything else.
     """
     name, colon, rest = text.strip().partition(":")
-    if name not in FORMATS or (colon and not rest):
+    params = FORMATS[name].parse_spec(rest) if name in FORMATS and (rest or not colon) else None
+    if params is None:
+        ways = [f"{n}:{s}".strip(":") for n, f in FORMATS.items() for s in ("", *f.SPECS)]
         raise format_error(
             f"format {text!r}",
-            f"{', '.join(FORMATS)}, some with parameters",
-            "see spfmt bench --help",
+            f"{', '.join(ways[:-1])} or {ways[-1]}",
+            "for example --format condensed,nm:2:4,shuffled_block:16x16",
         )
-    return Spec(name, FORMATS[name].parse_spec(rest))
+    return Spec(name, params)
 
 
 def random_weight(
     spec: Spec, shape: tuple[int, int], density: float, seed: int = 0
 ) -> SparseTensor:
-    """Return a float32 weight with random structure; equal arguments give equal weights.
+    """Return a float32 weight with random structure and standard normal values.
 
     Parameters
     ----------
@@ -59,7 +71,7 @@ def random_weight(
     density : float
         Share of stored weights; the format's nearest legal budget is taken.
     seed : int
+        Equal arguments give equal weights.
     """
     rng = np.random.default_rng((seed, *shape))
-    found: SparseTensor = FORMATS[spec.format].random(shape, density, rng, **spec.params)
-    return found
+    return FORMATS[spec.format].random(shape, spec.density(density), rng, **spec.params)

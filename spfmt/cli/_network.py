@@ -17,7 +17,7 @@ from spfmt.train import SET
 __all__ = ["HIDDEN", "PARAMS", "Digits", "Settings", "build", "load_digits", "train"]
 
 PARAMS: Mapping[str, Mapping[str, Any]] = {
-    name: found.parse_spec() for name, found in FORMATS.items()
+    name: found.parse_spec("") or {} for name, found in FORMATS.items()
 }
 """The formats of the demo, each with the parameters that its search gets."""
 

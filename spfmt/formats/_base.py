@@ -34,7 +34,6 @@ from spfmt.formats._checks import (
 )
 from spfmt.formats._coords import Coordinates
 from spfmt.formats._layout import Layout
-from spfmt.formats._random import normal
 from spfmt.structure._checks import as_density, as_int, as_scores, plain_array
 from spfmt.structure.moves import sources
 
@@ -227,6 +226,49 @@ class SparseTensor(ABC):
     @abstractmethod
     def _summary(self) -> str:
         """What the repr tells about this structure."""
+
+    # ---- what a format may tell, for reports, benchmarks and command lines ----------------------
+
+    SPECS: ClassVar[tuple[str, ...]] = ()
+    """How parameters are written behind the format's name, as ``"M"`` in ``nm:M``."""
+
+    def label(self) -> str:
+        """Name this tensor by its format and what distinguishes it, as in ``nm 3:32``."""
+        return self.format
+
+    def caption(self) -> str:
+        """Where values may be, in a few words: below a picture, in advice."""
+        return "as the format keeps them"
+
+    @classmethod
+    def parse_spec(cls, text: str) -> dict[str, Any] | None:
+        """Read parameters of `from_scores` as written in one of `SPECS`; None for anything else."""
+        return None if text else {}
+
+    @classmethod
+    def random(
+        cls: type[Self],
+        shape: tuple[int, int],
+        density: float,
+        rng: np.random.Generator,
+        **params: Any,
+    ) -> Self:
+        """Draw a float32 tensor of random structure and standard normal values.
+
+        Parameters
+        ----------
+        shape : (int, int)
+            (R, C).
+        density : float
+            Share of stored weights; the nearest legal budget is taken, or the one that `params`
+            fix.
+        rng : numpy.random.Generator
+        **params
+            Those of `from_scores`.
+        """
+        scores = rng.random(shape, dtype=np.float32)
+        values = rng.standard_normal(shape, dtype=np.float32)
+        return cls.from_scores(scores, density, values=values, **params)
 
     @classmethod
     def _least_nnz(cls, coords: Coordinates) -> int:
@@ -580,57 +622,6 @@ class SparseTensor(ABC):
                 f"use spfmt.load or {type(tensor).__name__}.load",
             )
         return tensor
-
-    # ---- what advise, benchmarks and pictures ask ----------------------------------------------
-
-    @classmethod
-    def parse_spec(cls, text: str = "") -> dict[str, Any]:
-        """Keywords of `from_scores` that a command line means by ``format:text``.
-
-        Parameters
-        ----------
-        text : str
-            What follows the colon, such as ``"2:4"`` of ``nm:2:4``; empty for the usual choice.
-
-        Raises
-        ------
-        FormatError
-            For text that means nothing to this format.
-        """
-        if not text:
-            return {}
-        raise format_error(f"{cls.format}:{text}", cls.format, "leave out what follows the name")
-
-    @classmethod
-    def random(
-        cls: type[Self],
-        shape: tuple[int, int],
-        density: float,
-        rng: np.random.Generator,
-        **params: Any,
-    ) -> Self:
-        """Tensor with random structure and standard normal float32 values.
-
-        Parameters
-        ----------
-        shape : (int, int)
-            (R, C).
-        density : float
-            Share of stored weights; the nearest legal budget is taken.
-        rng : numpy.random.Generator
-        **params
-            Those of `from_scores`; one that fixes the budget takes precedence over `density`.
-        """
-        scores = rng.random(shape, dtype=np.float32)
-        return cls.from_scores(scores, density, values=normal(rng, shape), **params)
-
-    def label(self) -> str:
-        """The format and what distinguishes it in a table, as in ``nm 3:32``."""
-        return self.format
-
-    def caption(self) -> str:
-        """Where the values may be, in a few words: below a picture, in advice."""
-        return "as the format keeps them"
 
 
 class Transposed:

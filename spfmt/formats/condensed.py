@@ -12,7 +12,6 @@ from spfmt.formats._base import SparseTensor, Structure, scores_budget
 from spfmt.formats._checks import Array, Shape, check_ascending, matrix_shape
 from spfmt.formats._coords import Coordinates, fill_short_lists
 from spfmt.formats._layout import Lists
-from spfmt.formats._random import normal, random_columns
 from spfmt.formats._registry import register
 from spfmt.structure._checks import as_int, check_range, plain_array
 
@@ -178,25 +177,23 @@ class Condensed(SparseTensor):
         arrays = {"row_indices": rows, "col_indices": columns}
         return cls._found(matrix, shape, arrays, {"fan_in": columns.shape[1]}, values)
 
-    def _summary(self) -> str:
-        active = f"active {self.row_indices.size}/{self.matrix_shape[0]}"
-        return f"fan_in={self.fan_in}, {active}"
-
     @classmethod
     def random(
-        cls,
-        shape: tuple[int, int],
-        density: float,
-        rng: np.random.Generator,
-        **params: Any,
+        cls, shape: tuple[int, int], density: float, rng: np.random.Generator, **params: Any
     ) -> Condensed:
-        """Draw row by row: memory for the values alone, however many rows."""
+        """Draw a tensor row by row, in memory for its nonzeros only; see `SparseTensor.random`."""
+        from spfmt.structure.fan_in import random_columns
+
         rows, cols = shape
-        columns = random_columns(
-            rng, rows, cols, params.get("fan_in", max(1, round(density * cols)))
-        )
-        return cls(shape, np.arange(rows), columns, normal(rng, columns.shape))
+        fan_in = params.get("fan_in", max(1, round(density * cols)))
+        columns = random_columns(rng, rows, cols, fan_in)
+        values = rng.standard_normal(columns.shape, dtype=np.float32)
+        return cls(shape, np.arange(rows), columns, values)
 
     def caption(self) -> str:
         """How many values a row holds."""
         return f"{self.fan_in} anywhere in each row"
+
+    def _summary(self) -> str:
+        active = f"active {self.row_indices.size}/{self.matrix_shape[0]}"
+        return f"fan_in={self.fan_in}, {active}"

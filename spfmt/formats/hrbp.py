@@ -19,7 +19,6 @@ from spfmt.formats._checks import (
 )
 from spfmt.formats._coords import Coordinates, fill_short_lists, group_by_support
 from spfmt.formats._layout import Groups, lower_groups
-from spfmt.formats._random import normal, random_columns
 from spfmt.formats._registry import register
 from spfmt.structure._checks import INT32_MAX, as_int, check_permutation, check_range, plain_array
 
@@ -257,30 +256,28 @@ class HRBP(SparseTensor):
         params = {"groups": arrays["channel_indices"].shape[0]}
         return cls._found(matrix, shape, arrays, params, values)
 
-    def _summary(self) -> str:
-        channels, cells = self.channel_indices.shape[1], self.pattern_indices.shape[1]
-        return f"groups={self.groups}, channels={channels}, cells={cells}"
-
     @classmethod
     def random(
-        cls,
-        shape: tuple[int, int],
-        density: float,
-        rng: np.random.Generator,
-        **params: Any,
+        cls, shape: tuple[int, int], density: float, rng: np.random.Generator, **params: Any
     ) -> HRBP:
-        """Draw group by group: memory for the values alone. Groups of 8 rows or more, up to 8."""
+        """Draw a tensor group by group, in memory for its nonzeros; see `SparseTensor.random`."""
+        from spfmt.structure.fan_in import random_columns
+
         rows, cols = shape
         groups = params.get("groups", max(1, min(8, rows // 8)))
         channels = random_columns(rng, groups, cols, max(1, round(density * cols)))
         pattern = np.zeros((groups, 1), np.int64)
         starts = np.linspace(0, rows, groups + 1).astype(np.int64)
-        values = normal(rng, rows * channels.shape[1])
+        values = rng.standard_normal(rows * channels.shape[1], dtype=np.float32)
         return cls(shape, rng.permutation(rows), starts, channels, pattern, values)
 
     def caption(self) -> str:
         """How many rows a group has."""
         return f"{self.matrix_shape[0] // max(1, self.groups)} rows share all their columns"
+
+    def _summary(self) -> str:
+        channels, cells = self.channel_indices.shape[1], self.pattern_indices.shape[1]
+        return f"groups={self.groups}, channels={channels}, cells={cells}"
 
 
 def _check_group_sizes(sizes: Array) -> None:

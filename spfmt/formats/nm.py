@@ -13,7 +13,6 @@ from spfmt.formats._base import SparseTensor, Structure, scores_budget
 from spfmt.formats._checks import Array, Shape, check_ascending, kernel_cells
 from spfmt.formats._coords import Coordinates, fill_short_lists
 from spfmt.formats._layout import Lists
-from spfmt.formats._random import normal
 from spfmt.formats._registry import register
 from spfmt.structure._checks import as_int, check_range
 
@@ -214,42 +213,40 @@ class NM(SparseTensor):
             columns = nm_columns(matrix, n, m, max(1, cells))
         return cls._found(matrix, shape, {"col_indices": columns}, params, values)
 
-    def _summary(self) -> str:
-        kind = "transposable " if self.transposable else ""
-        return f"{kind}{self.n}:{self.m}"
+    SPECS = ("M", "N:M with N <= M")
+
+    def label(self) -> str:
+        """``nm 3:32``."""
+        return f"{self.format} {self.n}:{self.m}"
 
     @classmethod
-    def parse_spec(cls, text: str = "") -> dict[str, Any]:
-        """``M`` (n from the density), ``N:M``; 32 by default."""
+    def parse_spec(cls, text: str) -> dict[str, Any] | None:
+        """Read ``M`` or ``N:M``; 32 columns a group where nothing is written."""
         if not text:
             return {"m": 32}
-        found = re.fullmatch(r"(?:([1-9]\d{0,3}):)?([1-9]\d{0,3})", text)
-        n, m = (int(found[1] or 0), int(found[2])) if found else (0, 0)
-        if not found or n > m:
-            raise format_error(f"nm:{text}", "nm, nm:M or nm:N:M with N <= M", "write nm:2:4")
-        return {"n": n, "m": m} if n else {"m": m}
+        match = re.fullmatch(r"(?:([1-9]\d{0,3}):)?([1-9]\d{0,3})", text)
+        if match is None or int(match[1] or 0) > int(match[2]):
+            return None
+        return {"n": int(match[1]), "m": int(match[2])} if match[1] else {"m": int(match[2])}
 
     @classmethod
     def random(
-        cls,
-        shape: tuple[int, int],
-        density: float,
-        rng: np.random.Generator,
-        **params: Any,
+        cls, shape: tuple[int, int], density: float, rng: np.random.Generator, **params: Any
     ) -> NM:
-        """Draw scores; without n the nearest to the density of a full group, at least 1."""
-        m = params.setdefault("m", 32)
-        n = params.pop("n", max(1, round(density * m)))
+        """Draw n of every m, n the nearest to the density; see `SparseTensor.random`."""
+        m = params.get("m", 32)
+        n = params.get("n", max(1, round(density * m)))
         scores = rng.random(shape, dtype=np.float32)
-        return cls.from_scores(scores, n=n, values=normal(rng, shape), **params)
-
-    def label(self) -> str:
-        """Format, n and m."""
-        return f"nm {self.n}:{self.m}"
+        values = rng.standard_normal(shape, dtype=np.float32)
+        return cls.from_scores(scores, n=n, m=m, values=values)
 
     def caption(self) -> str:
         """What every group holds."""
         return f"{self.n} in each {self.m} columns of a row"
+
+    def _summary(self) -> str:
+        kind = "transposable " if self.transposable else ""
+        return f"{kind}{self.n}:{self.m}"
 
 
 def _quotas(length: int, n: int, m: int) -> Array:

@@ -14,7 +14,6 @@ from spfmt.formats._base import SparseTensor, Structure, scores_budget
 from spfmt.formats._checks import Array, Shape, check_pointer, matrix_shape
 from spfmt.formats._coords import Coordinates, group_by_support
 from spfmt.formats._layout import Groups, lower_groups
-from spfmt.formats._random import normal
 from spfmt.formats._registry import register
 from spfmt.structure._checks import as_int, as_row_perm, check_permutation, check_range
 
@@ -271,43 +270,35 @@ class ShuffledBlock(SparseTensor):
         params = {"block_rows": block_rows, "block_cols": block_cols}
         return cls._found(matrix, shape, arrays, params, values)
 
-    def _summary(self) -> str:
-        block_rows, block_cols = self.block_shape
-        return f"block_shape=({block_rows}, {block_cols}), blocks {self.n_blocks}"
+    SPECS = ("ROWSxCOLS",)
+
+    def label(self) -> str:
+        """``shuffled_block 16x16``."""
+        return "{} {}x{}".format(self.format, *self.block_shape)
 
     @classmethod
-    def parse_spec(cls, text: str = "") -> dict[str, Any]:
-        """``ROWSxCOLS``; 16x16 by default."""
-        found = re.fullmatch(r"([1-9]\d{0,3})x([1-9]\d{0,3})", text or "16x16")
-        if not found:
-            raise format_error(
-                f"shuffled_block:{text}",
-                "shuffled_block or shuffled_block:ROWSxCOLS",
-                "write shuffled_block:16x16",
-            )
-        return {"block_shape": (int(found[1]), int(found[2]))}
+    def parse_spec(cls, text: str) -> dict[str, Any] | None:
+        """Read ``ROWSxCOLS``; 16x16 where nothing is written."""
+        match = re.fullmatch(r"([1-9]\d{0,3})x([1-9]\d{0,3})", text or "16x16")
+        return None if match is None else {"block_shape": (int(match[1]), int(match[2]))}
 
     @classmethod
     def random(
-        cls,
-        shape: tuple[int, int],
-        density: float,
-        rng: np.random.Generator,
-        **params: Any,
+        cls, shape: tuple[int, int], density: float, rng: np.random.Generator, **params: Any
     ) -> ShuffledBlock:
-        """Draw scores and an order of the rows: blocks of random scores are all alike."""
+        """Draw blocks on shuffled rows, which are not searched; see `SparseTensor.random`."""
         scores = rng.random(shape, dtype=np.float32)
-        values = normal(rng, shape)
-        params.setdefault("row_perm", rng.permutation(shape[0]))
-        return cls.from_scores(scores, density, values=values, **params)
-
-    def label(self) -> str:
-        """Format and block shape."""
-        return "shuffled_block {}x{}".format(*self.block_shape)
+        values = rng.standard_normal(shape, dtype=np.float32)
+        order = rng.permutation(shape[0])
+        return cls.from_scores(scores, density, row_perm=order, values=values, **params)
 
     def caption(self) -> str:
         """How many rows a group has."""
         return f"{self.block_shape[0]} rows share each block's columns"
+
+    def _summary(self) -> str:
+        block_rows, block_cols = self.block_shape
+        return f"block_shape=({block_rows}, {block_cols}), blocks {self.n_blocks}"
 
 
 def _check_block(block_shape: Any) -> tuple[int, int]:

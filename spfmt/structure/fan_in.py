@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import numpy.typing as npt
 
 from ._checks import Int32Array, as_int, as_scores
 from .unstructured import per_row_topk
 
-__all__ = ["constant_fan_in"]
+__all__ = ["constant_fan_in", "random_columns"]
+
+_STRIP = 1 << 24  # scores drawn at a time
 
 
 def constant_fan_in(scores: npt.ArrayLike, n_nonzeros: int) -> tuple[Int32Array, Int32Array]:
@@ -49,3 +53,21 @@ def constant_fan_in(scores: npt.ArrayLike, n_nonzeros: int) -> tuple[Int32Array,
         return np.empty(0, np.int32), np.empty((0, 0), np.int32)
     fan_in = max(1, -((rows - 2 * n_nonzeros) // (2 * rows)))  # ceil(N/R - 1/2)
     return np.arange(rows, dtype=np.int32), per_row_topk(plain, fan_in)
+
+
+def random_columns(
+    rng: np.random.Generator, lists: int, limit: int, k: int
+) -> npt.NDArray[np.int32]:
+    """Return `lists` ascending lists of k distinct columns below `limit`, (lists, k)."""
+    columns = np.empty((lists, k), np.int32)
+    for first, last in _strips(lists, limit):
+        scores = rng.random((last - first, limit), dtype=np.float32)
+        kept = np.argpartition(scores, k - 1, axis=1)[:, :k] if k < limit else np.argsort(scores)
+        columns[first:last] = np.sort(kept, axis=1)
+    return columns
+
+
+def _strips(rows: int, width: int) -> Iterator[tuple[int, int]]:
+    step = max(1, _STRIP // max(1, width))
+    for first in range(0, rows, step):
+        yield first, min(rows, first + step)

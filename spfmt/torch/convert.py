@@ -11,7 +11,7 @@ from torch import Tensor
 
 from spfmt.errors import MissingDependency
 
-__all__ = ["to_numpy", "to_torch_values"]
+__all__ = ["to_numpy", "to_torch_values", "whole", "write_whole"]
 
 
 def to_numpy(tensor: Tensor) -> NDArray[Any]:
@@ -40,3 +40,20 @@ def to_torch_values(array: NDArray[Any]) -> Tensor:
     if array.dtype.name == "bfloat16":
         return torch.from_numpy(np.array(array).view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(np.array(array))
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return a tensor as it is, and a sharded one gathered from all ranks that share it."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def write_whole(tensor: Tensor, content: Tensor) -> None:
+    """Write the whole content into a tensor; of a sharded one every rank writes its own part."""
+    if not hasattr(tensor, "full_tensor"):
+        tensor.copy_(content)
+        return
+    from torch.distributed.tensor import distribute_tensor
+
+    mesh, placements = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
+    part: Any = distribute_tensor(content, mesh, placements, src_data_rank=None)
+    tensor.to_local().copy_(part.to_local())  # type: ignore[attr-defined]

@@ -1,35 +1,23 @@
-"""`SparseLinear`: an ``nn.Linear`` whose weight is a structure buffer and a vector of values."""
+"""`SparseLinear`: an ``nn.Linear`` on a structure buffer and a vector of values."""
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from typing import Any, TypeVar, cast
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from spfmt.errors import FormatError, format_error
-from spfmt.formats import (
-    SparseTensor,
-    Structure,
-    decode_structure,
-    encode,
-    get_format,
-    words_capacity,
-)
-from spfmt.torch.convert import to_numpy, to_torch_values
+from spfmt.formats import SparseTensor, get_format
+from spfmt.torch.convert import to_torch_values, whole
+from spfmt.torch.module import SparseModule
 from spfmt.torch.ops import spmm
-from spfmt.torch.values import compiled_structure
 
-__all__ = ["SparseLinear", "follow", "implied_density", "resolve_density"]
+__all__ = ["SparseLinear", "implied_density", "resolve_density"]
 
 Self = TypeVar("Self", bound="SparseLinear")
-
-# What fixes a format's budget at its first search; afterwards the layer's own density does.
-_BUDGET_PARAMS = frozenset({"n", "fan_in"})
 
 
 def resolve_density(density: float | None, sparsity: float | None) -> float:
@@ -57,29 +45,13 @@ def implied_density(params: Mapping[str, Any], columns: int) -> float | None:
     if "fan_in" in params:
         share = params["fan_in"] / max(1, columns)
     elif "n" in params and "m" in params:
-        share = params["n"] / max(1, params["m"])
+        share = params["n"] / max(1, min(params["m"], columns))  # a group ends with its row
     else:
         return None
     return float(min(1.0, max(0.0, share)))  # what exceeds it, the format itself refuses by name
 
 
-def _search_params(tensor: SparseTensor, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the keywords with which the tensor's format searches another structure like it.
-
-    They are what the caller gave and else the tensor's own attributes of the same names (a block
-    shape, a group size), without what fixes the budget and without structure arrays.
-    """
-    left_out = _BUDGET_PARAMS.union(type(tensor).STRUCTURE, {"values"})
-    names = [
-        name
-        for name, p in inspect.signature(type(tensor).from_scores).parameters.items()
-        if p.kind is inspect.Parameter.KEYWORD_ONLY and name not in left_out
-    ]
-    own = {name: getattr(tensor, name) for name in names if hasattr(tensor, name)}
-    return {**own, **{name: v for name, v in given.items() if name not in _BUDGET_PARAMS}}
-
-
-class SparseLinear(nn.Module):
+class SparseLinear(SparseModule):
     """Affine map ``y = x A.T + b`` with a sparse weight A (out_features, in_features).
 
     The weight is held as two tensors. `values` is one flat Parameter whose length (the *capacity*)
@@ -126,7 +98,8 @@ class SparseLinear(nn.Module):
     the log. A module in float16 or bfloat16 can be stored and moved; calling it outside autocast
     raises :class:`spfmt.KernelNotFound`.
 
-    A call multiplies with the values as they are in memory, whoever wrote them and however.
+    A call multiplies with the values as they are in memory, whoever wrote them and however. What
+    that costs, and how `freeze` saves it, says docs/kernels.md.
 
     Examples
     --------
@@ -136,10 +109,7 @@ class SparseLinear(nn.Module):
     torch.Size([2, 5, 3072])
     """
 
-    values: nn.Parameter
-    structure: Tensor
-    bias: nn.Parameter | None
-    format_params: dict[str, Any]
+    shape: tuple[int, int]
 
     def __init__(
         self,
@@ -169,45 +139,15 @@ class SparseLinear(nn.Module):
         self._install(tensor, values, offset, capacity, device, target, params)
         self.reset_parameters(generator)
 
-    def _install(
-        self,
-        tensor: SparseTensor,
-        values: Tensor,
-        bias: Tensor | None,
-        capacity: int | None,
-        device: torch.device,
-        target_density: float | None,
-        params: Mapping[str, Any],
-    ) -> None:
-        """Fill an empty module with a structure, its values and a bias."""
+    def _install(self, tensor: SparseTensor, *args: Any) -> None:
         if len(tensor.shape) != 2:
             raise format_error(
                 f"a weight of shape {tensor.shape}",
                 "(out_features, in_features)",
                 "pass a 2-D weight",
             )
-        self.out_features, self.in_features = tensor.matrix_shape
-        self.format = tensor.format
-        self.format_params = _search_params(tensor, params)
-        if target_density is None or not _BUDGET_PARAMS.isdisjoint(params):
-            target_density = tensor.density
-        self.target_density = float(target_density)
-        capacity = tensor.nnz if capacity is None else int(capacity)
-        if capacity < tensor.nnz:
-            raise format_error(
-                f"capacity={capacity}",
-                f"at least the structure's {tensor.nnz} positions",
-                "raise capacity, or lower the density",
-            )
-        n_words = words_capacity(self.format, tensor.shape, capacity, tensor.params())
-        words = torch.from_numpy(encode(tensor, n_words))
-        flat = torch.zeros(capacity, dtype=values.dtype, device=device)
-        flat[: tensor.nnz] = values.detach().reshape(-1)
-        self.values = nn.Parameter(flat)
-        self.register_buffer("structure", words.to(device))
-        if bias is not None and not isinstance(bias, nn.Parameter):
-            bias = nn.Parameter(bias)
-        self.register_parameter("bias", bias)
+        super()._install(tensor, *args)
+        self.out_features, self.in_features = self.shape
 
     @classmethod
     def from_tensor(
@@ -319,60 +259,10 @@ class SparseLinear(nn.Module):
         layer.values.requires_grad_(linear.weight.requires_grad)
         return layer.train(linear.training)
 
-    # ------------------------------------------------------------------------ values and shape
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(out_features, in_features)."""
-        return self.out_features, self.in_features
-
-    @property
-    def capacity(self) -> int:
-        """Length of `values`."""
-        return self.values.shape[0]
-
-    @property
-    def nnz(self) -> int:
-        """Stored positions of the present structure."""
-        return self._decoded().nnz
-
-    @property
-    def density(self) -> float:
-        """Share of stored positions of the present structure."""
-        return self.nnz / max(1, self.out_features * self.in_features)
-
-    def _decoded(self) -> Structure:
-        """Return the present structure, decoded at most once per content."""
-        if self.structure.is_meta:
-            raise format_error(
-                "a structure on meta", "words with content", "load a state_dict first"
-            )
-        if self.structure.device.type == "cpu":
-            return compiled_structure(self.structure).structure
-        return decode_structure(self.structure.cpu().numpy())
-
-    def positions(self) -> NDArray[np.int64]:
-        """Return ``row * in_features + column`` of every weight, in the order of `values`."""
-        return self._decoded().flat_indices()
-
-    def tensor(self) -> SparseTensor:
-        """Return the weight as a numpy format object, its values copied.
-
-        Raises
-        ------
-        MissingDependency
-            For bfloat16 values without ml_dtypes.
-        FormatError
-            Where the structure is corrupt.
-        """
-        structure = self._decoded()
-        values = to_numpy(self.values[: structure.nnz])
-        return structure.tensor(values)
-
     def to_linear(self) -> nn.Linear:
         """Return a dense ``nn.Linear`` with the same map; the bias Parameter is shared."""
         structure = self._decoded()
-        like = self.values.detach()
+        like = whole(self.values).detach()
         weight = torch.zeros(
             self.out_features * self.in_features, dtype=like.dtype, device=like.device
         )
@@ -382,107 +272,6 @@ class SparseLinear(nn.Module):
         linear.weight = nn.Parameter(weight.view(self.shape), self.values.requires_grad)
         linear.bias = cast(nn.Parameter, self.bias)
         return linear.train(self.training)
-
-    @torch.no_grad()
-    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Draw the values from U(-1/√f, 1/√f), where f is the row's own fan-in.
-
-        Scaling by the number of weights that a neuron really has keeps the variance of its output
-        what it is in ``nn.Linear`` (Evci et al., Gradient Flow in Sparse Neural Networks, 2022).
-        The bias is drawn with the same bound, that of an ablated row with the bound of a dense one.
-        """
-        if self.values.is_meta:
-            return
-        structure = self._decoded()
-        rows, _ = structure.layout.coordinates()
-        fan_in = np.bincount(rows, minlength=self.out_features)
-        bound = 1.0 / np.sqrt(np.where(fan_in > 0, fan_in, max(1, self.in_features)))
-        self.values.zero_()
-        drawn = _symmetric(structure.nnz, generator)
-        self.values[: structure.nnz] = (drawn * torch.from_numpy(bound[rows])).to(self.values)
-        if self.bias is not None:
-            drawn = _symmetric(self.out_features, generator)
-            self.bias.copy_(drawn * torch.from_numpy(bound))
-
-    # ------------------------------------------------------------------------------- structure
-
-    @torch.no_grad()
-    def set_structure(
-        self,
-        new: SparseTensor,
-        *,
-        take_values: bool = False,
-        forget: NDArray[np.int64] | None = None,
-    ) -> Tensor:
-        """Move the layer to another structure, in place.
-
-        Parameter and buffer stay the same objects with the same memory; their content changes.
-
-        Parameters
-        ----------
-        new : SparseTensor
-            Of this layer's format and shape, with at most `capacity` positions.
-        take_values : bool
-            True takes the values of `new`; False keeps the value of every position that is in both
-            structures and sets new positions to zero.
-        forget : ndarray of int64, optional
-            Places in `values` whose weights are dropped: where their positions are in `new` again,
-            they count as new.
-
-        Returns
-        -------
-        Tensor, shape (capacity,), int64, on the values' device
-            For every place in `values` the place its position had before, or -1 for a new position
-            and for unused capacity. Whatever follows the weights (optimizer state) moves by it.
-
-        Raises
-        ------
-        FormatError
-            Where format, shape or capacity do not fit; nothing is changed then.
-        """
-        words = self._words_of(new)
-        structure, old = new._structure, self._decoded()
-        places = structure.sources(old, self.capacity)
-        if forget is not None:
-            dropped = np.zeros(old.nnz + 1, np.bool_)  # the last one stands for -1
-            dropped[:-1][forget] = True
-            places[dropped[places]] = -1
-        source = torch.from_numpy(places).to(self.values.device)
-        if take_values:
-            moved = torch.zeros_like(self.values)
-            moved[: new.nnz] = to_torch_values(new.values).reshape(-1).to(moved)
-        else:
-            moved = follow(self.values, source)
-        self.structure.copy_(torch.from_numpy(words))
-        self.values.copy_(moved)
-        if self.structure.device.type == "cpu":
-            self._decoded()  # while `structure` lives: so the words are not decoded and checked
-        return source
-
-    def _words_of(self, new: SparseTensor) -> NDArray[np.int32]:
-        """Encode a structure for this layer's buffer, or say why it does not fit."""
-        if new.format != self.format or new.shape != self.shape:
-            raise format_error(
-                f"a structure of format {new.format} and shape {new.shape}",
-                f"format {self.format} and shape {self.shape}",
-                "make a new layer with SparseLinear.from_tensor",
-            )
-        if new.nnz > self.capacity:
-            raise format_error(
-                f"a structure with {new.nnz} positions",
-                f"at most the capacity of {self.capacity}",
-                "lower its density, or build the layer with a larger capacity",
-            )
-        return encode(new, self.structure.shape[0])
-
-    def explain(self, batch: int, threads: int | None = None, op: str = "spmm") -> str:
-        """Say which kernel would run a batch, and the time predicted for it.
-
-        Parameters are those of :meth:`spfmt.dispatch.Plan.explain`; `batch` is the product of all
-        leading dimensions.
-        """
-        dtype = str(self.values.dtype).removeprefix("torch.")
-        return self._decoded().plan.explain(batch, threads, op, dtype=dtype)
 
     # --------------------------------------------------------------------------------- forward
 
@@ -499,7 +288,9 @@ class SparseLinear(nn.Module):
         -------
         Tensor, shape (..., out_features)
         """
-        dims, shape = x.dim(), (self.out_features, self.in_features)
+        if isinstance(x, Proxy):
+            return self._traced(x, activation)
+        dims, shape = x.dim(), self.shape
         if dims == 0 or x.shape[-1] != shape[1]:
             raise format_error(
                 f"an input of shape {tuple(x.shape)}",
@@ -509,129 +300,32 @@ class SparseLinear(nn.Module):
         flat = x if dims == 2 else x.flatten(0, -2) if dims > 2 else x.unsqueeze(0)
         values, structure = self._held("values"), self._held("structure")
         bias = None if self._parameters.get("bias", self) is None else self._held("bias")
-        y = spmm(values, structure, flat, bias, shape=shape, activation=activation)
+        try:
+            y = spmm(values, structure, flat, bias, shape=shape, activation=activation)
+        except FormatError:
+            if not self._mend():
+                raise
+            return self.forward(x, activation=activation)
         return y if dims == 2 else y.reshape((*x.shape[:-1], shape[0]))
 
-    def _held(self, name: str) -> Tensor:
-        """Return a tensor of this module; nn.Module finds it only after an attribute was missed."""
-        held: Tensor | None = self._parameters.get(name)
-        held = self._buffers.get(name) if held is None else held
-        return cast(Tensor, getattr(self, name)) if held is None else held
+    def samples(self, x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
+        """Return inputs (B, in_features) and output gradients (B, out_features) of a call."""
+        return x.reshape(-1, self.in_features), dy.reshape(-1, self.out_features)
+
+    def _traced(self, x: Proxy, activation: str | None) -> Tensor:
+        """Become one node of a graph that torch.fx traces, as the layers of torch itself do."""
+        tracer: Any = x.tracer
+        if tracer.root is self:
+            raise format_error(
+                "a SparseLinear to be traced by itself",
+                "a model that holds it",
+                "trace nn.Sequential(layer)",
+            )
+        path = tracer.path_of_module(self)
+        options = {} if activation is None else {"activation": activation}
+        return cast(Tensor, tracer.create_proxy("call_module", path, (x,), options))
 
     def extra_repr(self) -> str:
         """Describe the layer as it is printed inside a model."""
-        text = (
-            f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"bias={self.bias is not None}, format={self.format}"
-        )
-        params = dict(self.format_params)
-        try:
-            found = self._decoded().params
-        except FormatError:  # on meta, or fresh from to_empty(): there is nothing to describe yet
-            return f"{text}, capacity={self.capacity}, structure not loaded"
-        params.update({k: v for k, v in found.items() if k in _BUDGET_PARAMS})
-        text += "".join(f", {name}={value}" for name, value in params.items())
-        return f"{text}, nnz={self.nnz}, density={self.density:.4g}, capacity={self.capacity}"
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "weight":
-            raise AttributeError(
-                "SparseLinear has no dense `weight`: use `values` (the Parameter), tensor() "
-                "(structure and values) or tensor().to_dense()"
-            )
-        return super().__getattr__(name)
-
-    # ------------------------------------------------------------------------------ state_dict
-
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        """Check the structure of a checkpoint before a single value is loaded."""
-        problem = self._problem_with(state_dict, prefix)
-        if problem is not None:
-            error_msgs.append(problem)
-            return
-        assign = local_metadata.get("assign_to_params_buffers", False)
-        if prefix + "structure" in state_dict and not assign:
-            with torch.no_grad():
-                self.structure.copy_(state_dict[prefix + "structure"])
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
-
-    def _problem_with(self, state_dict: Mapping[str, Any], prefix: str) -> str | None:
-        """Return why a checkpoint cannot be loaded into this layer, or None."""
-        words, values = (state_dict.get(prefix + name) for name in ("structure", "values"))
-        name = prefix.rstrip(".") or "the layer"
-        if words is None and values is None:
-            return None  # missing keys: torch reports them by the rules of `strict`
-        if words is None:
-            return f"{name}: got values without a structure; values mean nothing without it"
-        problem = self._problem_with_words(words)  # the format first: it decides all sizes
-        if problem is None and values is not None and values.shape != self.values.shape:
-            problem = (
-                f"got a capacity of {values.numel()} values, expected {self.capacity}; "
-                f"build the layer with capacity={values.numel()} and the checkpoint's parameters"
-            )
-        if problem is None and words.shape != self.structure.shape:
-            problem = (
-                f"got {tuple(words.shape)} structure words, expected "
-                f"{tuple(self.structure.shape)}; the layers differ in capacity or parameters"
-            )
-        if problem is None and values is None and not self._has_words(words):
-            problem = (
-                "got another structure without values; the present values stand for other "
-                "positions; load both, or neither"
-            )
-        return None if problem is None else f"{name}: {problem}"
-
-    def _problem_with_words(self, words: Tensor) -> str | None:
-        """Return why structure words cannot be this layer's, whatever their number; or None."""
-        if words.dim() != 1 or words.dtype != torch.int32:
-            return (
-                f"got structure words of shape {tuple(words.shape)} and {words.dtype}, expected "
-                "one dimension of torch.int32; save the state_dict again"
-            )
-        if words.is_meta:
-            return None
-        try:
-            found = decode_structure(words.detach().cpu().numpy())
-        except FormatError as error:
-            return str(error)
-        if (found.cls.format, found.shape) != (self.format, self.shape):
-            return (
-                f"got a {found.cls.format} structure of shape {found.shape}, expected "
-                f"{self.format} of shape {self.shape}; build the layer in the checkpoint's format"
-            )
-        return None
-
-    def _has_words(self, words: Tensor) -> bool:
-        """Tell whether a structure is the present one, as far as there is any content."""
-        if words.is_meta or self.structure.is_meta:
-            return True
-        return torch.equal(words.cpu(), self.structure.cpu())
-
-
-def _symmetric(size: int, generator: torch.Generator | None) -> Tensor:
-    """Draw from U(-1, 1) on the CPU, whatever the default device is."""
-    return torch.rand(size, generator=generator, dtype=torch.float64, device="cpu") * 2 - 1
-
-
-def follow(state: Tensor, source: Tensor) -> Tensor:
-    """Return per-weight state after a move: ``state[source]``, zero where `source` is -1.
-
-    Parameters
-    ----------
-    state : Tensor, shape (capacity,)
-        Values, a gradient, or a tensor of optimizer state.
-    source : Tensor, shape (capacity,), int64
-        Result of :meth:`SparseLinear.set_structure`.
-    """
-    return torch.cat([state, state.new_zeros(1)]).take(source)  # -1 is the last one, the zero
+        sizes = f"in_features={self.in_features}, out_features={self.out_features}"
+        return f"{sizes}, {super().extra_repr()}"

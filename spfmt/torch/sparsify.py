@@ -2,36 +2,29 @@
 
 from __future__ import annotations
 
-import fnmatch
-import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from spfmt.convert import convert
 from spfmt.errors import FormatError, format_error
-from spfmt.formats import SparseTensor, get_format
+from spfmt.formats import SparseTensor, decode_structure, get_format
 from spfmt.structure.distribution import erk_densities, uniform_densities
 from spfmt.torch.attention import set_fast_paths
 from spfmt.torch.linear import SparseLinear, implied_density, resolve_density
+from spfmt.torch.module import SparseModule
 from spfmt.torch.report import LayerReport, ModelReport
+from spfmt.torch.survey import Found, Selector, as_linear, matches, survey, ties, why_unfit
 from spfmt.torch.wrappers import changeable
 
-__all__ = ["densify", "layer_densities", "sparsify"]
+__all__ = ["decay_groups", "densify", "layer_densities", "sparsify", "sparsify_like"]
 
-Selector = str | type | Callable[[str, nn.Module], bool]
 Scores = Literal["magnitude", "random"] | Callable[[str, nn.Linear], Tensor]
 Distribution = Literal["uniform", "erk"]
-
-_COMPUTED = (
-    "its weight is computed (pruning hook, norm or parametrization); make it plain, e.g. with "
-    "prune.remove(...)"
-)
 
 _HOOKS = (
     "_forward_hooks",
@@ -45,141 +38,12 @@ _HOOKS = (
 )
 
 
-# ----------------------------------------------------------------------------------- survey
-
-
-@dataclass
-class _Found:
-    """A module with a weight: all its names, every place that refers to it, why it is left."""
-
-    module: nn.Module
-    names: list[str] = field(default_factory=list)
-    places: list[tuple[nn.Module, str]] = field(default_factory=list)
-    reason: str = ""
-
-    @property
-    def name(self) -> str:
-        """The first of its names."""
-        return self.names[0]
-
-    @property
-    def weights(self) -> dict[str, nn.Parameter]:
-        """The module's own parameters that are matrices or larger, by name."""
-        own = self.module.named_parameters(recurse=False)
-        return {name: p for name, p in own if nn.parameter.is_lazy(p) or p.dim() >= 2}
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of its (first) weight; empty where a lazy module does not know it yet."""
-        if isinstance(self.module, SparseLinear):
-            return self.module.shape
-        sizes = [tuple(p.shape) for p in self.weights.values() if not nn.parameter.is_lazy(p)]
-        if sizes or self.weights:
-            return sizes[0] if sizes else ()
-        if _is_quantised(self.module):
-            return self.module.out_features, self.module.in_features  # type: ignore[return-value]
-        return tuple(getattr(getattr(self.module, "weight", None), "shape", ()))
-
-    @property
-    def size(self) -> int:
-        """Number of weights; zero where a lazy module does not know it yet."""
-        return math.prod(self.shape) if self.shape else 0
-
-
-def _survey(model: nn.Module) -> list[_Found]:
-    """Return every module that owns a weight, once, in the order of its first name."""
-    found: dict[int, _Found] = {}
-    parents = dict(model.named_modules(remove_duplicate=False))
-    for name, module in parents.items():
-        entry = found.setdefault(id(module), _Found(module))
-        entry.names.append(name)
-        parent, _, attribute = name.rpartition(".")
-        if name:
-            entry.places.append((parents[parent], attribute))
-    linear = (nn.Linear, SparseLinear)
-    return [
-        f
-        for f in found.values()
-        if f.weights or isinstance(f.module, linear) or _is_quantised(f.module)
-    ]
-
-
-def _is_quantised(module: nn.Module) -> bool:
-    """Tell whether a module is a linear layer of torch.ao, whose weight is no Parameter."""
-    return hasattr(module, "_packed_params") and hasattr(module, "in_features")
-
-
-def _matches(selectors: Iterable[Selector], names: list[str], module: nn.Module) -> bool:
-    """Tell whether any glob, class or predicate picks the module under any of its names."""
-    for selector in selectors:
-        if isinstance(selector, str):
-            hit = any(fnmatch.fnmatchcase(name, selector) for name in names)
-        elif isinstance(selector, type):
-            hit = isinstance(module, selector)
-        else:
-            hit = any(selector(name, module) for name in names)
-        if hit:
-            return True
-    return False
-
-
 def _selectors(given: Selector | Iterable[Selector] | None) -> tuple[Selector, ...]:
     if given is None:
         return ()
     if isinstance(given, str | type) or callable(given):
         return (given,)
     return tuple(given)
-
-
-def _ties(found: list[_Found]) -> dict[int, list[str]]:
-    """Return, by identity, the places of every parameter that several modules own."""
-    owners: dict[int, list[str]] = {}
-    for entry in found:
-        for name, parameter in entry.weights.items():
-            owners.setdefault(id(parameter), []).append(f"{entry.name}.{name}".lstrip("."))
-    return {key: places for key, places in owners.items() if len(places) > 1}
-
-
-def _why_unfit(entry: _Found, ties: Mapping[int, list[str]]) -> str:
-    """Return why a module cannot become a SparseLinear; empty if it can."""
-    module = entry.module
-    if isinstance(module, SparseLinear):
-        return f"already sparse ({module.format})"
-    if isinstance(module, nn.MultiheadAttention):
-        return (
-            "nn.MultiheadAttention multiplies its packed projections itself; call "
-            "unpack_attention(model) first to make them nn.Linear"
-        )
-    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
-        return "nn.MultiheadAttention reads the weight of its out_proj itself"
-    if any(map(nn.parameter.is_lazy, module.parameters(recurse=False))):
-        return "its shape is not known yet; call the model once first"
-    if _is_quantised(module):
-        return "its weight is quantised; sparsify before quantising"
-    if parametrize.is_parametrized(module):
-        return _COMPUTED
-    if type(module) is not nn.Linear:
-        kind = type(module).__name__
-        if isinstance(module, nn.Linear):
-            return f"{kind} is a subclass of nn.Linear and may compute something else"
-        return f"{kind} is not an nn.Linear"
-    return _why_unfit_weight(entry, ties)
-
-
-def _why_unfit_weight(entry: _Found, ties: Mapping[int, list[str]]) -> str:
-    weight = entry.weights.get("weight")
-    if weight is None:
-        return _COMPUTED
-    if id(weight) in ties:
-        others = [place for place in ties[id(weight)] if place != f"{entry.name}.weight"]
-        return f"its weight is tied to {', '.join(others)}"
-    if not weight.is_floating_point():
-        return f"its weight is {weight.dtype}"
-    if weight.is_meta:
-        return "its weight is on meta: load it first"
-    if not entry.places:
-        return "it is the model itself: use SparseLinear.from_linear"
-    return ""
 
 
 # --------------------------------------------------------------------------------- densities
@@ -277,7 +141,9 @@ def sparsify(
     generator: torch.Generator | None = None,
     **params: Any,
 ) -> ModelReport:
-    """Replace the ``nn.Linear`` layers of a model by `SparseLinear`, in place.
+    """Replace the linear layers of a model by `SparseLinear`, in place.
+
+    Taken are ``nn.Linear`` and GPT-2's ``Conv1D``, whose weight (in, out) is transposed.
 
     Every layer is built before the first one is replaced, so an error leaves the model as it was.
     Make the optimizer afterwards: the weights are new Parameters (biases stay the same objects).
@@ -300,7 +166,8 @@ def sparsify(
         How a density is spread over the layers; see :func:`layer_densities`. A layer that ERK gives
         every weight stays dense and counts in the budget.
     scores : {"magnitude", "random"} or callable
-        What to keep, larger is better: ``|w|``, random, or ``(name, linear) -> Tensor``.
+        What to keep, larger is better: ``|w|``, random, or ``(name, linear) -> Tensor``,
+        where a ``Conv1D`` is given as the linear layer of the same map.
     reset : bool
         Draw new values, scaled for the sparse fan-in: for training from scratch.
     generator : torch.Generator, optional
@@ -321,7 +188,9 @@ def sparsify(
 
     Notes
     -----
-    Tied weights are left, because a sparse layer would break the tie. ``nn.MultiheadAttention`` is
+    Tied weights, which share an object or memory, are left: a sparse layer would break the tie.
+    `values` has one dimension, so rules like "no weight decay where ``p.ndim < 2``" pass over it:
+    make the optimizer's groups with :func:`decay_groups`. ``nn.MultiheadAttention`` is
     left, because it multiplies its packed weights itself; after :func:`unpack_attention` its
     projections are ordinary layers. ``nn.TransformerEncoderLayer`` has a fast
     path that reads the weights of its linear layers; it is switched off for layers that were
@@ -333,7 +202,7 @@ def sparsify(
             f"scores={scores!r}", "'magnitude', 'random' or a callable", "use one of them"
         )
     model = changeable(model)
-    found = _survey(model)
+    found = survey(model)
     _decide(found, targets, _selectors(include), _selectors(exclude))
     shapes = {entry.name: entry.shape for entry in found if not entry.reason}
     densities = targets.spread(shapes)
@@ -402,20 +271,20 @@ class _Targets:
 
 
 def _decide(
-    found: list[_Found],
+    found: list[Found],
     targets: _Targets,
     include: tuple[Selector, ...],
     exclude: tuple[Selector, ...],
 ) -> None:
     """Write into every entry why it is left, or leave the reason empty."""
-    ties = _ties(found)
+    tied = ties(found)
     for entry in found:
-        entry.reason = _why_unfit(entry, ties)
+        entry.reason = why_unfit(entry, tied)
         if entry.reason:
             continue
-        if include and not _matches(include, entry.names, entry.module):
+        if include and not matches(include, entry.names, entry.module):
             entry.reason = "not included"
-        elif _matches(exclude, entry.names, entry.module):
+        elif matches(exclude, entry.names, entry.module):
             entry.reason = "excluded"
         elif targets.by_name is not None and entry.name not in targets.by_name:
             entry.reason = "not named in density"
@@ -429,7 +298,7 @@ def _decide(
 
 
 def _leave_full(
-    found: list[_Found], targets: _Targets, densities: Mapping[str, float | None] | None
+    found: list[Found], targets: _Targets, densities: Mapping[str, float | None] | None
 ) -> None:
     """Leave dense what ERK gives every weight: a sparse layer would only be a slower dense one."""
     if targets.distribution != "erk" or densities is None:
@@ -440,28 +309,29 @@ def _leave_full(
 
 
 def _make(
-    entry: _Found, recipe: _Recipe, densities: Mapping[str, float | None] | None
+    entry: Found, recipe: _Recipe, densities: Mapping[str, float | None] | None
 ) -> tuple[LayerReport, SparseLinear | None]:
     """Build the sparse layer of an entry and its row; a FormatError becomes the row's reason."""
     layer: SparseLinear | None = None
     remark = entry.reason
     if not entry.reason:
-        assert isinstance(entry.module, nn.Linear)
+        linear = as_linear(entry.module)
         try:
             if densities is None:
-                layer, remark = recipe.kept(entry.module)
+                layer, remark = recipe.kept(linear)
             else:
-                layer = recipe.pruned(entry.name, entry.module, densities[entry.name])
+                layer = recipe.pruned(entry.name, linear, densities[entry.name])
         except FormatError as error:
             remark = str(error)
     return _row(entry, layer, remark), layer
 
 
-def _row(entry: _Found, layer: SparseLinear | None, remark: str) -> LayerReport:
+def _row(entry: Found, layer: SparseLinear | None, remark: str) -> LayerReport:
     kind, aliases = type(entry.module).__name__, tuple(entry.names[1:])
     now = layer if layer is not None else entry.module
-    if isinstance(now, SparseLinear):
-        sparse = (now.format, now.target_density, now.density, now.nnz)
+    if isinstance(now, SparseModule):
+        nnz = now.capacity if now.structure.is_meta else now.nnz
+        sparse = (now.format, now.target_density, nnz / max(1, entry.size), nnz)
     else:
         sparse = ("", 1.0, 1.0, entry.size)
     return LayerReport(
@@ -469,7 +339,7 @@ def _row(entry: _Found, layer: SparseLinear | None, remark: str) -> LayerReport:
     )
 
 
-def _swap(entry: _Found, layer: nn.Module) -> None:
+def _swap(entry: Found, layer: nn.Module) -> None:
     """Put a layer in every place of an old one; hooks come along."""
     for hooks in _HOOKS:  # the dictionaries themselves, so that handles can still remove hooks
         setattr(layer, hooks, getattr(entry.module, hooks))
@@ -493,7 +363,7 @@ def densify(model: nn.Module) -> ModelReport:
     """
     rows = []
     model = changeable(model)
-    for entry in _survey(model):
+    for entry in survey(model):
         sparse = isinstance(entry.module, SparseLinear) and bool(entry.places)
         if isinstance(entry.module, SparseLinear) and sparse:
             _swap(entry, entry.module.to_linear())
@@ -513,7 +383,101 @@ def densify(model: nn.Module) -> ModelReport:
     return ModelReport(tuple(rows))
 
 
-def _why_not_densified(entry: _Found) -> str:
+def _why_not_densified(entry: Found) -> str:
     if isinstance(entry.module, SparseLinear):
         return "it is the model itself: use to_linear()"
     return "already dense"
+
+
+def sparsify_like(model: nn.Module, state_dict: Mapping[str, Tensor]) -> ModelReport:
+    """Build the sparse layers that a checkpoint describes, in place; then load the checkpoint.
+
+    Structure words say format, shape and structure, so nothing else needs to be known of the run
+    that saved them: ``sparsify_like(model, state); model.load_state_dict(state)``.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A fresh model, dense where the checkpoint is sparse; on meta, too (``assign=True`` then).
+    state_dict : mapping of str to Tensor
+        Of a model whose layers were sparsified, under the names of `model`.
+
+    Returns
+    -------
+    ModelReport
+        A row for every weight of the model; the rebuilt ones are taken.
+
+    Raises
+    ------
+    FormatError
+        Where words are corrupt or fit no layer of the model, which then stays as it was.
+    """
+    model = changeable(model)
+    found = survey(model)
+    layers = {id(entry): _like(entry, state_dict) for entry in found}
+    names = {f"{name}.structure".lstrip(".") for entry in found for name in entry.names}
+    unknown = [key for key in state_dict if key.split(".")[-1] == "structure" and key not in names]
+    if unknown:
+        raise format_error(
+            f"{', '.join(unknown)} in the state", "names of the model's layers", "rename its keys"
+        )
+    rows = []
+    for entry in found:
+        layer = layers[id(entry)]
+        rows.append(_row(entry, layer, "" if layer else "not sparse in the state"))
+        if layer is not None:
+            _swap(entry, layer)
+    set_fast_paths(model)
+    return ModelReport(tuple(rows))
+
+
+def _like(entry: Found, state: Mapping[str, Tensor]) -> SparseLinear | None:
+    """Build the layer that a state describes for an entry; None where it describes none."""
+    keys = (f"{name}.".lstrip(".") for name in entry.names)
+    key = next((key for key in keys if key + "structure" in state), None)
+    if key is None:
+        return None
+    words, values = state[key + "structure"], state.get(key + "values")
+    structure = decode_structure(words.detach().cpu().numpy())
+    again = isinstance(entry.module, SparseModule)
+    reason = "" if again and entry.places else why_unfit(entry, {}, empty=True)
+    if reason or values is None or structure.shape != entry.shape:
+        raise format_error(
+            f"a {structure.cls.format} weight of shape {structure.shape} for {entry.name}",
+            f"a linear layer of this shape, and its values; it is {entry.shape}, {reason}",
+            "build the model as in the run that saved the state",
+        )
+    tensor = structure.tensor(np.zeros(structure.nnz, np.float32))
+    layer = SparseLinear._gathered(as_linear(entry.module), tensor, values.numel(), None, {})
+    if layer.structure.shape != words.shape:  # of parameters that need more words, or fewer
+        layer.structure = words.detach().clone().to(layer.structure.device)
+    return layer
+
+
+def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Return parameter groups for an optimizer: weights decay, biases and norms do not.
+
+    A weight is what has two dimensions or more, and `values` of a sparse layer, which has one.
+
+    Parameters
+    ----------
+    model : nn.Module
+    weight_decay : float
+        Of the first group; that of the second is 0.
+
+    Returns
+    -------
+    list of dict
+        For instance for ``torch.optim.AdamW(decay_groups(model, 0.1))``; frozen ones are left out.
+    """
+    if not weight_decay >= 0:
+        raise format_error(f"weight_decay={weight_decay}", "at least 0", "pass 0.1, for example")
+    values = {id(m.values) for m in model.modules() if isinstance(m, SparseModule)}
+    trained = [p for p in model.parameters() if p.requires_grad]
+    weights = [p for p in trained if p.dim() >= 2 or id(p) in values]
+    chosen = set(map(id, weights))
+    others = [p for p in trained if id(p) not in chosen]
+    return [
+        {"params": weights, "weight_decay": weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]

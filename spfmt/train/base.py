@@ -1,122 +1,32 @@
-"""What all methods share: when to update, moving weights with their optimizer state, resuming."""
+"""What all methods share: when to update, moving weights with what belongs to them, resuming."""
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
 from spfmt.errors import format_error
 from spfmt.formats import SparseTensor, get_format
-from spfmt.torch.linear import SparseLinear, follow
-from spfmt.torch.report import table
+from spfmt.torch.module import SparseModule
 from spfmt.torch.wrappers import unwrapped
+from spfmt.train.followers import Averages, OptimizerState
+from spfmt.train.observe import Observation, Observe, Observer
+from spfmt.train.ranks import check_ranks
 from spfmt.train.schedule import CosineSchedule
+from spfmt.train.summary import LayerSummary, TrainerSummary
 
 # A structure drawn with the caller's seed 0 and growth drawn with the trainer's seed 0 must not be
 # the same random numbers: every dropped weight would be the first to grow again.
 _SEED_OFFSET = 0x5EED_0000  # within the 32 bits that the generator looks at
 
-__all__ = ["LayerSummary", "SparseTrainer", "TrainerSummary"]
-
-
-@dataclass(frozen=True)
-class LayerSummary:
-    """The state of one layer.
-
-    Attributes
-    ----------
-    name : str
-        Qualified name of the module.
-    shape : tuple of int
-        (R, C).
-    format, structure : str
-        Name of the format and its own description (fan-in, blocks, …).
-    target_density, density : float
-        What was asked for, and stored positions over R·C now.
-    active_rows : int
-        Rows with at least one weight.
-    mean_fan_in : float
-        Weights per active row.
-    exploration : float
-        In-time over-parametrisation rate: share of all positions that held a weight at some time
-        (Liu et al., Do We Actually Need Dense Over-Parameterization?, 2021).
-    """
-
-    name: str
-    shape: tuple[int, int]
-    format: str
-    structure: str
-    target_density: float
-    density: float
-    active_rows: int
-    mean_fan_in: float
-    exploration: float
-
-    def cells(self) -> tuple[str, ...]:
-        """Return the row of the printed table."""
-        return (
-            self.name,
-            f"{self.shape[0]}x{self.shape[1]}",
-            self.format,
-            f"{self.target_density:.4f}",
-            f"{self.density:.4f}",
-            f"{self.active_rows}/{self.shape[0]}",
-            f"{self.mean_fan_in:.1f}",
-            f"{self.exploration:.4f}",
-            self.structure,
-        )
-
-
-_HEAD = (
-    "layer",
-    "shape",
-    "format",
-    "target",
-    "density",
-    "active rows",
-    "fan-in",
-    "explored",
-    "structure",
-)
-
-
-@dataclass(frozen=True)
-class TrainerSummary:
-    """The state of a trainer; prints as a table.
-
-    Attributes
-    ----------
-    steps, updates : int
-        Optimizer steps seen, and changes of the topology so far.
-    layers : tuple of LayerSummary
-        In the order of ``model.named_modules()``.
-    """
-
-    steps: int
-    updates: int
-    layers: tuple[LayerSummary, ...]
-
-    @property
-    def exploration(self) -> float:
-        """In-time over-parametrisation rate of all layers together."""
-        sizes = [layer.shape[0] * layer.shape[1] for layer in self.layers]
-        seen = sum(layer.exploration * size for layer, size in zip(self.layers, sizes, strict=True))
-        return seen / max(1, sum(sizes))
-
-    def __iter__(self) -> Iterator[LayerSummary]:
-        return iter(self.layers)
-
-    def __str__(self) -> str:
-        text = table([_HEAD, *(layer.cells() for layer in self.layers)])
-        total = f"{self.steps} steps, {self.updates} updates, explored {self.exploration:.4f}"
-        return f"{text}\n{total}"
+__all__ = ["SparseTrainer"]
 
 
 class SparseTrainer(ABC):
@@ -127,11 +37,12 @@ class SparseTrainer(ABC):
     Parameters
     ----------
     model : nn.Module
-        Holds `SparseLinear` layers (see :func:`spfmt.torch.sparsify`), may be wrapped or compiled.
+        Holds `SparseModule` layers (see :func:`spfmt.torch.sparsify`), may be wrapped or compiled.
     optimizer : torch.optim.Optimizer
         Made after the layers, so that it holds their `values`. State tensors of a parameter's own
         shape (SGD momentum; Adam's and AdamW's moments) follow their weights, new weights start
-        with zero state.
+        with zero state. State inside wrapped optimizers (ZeroRedundancyOptimizer, Lookahead and
+        their like) is found and follows too.
     alpha : float
         Share of the weights that the first update drops.
     delta_t : int
@@ -143,18 +54,26 @@ class SparseTrainer(ABC):
     seed : int
         Of the trainer's own random generator. Under DDP all ranks need one seed; weights are equal
         on all ranks after a step, so the topologies are equal too.
+    averages : nn.Module, mapping, or several of them, optional
+        Averages of the model that shall follow its weights: models (an ``AveragedModel``, an EMA
+        copy), or mappings from parameter names to tensors (an EMA over ``state_dict()`` or over
+        ``named_parameters()``). A deep copy that is kept in step buffer by buffer, as torch's
+        ``AveragedModel`` does, follows without being named here.
+    process_group : ProcessGroup, optional
+        The ranks that hold this same model; that of a DDP model, and else all ranks.
 
     Raises
     ------
     FormatError
-        Where the model has no sparse layer, or the optimizer does not hold the values of one that
-        is not frozen.
+        Where the model has no sparse layer, the optimizer does not hold the values of one that is
+        not frozen, an average does not fit, or ranks differ in seed, schedule or structures.
 
     Notes
     -----
     An update holds one layer's scores (R·C float32) at a time; weights, gradients and optimizer
-    state never grow. Parameters, buffers and the optimizer's references stay the same objects, so
-    compiled models, DDP and ``state_dict`` see nothing but new content.
+    state never grow. What a method observes (see :meth:`observes`) is recorded by hooks that exist
+    only for the step before an update. Parameters, buffers and the optimizer's references stay the
+    same objects, so compiled models, DDP, FSDP2 and ``state_dict`` see nothing but new content.
     """
 
     def __init__(
@@ -167,41 +86,38 @@ class SparseTrainer(ABC):
         t_end: int | float = 0.75,
         total_steps: int | None = None,
         seed: int = 0,
+        averages: Any = (),
+        process_group: Any = None,
     ) -> None:
         self.schedule = CosineSchedule.until(t_end, total_steps, alpha=alpha, delta_t=delta_t)
         self.optimizer = optimizer
-        self.layers: dict[str, SparseLinear] = {
+        self._state = OptimizerState(optimizer)
+        self.layers: dict[str, SparseModule] = {
             name: module
             for name, module in unwrapped(model).named_modules()
-            if isinstance(module, SparseLinear)
+            if isinstance(module, SparseModule)
         }
         self.generator = torch.Generator().manual_seed(_SEED_OFFSET + seed)
         self.steps = 0
         self.updates = 0
         self._check_layers()
+        group = getattr(model, "process_group", None) if process_group is None else process_group
+        check_ranks(self.layers, (seed, self.schedule), group)
+        self._averages = Averages(averages, self.layers)
+        self._observer = Observer(group)
         self._explored = {name: _packed_mask(layer) for name, layer in self.layers.items()}
+        self._watch_next_step()
 
     def _check_layers(self) -> None:
         if not self.layers:
             raise format_error(
                 "a model without sparse layers",
-                "at least one SparseLinear",
+                "at least one SparseModule",
                 "call sparsify(model, ...)",
             )
-        if isinstance(self.optimizer, torch.optim.LBFGS):
-            raise format_error(
-                "L-BFGS, whose history is one vector over all parameters",
-                "an element-wise optimizer",
-                "train with SGD, Adam or AdamW",
-            )
-        held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
         for name, layer in self.layers.items():
-            if layer.values.requires_grad and id(layer.values) not in held:
-                raise format_error(
-                    f"an optimizer without {name}.values",
-                    "one that holds the values of every sparse layer",
-                    "make the optimizer after sparsify(model, ...)",
-                )
+            self._state.check_holds(name, layer)
+            layer.stand_alone()
 
     # --------------------------------------------------------------------------------- stepping
 
@@ -214,9 +130,9 @@ class SparseTrainer(ABC):
             Whether the topology changed.
         """
         self.steps += 1
-        if not self.schedule.is_update(self.steps):
-            return False
-        return self.update()
+        changed = self.schedule.is_update(self.steps) and self.update()
+        self._watch_next_step()
+        return changed
 
     @torch.no_grad()
     def update(self) -> bool:
@@ -230,33 +146,36 @@ class SparseTrainer(ABC):
         bool
             Whether any weight moved.
         """
-        trained = {n: layer for n, layer in self.layers.items() if layer.values.requires_grad}
+        trained = self._trained()
         for name, layer in trained.items():
-            self._check_state(name, layer.values)
+            self._state.check_holds(name, layer)
+            self._state.check_follows(name, layer.values)
+            self._averages.check(name, layer)
         moved = [self._update_layer(name, layer) for name, layer in trained.items()]
         self.updates += any(moved)
         return any(moved)
 
-    def _update_layer(self, name: str, layer: SparseLinear) -> bool:
+    def _update_layer(self, name: str, layer: SparseModule) -> bool:
         n_drop = self.schedule.n_drop(self.steps, layer.nnz)
         # A full layer (erk gives small ones density 1) could only grow what it dropped, as zeros.
-        if n_drop == 0 or layer.nnz == layer.out_features * layer.in_features:
+        if n_drop == 0 or layer.nnz == math.prod(layer.shape):
             return False
         before = _packed_mask(layer)
         structure, forgotten = self.rewire(layer, n_drop)
         source = layer.set_structure(structure, forget=forgotten)
-        self._move_state(layer.values, source)
+        self._state.follow(layer.values, source)
+        self._averages.follow(name, layer, source)
         after = _packed_mask(layer)
         self._explored[name] |= after
         return not np.array_equal(before, after)
 
     @abstractmethod
-    def rewire(self, layer: SparseLinear, n_drop: int) -> tuple[SparseTensor, NDArray[np.int64]]:
+    def rewire(self, layer: SparseModule, n_drop: int) -> tuple[SparseTensor, NDArray[np.int64]]:
         """Choose the next structure of a layer.
 
         Parameters
         ----------
-        layer : SparseLinear
+        layer : SparseModule
         n_drop : int
             How many weights the schedule drops, at least 1.
 
@@ -269,7 +188,7 @@ class SparseTrainer(ABC):
             in `structure`.
         """
 
-    def fitting(self, layer: SparseLinear, scores: NDArray[Any]) -> SparseTensor:
+    def fitting(self, layer: SparseModule, scores: NDArray[Any]) -> SparseTensor:
         """Return the structure that keeps the most of `scores` at the layer's target density.
 
         Where sizes are not multiples of a block, structures of equally many blocks differ in their
@@ -286,27 +205,47 @@ class SparseTrainer(ABC):
             found = search(scores, density, **layer.format_params)
         return found
 
-    # --------------------------------------------------------------------------- optimizer state
+    # -------------------------------------------------------------------------------- observations
 
-    def _check_state(self, name: str, values: nn.Parameter) -> None:
-        """Refuse optimizer state of weights that has another shape and so cannot follow them."""
-        for key, state in self.optimizer.state.get(values, {}).items():
-            parts = state if isinstance(state, list | tuple) else [state]
-            for part in parts:
-                if isinstance(part, Tensor) and part.numel() > 1 and part.shape != values.shape:
-                    raise format_error(
-                        f"optimizer state {key!r} of shape {tuple(part.shape)} for {name}.values",
-                        f"state of the parameter's shape {tuple(values.shape)}",
-                        "train with SGD, Adam, AdamW or another element-wise optimizer",
-                    )
+    def observes(self, name: str, layer: SparseModule) -> Observe | None:
+        """Say what of a layer the method must see on the step of an update; nothing by default.
 
-    def _move_state(self, values: nn.Parameter, source: Tensor) -> None:
-        """Let optimizer state and a gradient that is still there follow their weights."""
-        for state in self.optimizer.state.get(values, {}).values():
-            if isinstance(state, Tensor) and state.shape == values.shape:
-                state.copy_(follow(state, source.to(state.device)))
-        if values.grad is not None:
-            values.grad.copy_(follow(values.grad, source))
+        Parameters
+        ----------
+        name : str
+        layer : SparseModule
+
+        Returns
+        -------
+        {"norms", "batches"} or None
+            "norms" records norms of inputs and output gradients, per feature; "batches" records
+            both whole, from which :meth:`Observation.weight_grad` computes a dense gradient.
+        """
+        return None
+
+    def observed(self, layer: SparseModule) -> Observation:
+        """Return what was recorded of a layer since the last optimizer step.
+
+        Raises
+        ------
+        FormatError
+            Where nothing was recorded.
+        """
+        return self._observer.of(layer)
+
+    @property
+    def observing(self) -> bool:
+        """Whether the coming step is recorded: call the model itself then, not a compiled one."""
+        return self._observer.active
+
+    def _trained(self) -> dict[str, SparseModule]:
+        return {n: layer for n, layer in self.layers.items() if layer.values.requires_grad}
+
+    def _watch_next_step(self) -> None:
+        self._observer.stop()
+        if self.schedule.is_update(self.steps + 1):
+            for name, layer in self._trained().items():
+                self._observer.watch(layer, self.observes(name, layer))
 
     # ---------------------------------------------------------------------------------- reporting
 
@@ -315,9 +254,9 @@ class SparseTrainer(ABC):
         rows = [self._summarise(name, layer) for name, layer in self.layers.items()]
         return TrainerSummary(self.steps, self.updates, tuple(rows))
 
-    def _summarise(self, name: str, layer: SparseLinear) -> LayerSummary:
+    def _summarise(self, name: str, layer: SparseModule) -> LayerSummary:
         tensor = layer.tensor()
-        active = np.unique(layer.positions() // max(1, layer.in_features)).size
+        active = np.unique(layer.positions() // max(1, math.prod(layer.shape[1:]))).size
         explored = int(np.unpackbits(self._explored[name]).sum())
         return LayerSummary(
             name=name,
@@ -328,7 +267,7 @@ class SparseTrainer(ABC):
             density=tensor.density,
             active_rows=active,
             mean_fan_in=tensor.nnz / max(1, active),
-            exploration=explored / max(1, layer.out_features * layer.in_features),
+            exploration=explored / max(1, math.prod(layer.shape)),
         )
 
     # ----------------------------------------------------------------------------------- resuming
@@ -364,10 +303,11 @@ class SparseTrainer(ABC):
         self.generator.set_state(state["generator"].cpu())
         self.steps, self.updates = steps, updates
         self._explored = explored
+        self._watch_next_step()
 
 
-def _packed_mask(layer: SparseLinear) -> NDArray[np.uint8]:
+def _packed_mask(layer: SparseModule) -> NDArray[np.uint8]:
     """Return one bit per position of a layer, row-major: whether it holds a weight."""
-    mask = np.zeros(layer.out_features * layer.in_features, np.bool_)
+    mask = np.zeros(math.prod(layer.shape), np.bool_)
     mask[layer.positions()] = True
     return np.packbits(mask)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from spfmt.formats import SparseTensor
-from spfmt.torch.linear import SparseLinear
+from spfmt.torch.convert import whole
+from spfmt.torch.module import SparseModule
 from spfmt.train.base import SparseTrainer
 
 __all__ = ["SET"]
@@ -54,11 +57,11 @@ class SET(SparseTrainer):
     [False, True, False, True, False, False, False, False]
     """
 
-    def rewire(self, layer: SparseLinear, n_drop: int) -> tuple[SparseTensor, NDArray[np.int64]]:
+    def rewire(self, layer: SparseModule, n_drop: int) -> tuple[SparseTensor, NDArray[np.int64]]:
         """Choose the next structure of a layer; see :meth:`SparseTrainer.rewire`."""
         tensor, positions = layer.tensor(), layer.positions()
-        magnitudes = layer.values[: layer.nnz].abs().to("cpu", torch.float32).numpy()
-        dropped = np.argsort(magnitudes, kind="stable")[:n_drop]
+        magnitudes = whole(layer.values)[: layer.nnz].abs().to("cpu", torch.float32).numpy()
+        dropped = _smallest(magnitudes, n_drop)
         kept = np.ones(layer.nnz, np.bool_)
         kept[dropped] = False
 
@@ -69,10 +72,12 @@ class SET(SparseTrainer):
         scores = grow_scores * np.float32(_FAINT)
         scores[positions[kept]] = np.maximum(magnitudes[kept], 2 * _FAINT)
         scores[grown] = max(magnitudes.max(), 2 * _FAINT)
-        forgotten = dropped[np.isin(positions[dropped], grown)]
+        grows = np.zeros(scores.size, np.bool_)
+        grows[grown] = True
+        forgotten = dropped[grows[positions[dropped]]]
         return self.fitting(layer, scores.reshape(layer.shape)), forgotten
 
-    def grow_scores(self, layer: SparseLinear, tensor: SparseTensor) -> NDArray[np.float32]:
+    def grow_scores(self, layer: SparseModule, tensor: SparseTensor) -> NDArray[np.float32]:
         """Return a score in [0, 1) for growing each position, (R·C,): random numbers.
 
         Rows that a format keeps on common columns (a group of shuffled blocks) get common numbers,
@@ -80,13 +85,13 @@ class SET(SparseTrainer):
         SET only in what it grows overrides this.
         """
         unit = _units(tensor)
-        size = (int(unit.max()) + 1, layer.in_features)
+        size = (int(unit.max()) + 1, math.prod(layer.shape[1:]))
         drawn = torch.rand(size, generator=self.generator, device="cpu")
         return drawn.numpy()[unit].reshape(-1)
 
     def _draw(
         self,
-        layer: SparseLinear,
+        layer: SparseModule,
         tensor: SparseTensor,
         grow_scores: NDArray[np.float32],
         taken: NDArray[np.int64],
@@ -103,11 +108,21 @@ class SET(SparseTrainer):
         if drawn.size <= count:
             return drawn
         # A format whose smallest legal change is larger (one more per row, say) changes some units.
-        unit = _units(tensor)[drawn // layer.in_features]
+        unit = _units(tensor)[drawn // math.prod(layer.shape[1:])]
         sizes = np.bincount(unit)
         order = torch.randperm(sizes.size, generator=self.generator, device="cpu").numpy()
         before = np.cumsum(sizes[order]) - sizes[order]
-        return drawn[np.isin(unit, order[before < count])]
+        chosen = np.zeros(sizes.size, np.bool_)
+        chosen[order[before < count]] = True
+        return drawn[chosen[unit]]
+
+
+def _smallest(magnitudes: NDArray[np.float32], count: int) -> NDArray[np.int64]:
+    """Return where the smallest numbers are, of equal ones the first; far cheaper than sorting."""
+    limit = np.partition(magnitudes, count - 1)[count - 1]
+    small = magnitudes < limit
+    small[np.flatnonzero(magnitudes == limit)[: count - np.count_nonzero(small)]] = True
+    return np.flatnonzero(small)
 
 
 def _units(tensor: SparseTensor) -> NDArray[np.int64]:

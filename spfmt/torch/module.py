@@ -1,0 +1,581 @@
+"""`SparseModule`: a layer whose weight is a structure buffer and a vector of values."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+import logging
+import math
+from collections.abc import Mapping
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary, WeakSet
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from spfmt.errors import FormatError, format_error
+from spfmt.formats import SparseTensor, Structure, decode_structure, encode, words_capacity
+from spfmt.torch.convert import to_numpy, to_torch_values, whole, write_whole
+from spfmt.torch.values import compiled_structure
+from spfmt.torch.weight import WeightInfo
+
+__all__ = ["SparseModule", "follow", "move"]
+
+Self = TypeVar("Self", bound="SparseModule")
+
+_log = logging.getLogger("spfmt.torch")
+
+# What fixes a format's budget at its first search; afterwards the layer's own density does.
+BUDGET_PARAMS = frozenset({"n", "fan_in"})
+
+# Copies of layers, and structures that a layer has moved away from: what an average that was not
+# told of the move may still stand on.
+_copies: WeakKeyDictionary[SparseModule, WeakSet[SparseModule]] = WeakKeyDictionary()
+_left: WeakSet[Structure] = WeakSet()
+
+
+def _search_params(tensor: SparseTensor, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keywords with which the tensor's format searches another structure like it.
+
+    They are what the caller gave and else the tensor's own attributes of the same names (a block
+    shape, a group size), without what fixes the budget and without structure arrays.
+    """
+    parameters = inspect.signature(type(tensor).from_scores).parameters
+    names = {n for n, p in parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY}
+    names -= BUDGET_PARAMS | {"values"}
+    own = {n: getattr(tensor, n) for n in parameters if n in names and hasattr(tensor, n)}
+    structure = type(tensor).STRUCTURE
+    return {
+        **{name: value for name, value in own.items() if name not in structure},
+        **{name: value for name, value in given.items() if name in names},
+    }
+
+
+class SparseModule(nn.Module):
+    """Base of the sparse layers: values, structure, moving, ``state_dict``.
+
+    The weight is held as two tensors. `values` is one flat Parameter whose length (the *capacity*)
+    never changes; `structure` is an int32 buffer, also of fixed length, that says which positions
+    the values stand for. A training method moves positions by writing into both, so references held
+    by optimizers, DDP, ``state_dict`` and compiled graphs stay valid. Values beyond the structure's
+    nnz are zero and inert.
+
+    Attributes
+    ----------
+    values : nn.Parameter, shape (capacity,)
+    structure : Tensor, shape (n_words,), int32
+    bias : nn.Parameter, shape (R,), or None
+    shape : tuple of int
+        Shape of the weight; (R, C) is that of its matrix.
+    format : str
+    format_params : dict
+        Keywords with which another structure of this kind is searched.
+    target_density : float
+        The density that was asked for; `density` is the one that the format could give.
+
+    Notes
+    -----
+    **Averages.** A ``copy.deepcopy`` whose structure buffer somebody keeps in step with the
+    original by writing into it, as ``torch.optim.swa_utils.AveragedModel`` does, moves along when
+    the original's structure moves. A copy that nobody writes into, or only ``load_state_dict``,
+    stays what it is: a saved state. Structure words that were averaged like weights are restored,
+    with a warning in the log, unless they were averaged with another structure: that raises.
+    """
+
+    values: nn.Parameter
+    structure: Tensor
+    bias: nn.Parameter | None
+    shape: tuple[int, ...]
+    format_params: dict[str, Any]
+    _kept: Structure | None  # what `values` stand for, as far as it was looked at
+    _written: int  # version of the structure buffer when it was copied or loaded
+    _average: bool = False  # whether it is known to be one
+
+    def _install(
+        self,
+        tensor: SparseTensor,
+        values: Tensor,
+        bias: Tensor | None,
+        capacity: int | None,
+        device: torch.device,
+        target_density: float | None,
+        params: Mapping[str, Any],
+    ) -> None:
+        """Fill an empty module with a structure, its values and a bias."""
+        self.shape = tensor.shape
+        self.format = tensor.format
+        self.format_params = _search_params(tensor, params)
+        if target_density is None or not BUDGET_PARAMS.isdisjoint(params):
+            target_density = tensor.density
+        self.target_density = float(target_density)
+        capacity = tensor.nnz if capacity is None else int(capacity)
+        if capacity < tensor.nnz:
+            raise format_error(
+                f"capacity={capacity}",
+                f"at least the structure's {tensor.nnz} positions",
+                "raise capacity, or lower the density",
+            )
+        n_words = words_capacity(self.format, tensor.shape, capacity, tensor.params())
+        words = torch.from_numpy(encode(tensor, n_words))
+        flat = torch.zeros(capacity, dtype=values.dtype, device=device)
+        flat[: tensor.nnz] = values.detach().reshape(-1)
+        self.values = nn.Parameter(flat)
+        self.register_buffer("structure", words.to(device))
+        self._kept, self._written = tensor._structure, 0
+        if bias is not None and not isinstance(bias, nn.Parameter):
+            bias = nn.Parameter(bias)
+        self.register_parameter("bias", bias)
+
+    # ------------------------------------------------------------------------ values and shape
+
+    @property
+    def _matrix(self) -> tuple[int, int]:
+        """(R, C) of the weight's matrix."""
+        return self.shape[0], math.prod(self.shape[1:])
+
+    @property
+    def capacity(self) -> int:
+        """Length of `values`."""
+        return self.values.shape[0]
+
+    @property
+    def nnz(self) -> int:
+        """Stored positions of the present structure."""
+        return self._decoded().nnz
+
+    @property
+    def density(self) -> float:
+        """Share of stored positions of the present structure."""
+        return self.nnz / max(1, math.prod(self.shape))
+
+    def _decoded(self) -> Structure:
+        """Return the present structure, decoded at most once per content."""
+        if self.structure.is_meta:
+            raise format_error(
+                "a structure on meta", "words with content", "load a state_dict first"
+            )
+        try:
+            found = self._as_written()
+        except FormatError as error:
+            found = self._mended(error)
+        kept = self._kept
+        if found is not kept:
+            if kept is not None and _was_left(kept) and not found.same_as(kept):
+                _log.warning(
+                    "structure words of a copy were overwritten after its original had moved: "
+                    "values that were averaged since then mix positions; pass averages= to the "
+                    "trainer"
+                )
+            self.__dict__["_kept"] = found
+        return found
+
+    @property
+    def _readable(self) -> bool:
+        """Whether the structure buffer has content: it is neither on meta nor a stand-in."""
+        return type(self.structure) is Tensor and not self.structure.is_meta
+
+    def _as_written(self) -> Structure:
+        if self.structure.device.type == "cpu":
+            return compiled_structure(self.structure).structure
+        return decode_structure(self.structure.cpu().numpy())
+
+    def _mended(self, error: FormatError) -> Structure:
+        """Restore words that were averaged with equal ones, whose rounding made them corrupt."""
+        kept = self._kept
+        if kept is None or not self._is_near(self.structure):
+            raise error
+        if _was_left(kept):
+            raise format_error(
+                "structure words that were averaged after the structure of the original had moved",
+                "an average that moves along",
+                "pass averages=[...] to the trainer, or average parameters and copy buffers",
+            ) from error
+        level = logging.DEBUG if self._average else logging.WARNING  # once for every average
+        _log.log(level, "structure words had been averaged like weights; they are restored")
+        self.__dict__["_average"] = True
+        with torch.no_grad():
+            self.structure.copy_(self._words_kept(kept))
+        return kept
+
+    def _words_kept(self, kept: Structure) -> Tensor:
+        tensor = kept.tensor(np.zeros(kept.nnz, np.float32))
+        return torch.from_numpy(encode(tensor, self.structure.shape[0]))
+
+    def _is_near(self, words: Tensor) -> bool:
+        """Tell whether words are those of the kept structure, but for the rounding of averages.
+
+        A moving average of equal words drifts from them by at most 1 / (1 - decay) roundings.
+        """
+        if self._kept is None:
+            return False
+        kept = self._words_kept(self._kept).long()
+        return bool(((words.cpu().long() - kept).abs() <= 2 + kept.abs() // 500).all())
+
+    def _mend(self) -> bool:
+        """Tell whether words were corrupt and are restored now, so that a product can go on."""
+        if torch.compiler.is_compiling() or not self._readable:
+            return False
+        try:
+            self._as_written()
+        except FormatError as error:
+            self._mended(error)
+            return True
+        return False
+
+    def positions(self) -> NDArray[np.int64]:
+        """Return ``row * C + column`` of every weight, in the order of `values`."""
+        return self._decoded().flat_indices()
+
+    def tensor(self) -> SparseTensor:
+        """Return the weight as a numpy format object, its values copied.
+
+        Raises
+        ------
+        MissingDependency
+            For bfloat16 values without ml_dtypes.
+        FormatError
+            Where the structure is corrupt.
+        """
+        structure = self._decoded()
+        values = to_numpy(whole(self.values)[: structure.nnz])
+        return structure.tensor(values)
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draw the values from U(-1/√f, 1/√f), where f is the row's own fan-in.
+
+        Scaling by the number of weights that a neuron really has keeps the variance of its output
+        what it is in ``nn.Linear`` (Evci et al., Gradient Flow in Sparse Neural Networks, 2022).
+        The bias is drawn with the same bound, that of an ablated row with the bound of a dense one.
+        """
+        if self.values.is_meta:
+            return
+        structure = self._decoded()
+        rows, _ = structure.layout.coordinates()
+        fan_in = np.bincount(rows, minlength=self._matrix[0])
+        bound = 1.0 / np.sqrt(np.where(fan_in > 0, fan_in, max(1, self._matrix[1])))
+        self.values.zero_()
+        drawn = _symmetric(structure.nnz, generator)
+        self.values[: structure.nnz] = (drawn * torch.from_numpy(bound[rows])).to(self.values)
+        if self.bias is not None:
+            drawn = _symmetric(self._matrix[0], generator)
+            self.bias.copy_(drawn * torch.from_numpy(bound))
+
+    # ------------------------------------------------------------------------------- structure
+
+    @torch.no_grad()
+    def set_structure(
+        self,
+        new: SparseTensor,
+        *,
+        take_values: bool = False,
+        forget: NDArray[np.int64] | None = None,
+    ) -> Tensor:
+        """Move the layer to another structure, in place.
+
+        Parameter and buffer stay the same objects with the same memory; their content changes.
+
+        Parameters
+        ----------
+        new : SparseTensor
+            Of this layer's format and shape, with at most `capacity` positions.
+        take_values : bool
+            True takes the values of `new`; False keeps the value of every position that is in both
+            structures and sets new positions to zero.
+        forget : ndarray of int64, optional
+            Places in `values` whose weights are dropped: where their positions are in `new` again,
+            they count as new.
+
+        Returns
+        -------
+        Tensor, shape (capacity,), int64, on the values' device
+            For every place in `values` the place its position had before, or -1 for a new position
+            and for unused capacity. Whatever follows the weights (optimizer state) moves by it.
+
+        Raises
+        ------
+        FormatError
+            Where format, shape or capacity do not fit; nothing is changed then.
+        """
+        words = self._words_of(new)
+        self.stand_alone()
+        structure, old = new._structure, self._decoded()
+        places = structure.sources(old, self.capacity)
+        if forget is not None:
+            dropped = np.zeros(old.nnz + 1, np.bool_)  # the last one stands for -1
+            dropped[:-1][forget] = True
+            places[dropped[places]] = -1
+        source = torch.from_numpy(places).to(self.values.device)
+        taken = None
+        if take_values:
+            taken = torch.zeros(self.capacity, dtype=self.values.dtype, device=self.values.device)
+            taken[: new.nnz] = to_torch_values(new.values).reshape(-1).to(taken)
+        self._move(old, structure, words, source, taken)
+        return source
+
+    def _move(
+        self,
+        old: Structure,
+        new: Structure,
+        words: NDArray[np.int32],
+        source: Tensor,
+        taken: Tensor | None = None,
+    ) -> None:
+        """Write another structure and its values, here and in the averages of this layer."""
+        averages = [twin for twin in _copies.get(self, ()) if twin._is_average_on(old)]
+        if not new.same_as(old):
+            self._leave(old)
+        for twin in averages:
+            _log.info("an average of a %s layer moves along", self.format)
+            twin._move(old, new, words, source.to(twin.values.device))
+        self.structure.copy_(torch.from_numpy(words))
+        if taken is None:
+            move(self.values, source)
+        else:
+            write_whole(self.values, taken)
+        self.__dict__["_kept"] = new
+        if self.structure.device.type == "cpu":
+            self._as_written()  # while `new` lives: so the words are not decoded and checked
+
+    def _leave(self, old: Structure) -> None:
+        """Remember that whoever stands on a structure now does not stand where this layer does."""
+        _left.add(old)
+        kept = (twin._kept for twin in _copies.get(self, ()))
+        _left.update(other for other in kept if other is not None and other.same_as(old))
+
+    def lead(self, average: SparseModule) -> None:
+        """Let an average of this layer, on the same structure, move whenever this layer moves."""
+        average.__dict__["_average"] = True
+        _copies.setdefault(self, WeakSet()).add(average)
+
+    def stand_alone(self) -> None:
+        """Follow no other layer any more: whoever is trained or moved by itself is no average."""
+        for twins in tuple(_copies.values()):
+            twins.discard(self)
+
+    def _is_average_on(self, structure: Structure) -> bool:
+        """Tell whether a copy stands on a structure and was written since it was copied."""
+        written = self._average or _version(self.structure) != self._written
+        if not (written and self._readable):
+            return False
+        try:
+            return self._decoded().same_as(structure)
+        except FormatError:
+            return False  # its next product says what is wrong
+
+    def _words_of(self, new: SparseTensor) -> NDArray[np.int32]:
+        """Encode a structure for this layer's buffer, or say why it does not fit."""
+        if new.format != self.format or new.shape != self.shape:
+            raise format_error(
+                f"a structure of format {new.format} and shape {new.shape}",
+                f"format {self.format} and shape {self.shape}",
+                "make a new layer with its class's from_tensor",
+            )
+        if new.nnz > self.capacity:
+            raise format_error(
+                f"a structure with {new.nnz} positions",
+                f"at most the capacity of {self.capacity}",
+                "lower its density, or build the layer with a larger capacity",
+            )
+        return encode(new, self.structure.shape[0])
+
+    def samples(self, x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what a call multiplied, as matrices: inputs (B, C), output gradients (B, R)."""
+        raise NotImplementedError
+
+    def explain(self, batch: int, threads: int | None = None, op: str = "spmm") -> str:
+        """Say which kernel would run a batch, and the time predicted for it.
+
+        Parameters are those of :meth:`spfmt.dispatch.Plan.explain`; `batch` is the product of all
+        leading dimensions.
+        """
+        dtype = str(self.values.dtype).removeprefix("torch.")
+        return self._decoded().plan.explain(batch, threads, op, dtype=dtype)
+
+    def _held(self, name: str) -> Tensor:
+        """Return a tensor of this module; nn.Module finds it only after an attribute was missed."""
+        held: Tensor | None = self._parameters.get(name)
+        held = self._buffers.get(name) if held is None else held
+        return getattr(self, name) if held is None else held
+
+    def extra_repr(self) -> str:
+        """Describe the layer as it is printed inside a model."""
+        text = f"bias={self.bias is not None}, format={self.format}"
+        params = dict(self.format_params)
+        try:
+            found = self._decoded().params
+        except FormatError:  # on meta, or fresh from to_empty(): there is nothing to describe yet
+            return f"{text}, capacity={self.capacity}, structure not loaded"
+        params.update({k: v for k, v in found.items() if k in BUDGET_PARAMS})
+        text += "".join(f", {name}={value}" for name, value in params.items())
+        return f"{text}, nnz={self.nnz}, density={self.density:.4g}, capacity={self.capacity}"
+
+    # --------------------------------------------------------------------- the weight as others see
+
+    @property
+    def weight(self) -> WeightInfo:
+        """dtype, device, shape and requires_grad of the weight; its content raises."""
+        return WeightInfo(self)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight":
+            raise AttributeError(WeightInfo.EXPLANATION)
+        super().__setattr__(name, value)
+
+    # ------------------------------------------------------------------------- copies and pickles
+
+    def __deepcopy__(self: Self, memo: dict[int, Any]) -> Self:
+        twin = self.__class__.__new__(self.__class__)
+        memo[id(self)] = twin
+        twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        if self._kept is None and self._readable:
+            with contextlib.suppress(FormatError):
+                self._decoded()
+        twin.__dict__["_kept"] = self._kept  # frozen: copies share it
+        _copies.setdefault(self, WeakSet()).add(twin)
+        return twin
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_kept": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.__dict__.update(_written=_version(self.structure), _average=False)
+
+    def _apply(self: Self, fn: Any, recurse: bool = True) -> Self:
+        written = _version(self.structure) != self._written
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.__dict__["_written"] = -1 if written else _version(self.structure)
+        return self
+
+    # ------------------------------------------------------------------------------ state_dict
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Check the structure of a checkpoint before a single value is loaded."""
+        problem = self._problem_with(state_dict, prefix)
+        if problem is not None:
+            error_msgs.append(problem)
+            return
+        assign = local_metadata.get("assign_to_params_buffers", False)
+        if prefix + "structure" in state_dict and not assign:
+            with torch.no_grad():
+                self.structure.copy_(state_dict[prefix + "structure"])
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        before = self._kept
+        self.__dict__.update(_kept=None, _written=_version(self.structure))
+        if not self.structure.is_meta:
+            with contextlib.suppress(FormatError):  # not loaded by this state: still to come
+                now = self._decoded()
+                if before is not None and not now.same_as(before):
+                    self._leave(before)
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """Save words that averaging damaged as they were; what is corrupt, loading refuses."""
+        with contextlib.suppress(FormatError):
+            self._mend()
+        super()._save_to_state_dict(*args, **kwargs)
+
+    def _problem_with(self, state_dict: Mapping[str, Any], prefix: str) -> str | None:
+        """Return why a checkpoint cannot be loaded into this layer, or None."""
+        words, values = (state_dict.get(prefix + name) for name in ("structure", "values"))
+        name = prefix.rstrip(".") or "the layer"
+        if words is None and values is None:
+            return None  # missing keys: torch reports them by the rules of `strict`
+        if words is None:
+            return f"{name}: got values without a structure; values mean nothing without it"
+        problem = self._problem_with_words(words)  # the format first: it decides all sizes
+        if problem is None and values is not None and values.shape != self.values.shape:
+            problem = (
+                f"got a capacity of {values.numel()} values, expected {self.capacity}; "
+                f"build the layer with capacity={values.numel()} and the checkpoint's parameters"
+            )
+        if problem is None and words.shape != self.structure.shape:
+            problem = (
+                f"got {tuple(words.shape)} structure words, expected "
+                f"{tuple(self.structure.shape)}; the layers differ in capacity or parameters"
+            )
+        if problem is None and values is None and not self._has_words(words):
+            problem = (
+                "got another structure without values; the present values stand for other "
+                "positions; load both, or neither"
+            )
+        return None if problem is None else f"{name}: {problem}"
+
+    def _problem_with_words(self, words: Tensor) -> str | None:
+        """Return why structure words cannot be this layer's, whatever their number; or None."""
+        if words.dim() != 1 or words.dtype != torch.int32:
+            return (
+                f"got structure words of shape {tuple(words.shape)} and {words.dtype}, expected "
+                "one dimension of torch.int32; save the state_dict again"
+            )
+        if words.is_meta:
+            return None
+        try:
+            found = decode_structure(words.detach().cpu().numpy())
+        except FormatError as error:
+            return str(error)
+        if (found.cls.format, found.shape) != (self.format, self.shape):
+            return (
+                f"got a {found.cls.format} structure of shape {found.shape}, expected "
+                f"{self.format} of shape {self.shape}; build the layer in the checkpoint's format"
+            )
+        return None
+
+    def _has_words(self, words: Tensor) -> bool:
+        """Tell whether a structure is the present one, as far as there is any content."""
+        if words.is_meta or self.structure.is_meta:
+            return True
+        return torch.equal(words.cpu(), self.structure.cpu())
+
+
+def _symmetric(size: int, generator: torch.Generator | None) -> Tensor:
+    """Draw from U(-1, 1) on the CPU, whatever the default device is."""
+    return torch.rand(size, generator=generator, dtype=torch.float64, device="cpu") * 2 - 1
+
+
+def _version(tensor: Tensor) -> int:
+    """Return how often a tensor was written; inference tensors do not count."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _was_left(structure: Structure) -> bool:
+    """Tell whether a layer has moved away from a structure."""
+    return any(other.same_as(structure) for other in tuple(_left))
+
+
+def follow(state: Tensor, source: Tensor) -> Tensor:
+    """Return per-weight state after a move: ``state[source]``, zero where `source` is -1.
+
+    Parameters
+    ----------
+    state : Tensor, shape (capacity,)
+        Values, a gradient, or a tensor of optimizer state.
+    source : Tensor, shape (capacity,), int64
+        Result of :meth:`SparseModule.set_structure`.
+    """
+    return torch.cat([state, state.new_zeros(1)]).take(source)  # -1 is the last one, the zero
+
+
+@torch.no_grad()
+def move(state: Tensor, source: Tensor) -> None:
+    """Let per-weight state follow its weights in place, on every rank that has a part of it."""
+    gathered = whole(state)
+    if gathered is state:
+        padded = torch.cat([state, state.new_zeros(1)])
+        torch.take(padded, source.to(state.device), out=state)
+    else:
+        write_whole(state, follow(gathered, source.to(state.device)))

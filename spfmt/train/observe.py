@@ -1,0 +1,145 @@
+"""What a layer sees on one step: inputs and output gradients, recorded by hooks for that step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from spfmt.errors import format_error
+from spfmt.torch.module import SparseModule
+from spfmt.train.ranks import world_size
+
+__all__ = ["Observation", "Observe", "Observer"]
+
+Observe = Literal["norms", "batches"]
+
+
+class Observation:
+    """What was recorded of one layer, over all calls of the step (gradient accumulation, too).
+
+    With a process group of several ranks, norms and `weight_grad` are those of all ranks together,
+    and every rank must ask for them; batches are the rank's own.
+    """
+
+    def __init__(self, kind: Observe, group: Any = None) -> None:
+        self.kind, self.group = kind, group
+        self._batches: list[tuple[Tensor, Tensor]] = []
+        self._squares: tuple[Tensor, Tensor] | None = None
+
+    def record(self, x: Tensor, dy: Tensor) -> None:
+        """Add a call: inputs (B, C) and output gradients (B, R)."""
+        if self.kind == "batches":
+            self._batches.append((x, dy))
+            return
+        squares = x.float().square().sum(0), dy.float().square().sum(0)
+        old = self._squares
+        self._squares = squares if old is None else (old[0] + squares[0], old[1] + squares[1])
+
+    @property
+    def empty(self) -> bool:
+        """Whether no call was recorded."""
+        return not self._batches and self._squares is None
+
+    @property
+    def inputs(self) -> Tensor:
+        """Inputs, (samples, C), of all calls."""
+        return torch.cat([x for x, _ in self._whole()])
+
+    @property
+    def output_grads(self) -> Tensor:
+        """Gradients of the outputs, (samples, R), of all calls."""
+        return torch.cat([dy for _, dy in self._whole()])
+
+    @property
+    def input_norms(self) -> Tensor:
+        """Euclidean norm of every input feature over the samples, (C,)."""
+        return self._norms(0)
+
+    @property
+    def output_grad_norms(self) -> Tensor:
+        """Euclidean norm of every output's gradient over the samples, (R,)."""
+        return self._norms(1)
+
+    def weight_grad(self) -> Tensor:
+        """Compute the dense gradient of the weight, ``dY.T @ X``, (R, C); mean over the ranks."""
+        products = [dy.T @ x.to(dy.dtype) for x, dy in self._whole()]
+        return self._over_ranks(torch.stack(products).sum(0)) / world_size(self.group)
+
+    def _norms(self, which: int) -> Tensor:
+        squares = self._squares
+        if squares is not None:
+            return self._over_ranks(squares[which].clone()).sqrt()
+        recorded = torch.cat([call[which] for call in self._whole()])
+        return self._over_ranks(recorded.float().square().sum(0)).sqrt()
+
+    def _over_ranks(self, total: Tensor) -> Tensor:
+        """Add what the ranks found."""
+        if world_size(self.group) > 1:
+            torch.distributed.all_reduce(total, group=self.group)
+        return total
+
+    def _whole(self) -> list[tuple[Tensor, Tensor]]:
+        if self.kind != "batches":
+            raise format_error(
+                "norms alone", "batches", 'return "batches" from observes(name, layer)'
+            )
+        return self._batches
+
+
+class Observer:
+    """Hooks on layers, from `watch` to `stop`."""
+
+    def __init__(self, group: Any = None) -> None:
+        self._group = group
+        self._found: dict[int, Observation] = {}
+        self._hooks: list[Any] = []
+
+    @property
+    def active(self) -> bool:
+        """Whether any hook exists."""
+        return bool(self._hooks)
+
+    def watch(self, layer: SparseModule, kind: Observe | None) -> None:
+        """Record the calls of a layer from now on; nothing where `kind` is None."""
+        if kind is None:
+            return
+        if kind not in ("norms", "batches"):
+            raise format_error(f"observes {kind!r}", "'norms', 'batches' or None", "use one")
+        found = self._found[id(layer)] = Observation(kind, self._group)
+        self._hooks.append(layer.register_forward_hook(_recorder(found)))
+
+    def stop(self) -> None:
+        """Remove every hook and forget what was recorded."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        self._found.clear()
+
+    def of(self, layer: SparseModule) -> Observation:
+        """Return what was recorded of a layer, or say why there is nothing."""
+        found = self._found.get(id(layer))
+        if found is None or found.empty:
+            raise format_error(
+                "no call of the layer that was recorded before this update",
+                "a forward and backward pass of the model itself, outside torch.compile",
+                "say what to record in observes(name, layer); where trainer.observing is True, "
+                "call the model that was compiled, not the compiled one",
+            )
+        return found
+
+
+def _recorder(found: Observation) -> Callable[..., None]:
+    def forward_hook(layer: SparseModule, args: tuple[Tensor, ...], y: Tensor) -> None:
+        if not y.requires_grad:
+            return
+        x = args[0].detach()
+
+        def record(dy: Tensor) -> None:
+            found.record(*layer.samples(x, dy.detach()))
+
+        y.register_hook(record)  # type: ignore[no-untyped-call]
+
+    return forward_hook

@@ -1,0 +1,169 @@
+"""What a method may observe on the step of an update, and that other steps know nothing of it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from test_averages import network  # noqa: E402
+from test_followers import in_two_processes  # noqa: E402
+from torch import nn  # noqa: E402
+
+from spfmt.errors import FormatError  # noqa: E402
+from spfmt.torch import SparseLinear  # noqa: E402
+from spfmt.train import SET  # noqa: E402
+
+
+class RigL(SET):
+    """Grows where the dense gradient is largest (Evci et al., 2020): SET with one override."""
+
+    def observes(self, name, layer):
+        return "batches"
+
+    def grow_scores(self, layer, tensor):
+        self.last = self.observed(layer).weight_grad()
+        return (self.last.abs() / self.last.abs().max()).numpy().reshape(-1)
+
+
+class Norms(SET):
+    def observes(self, name, layer):
+        return "norms" if name == "0" else None
+
+    def grow_scores(self, layer, tensor):
+        if layer.in_features == 32:
+            found = self.observed(layer)
+            self.last = found.input_norms, found.output_grad_norms
+        return super().grow_scores(layer, tensor)
+
+
+def hooks(model: nn.Module) -> int:
+    return sum(len(m._forward_hooks) + len(m._backward_hooks) for m in model.modules())
+
+
+def make(method: type = RigL, model: nn.Module | None = None, **options):
+    model = network() if model is None else model
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    return model, optimizer, method(model, optimizer, **{"delta_t": 3, "t_end": 100, **options})
+
+
+def backward(model, x):
+    model(x).square().mean().backward()
+
+
+def test_hooks_exist_on_the_step_of_an_update_alone():
+    model, optimizer, method = make()
+    plain = hooks(model)
+    for step in range(1, 10):
+        assert method.observing is (step % 3 == 0)
+        assert hooks(model) - plain == (2 if step % 3 == 0 else 0)
+        optimizer.zero_grad()
+        backward(model, torch.randn(8, 32))
+        optimizer.step()
+        assert method.step() is (step % 3 == 0)
+    model, _, method = make(SET, delta_t=1)
+    assert hooks(model) == 0
+    assert not method.observing
+
+
+def test_the_dense_gradient_is_that_of_a_dense_layer():
+    model, _, method = make(delta_t=1)
+    x = [torch.randn(2, 5, 32), torch.randn(7, 32)]  # accumulated over calls of two shapes
+    dense = [nn.Linear(32, 48), nn.Linear(48, 8)]
+    for linear, layer in zip(dense, (model[0], model[2]), strict=True):
+        linear.load_state_dict(layer.to_linear().state_dict())
+    twin = nn.Sequential(dense[0], nn.ReLU(), dense[1])
+    for part in x:
+        backward(model, part)
+        backward(twin, part)
+    before = [model[0].tensor().mask(), model[2].tensor().mask()]
+    found = method.observed(model[0])
+    torch.testing.assert_close(found.weight_grad(), dense[0].weight.grad)
+    torch.testing.assert_close(found.weight_grad(), found.output_grads.T @ found.inputs)
+    assert torch.equal(found.inputs, torch.cat([part.reshape(-1, 32) for part in x]))
+    torch.testing.assert_close(found.input_norms, found.inputs.norm(dim=0))
+    assert method.step()
+    torch.testing.assert_close(method.last, dense[1].weight.grad)
+    grown = model[2].tensor().mask() & ~before[1]
+    free = dense[1].weight.grad.abs().numpy()
+    assert grown.any()
+    assert free[grown].mean() > free[~before[1]].mean()
+
+
+def test_norms_alone():
+    model, _, method = make(Norms, delta_t=1)
+    x = torch.randn(8, 32, requires_grad=True)
+    seen = []
+    model[0].register_full_backward_hook(lambda _m, _i, grads: seen.append(grads[0]))
+    backward(model, x)
+    assert hooks(model) == 2
+    with pytest.raises(FormatError, match="batches"):
+        method.observed(model[0]).weight_grad()
+    assert method.step()
+    torch.testing.assert_close(method.last[0], x.detach().norm(dim=0))
+    torch.testing.assert_close(method.last[1], seen[0].norm(dim=0))
+
+
+def test_nothing_recorded_is_an_error():
+    model, _, method = make(delta_t=1)
+    before = model[0].tensor()
+    with torch.no_grad():
+        model(torch.zeros(1, 32))
+    with pytest.raises(FormatError, match=r"outside torch\.compile"):
+        method.step()
+    assert model[0].tensor() == before
+
+    class Wrong(SET):
+        def observes(self, name, layer):
+            return "everything"
+
+    with pytest.raises(FormatError, match="'everything'"):
+        make(Wrong, delta_t=1)
+
+
+def test_a_resumed_trainer_observes_its_next_step():
+    _, _, method = make()
+    method.step()
+    method.step()
+    _, _, other = make()
+    assert not other.observing
+    other.load_state_dict(method.state_dict())
+    assert other.observing
+
+
+def test_frozen_layers_are_not_observed():
+    model = network()
+    model[0].requires_grad_(False)
+    make(model=model, delta_t=1)
+    assert hooks(model) == 1
+
+
+def _ranks(rank: int) -> None:
+    model = network()
+    ddp = nn.parallel.DistributedDataParallel(model)
+    optimizer = torch.optim.SGD(ddp.parameters(), lr=0.1)
+    method = RigL(ddp, optimizer, delta_t=1, t_end=100)
+    torch.manual_seed(rank)
+    for _ in range(3):
+        optimizer.zero_grad()
+        backward(ddp, torch.randn(8, 32))
+        positions, values = model[2].positions(), model[2].values.grad.clone()
+        optimizer.step()
+        assert method.step()
+        # DDP's mean over the ranks is what the values' gradient is, too.
+        torch.testing.assert_close(method.last.reshape(-1)[positions], values[: len(positions)])
+    masks = [None, None]
+    torch.distributed.all_gather_object(masks, model[0].tensor().mask())
+    np.testing.assert_array_equal(*masks)
+
+
+def test_ranks_observe_the_whole_batch():
+    in_two_processes(_ranks)
+
+
+def test_a_layer_in_float64():
+    model = nn.Sequential(SparseLinear(16, 12, density=0.25, dtype=torch.float64))
+    model, _, method = make(model=model, delta_t=1)
+    backward(model, torch.randn(3, 16, dtype=torch.float64))
+    assert method.observed(model[0]).weight_grad().dtype == torch.float64
