@@ -1,20 +1,29 @@
-"""What a call costs besides its kernel: Python on the way, and packing after a change of values."""
+"""What a call costs besides its kernel: ``python -m benchmarks.costs``, in µs at batch 1.
+
+Every way does one product (or one forward and backward pass) with one thread, on memory that exists
+already. Ways take turns in one process; the table shows medians, nn.Linear beside SparseLinear.
+"""
 
 from __future__ import annotations
 
+import argparse
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from spfmt.bench import BATCH_FIRST, Case, Session, parse_spec
+import spfmt
+from spfmt.bench import BATCH_FIRST, Case, Session, parse_spec, random_weight
 from spfmt.bench.baselines import available
 from spfmt.bench.contenders import Contender, Setting
-from spfmt.formats import SparseTensor, new_version
+from spfmt.bench.timing import interleave
+from spfmt.formats import FORMATS, SparseTensor, new_version
 from spfmt.structure.packing import group_rows, slice_padding
 
+Call = Callable[[], object]
 TINY = (16, 16)
 SHAPE = (3072, 768)
+SHAPES = ((128, 128), (256, 128), SHAPE)  # (R, C)
 CHUNK = 32  # columns that a lookup table in registers holds
 
 
@@ -61,7 +70,7 @@ def _new_values(setting: Setting, a: SparseTensor) -> Contender:
     """A product whose values are new to the kernels at every call, as after a training step."""
 
     def call() -> np.ndarray:
-        return a.plan.spmm(a.values, setting.x, batch_first=True, version=new_version())
+        return a.plan.spmm(a.values, setting.x, batch_first=True, constant=new_version())
 
     return setting.contender(f"{a.format}, new values", "sparse", a, call)
 
@@ -81,3 +90,82 @@ def _grouping(a: SparseTensor) -> dict[str, float]:
         "padding of condensed, as the kernels have it": a.plan.padding,
         "seconds to group rows": seconds,
     }
+
+
+# ------------------------------------------------------------------------------- the table
+
+
+def ways(a: SparseTensor, *, compiled: bool) -> dict[str, Call]:
+    """Return what is timed for one weight, by name; each has run once."""
+    import torch
+
+    from spfmt.torch import SparseLinear
+
+    rows, cols = a.matrix_shape
+    x = np.random.default_rng(0).random((1, cols), dtype=np.float32)
+    out = np.empty((1, rows), np.float32)
+    found: dict[str, Call] = {
+        "numpy": lambda: spfmt.spmm(a, x, batch_first=True),
+        "numpy out=": lambda: spfmt.spmm(a, x, batch_first=True, out=out),
+    }
+    tensor = torch.from_numpy(x)
+    dense = torch.nn.Linear(cols, rows)
+    layers = {"torch": SparseLinear.from_tensor(a, bias=dense.bias), "dense": dense}
+    for name, layer in layers.items():
+        found[name] = _without_grad(layer, tensor)
+        found[f"{name} grad"] = lambda layer=layer: layer(tensor)
+        found[f"{name} f+b"] = _both_passes(layer, tensor)
+    if compiled:
+        torch.compiler.reset()  # of the graphs before, which would be looked through at every call
+        for name, layer in layers.items():
+            found[f"{name} comp."] = _without_grad(torch.compile(layer, fullgraph=True), tensor)
+    for run in found.values():
+        run()
+    return found
+
+
+def _without_grad(layer, x) -> Call:
+    import torch
+
+    def call() -> object:
+        with torch.no_grad():
+            return layer(x)
+
+    return call
+
+
+def _both_passes(layer, x) -> Call:
+    import torch
+
+    x = x.clone().requires_grad_()
+    wanted = [x, *layer.parameters()]
+    gradient = torch.ones_like(layer(x))
+    return lambda: torch.autograd.grad(layer(x), wanted, gradient)
+
+
+def main() -> None:
+    """Print the table."""
+    import torch
+
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.costs", description=__doc__)
+    parser.add_argument("--compiled", action="store_true", help="torch.compile too (slow to start)")
+    parser.add_argument("--seconds", type=float, default=1.0, help="for each row (default: 1)")
+    args = parser.parse_args()
+    spfmt.dispatch.timed_isa()  # refuses where times would mean nothing
+    torch.set_num_threads(1)
+    spfmt.set_num_threads(1)
+    heading = ""
+    for shape in SHAPES:
+        for name in FORMATS:
+            a = random_weight(parse_spec(name), shape, 0.1)
+            found = ways(a, compiled=args.compiled)
+            if not heading:
+                heading = f"{'µs per call':34}" + "".join(f"{key:>12}" for key in found)
+                print(heading)
+            times = [t.median for t in interleave(list(found.values()), args.seconds)]
+            size = "{}x{}".format(*shape)
+            print(f"{a.label():22}{size:12}" + "".join(f"{t:12.2f}" for t in times), flush=True)
+
+
+if __name__ == "__main__":
+    main()

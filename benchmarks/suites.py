@@ -13,10 +13,10 @@ import numpy as np
 
 import spfmt
 from benchmarks.costs import costs
+from benchmarks.runtime import in_onnxruntime
 from spfmt.bench import BATCH_FIRST, LAYER, Case, Session, parse_spec
 from spfmt.bench.baselines import BASELINES, available
 from spfmt.bench.machine import available_cpus
-from spfmt.bench.runtime import in_onnxruntime
 from spfmt.bench.weights import Spec
 from spfmt.formats import FORMATS
 

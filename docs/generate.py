@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 import spfmt
 from spfmt.bench.record import read_record
 from spfmt.cli._figures import draw_pattern
+from spfmt.formats import FORMATS
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -64,19 +65,14 @@ def readme() -> str:
 
 
 def draw_patterns() -> None:
-    """Draw the five formats on one random 64 x 96 weight at a quarter of the weights."""
-    scores = np.random.default_rng(0).random((64, 96))
-    tensors = {
-        "ShuffledBlock 16x4": spfmt.ShuffledBlock.from_scores(scores, 0.25, block_shape=(16, 4)),
-        "HRBP, 4 groups": spfmt.HRBP.from_scores(scores, 0.25, groups=4),
-        "NM 2:8": spfmt.NM.from_scores(scores, n=2, m=8),
-        "Condensed": spfmt.Condensed.from_scores(scores, 0.25),
-        "CSR": spfmt.CSR.from_scores(scores, 0.25),
-    }
+    """Draw a random 64 x 96 weight of every format at a quarter of the weights."""
     figure = Figure(figsize=(13, 2.5), dpi=120, facecolor="white", layout="constrained")
-    axes = figure.subplots(1, len(tensors))
-    for place, (title, tensor) in zip(axes, tensors.items(), strict=True):
-        draw_pattern(place, tensor, title, f"density {tensor.density:.2g}")
+    axes = figure.subplots(1, len(FORMATS))
+    for place, found in zip(axes, FORMATS.values(), strict=True):
+        tensor = found.random(
+            (64, 96), 0.25, np.random.default_rng(0), **found.parse_spec("") or {}
+        )
+        draw_pattern(place, tensor, tensor.label(), f"density {tensor.density:.2g}")
     figure.savefig(ROOT / "docs" / "patterns.png", metadata={"Software": None})
 
 

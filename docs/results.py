@@ -90,7 +90,7 @@ def figures(record: Record) -> dict[str, Any]:
 
 
 def draw(record: Record, folder: Path) -> None:
-    """Write every figure as PNG and SVG."""
+    """Write every figure as PNG."""
     for stem, figure in figures(record).items():
         save(figure, folder / stem)
 
@@ -367,7 +367,7 @@ def _count(number: int, what: str) -> str:
 
 
 def _image(stem: str, text: str) -> str:
-    return f"![{text}]({stem}.png)\n\n([SVG]({stem}.svg))"
+    return f"![{text}]({stem}.png)"
 
 
 def _shape(row: Row) -> str:

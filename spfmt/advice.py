@@ -2,31 +2,25 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 import spfmt._kernels as _kernels
 
 from . import cost
 from .convert import convert
-from .dispatch import Plan, active_isa, check_workload
+from .dispatch import active_isa, check_workload
 from .errors import FormatError, MissingDependency, SpfmtError, format_error
 from .formats import CSR, FORMATS, SparseTensor
-from .formats._layout import Lists
 
 __all__ = ["Advice", "Candidate", "advise"]
 
-logger = logging.getLogger("spfmt")
-
-_BLOCK = 16  # rows of a block, rows of a tile
-_M = 32  # columns of an N:M group
+_BLOCK = 16  # rows of a band
 _SAMPLE_ROWS = 128
-_SAMPLE_DRAWS = 2**22
+_SAMPLE_CELLS = 2**20
 
 
 @dataclass(frozen=True)
@@ -312,69 +306,37 @@ def _converted(
 def _for_shape(
     work: _Workload, shape: tuple[int, int], density: float, names: tuple[str, ...], dense: float
 ) -> Iterator[Candidate]:
-    """Predict random structures of every format, without making them."""
+    """Predict random structures of every format, of which a sample is made."""
     for name in names:
-        if name in ("shuffled_block", "hrbp"):
-            description, summary = _groups_like(name, shape, density)
-        else:
-            description, summary = _lists_like(name, shape, density, work.op)
+        sample, summary = _expected(FORMATS[name], shape, density, work.op)
         stored = summary.nnz / (shape[0] * shape[1])
-        yield work.candidate(name, description, summary, stored, dense)
+        yield work.candidate(name, sample.caption(), summary, stored, dense)
 
 
-def _groups_like(name: str, shape: tuple[int, int], density: float) -> tuple[str, Any]:
-    """Summary of blocks of 16 rows on random columns; taller groups are cut into such tiles."""
+def _expected(
+    cls: type[SparseTensor], shape: tuple[int, int], density: float, op: str
+) -> tuple[SparseTensor, Any]:
+    """A sample of a random structure's rows, and the summary that the whole would have."""
     rows, cols = shape
-    step = _BLOCK if name == "shuffled_block" else 1
-    width = min(cols, max(1, round(density * cols / step)) * step)
-    tiles = -(-rows // _BLOCK)
-    text = (
-        f"block_shape=({_BLOCK}, {_BLOCK})" if name == "shuffled_block" else "groups of 16 k rows"
-    )
-    return text, _kernels.Summary("groups", rows, cols, rows * width, tiles * width)
+    width = min(cols, _SAMPLE_CELLS // _BLOCK)
+    height = min(rows, _SAMPLE_ROWS, max(_BLOCK, _SAMPLE_CELLS // width // _BLOCK * _BLOCK))
+    sample = _sample(cls, (height, width), density)
+    nnz = round(sample.nnz * (rows / height) * (cols / width))
+    found = _kernels.summary(sample.plan.compiled, "spmm")
+    if op == "spmm_t" and found.layout == "lists":
+        # The product takes the transposed lists: a sample of columns tells how those are padded.
+        width = min(cols, _SAMPLE_ROWS)
+        height = min(rows, _SAMPLE_CELLS // width)
+        part = _sample(cls, (height, width), density)
+        found = _kernels.summary(part.plan.compiled, op)
+        rows, cols, height, width = cols, rows, width, height
+    bands = -(-rows // _BLOCK) / -(-height // _BLOCK)
+    kept = nnz / max(1, found.nnz) / (rows / height)  # per row, of what the sample has
+    return sample, _kernels.Summary(
+        found.layout, rows, cols, nnz, round(found.vectors * bands * kept),
+        round(found.octet_places * (rows / height) * kept),
+    )  # fmt: skip
 
 
-def _lists_like(name: str, shape: tuple[int, int], density: float, op: str) -> tuple[str, Any]:
-    """Summary of random lists, from a sample of their rows (of their columns for spmm_t)."""
-    rows, cols = shape
-    transposed = op == "spmm_t"
-    n = max(1, round(density * _M))
-    if name == "nm":
-        text, per_row = f"n={n}, m={_M}", cols // _M * n + min(n, cols % _M)
-    elif name == "condensed":
-        per_row = max(1, round(density * cols))
-        text = f"fan_in={per_row}"
-    else:
-        text, per_row = "unstructured", max(1, round(density * cols))
-    if transposed:
-        rows, cols = cols, rows
-        per_row = max(1, round(per_row * cols / rows))
-    tiles = -(-rows // _BLOCK)
-    if name == "nm" and not transposed:
-        vectors = tiles * per_row  # rows alike: nothing is padded
-        places = -(-per_row // 4) * 4 * rows
-    else:
-        # Of rows too long even for one tile a part of the columns: all parts need as many steps.
-        shrink = -(-_BLOCK * per_row // _SAMPLE_DRAWS)
-        part = -(-per_row // shrink)
-        sample = _sample(rows, -(-cols // shrink), part)
-        found = _kernels.summary(Plan(sample).compiled, "spmm")
-        vectors = round(found.vectors * tiles / -(-sample.rows // _BLOCK) * per_row / part)
-        places = round(found.octet_places / found.nnz * rows * per_row)
-    # By the product's own structure, which spmm_t takes as transposed already.
-    summary = _kernels.Summary("lists", rows, cols, rows * per_row, vectors, places)
-    return text, summary
-
-
-def _sample(rows: int, cols: int, per_row: int) -> Lists:
-    """Draw a few random rows with `per_row` columns each."""
-    rng = np.random.default_rng(0)
-    most = _SAMPLE_DRAWS // per_row // _BLOCK * _BLOCK
-    count = min(rows, _SAMPLE_ROWS, max(_BLOCK, most))
-    if count * cols <= _SAMPLE_DRAWS:
-        chosen = np.argsort(rng.random((count, cols)), axis=1)[:, :per_row]
-    else:  # with replacement, repetitions dropped: they are rare in rows so wide
-        chosen = rng.integers(0, cols, (count, per_row))
-    columns: list[npt.NDArray[Any]] = [np.unique(row) for row in chosen]
-    indptr = np.append(0, np.cumsum([c.size for c in columns])).astype(np.int64)
-    return Lists(count, cols, indptr, np.concatenate(columns).astype(np.int32))
+def _sample(cls: type[SparseTensor], shape: tuple[int, int], density: float) -> SparseTensor:
+    return cls.random(shape, density, np.random.default_rng(0), **cls.parse_spec("") or {})

@@ -540,9 +540,8 @@ def test_figures_of_a_record_are_the_same_each_time(tmp_path: Path) -> None:
             "sparsity-64x48.png", "roofline-64x48.png", "threads.png",
         ]  # fmt: skip
     assert drawn[0] == drawn[1]
-    assert len(drawn[0]) == 6
-    assert all(content.startswith(b"\x89PNG") for n, content in drawn[0].items() if "png" in n)
-    assert b"<svg" in drawn[0]["threads.svg"]
+    assert len(drawn[0]) == 3
+    assert all(content.startswith(b"\x89PNG") for content in drawn[0].values())
 
 
 def test_speed_ups_are_drawn_where_they_are() -> None:
@@ -553,10 +552,10 @@ def test_speed_ups_are_drawn_where_they_are() -> None:
     single = [r for r in record["results"] if r["threads"] == 1]
     axes = draw_sparsity(single, "here").axes
     assert [a.get_title(loc="left") for a in axes] == ["batch 1", "batch 64"]
-    line = next(line for line in axes[0].lines if line.get_label() == "CSR")
+    line = next(line for line in axes[0].lines if line.get_label() == "csr")
     np.testing.assert_allclose(sorted(zip(*line.get_data(), strict=True)), [(2, 2), (10, 10)])
     threads = draw_threads([r for r in record["results"] if r["asked"] == 0.1], "here").axes[0]
-    points = [line for line in threads.lines if line.get_label() == "CSR"]
+    points = [line for line in threads.lines if line.get_label() == "csr"]
     assert [p.get_xdata()[0] for p in points] == [2.0, 2.0]
 
 
@@ -591,7 +590,7 @@ def test_command_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     ])  # fmt: skip
     assert code == 0
     names = {path.name for path in folder.iterdir()}
-    assert names == {f"{n}-48x64.{e}" for n in ("sparsity", "roofline") for e in ("png", "svg")}
+    assert names == {"sparsity-48x64.png", "roofline-48x64.png"}
 
 
 def test_weights_without_nonzeros_are_measured(tmp_path: Path) -> None:

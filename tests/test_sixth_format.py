@@ -163,7 +163,18 @@ def test_command_line(a: Banded, tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 
 def test_bench() -> None:
-    from spfmt.bench.weights import parse_spec
+    from spfmt.bench import Case, Session, parse_spec
 
-    spec = parse_spec("banded")
-    assert spec.format == "banded"
+    session = Session(0.0)
+    rows = session.measure(Case((40, 32), 0.25, 3), [parse_spec("banded")], dense=False)
+    assert {row.name for row in rows} == {"banded"}
+    assert {row.density for row in rows} == {0.25}
+    with pytest.raises(spfmt.FormatError, match="banded:3"):
+        parse_spec("banded:3")
+
+
+def test_figures_draw_it() -> None:
+    pytest.importorskip("matplotlib")
+    from spfmt.bench.figures import _style
+
+    assert _style()["banded"][2] == "banded"

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from spfmt.bench.contenders import FEATURES_FIRST, LAYER, Contender, Setting
 from spfmt.bench.machine import available_memory
-from spfmt.formats import CSR, Condensed, SparseTensor
+from spfmt.formats import CSR, SparseTensor
 
 __all__ = [
     "BASELINES",
@@ -256,13 +256,15 @@ def torch_gather(setting: Setting, a: SparseTensor) -> Contender:
     """Condensed product the straightforward way: gather, multiply, sum, in torch."""
     torch = _require("torch")
     _only(setting, "spmm")
-    if not isinstance(a, Condensed) or a.row_indices.size != a.matrix_shape[0]:
+    csr = _as_csr(a)
+    counts = np.diff(csr.indptr)
+    if not counts.size or counts.min() != counts.max():
         raise NotMeasured("is for constant fan-in in every row")
     nbytes = 4 * a.nnz * setting.case.batch
     if nbytes > _MOST_MEMORY:
         raise NotMeasured(f"would gather {nbytes / 1e9:.1f} GB")
-    index = torch.from_numpy(a.col_indices.astype(np.int64))
-    w, x = torch.from_numpy(a.values.copy()), torch.from_numpy(setting.x)
+    index = torch.from_numpy(csr.col_indices.astype(np.int64).reshape(counts.size, -1))
+    w, x = torch.from_numpy(csr.values.reshape(counts.size, -1).copy()), torch.from_numpy(setting.x)
     return setting.contender("torch gather", "baseline", a, lambda: (x[:, index] * w).sum(-1))
 
 

@@ -1,18 +1,20 @@
 """Figures of a benchmark's record: speed-up against sparsity, roofline, threads.
 
 Needs matplotlib. Each function takes results as a record holds them (`spfmt.bench.record`) and
-returns a matplotlib ``Figure``; `save` writes it as PNG and SVG, byte for byte the same each time.
+returns a matplotlib ``Figure``; `save` writes it as PNG, byte for byte the same each time.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+
+from spfmt.formats import FORMATS
 
 __all__ = ["draw_all", "draw_roofline", "draw_sparsity", "draw_threads", "save"]
 
@@ -20,23 +22,25 @@ Row = Mapping[str, Any]
 
 _INK, _FAINT, _RULE, _LOSS = "#22303c", "#8796a3", "#dfe5ea", "#fbeeee"
 # Distinguishable with any colour vision (Okabe and Ito), with a marker each.
-_STYLE = {
-    "shuffled_block": ("#0072b2", "o", "shuffled block 16x16"),
-    "hrbp": ("#009e73", "D", "HRBP"),
-    "nm": ("#e69f00", "s", "N:M"),
-    "condensed": ("#d55e00", "^", "condensed"),
-    "csr": ("#cc79a7", "v", "CSR"),
-    "dense": ("#22303c", "X", "dense (ONNX Runtime)"),
-}
+_LOOKS = (
+    ("#d55e00", "^"), ("#cc79a7", "v"), ("#009e73", "D"), ("#e69f00", "s"), ("#0072b2", "o"),
+    ("#56b4e9", "P"),
+)  # fmt: skip
 _SPARSITIES = (0.5, 0.8, 0.9, 0.95, 0.98, 0.99)
 
 
+def _style() -> dict[str, tuple[str, str, str]]:
+    """Colour, marker and text of every format, in the order of the legend, and of dense."""
+    looks = itertools.cycle(_LOOKS)
+    found = {name: (*next(looks), name.replace("_", " ")) for name in FORMATS}
+    return {**found, "dense": (_INK, "X", "dense (ONNX Runtime)")}
+
+
 def save(figure: Figure, stem: Path) -> Path:
-    """Write ``stem.png`` and ``stem.svg``; return the first."""
-    with matplotlib.rc_context({"svg.hashsalt": "spfmt"}):
-        figure.savefig(stem.with_suffix(".png"), dpi=150, metadata={"Software": None})
-        figure.savefig(stem.with_suffix(".svg"), metadata={"Date": None, "Creator": None})
-    return stem.with_suffix(".png")
+    """Write ``stem.png`` and return its path."""
+    path = stem.with_suffix(".png")
+    figure.savefig(path, dpi=150, metadata={"Software": None})
+    return path
 
 
 def draw_all(record: Mapping[str, Any], folder: Path) -> list[Path]:
@@ -52,7 +56,7 @@ def draw_all(record: Mapping[str, Any], folder: Path) -> list[Path]:
     Returns
     -------
     list of Path
-        The PNG files; an SVG lies beside each.
+        The PNG files.
     """
     forward = [r for r in record["results"] if r["op"] == "spmm" and r["kind"] != "baseline"]
     single = [r for r in forward if r["threads"] == 1 and r["layout"] == "(B, C)"]
@@ -220,14 +224,15 @@ def draw_threads(rows: Sequence[Row], where: str) -> Figure:
     for n in counts:
         axes.axvline(n, color=_FAINT, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
     axes.axvline(1, color=_FAINT, linewidth=1, zorder=1)
-    families = list(_STYLE)
+    style = _style()
+    families = list(style)
     for row in rows:
         if row["threads"] == 1 or _thread_key(row) not in single:
             continue
         family = _family(row)
         place = cases.index((tuple(row["shape"]), row["batch"]))
-        lift = 0.11 * (families.index(family) - 2.5)
-        color, marker, text = _STYLE[family]
+        lift = 0.11 * (families.index(family) - (len(families) - 1) / 2)
+        color, marker, text = style[family]
         small = row["threads"] != counts[-1]
         axes.plot(
             single[_thread_key(row)] / row["us"], place + lift, marker, color=color, label=text,
@@ -258,14 +263,14 @@ def _family(row: Row) -> str:
 
 def _series(rows: Sequence[Row], along: str) -> Iterator[tuple[str, list[Row]]]:
     """Rows by format, in the order of the legend, sorted by a field."""
-    for family in _STYLE:
+    for family in _style():
         found = [r for r in rows if _family(r) == family]
         if found:
             yield family, sorted(found, key=lambda r: float(r[along]))
 
 
 def _line(axes: Any, family: str, x: Sequence[float], y: Sequence[float]) -> None:
-    color, marker, text = _STYLE[family]
+    color, marker, text = _style()[family]
     axes.plot(
         x, y, color=color, marker=marker, label=text, linewidth=1.8, markersize=6,
         markeredgecolor="white", markeredgewidth=0.7, zorder=3,

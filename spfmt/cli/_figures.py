@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,6 @@ __all__ = ["draw", "draw_pattern"]
 _INK, _FAINT, _RULE = "#22303c", "#8796a3", "#d5dde4"
 _WITH, _WITHOUT, _SLOW = "#1f77b4", "#c9d3dc", "#b3261e"
 _CROP = 128
-_CAPTIONS: Mapping[str, Callable[[Any], str]] = {
-    "shuffled_block": lambda a: f"{a.block_shape[0]} rows share each block's columns",
-    "hrbp": lambda a: f"{a.matrix_shape[0] // a.groups} rows share all their columns",
-    "nm": lambda a: f"{a.n} in each {a.m} columns of a row",
-    "condensed": lambda a: f"{a.fan_in} anywhere in each row",
-    "csr": lambda a: "anywhere in the matrix",
-}
 
 
 def draw(results: Results, tensors: Mapping[str, SparseTensor], path: Path) -> None:
@@ -90,7 +83,7 @@ def draw_pattern(axes: Any, tensor: SparseTensor, title: str, note: str) -> None
         for border in range(group, window.shape[1], group):
             axes.axvline(border - 0.5, color=_FAINT, linewidth=0.7)
     axes.set_title(title, fontsize=11, color=_INK, pad=5)
-    axes.set_xlabel(f"{_CAPTIONS[tensor.format](tensor)}\n{note}", fontsize=9, color=_INK)
+    axes.set_xlabel(f"{tensor.caption()}\n{note}", fontsize=9, color=_INK)
     axes.set_ylabel(rows, fontsize=9, color=_INK)
     axes.set(xticks=[], yticks=[])
     for spine in axes.spines.values():

@@ -10,17 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from spfmt.formats import FORMATS
 from spfmt.torch import SparseLinear, sparsify
 from spfmt.train import SET
 
 __all__ = ["HIDDEN", "PARAMS", "Digits", "Settings", "build", "load_digits", "train"]
 
 PARAMS: Mapping[str, Mapping[str, Any]] = {
-    "shuffled_block": {"block_shape": (16, 16)},
-    "hrbp": {},
-    "nm": {"m": 32},
-    "condensed": {},
-    "csr": {},
+    name: found.parse_spec("") or {} for name, found in FORMATS.items()
 }
 """The formats of the demo, each with the parameters that its search gets."""
 

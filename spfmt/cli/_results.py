@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from importlib import metadata
@@ -29,13 +29,6 @@ _PACKAGES = ("numpy", "torch", "onnx", "onnxscript", "onnxruntime", "scikit-lear
 _TABLE_WIDTH = 120  # where the output is no terminal
 _ROOMY = 96  # columns that the table fills with one line per row; on 80 it wraps
 _BUSY = 1.25
-_LABELS: Mapping[str, Callable[[Any], str]] = {
-    "shuffled_block": lambda a: "shuffled block {}x{}".format(*a.block_shape),
-    "hrbp": lambda a: f"HRBP ({a.groups} groups)",
-    "nm": lambda a: f"N:M {a.n}:{a.m}",
-    "condensed": lambda a: f"condensed ({a.fan_in}/row)",
-    "csr": lambda a: "CSR (unstructured)",
-}
 _EVEN = 0.95  # what is shown as 1.0x counts as even
 
 
@@ -104,7 +97,7 @@ class Results:
 
 def label(name: str, tensors: Sequence[SparseTensor]) -> str:
     """Name a network by its format and the first sparse layer's parameters."""
-    return _LABELS[name](tensors[0]) if tensors else name
+    return tensors[0].label() if tensors else name
 
 
 def machine() -> dict[str, Any]:

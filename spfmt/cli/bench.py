@@ -79,7 +79,7 @@ def _add_options(bench: argparse.ArgumentParser) -> None:
     add("--baselines", action="store_true", help=text)
     add("--seconds", type=_seconds, default=2.0, help="for each case (default: 2)")
     add("--json", type=Path, metavar="FILE", help="write the results to this file")
-    add("--figures", type=Path, metavar="DIR", help="draw them there as PNG and SVG (matplotlib)")
+    add("--figures", type=Path, metavar="DIR", help="draw them there as PNG (matplotlib)")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -236,6 +236,10 @@ class SparseTensor(ABC):
         """Name this tensor by its format and what distinguishes it, as in ``nm 3:32``."""
         return self.format
 
+    def caption(self) -> str:
+        """Where values may be, in a few words: below a picture, in advice."""
+        return "as the format keeps them"
+
     @classmethod
     def parse_spec(cls, text: str) -> dict[str, Any] | None:
         """Read parameters of `from_scores` as written in one of `SPECS`; None for anything else."""

@@ -190,6 +190,10 @@ class Condensed(SparseTensor):
         values = rng.standard_normal(columns.shape, dtype=np.float32)
         return cls(shape, np.arange(rows), columns, values)
 
+    def caption(self) -> str:
+        """How many values a row holds."""
+        return f"{self.fan_in} anywhere in each row"
+
     def _summary(self) -> str:
         active = f"active {self.row_indices.size}/{self.matrix_shape[0]}"
         return f"fan_in={self.fan_in}, {active}"

@@ -120,5 +120,9 @@ class CSR(SparseTensor):
         indptr, columns = topk_columns(matrix, budget)
         return cls._found(matrix, shape, {"indptr": indptr, "col_indices": columns}, {}, values)
 
+    def caption(self) -> str:
+        """Anywhere."""
+        return "anywhere in the matrix"
+
     def _summary(self) -> str:
         return f"nnz={self.nnz}"

@@ -271,6 +271,10 @@ class HRBP(SparseTensor):
         values = rng.standard_normal(rows * channels.shape[1], dtype=np.float32)
         return cls(shape, rng.permutation(rows), starts, channels, pattern, values)
 
+    def caption(self) -> str:
+        """How many rows a group has."""
+        return f"{self.matrix_shape[0] // max(1, self.groups)} rows share all their columns"
+
     def _summary(self) -> str:
         channels, cells = self.channel_indices.shape[1], self.pattern_indices.shape[1]
         return f"groups={self.groups}, channels={channels}, cells={cells}"

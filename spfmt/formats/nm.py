@@ -240,6 +240,10 @@ class NM(SparseTensor):
         values = rng.standard_normal(shape, dtype=np.float32)
         return cls.from_scores(scores, n=n, m=m, values=values)
 
+    def caption(self) -> str:
+        """What every group holds."""
+        return f"{self.n} in each {self.m} columns of a row"
+
     def _summary(self) -> str:
         kind = "transposable " if self.transposable else ""
         return f"{kind}{self.n}:{self.m}"

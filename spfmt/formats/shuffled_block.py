@@ -292,6 +292,10 @@ class ShuffledBlock(SparseTensor):
         order = rng.permutation(shape[0])
         return cls.from_scores(scores, density, row_perm=order, values=values, **params)
 
+    def caption(self) -> str:
+        """How many rows a group has."""
+        return f"{self.block_shape[0]} rows share each block's columns"
+
     def _summary(self) -> str:
         block_rows, block_cols = self.block_shape
         return f"block_shape=({block_rows}, {block_cols}), blocks {self.n_blocks}"
