@@ -2,8 +2,8 @@
 // runs, and whether threads are worth waking.
 //
 // A cost is linear in six terms of the workload (`Terms`), so it can be fitted to a few timed runs
-// and read by people. Coefficients are compiled in: fitted to one CPU they choose as well on others,
-// for what decides is how the variants' costs compare.
+// and read by people. Coefficients are compiled in: fitted to one CPU they choose as well on
+// others, for what decides is how the variants' costs compare.
 //
 // The variant depends on the model, the structure and the batch alone, never on the threads:
 // variants may round differently, and the number of threads must not change a bit.
