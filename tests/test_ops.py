@@ -146,7 +146,7 @@ def test_output_beside_the_operand_in_one_buffer(a: spfmt.CSR) -> None:
 
 def test_foreign_byte_order_has_no_kernel(a: spfmt.CSR) -> None:
     dy, x = f32(3, 2).astype(">f4"), f32(4, 2).astype(">f4")
-    with pytest.raises(KernelNotFound, match="sddmm of csr in >f4"):
+    with pytest.raises(KernelNotFound, match="sddmm of lists in >f4"):
         spfmt.sddmm(a, dy, x)
 
 
