@@ -7,7 +7,7 @@ INTRINSICS = ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 # of a small product when another thread shares the core, and any edit elsewhere moves it.
 ALIGN = ["-falign-loops=32"]
 ISA_FLAGS = {
-    "scalar": [],
+    "scalar": ["-O2"],  # the reference level, where the seconds go into compiling it
     "avx2": ["-mavx2", "-mfma", *ALIGN, *INTRINSICS],
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", *ALIGN, *INTRINSICS],
 }

@@ -16,4 +16,4 @@ if ! SPFMT_EMULATE=avx512 python setup.py -q build --build-lib build/emulated \
   exit 1
 fi
 kernel_tests=(tests/test_{kernels,ops,activations,calls,dispatch}.py)
-PYTHONPATH=build/emulated pytest -q -p no:cacheprovider "${@:-${kernel_tests[@]}}"
+PYTHONPATH=build/emulated env -u CC -u CXX pytest -q -n 2 -p no:cacheprovider "${@:-${kernel_tests[@]}}"

@@ -19,11 +19,9 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("onnxscript")
 
 from format_cases import LAYOUTS  # noqa: E402
+from onnx import inliner  # noqa: E402
 from onnx.reference import ReferenceEvaluator  # noqa: E402
-from onnx_cases import (  # noqa: E402
-    bias_of,
-    weight,
-)
+from onnx_cases import bias_of, weight  # noqa: E402
 from torch import nn  # noqa: E402
 
 import spfmt.onnx as sonnx  # noqa: E402
@@ -461,7 +459,7 @@ def test_the_dense_rest_can_be_quantized(tmp_path: Path) -> None:
 def test_a_file_that_a_tool_made_dense_is_noticed(tmp_path: Path) -> None:
     path = sonnx.export(layer("csr", 24, 21), torch.zeros(2, 21), tmp_path / "net.onnx")
     sonnx.session(path)  # no warning
-    dense = onnx.inliner.inline_local_functions(onnx.load(path))
+    dense = inliner.inline_local_functions(onnx.load(path))
     onnx.save(dense, tmp_path / "dense.onnx")
     with pytest.warns(UserWarning, match=r"exported with 1 sparse layers and has none"):
         sonnx.session(tmp_path / "dense.onnx")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from itertools import product as product_of
 from pathlib import Path
 
@@ -60,16 +61,15 @@ def check(got: np.ndarray, want: np.ndarray, size: np.ndarray, terms: int) -> No
 
 
 ORDERS = ["features_first", "batch_first", "strided", "reversed"]
+Case = tuple[int, str, str]
 
 
-@pytest.mark.parametrize("shape", [*SHAPES, *CONV_SHAPES], ids=str)
-@pytest.mark.parametrize("kernel", ROWS)
-def test_against_float64(kernel: spfmt.Kernel, shape: tuple[int, ...]) -> None:
+def compare(kernel: spfmt.Kernel, shape: tuple[int, ...], cases: Iterable[Case]) -> None:
+    """The kernel's products, by every variant, for (batch, order, order of the output)."""
     a = tensor(kernel.layout, shape, kernel.dtype)
     dense = a.to_dense().reshape(a.matrix_shape).astype(np.float64)
     rng = np.random.default_rng(1)
-    for i, batch in enumerate(BATCHES):
-        order, out_order = ORDERS[i % 4], ORDERS[(i + i // 4) % 4]
+    for batch, order, out_order in cases:
         x = operand(dense.shape[1], batch, order, kernel.dtype, rng)
         dy = operand(dense.shape[0], batch, order, kernel.dtype, rng)
         if kernel.op == "sddmm":
@@ -86,6 +86,21 @@ def test_against_float64(kernel: spfmt.Kernel, shape: tuple[int, ...]) -> None:
                 assert product(a, right, out=out, backend=kernel.isa) is out
             check(out, weight @ right, abs(weight) @ abs(right), weight.shape[1])
             assert np.isnan(frame).sum() == frame.size - out.size, "wrote outside of the output"
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, *CONV_SHAPES], ids=str)
+@pytest.mark.parametrize("kernel", ROWS)
+def test_against_float64(kernel: spfmt.Kernel, shape: tuple[int, ...]) -> None:
+    orders = [(ORDERS[i % 4], ORDERS[(i + i // 4) % 4]) for i in range(len(BATCHES))]
+    compare(kernel, shape, [(b, *pair) for b, pair in zip(BATCHES, orders, strict=True)])
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("shape", [*SHAPES, *CONV_SHAPES, (257, 530), (64, 4200)], ids=str)
+@pytest.mark.parametrize("kernel", ROWS)
+def test_every_batch_and_order(kernel: spfmt.Kernel, shape: tuple[int, ...]) -> None:
+    pairs = product_of([*range(67), 130, 530], range(4))
+    compare(kernel, shape, [(b, ORDERS[i], ORDERS[(i + b) % 4]) for b, i in pairs])
 
 
 @pytest.mark.parametrize("kernel", [p for p in ROWS if p.values[0].op == "spmm"])
