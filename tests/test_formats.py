@@ -501,6 +501,9 @@ def test_tensors_are_frozen(name: str) -> None:
         with pytest.raises(ValueError, match="read-only"):
             array[...] = 0
         assert array.flags.c_contiguous
+    for array in (a.values, a.values.base, *a.structure().values()):
+        with pytest.raises(ValueError, match="WRITEABLE"):  # as owners of memory could
+            array.flags.writeable = True
     with pytest.raises(AttributeError, match="with_values"):
         a.values = values  # type: ignore[misc]
     with pytest.raises(TypeError, match="unhashable"):

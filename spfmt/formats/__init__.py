@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from spfmt.formats._base import SparseTensor, Structure, Transposed, new_version
+from spfmt.formats._base import SparseTensor, Transposed, new_version
 from spfmt.formats._coords import Coordinates
 from spfmt.formats._io import load, read_metadata, save
 from spfmt.formats._layout import BAND, Groups, Layout, Lists
 from spfmt.formats._registry import FORMATS, get_format, register
+from spfmt.formats._structure import Structure
 from spfmt.formats._words import HEADER, decode, decode_structure, encode, words_capacity
 from spfmt.formats.condensed import Condensed
 from spfmt.formats.csr import CSR

@@ -139,14 +139,15 @@ def float_array(name: str, value: Any) -> Array:
 def frozen(array: Array, dtype: np.dtype[Any], copy: bool) -> Array:
     """Read-only C-contiguous `array` of `dtype`; without `copy` a fitting array is shared.
 
-    A copy starts at a cache line.
+    A copy starts at a cache line. Nobody can make the result writeable again, as an owner of memory
+    could: kernels keep what they pack of a tensor's values for as long as it lives.
     """
     if copy:
         out = aligned(array, dtype)
     else:
         out = np.ascontiguousarray(array, dtype=dtype).reshape(array.shape).view(np.ndarray)
-    out.flags.writeable = False
-    return out
+    memory = out.reshape(-1).view(np.uint8).data.toreadonly()
+    return np.frombuffer(memory, out.dtype).reshape(out.shape)
 
 
 def check_ascending(name: str, array: Array, row_name: str) -> None:

@@ -25,9 +25,10 @@ import numpy as np
 import numpy.typing as npt
 
 from spfmt.errors import FormatError, format_error
-from spfmt.formats._base import SparseTensor, Structure
+from spfmt.formats._base import SparseTensor
 from spfmt.formats._checks import Array, Shape, check_shape
 from spfmt.formats._registry import FORMATS, get_format
+from spfmt.formats._structure import Structure
 from spfmt.structure._checks import INT32_MAX, as_int, plain_array
 from spfmt.structure._positions import content_hash
 

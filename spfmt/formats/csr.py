@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from spfmt.formats._base import SparseTensor, Structure, scores_budget
+from spfmt.formats._base import SparseTensor, scores_budget
 from spfmt.formats._checks import Array, Shape, check_pointer, matrix_shape, unsorted
 from spfmt.formats._coords import Coordinates
 from spfmt.formats._layout import Lists
 from spfmt.formats._registry import register
+from spfmt.formats._structure import Structure
 from spfmt.structure._checks import check_range
 
 __all__ = ["CSR"]

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from spfmt.errors import format_error
-from spfmt.formats._base import SparseTensor, Structure, scores_budget
+from spfmt.formats._base import SparseTensor, scores_budget
 from spfmt.formats._checks import (
     Array,
     Shape,
@@ -20,6 +20,7 @@ from spfmt.formats._checks import (
 from spfmt.formats._coords import Coordinates, fill_short_lists, group_by_support
 from spfmt.formats._layout import Groups, lower_groups
 from spfmt.formats._registry import register
+from spfmt.formats._structure import Structure
 from spfmt.structure._checks import INT32_MAX, as_int, check_permutation, check_range, plain_array
 
 __all__ = ["HRBP"]

@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 
 from spfmt.errors import FormatError, format_error
-from spfmt.formats._base import SparseTensor, Structure, scores_budget
+from spfmt.formats._base import SparseTensor, scores_budget
 from spfmt.formats._checks import Array, Shape, check_ascending, kernel_cells
 from spfmt.formats._coords import Coordinates, fill_short_lists
 from spfmt.formats._layout import Lists
 from spfmt.formats._registry import register
+from spfmt.formats._structure import Structure
 from spfmt.structure._checks import as_int, check_range
 
 __all__ = ["NM"]

@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 
 from spfmt.errors import format_error
-from spfmt.formats._base import SparseTensor, Structure, scores_budget
+from spfmt.formats._base import SparseTensor, scores_budget
 from spfmt.formats._checks import Array, Shape, check_pointer, matrix_shape
 from spfmt.formats._coords import Coordinates, group_by_support
 from spfmt.formats._layout import Groups, lower_groups
 from spfmt.formats._registry import register
+from spfmt.formats._structure import Structure
 from spfmt.structure._checks import as_int, as_row_perm, check_permutation, check_range
 
 __all__ = ["ShuffledBlock"]
