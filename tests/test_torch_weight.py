@@ -13,7 +13,8 @@ torch = pytest.importorskip("torch")
 from torch import fx, nn  # noqa: E402
 
 from spfmt.errors import FormatError  # noqa: E402
-from spfmt.torch import SparseLinear, sparsify  # noqa: E402
+from spfmt.torch import SparseLinear, sparsify, spmm  # noqa: E402
+from spfmt.torch.values import compiled_structure  # noqa: E402
 
 
 def make(**options) -> SparseLinear:
@@ -143,6 +144,15 @@ def test_memory_of_a_deleted_layer_is_released():
     assert [ref() for ref in dead] == [None] * 3
     assert structure() is twin._decoded()  # which copies share
     del twin
-    make()(x)  # what products remember of dead buffers goes when the next one is seen
     gc.collect()
     assert structure() is None
+
+
+def test_words_that_outlive_their_layer_are_still_multiplied_with():
+    layer, x = make(), torch.randn(4, 16)
+    y, bias = layer(x), layer.bias
+    words, values, structure = layer.structure, layer.values, layer._decoded()
+    del layer
+    gc.collect()
+    assert torch.equal(spmm(values, words, x, bias=bias, shape=(12, 16)), y)
+    assert compiled_structure(words).structure is structure

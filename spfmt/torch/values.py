@@ -36,9 +36,9 @@ __all__ = [
     "CompiledStructure",
     "Constant",
     "compiled_structure",
-    "forget",
     "multiply",
     "sample",
+    "sweep",
 ]
 
 SPMM, SPMM_T = 0, 1
@@ -131,22 +131,17 @@ def compiled_structure(structure: Tensor) -> CompiledStructure:
     known = _compiled.get(address)
     if known is not None and not known.is_dead() and known.is_current(structure):
         return known
-    for place, entry in list(_compiled.items()):
-        if entry.is_dead():
-            _remove(place)
+    sweep()
     fresh = _compiled[address] = CompiledStructure(structure)
     return fresh
 
 
-def _remove(address: int) -> None:
-    if _compiled.pop(address, None) is not None:
-        _kernels.forget(address)
-
-
-def forget(structure: Tensor) -> None:
-    """Release what was compiled of a structure buffer that will not be used again."""
-    if structure.device.type == "cpu":
-        _remove(structure.data_ptr())
+def sweep() -> None:
+    """Release what was compiled of buffers that no longer exist."""
+    for address, entry in list(_compiled.items()):
+        if entry.is_dead():
+            del _compiled[address]
+            _kernels.forget(address)
 
 
 class Constant:
