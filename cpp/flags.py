@@ -1,6 +1,9 @@
 """Compiler flags of the C++ core, for setup.py and for the test that reads the machine code."""
 
-FLAGS = ["-std=c++17", "-O3", "-Wall", "-Wextra", "-fvisibility=hidden", "-ffp-contract=off"]
+FLAGS = [
+    *("-std=c++17", "-O3", "-Wall", "-Wextra", "-fvisibility=hidden", "-ffp-contract=off"),
+    "-fno-stack-protector",  # distributions' Pythons ask for one: it puts vectors into memory
+]
 # Some GCC releases warn of undefined registers inside their own intrinsics headers (bug 105593).
 INTRINSICS = ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 # Where a loop of some twenty instructions happens to start decides how many fetches it takes: 15 %

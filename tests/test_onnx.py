@@ -130,6 +130,22 @@ def test_profile_shows_our_kernel(layout: str) -> None:
     assert [run.op_type for run in sonnx.kernels_run(model, feeds, library=False)] == ["Gemm"]
 
 
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="one core")
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_plans_are_made_for_the_threads_of_the_session(layout: str) -> None:
+    tensor = weight(layout, 512, 512)
+    model = one_layer(tensor, bias_of(tensor)).SerializeToString()
+    feeds = {"x": samples(tensor, 512)}
+
+    def planned(threads: int) -> str:
+        (run,) = sonnx.kernels_run(model, feeds, threads=threads)
+        return run.kernel.split(", ")[2]
+
+    assert planned(1) == "1 threads"
+    # A thread that another program keeps from coming in time is not counted.
+    assert "2 threads" in (planned(2) for _ in range(20))
+
+
 @pytest.mark.parametrize("batch", [1, 64, 200])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_threads_do_not_change_a_bit(layout: str, batch: int) -> None:

@@ -2,6 +2,7 @@
 // own threads. No exception leaves a callback: every one becomes an OrtStatus.
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <climits>
 #include <cstdio>
 #include <map>
@@ -151,10 +152,41 @@ struct Pool {
   const Api& api;
   const KernelContext* context;
 
-  Executor executor() {
+  Executor executor(int threads) { return {threads, this, for_each}; }
+
+  // The session's threads, as far as the machine has as many. ONNX Runtime does not tell: so many
+  // bodies meet, each on a thread of its own, as arrive within a millisecond.
+  int count_threads() {
+    struct Meeting {
+      std::mutex mutex;
+      std::vector<std::thread::id> present;
+      const std::chrono::steady_clock::time_point end =
+          std::chrono::steady_clock::now() + std::chrono::milliseconds(1);
+
+      size_t join() {
+        const std::lock_guard<std::mutex> lock(mutex);
+        const auto me = std::this_thread::get_id();
+        if (std::find(present.begin(), present.end(), me) == present.end()) present.push_back(me);
+        return present.size();
+      }
+    } meeting;
+    const int most = threads_of_machine();
+    meeting.present.reserve(most);  // no body may throw
+    const auto body = [](void* arg, int64_t) {
+      Meeting& meeting = *static_cast<Meeting*>(arg);
+      const auto all = static_cast<size_t>(threads_of_machine());
+      while (meeting.join() < all && std::chrono::steady_clock::now() < meeting.end) {
+        std::this_thread::yield();
+      }
+    };
+    for_each(this, most, body, &meeting);
+    return static_cast<int>(meeting.present.size());
+  }
+
+  static int threads_of_machine() {
     // Asking costs microseconds, more than a small product: a system call or a file under /sys.
     static const int threads = std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
-    return {threads, this, for_each};
+    return threads;
   }
 
   static void for_each(void* self, int64_t n, void (*body)(void*, int64_t), void* arg) {
@@ -334,10 +366,26 @@ class Linear {
     check(api_.KernelContext_GetOutput(context, 0, shape.data(), shape.size(), &y));
     if (batch == 0 || rows_ == 0) return;
     Pool pool{api_, context};
-    tell(batch, pool.executor().threads);
+    const int threads = threads_for(batch, pool);
+    tell(batch, threads);
     multiply(input<T>(context, 1), static_cast<const T*>(data_of(api_, x)),
              input<T>(context, bias_index()), static_cast<T*>(const_cast<void*>(data_of(api_, y))),
-             batch, pool.executor());
+             batch, pool.executor(threads));
+  }
+
+  // A plan for more threads than the session has would be one for another machine. They are counted
+  // before the first product that would take more than one.
+  int threads_for(int64_t batch, Pool& pool) const {
+    if (const int counted = threads_.load(std::memory_order_relaxed)) return counted;
+    if (batch <= serial_batch_.load(std::memory_order_relaxed)) return 1;
+    const int most = Pool::threads_of_machine();
+    if (choose(isa_, *plan_, {Op::spmm, batch, dtype_}, most).threads == 1) {
+      serial_batch_.store(batch, std::memory_order_relaxed);
+      return 1;
+    }
+    const int counted = pool.count_threads();
+    threads_.store(counted, std::memory_order_relaxed);
+    return counted;
   }
 
   const Api& api_;
@@ -347,6 +395,8 @@ class Linear {
   DType dtype_ = DType::f32;
   Isa isa_ = Isa::scalar;
   std::shared_ptr<const Plan> plan_;
+  mutable std::atomic<int> threads_{0};            // of the session; 0: not counted
+  mutable std::atomic<int64_t> serial_batch_{-1};  // one thread is best for it, whoever counts
 };
 
 const LinearOp& self(const CustomOp* op) { return *static_cast<const LinearOp*>(op); }
