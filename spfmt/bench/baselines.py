@@ -305,7 +305,7 @@ def sparseprop(setting: Setting, a: SparseTensor) -> Contender:
 def _as_csr(a: SparseTensor) -> CSR:
     from spfmt.convert import convert
 
-    csr: CSR = a if isinstance(a, CSR) else convert(a, "csr")
+    csr: CSR = convert(a, CSR)
     return csr
 
 
