@@ -32,45 +32,55 @@ SPFMT_CLONES static int64_t spfmt_count(const int64_t* keys, int64_t n, int64_t 
   return count;
 }
 
-/* The keys from low to high; one element behind the last is written, too. */
-static int64_t spfmt_between(const int64_t* keys, int64_t n, int64_t low, int64_t high,
-                             int64_t* out) {
-  int64_t at = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    out[at] = keys[i];
-    at += (keys[i] >= low) & (keys[i] <= high);
+/* Of up to 64 keys, a bit for each that is from low to high. */
+static inline uint64_t spfmt_bits(const int64_t* keys, int64_t n, int64_t low, int64_t high) {
+  uint64_t bits = 0;
+  if (n == 64) { /* a count that the compiler knows */
+    for (int64_t i = 0; i < 64; ++i) bits |= (uint64_t)((keys[i] >= low) & (keys[i] <= high)) << i;
+  } else {
+    for (int64_t i = 0; i < n; ++i) bits |= (uint64_t)((keys[i] >= low) & (keys[i] <= high)) << i;
   }
+  return bits;
+}
+
+/* The keys from low to high; returns how many, and how many are larger. */
+SPFMT_CLONES static int64_t spfmt_between(const int64_t* keys, int64_t n, int64_t low, int64_t high,
+                                          int64_t* above, int64_t* out) {
+  int64_t at = 0, larger = 0;
+  for (int64_t i = 0; i < n; i += 64) {
+    uint64_t bits = spfmt_bits(keys + i, n - i < 64 ? n - i : 64, low, high);
+    for (; bits; bits &= bits - 1) out[at++] = keys[i + __builtin_ctzll(bits)];
+    for (int64_t j = i; j < (n - i < 64 ? n : i + 64); ++j) larger += keys[j] > high;
+  }
+  *above = larger;
   return at;
 }
 
-/* Indices of the keys above bound and of the first `ties` equal to it, which are counted down;
-   one element behind the last is written, too. */
-static inline int64_t spfmt_emit(const int64_t* keys, int64_t n, int64_t bound, int64_t* ties,
-                                 int32_t first, int32_t* out) {
+/* Indices of the keys above bound and of the first `ties` equal to it, which are counted down. */
+SPFMT_CLONES static int64_t spfmt_emit(const int64_t* keys, int64_t n, int64_t bound, int64_t* ties,
+                                       int32_t first, int32_t* out) {
   int64_t at = 0, left = *ties;
-  if (left == 0) {
-    for (int64_t i = 0; i < n; ++i) {
-      out[at] = first + (int32_t)i;
-      at += keys[i] > bound;
+  for (int64_t i = 0; i < n; i += 64) {
+    uint64_t bits = spfmt_bits(keys + i, n - i < 64 ? n - i : 64, bound + !left, INT64_MAX);
+    for (; bits; bits &= bits - 1) {
+      int64_t place = i + __builtin_ctzll(bits);
+      int64_t tie = keys[place] == bound;
+      if (tie && left == 0) continue;
+      left -= tie;
+      out[at++] = first + (int32_t)place;
     }
-    return at;
-  }
-  for (int64_t i = 0; i < n; ++i) {
-    int64_t tie = (keys[i] == bound) & (left > 0);
-    out[at] = first + (int32_t)i;
-    at += (keys[i] > bound) | tie;
-    left -= tie;
   }
   *ties = left;
   return at;
 }
 
-/* Indices of the n largest of m keys whose n-th largest is bound and of which `reached` are not
-   below it. */
+/* Indices of the n largest of m keys whose n-th largest is bound, or above bound where ties leave
+   none; `out` has room for m. */
 static inline int64_t spfmt_largest(const int64_t* keys, int64_t m, int64_t n, int64_t bound,
-                                    int64_t reached, int32_t first, int32_t* out) {
+                                    int32_t first, int32_t* out) {
   int64_t ties = 0;
-  if (reached == n) return spfmt_emit(keys, m, bound - 1, &ties, first, out);
+  int64_t reached = spfmt_emit(keys, m, bound - 1, &ties, first, out);
+  if (reached == n) return n;
   ties = n;
   for (int64_t i = 0; i < m; ++i) ties -= keys[i] > bound;
   return spfmt_emit(keys, m, bound, &ties, first, out);
@@ -100,7 +110,7 @@ static inline int64_t spfmt_best(const int64_t* keys, int64_t m, int64_t n, int3
     int64_t reached = 0;
     uint64_t gap = UINT64_MAX; /* from bound - 1 down; a key above it wraps around */
     for (int64_t i = 0; i < m; ++i) reached += keys[i] >= bound;
-    if (reached >= n) return spfmt_largest(keys, m, n, bound, reached, first, out);
+    if (reached >= n) return spfmt_largest(keys, m, n, bound, first, out);
     for (int64_t i = 0; i < m; ++i) {
       uint64_t below = (uint64_t)bound - 1 - (uint64_t)keys[i];
       gap = below < gap ? below : gap;

@@ -22,11 +22,11 @@ cdef extern from "selection.h":
     void spfmt_keys_double(const double *scores, int64_t n, int64_t *out) noexcept nogil
     int64_t spfmt_count(const int64_t *keys, int64_t n, int64_t bound) noexcept nogil
     int64_t spfmt_between(const int64_t *keys, int64_t n, int64_t low, int64_t high,
-                          int64_t *out) noexcept nogil
+                          int64_t *above, int64_t *out) noexcept nogil
     int64_t spfmt_emit(const int64_t *keys, int64_t n, int64_t bound, int64_t *ties, int32_t first,
                        int32_t *out) noexcept nogil
     void spfmt_mark(const int64_t *keys, int64_t n, int64_t bound, uint8_t *keep) noexcept nogil
-    int64_t spfmt_largest(const int64_t *keys, int64_t m, int64_t n, int64_t bound, int64_t reached,
+    int64_t spfmt_largest(const int64_t *keys, int64_t m, int64_t n, int64_t bound,
                           int32_t first, int32_t *out) noexcept nogil
     void spfmt_groups(const int64_t *keys, int64_t cols, int64_t n, int64_t m,
                       int32_t *out) noexcept nogil
@@ -147,12 +147,11 @@ cdef int64_t _kth_bracketed(Bracket *b, const int64_t *keys, Py_ssize_t n,
 
     A bracket that holds it spares most of the work.
     """
-    cdef Py_ssize_t above = spfmt_count(keys, n, b.high + 1), inside, reach
-    cdef int64_t bound
-    if above < k:
-        inside = spfmt_between(keys, n, b.low, b.high, b.work)
-        if above + inside >= k:
-            return _few_bound(b.work, inside, k - above, b.low, b.high)
+    cdef Py_ssize_t inside, reach
+    cdef int64_t bound, above
+    inside = spfmt_between(keys, n, b.low, b.high, &above, b.work)
+    if above < k <= above + inside:
+        return _few_bound(b.work, inside, k - above, b.low, b.high)
     # Ranks in two rows of one distribution differ by sqrt(2 k (n - k) / n): three times that.
     reach = 2 + <Py_ssize_t> (3 * sqrt(2.0 * k * (n - k) / n))
     memcpy(b.work, keys, n * sizeof(int64_t))
@@ -177,8 +176,7 @@ cdef void _groups(const int64_t *keys, Py_ssize_t length, Py_ssize_t n, Py_ssize
     while begin < length:
         size = min(m, length - begin)
         bound = INT64_MIN + 1 if n >= size else _kth_bracketed(b, keys + begin, size, n)
-        at += spfmt_largest(keys + begin, size, min(n, size), bound,
-                            spfmt_count(keys + begin, size, bound), <int32_t> begin, out + at)
+        at += spfmt_largest(keys + begin, size, min(n, size), bound, <int32_t> begin, out + at)
         begin += m
 
 
@@ -246,15 +244,15 @@ cdef void _sample_bracket(const real[:, ::1] scores, Py_ssize_t k, Bracket *b) n
 cdef int64_t _kth_of_all(const real[:, ::1] scores, Py_ssize_t k, Bracket *b, int64_t *keys,
                          int64_t *ties) noexcept nogil:
     """The bound of the k largest keys of a matrix: those above it and the first `ties` equal to it."""
-    cdef Py_ssize_t cols = scores.shape[1], r, above, inside
-    cdef int64_t bound
+    cdef Py_ssize_t cols = scores.shape[1], r, inside
+    cdef int64_t bound, above, larger
     _sample_bracket(scores, k, b)
     while True:
         above, inside = 0, 0
         for r in range(scores.shape[0]):
             _keys(&scores[r, 0], cols, keys)
-            above += spfmt_count(keys, cols, b.high + 1)
-            inside += spfmt_between(keys, cols, b.low, b.high, b.work + inside)
+            inside += spfmt_between(keys, cols, b.low, b.high, &larger, b.work + inside)
+            above += larger
         if above < k <= above + inside:
             break
         b.low, b.high = INT64_MIN, INT64_MAX - 1  # at most once
@@ -590,7 +588,7 @@ def block_norms(const real[:, ::1] scores, const int32_t[::1] row_perm, Py_ssize
                     column[c] += row[c]
             spfmt_keys_double(column, cols, keys)
             bound = _kth_bracketed(&b, keys, cols, kept)
-            spfmt_largest(keys, cols, kept, bound, spfmt_count(keys, cols, bound), 0, best)
+            spfmt_largest(keys, cols, kept, bound, 0, best)
             _merge_sort(column, best, best + cols + 1, kept)
             memcpy(&order[g, 0], best, kept * sizeof(int32_t))
             memset(&norms[g, 0], 0, norms.shape[1] * sizeof(double))

@@ -23,26 +23,29 @@ std::shared_ptr<const Transposed> transpose(const Lists& a, std::shared_ptr<Pack
       source[to] = p;
     }
   }
-  const Lists lists{a.cols, a.rows, indptr.data(), rows.data()};
   auto made = std::make_shared<Transposed>();
-  made->plan = std::make_unique<const Plan>(lists, std::move(source), std::move(values));
+  made->plan = std::make_unique<const Plan>(a.rows, std::move(indptr), std::move(rows),
+                                            std::move(source), std::move(values));
   return made;
 }
 
 }  // namespace
 
 Plan::Plan(const Lists& a)
-    : layout_(Layout::lists), nnz_(a.indptr[a.rows]), values_(std::make_shared<PackedValues>()) {
-  pointers_.assign(a.indptr, a.indptr + a.rows + 1);
-  indices_.assign(a.col_indices, a.col_indices + nnz_);
-  lists_ = {a.rows, a.cols, pointers_.data(), indices_.data()};
-  summary_ = summarize(lists_);
-}
+    : Plan(a.cols, {a.indptr, a.indptr + a.rows + 1},
+           {a.col_indices, a.col_indices + a.indptr[a.rows]}, {},
+           std::make_shared<PackedValues>()) {}
 
-Plan::Plan(const Lists& a, std::vector<int64_t> source, std::shared_ptr<PackedValues> values)
-    : Plan(a) {
-  source_ = std::move(source);
-  values_ = std::move(values);
+Plan::Plan(int64_t cols, std::vector<int64_t> indptr, std::vector<int32_t> col_indices,
+           std::vector<int64_t> source, std::shared_ptr<PackedValues> values)
+    : layout_(Layout::lists),
+      nnz_(indptr.back()),
+      pointers_(std::move(indptr)),
+      source_(std::move(source)),
+      indices_(std::move(col_indices)),
+      values_(std::move(values)) {
+  lists_ = {static_cast<int64_t>(pointers_.size()) - 1, cols, pointers_.data(), indices_.data()};
+  summary_ = summarize(lists_);
 }
 
 Plan::Plan(const Groups& a)

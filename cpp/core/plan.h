@@ -18,7 +18,8 @@ class Plan {
   explicit Plan(const Lists& lists);
   explicit Plan(const Groups& groups);
   // Lists that are another plan's, transposed: position p holds value source[p] of that plan.
-  Plan(const Lists& lists, std::vector<int64_t> source, std::shared_ptr<PackedValues> values);
+  Plan(int64_t cols, std::vector<int64_t> indptr, std::vector<int32_t> col_indices,
+       std::vector<int64_t> source, std::shared_ptr<PackedValues> values);
 
   Layout layout() const { return layout_; }
   int64_t rows() const { return layout_ == Layout::lists ? lists_.rows : groups_.rows; }

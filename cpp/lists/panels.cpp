@@ -44,7 +44,8 @@ void append_pieces(const Lists& a, int64_t row, std::vector<int64_t>& at, int64_
   const size_t begin = pack.piece.size();
   for (size_t i = 0; i < at.size(); ++i) {
     const int64_t start = at[i];
-    while (at[i] < a.indptr[row + i + 1] && a.col_indices[at[i]] < column) ++at[i];
+    at[i] = std::lower_bound(a.col_indices + start, a.col_indices + a.indptr[row + i + 1], column) -
+            a.col_indices;
     if (at[i] == start && !first) continue;
     pack.piece.push_back({static_cast<int32_t>(start - a.indptr[row]), static_cast<uint16_t>(i),
                           static_cast<uint16_t>(at[i] - start)});
@@ -58,9 +59,10 @@ void append_columns(const Lists& a, int64_t row, int64_t tile_start, size_t firs
   for (size_t i = first_piece; i < pack.piece.size(); ++i) {
     const Piece& piece = pack.piece[i];
     const int32_t* col = a.col_indices + a.indptr[row] + piece.start;
-    for (int k = 0; k < piece.count; ++k) {
-      pack.col.push_back(static_cast<uint16_t>(col[k] - tile_start));
-    }
+    const size_t at = pack.col.size();
+    pack.col.resize(at + piece.count);
+    uint16_t* to = pack.col.data() + at;
+    for (int k = 0; k < piece.count; ++k) to[k] = static_cast<uint16_t>(col[k] - tile_start);
   }
   pack.piece_ptr.push_back(pack.piece.size());
   pack.visit_ptr.push_back(pack.col.size());

