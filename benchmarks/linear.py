@@ -1,4 +1,4 @@
-"""Sparse against dense linear layers: ``python -m benchmarks.linear --suite targets``.
+"""Sparse against dense linear layers: ``python -m benchmarks.linear``.
 
 Every result is compared with float64 before it is timed. Contenders then take turns in one process;
 the tables show medians, the first and ninth decile, the ratio to the *faster* of torch's and ONNX
@@ -19,7 +19,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import suites, targets
+from benchmarks import suites
 from spfmt.bench import Session
 from spfmt.bench.baselines import absent
 from spfmt.bench.machine import versions
@@ -49,14 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SpfmtError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    record = make_record(session, suites=wanted)
-    if set(suites.TARGET_SUITES) <= set(wanted):
-        verdicts = targets.judge(record)
-        record["targets"] = [verdict.as_json() for verdict in verdicts]
-        print("\n".join(targets.lines(verdicts)))
     print(f"\n{time.perf_counter() - start:.0f} s")
     if args.json:
-        write_record(record, args.json)
+        write_record(make_record(session, suites=wanted), args.json)
     return 0
 
 
@@ -68,10 +63,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--suite",
-        default="targets",
+        default="layers",
         type=_names,
-        help=f"comma-separated: targets ({', '.join(suites.TARGET_SUITES)}), all, or any of "
-        f"{', '.join(NAMES)} (default: targets)",
+        help=f"comma-separated: all, or any of {', '.join(NAMES)} (default: layers)",
     )
     parser.add_argument(
         "--seconds", type=_seconds, default=1.5, help="for each case (default: 1.5)"
@@ -89,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _names(text: str) -> list[str]:
     names = text.split(",")
-    unknown = sorted(set(names) - {"targets", "all", *NAMES})
+    unknown = sorted(set(names) - {"all", *NAMES})
     if unknown:
         raise argparse.ArgumentTypeError(f"got {', '.join(unknown)}; expected {', '.join(NAMES)}")
     return names
@@ -104,10 +98,7 @@ def _seconds(text: str) -> float:
 
 def _wanted(names: Sequence[str]) -> list[str]:
     """Suites to run, each once, in the order of the table."""
-    chosen = set(names)
-    if "targets" in chosen:
-        chosen |= set(suites.TARGET_SUITES)
-    return [name for name in NAMES if name in chosen or "all" in chosen]
+    return [name for name in NAMES if name in names or "all" in names]
 
 
 def _run(session: Session, name: str, data: Path | None) -> None:

@@ -210,5 +210,3 @@ SUITES: Mapping[str, Suite] = {
     "blocks": blocks,
     "baselines": baselines,
 }
-# What the table of targets is judged by.
-TARGET_SUITES = ("layers", "backward", "costs", "threads", "shapes")

@@ -12,7 +12,6 @@ from spfmt.bench.record import select
 Row = Mapping[str, Any]
 Record = Mapping[str, Any]
 
-BC, CB = "(B, C)", "(C, B)"
 WIDE, NARROW = [3072, 768], [768, 3072]
 LAYER = "forward+backward"
 DENSE_WINS = 0.97  # what is nearer than this is even
@@ -65,7 +64,6 @@ def page(record: Record, name: str, others: Mapping[str, Record]) -> str:
         *_backward(record),
         *_threads(record),
         *_tables(record),
-        *_targets(record),
         f"## How it is measured\n\n{METHOD}",
         *_missing(record),
         _repeat(name),
@@ -271,28 +269,6 @@ def _by_batch(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def _targets(record: Record) -> Iterator[str]:
-    targets = record.get("targets", [])
-    if not targets:
-        return
-    verdicts = [t["verdict"] for t in targets]
-    yield "## Targets"
-    yield (
-        f"{verdicts.count('pass')} of {len(targets)} pass, {verdicts.count(f'pass {CB}')} with X "
-        f"as {CB} only, {verdicts.count('miss')} miss, {verdicts.count('not measured')} are not "
-        f"measured. The verdict is of {BC}, the layout that dense layers take."
-    )
-    group = ""
-    lines: list[str] = []
-    for t in targets:
-        if t["group"] != group:
-            group = t["group"]
-            lines += ["", *_head([group, "target", BC, CB, ""])]
-        mark = t["verdict"] if t["verdict"] == "pass" else f"**{t['verdict']}**"
-        lines.append(_line([t["what"], t["target"], t["measured"], t["features_first"], mark]))
-    yield "\n".join(lines)
-
-
 def _missing(record: Record) -> Iterator[str]:
     if not record["absent"] and not record["skipped"]:
         return
@@ -318,8 +294,8 @@ python docs/generate.py
 ```
 
 `--data DIR` (or `SPFMT_DATA`) names the directory with the pruned networks' patterns; without it
-that suite is left out, and said so. `--suite targets`, `sparsity`, `batch`, `threads`, `shapes`,
-`blocks`, `baselines`, `real` run parts. For a layer of your own:
+that suite is left out, and said so. `--suite layers`, `backward`, `costs`, `threads`, `shapes`,
+`sparsity`, `batch`, `blocks`, `baselines`, `real` run parts. For a layer of your own:
 
 ```bash
 spfmt bench --shape 4096x1024 --format condensed,nm:2:4 --sparsity 0.8,0.9 --json out.json

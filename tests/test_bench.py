@@ -676,7 +676,7 @@ def test_command_names_packages_that_it_needs(tmp_path: Path) -> None:
     assert "without matplotlib" in result.stderr
 
 
-# --------------------------------------------------------------------------- suites, targets
+# ------------------------------------------------------------------------------------ suites
 
 
 @pytest.fixture
@@ -685,47 +685,14 @@ def benchmarks(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
     return lambda name: importlib.import_module(f"benchmarks.{name}")
 
 
-def test_targets_are_judged(benchmarks: Callable[[str], ModuleType]) -> None:
-    targets = benchmarks("targets")
-    verdict = targets.Verdict("group", "what", 2.0, "x", False, 2.0)
-    assert verdict.verdict == "pass"
-    assert replace(verdict, measured=1.9).verdict == "miss"
-    assert replace(verdict, measured=1.9, features_first=2.1).verdict == "pass (C, B)"
-    assert replace(verdict, measured=None).verdict == "not measured"
-    assert replace(verdict, at_most=True, measured=2.1).verdict == "miss"
-    assert replace(verdict, at_most=True, measured=1.9).verdict == "pass"
-    assert verdict.cells() == ("what", "≥ 2.00x", "2.00x", "", "pass")
-
-
-def test_targets_find_their_results(benchmarks: Callable[[str], ModuleType]) -> None:
-    targets = benchmarks("targets")
-    row = {
-        "suite": "layers", "name": "condensed", "layout": "(B, C)", "shape": [3072, 768],
-        "asked": 0.1, "batch": 1, "threads": 1, "op": "spmm", "speedup": 5.0, "us": 1.0,
-        "roof": 0.5, "gflops": 1.0, "gbytes": 1.0,
-    }  # fmt: skip
-    slow = {**row, "name": "csr", "speedup": 1.0}
-    record = {**_small_record(), "results": [row, slow]}
-    verdicts = targets.judge(record)
-    found = [v for v in verdicts if v.measured is not None]
-    assert [(v.what, v.measured, v.verdict) for v in found] == [
-        ("condensed, batch 1", 5.0, "pass"),
-        ("csr, batch 1", 1.0, "miss"),
-    ]
-    text = "\n".join(targets.lines(verdicts))
-    assert f"{len(verdicts)} targets: 1 pass, 0 with (C, B) only, 1 miss" in text
-
-
 def test_suites_are_chosen_by_name(
     benchmarks: Callable[[str], ModuleType], capsys: pytest.CaptureFixture[str]
 ) -> None:
     linear = benchmarks("linear")
     assert linear._wanted(["all"]) == list(linear.NAMES)
-    assert linear._wanted(["real", "targets"]) == [
-        "layers", "backward", "costs", "threads", "shapes", "real",
-    ]  # fmt: skip
+    assert linear._wanted(["real", "layers"]) == ["layers", "real"]
     with pytest.raises(SystemExit) as exit:
-        linear.main(["--suite", "targets,speed"])
+        linear.main(["--suite", "layers,speed"])
     assert exit.value.code == 2
     assert "got speed; expected layers" in capsys.readouterr().err
 
