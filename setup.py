@@ -29,10 +29,9 @@ ISA_FLAGS: dict[str, list[str]] = CORE_FLAGS["ISA_FLAGS"]
 EMULATED_FLAGS: dict[str, list[str]] = CORE_FLAGS["EMULATED_FLAGS"]
 FLAGS: list[str] = [*CORE_FLAGS["FLAGS"]]
 LINK: list[str] = []
-if SANITIZE:  # lines in reports need -g1 at most, and -O2 takes five times as long as -O1
+if SANITIZE:  # lines in reports need no more than -g1
     FLAGS += ["-g1", "-O1", "-fno-omit-frame-pointer", f"-fsanitize={SANITIZE}"]
     LINK += [f"-fsanitize={SANITIZE}"]
-    ISA_FLAGS["scalar"].remove("-O2")
 else:
     FLAGS += ["-g0"]  # Python's own flags ask for debug information, ten times the code
 

@@ -11,8 +11,7 @@
 #endif
 
 /* Selection works on keys: integers in the order of the scores, where -0 equals 0. Loops over
-   integers vectorise, and an emitted index costs no branch: it is written always and stays
-   where its key is large enough. */
+   integers vectorise, and of 64 keys a word of bits tells the few that are kept. */
 static inline int64_t spfmt_key(double score) {
   int64_t bits;
   score += 0.0; /* -0 becomes 0 */

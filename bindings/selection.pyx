@@ -116,7 +116,7 @@ cdef number _kth_largest(number *a, Py_ssize_t n, Py_ssize_t k) noexcept nogil:
 cdef struct Bracket:
     int64_t low          # keys around the bound of a row before: most likely those of this one
     int64_t high
-    int64_t *work        # (n + 1,) keys
+    int64_t *work        # (n,) keys
 
 
 cdef int64_t _few_bound(int64_t *keys, Py_ssize_t n, Py_ssize_t k, int64_t low,
@@ -280,7 +280,7 @@ def top_columns(const real[:, ::1] scores, Py_ssize_t k, int64_t[::1] row_ptr,
                 int32_t[::1] columns, uint8_t[:, ::1] keep):
     """The k largest of all scores, ties to the first: their columns, row after row, or their mask.
 
-    `columns` has k + 1 elements, the last one is scratch; or it is empty and `keep` is not.
+    `columns` has k elements, or none where `keep` has some.
     """
     cdef Py_ssize_t cols = scores.shape[1], r
     cdef int64_t *keys

@@ -161,7 +161,7 @@ std::optional<int64_t> version_of(const Tensor& t) {
 py::capsule known_plan(const Tensor& structure) {
   const auto found = all<Known>().find(structure.data());
   if (found == all<Known>().end()) return {};
-  const Known& known = found->second;
+  const Known known = found->second;  // it may go while Python code runs
   if (known.count != structure.size(0)) return {};
   if (std::memcmp(known.header.data(), structure.data(), sizeof(Header)) != 0) return {};
   if (version_of(structure) != known.version) return {};
@@ -182,10 +182,10 @@ py::capsule plan_at(PyObject* structure) {
 
 int64_t constant_of(const Tensor& values) {
   const auto found = all<Promise>().find(values.data());
-  if (found == all<Promise>().end() || found->second.count != values.size(0)) {
-    return spfmt::kChanging;
-  }
-  return version_of(values) == found->second.version ? found->second.number : spfmt::kChanging;
+  if (found == all<Promise>().end()) return spfmt::kChanging;
+  const Promise kept = found->second;  // it may go while Python code runs
+  if (kept.count != values.size(0)) return spfmt::kChanging;
+  return version_of(values) == kept.version ? kept.number : spfmt::kChanging;
 }
 
 void know(uintptr_t data, int64_t count, int64_t version, const Header& header,

@@ -10,6 +10,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -197,6 +198,37 @@ def test_forked_child_computes_after_parallel_parent() -> None:
     child.join(60)
     spfmt.set_num_threads(None)
     assert child.exitcode == 0
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_forked_child_computes_while_the_parent_lowers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No lock of another tensor's first product is inherited locked."""
+    lowering, done = threading.Event(), threading.Event()
+    other = spfmt.NM.from_scores(np.ones((8, 8), "float32"), n=2, m=4)
+    lower = spfmt.NM._lower
+
+    def slow(structure: Any) -> Any:
+        lowering.set()
+        assert done.wait(60)
+        return lower(structure)
+
+    monkeypatch.setattr(spfmt.NM, "_lower", slow)
+    thread = threading.Thread(target=lambda: other.plan)
+    thread.start()
+    assert lowering.wait(60)
+    a, x = spfmt.CSR.from_dense(np.eye(5, dtype="float32")), np.ones((5, 1), "float32")
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    child = context.Process(target=_in_child, args=(queue, a, x), daemon=True)
+    child.start()
+    try:
+        np.testing.assert_array_equal(queue.get(timeout=60), x)
+    finally:
+        done.set()
+        thread.join()
+        child.kill()
+        child.join()
+        spfmt.set_num_threads(None)
 
 
 def test_gil_is_released_inside_kernels() -> None:

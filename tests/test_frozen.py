@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import copy
 import gc
+import importlib
 import pickle
+from multiprocessing.reduction import ForkingPickler
 
 import numpy as np
 import pytest
 from format_cases import LAYOUTS
 
 torch = pytest.importorskip("torch")
+
 
 from spfmt.torch import FrozenLinear, SparseLinear, densify, freeze, sparsify, unfreeze  # noqa: E402
 
@@ -87,6 +90,56 @@ def test_addresses_are_not_mistaken_for_values_that_were_frozen_there() -> None:
             torch.testing.assert_close(frozen(x).T, dense[:, :8])
             torch.testing.assert_close(layer(x).T, dense[:, :8])
             del layer, frozen
+
+
+def test_memory_that_was_promised_goes_to_no_other_tensor() -> None:
+    layer = freeze(network()[0])
+    values = layer._constant.values
+    address, nbytes = values.data_ptr(), values.numel() * values.element_size()
+    importlib.import_module("torch.multiprocessing")  # teaches this pickler to send tensors
+    assert ForkingPickler.dumps(layer)  # what a queue does with a model
+    assert values.data_ptr() == address
+    layer.share_memory()
+    assert values.is_shared()
+    others = [torch.empty(nbytes, dtype=torch.uint8) for _ in range(200)]
+    assert address not in {other.data_ptr() for other in others}
+    x = torch.randn(3, 40)
+    before = layer(x)
+    values.data.mul_(2)  # at another place than was promised
+    torch.testing.assert_close(layer(x) - layer.bias, 2 * (before - layer.bias))
+
+
+def test_a_model_frozen_in_inference_mode_counts_writes() -> None:
+    model, x = network(), torch.randn(1, 40)
+    with torch.inference_mode():
+        freeze(model)
+        model(x)
+    values = model[0]._constant.values
+    assert not values.is_inference()
+    assert not values.requires_grad
+    values.mul_(2)
+    torch.testing.assert_close(
+        model[0].tensor().to_dense() @ x[0].numpy() + model[0].bias.detach().numpy(),
+        model[0](x)[0].detach().numpy(),
+    )
+
+
+def test_what_is_not_a_map_survives() -> None:
+    class Twice(SparseLinear):
+        def forward(self, x: torch.Tensor, **options) -> torch.Tensor:
+            return 2 * super().forward(x, **options)
+
+    layer, seen = network()[0], []
+    layer.values.requires_grad_(False)
+    layer.register_forward_hook(lambda *call: seen.append(1))
+    frozen = freeze(layer)
+    frozen(torch.randn(2, 40))
+    thawed = unfreeze(frozen)
+    thawed(torch.randn(2, 40))
+    assert len(seen) == 2
+    assert not thawed.values.requires_grad
+    model = torch.nn.Sequential(Twice(16, 8, density=0.5))
+    assert type(freeze(model)[0]) is Twice
 
 
 def test_unfrozen_layers_are_what_they_were() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import gc
+import sys
+import threading
 import weakref
 
 import pytest
@@ -151,8 +153,44 @@ def test_memory_of_a_deleted_layer_is_released():
 def test_words_that_outlive_their_layer_are_still_multiplied_with():
     layer, x = make(), torch.randn(4, 16)
     y, bias = layer(x), layer.bias
-    words, values, structure = layer.structure, layer.values, layer._decoded()
+    words, values, compiled = layer.structure, layer.values, compiled_structure(layer.structure)
     del layer
     gc.collect()
     assert torch.equal(spmm(values, words, x, bias=bias, shape=(12, 16)), y)
-    assert compiled_structure(words).structure is structure
+    assert compiled_structure(words) is compiled
+
+
+def test_layers_come_and_go_in_several_threads():
+    def work() -> None:
+        try:
+            for _ in range(300):
+                make()(x)
+        except Exception as error:
+            errors.append(error)
+
+    x, errors = torch.randn(2, 16), []
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=work) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert not errors
+
+
+def test_a_model_that_a_finalizer_saves_is_whole():
+    class Trainer:
+        def __init__(self) -> None:
+            self.model, self.me = make(), self
+
+        def __del__(self) -> None:
+            saved.update(self.model.state_dict())
+
+    saved: dict = {}
+    Trainer()
+    gc.collect()
+    assert set(saved) == {"values", "structure", "bias"}

@@ -155,13 +155,13 @@ struct Pool {
   Executor executor(int threads) { return {threads, this, for_each}; }
 
   // The session's threads, as far as the machine has as many. ONNX Runtime does not tell: so many
-  // bodies meet, each on a thread of its own, as arrive within a millisecond.
+  // bodies meet, each on a thread of its own, as arrive within half a millisecond.
   int count_threads() {
     struct Meeting {
       std::mutex mutex;
       std::vector<std::thread::id> present;
       const std::chrono::steady_clock::time_point end =
-          std::chrono::steady_clock::now() + std::chrono::milliseconds(1);
+          std::chrono::steady_clock::now() + std::chrono::microseconds(500);
 
       size_t join() {
         const std::lock_guard<std::mutex> lock(mutex);
@@ -374,18 +374,23 @@ class Linear {
   }
 
   // A plan for more threads than the session has would be one for another machine. They are counted
-  // before the first product that would take more than one.
+  // at the first products that would take more than one: more than once where some are missing, for
+  // another run or program may have kept them.
   int threads_for(int64_t batch, Pool& pool) const {
-    if (const int counted = threads_.load(std::memory_order_relaxed)) return counted;
+    constexpr int kMostCounts = 4;
+    const int known = threads_.load(std::memory_order_relaxed), most = Pool::threads_of_machine();
+    if (known == most || counts_.load(std::memory_order_relaxed) >= kMostCounts) return known;
     if (batch <= serial_batch_.load(std::memory_order_relaxed)) return 1;
-    const int most = Pool::threads_of_machine();
     if (choose(isa_, *plan_, {Op::spmm, batch, dtype_}, most).threads == 1) {
       serial_batch_.store(batch, std::memory_order_relaxed);
       return 1;
     }
-    const int counted = pool.count_threads();
-    threads_.store(counted, std::memory_order_relaxed);
-    return counted;
+    const std::unique_lock<std::mutex> lock(counting_, std::try_to_lock);
+    if (!lock) return known;
+    const int found = std::max(known, pool.count_threads());
+    threads_.store(found, std::memory_order_relaxed);
+    counts_.fetch_add(1, std::memory_order_relaxed);
+    return found;
   }
 
   const Api& api_;
@@ -395,8 +400,9 @@ class Linear {
   DType dtype_ = DType::f32;
   Isa isa_ = Isa::scalar;
   std::shared_ptr<const Plan> plan_;
-  mutable std::atomic<int> threads_{0};            // of the session; 0: not counted
-  mutable std::atomic<int64_t> serial_batch_{-1};  // one thread is best for it, whoever counts
+  mutable std::mutex counting_;
+  mutable std::atomic<int> threads_{1}, counts_{0};  // the session's threads; how often counted
+  mutable std::atomic<int64_t> serial_batch_{-1};    // one thread is best for it, whoever counts
 };
 
 const LinearOp& self(const CustomOp* op) { return *static_cast<const LinearOp*>(op); }

@@ -139,8 +139,8 @@ def float_array(name: str, value: Any) -> Array:
 def frozen(array: Array, dtype: np.dtype[Any], copy: bool) -> Array:
     """Read-only C-contiguous `array` of `dtype`; without `copy` a fitting array is shared.
 
-    A copy starts at a cache line. Nobody can make the result writeable again, as an owner of memory
-    could: kernels keep what they pack of a tensor's values for as long as it lives.
+    A copy starts at a cache line. numpy will not make the result writeable again, as it would an
+    owner of memory: kernels keep what they pack of a tensor's values for as long as it lives.
     """
     if copy:
         out = aligned(array, dtype)

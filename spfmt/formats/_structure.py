@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import cached_property
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -24,8 +23,28 @@ from spfmt.structure._checks import as_int
 from spfmt.structure.moves import sources
 
 if TYPE_CHECKING:
+    from functools import cached_property as made_once
+
     from spfmt.dispatch import Plan
     from spfmt.formats._base import SparseTensor
+else:
+
+    class made_once:
+        """`functools.cached_property` without the lock that Python 3.10 and 3.11 have for it.
+
+        It is one for all instances, and a forked child could inherit it locked. Two threads may
+        both make the object; one is kept.
+        """
+
+        def __init__(self, make: Callable[[Any], Any]) -> None:
+            self.make = make
+            self.__doc__ = make.__doc__
+
+        def __get__(self, instance: Any, owner: type) -> Any:
+            if instance is None:
+                return self
+            return instance.__dict__.setdefault(self.make.__name__, self.make(instance))
+
 
 __all__ = ["Structure"]
 
@@ -99,12 +118,12 @@ class Structure:
             size *= length
         return size
 
-    @cached_property
+    @made_once
     def layout(self) -> Layout:
         """The kernel layout."""
         return self.cls._lower(self)
 
-    @cached_property
+    @made_once
     def plan(self) -> Plan:
         """The structure compiled for the kernels, made at its first use."""
         from spfmt.dispatch import Plan

@@ -40,10 +40,10 @@ def topk_columns(scores: npt.ArrayLike, n: int) -> tuple[Int64Array, Int32Array]
     """
     plain = as_scores(scores, ndim=2)
     n = as_int("n", n, 0, plain.size)
-    indptr, columns = np.zeros(len(plain) + 1, np.int64), np.empty(n + 1, np.int32)
+    indptr, columns = np.zeros(len(plain) + 1, np.int64), np.empty(n, np.int32)
     if n:
         _selection.top_columns(plain, n, indptr, columns, np.empty((0, 0), np.uint8))
-    return indptr, columns[:n]
+    return indptr, columns
 
 
 def topk_mask(scores: npt.ArrayLike, n: int) -> BoolArray:

@@ -11,7 +11,7 @@ from torch.fx import Proxy
 from spfmt.formats import SparseTensor
 from spfmt.torch.convert import to_numpy, whole
 from spfmt.torch.linear import SparseLinear, affine, traced
-from spfmt.torch.survey import places, swap
+from spfmt.torch.survey import Found, places, swap
 from spfmt.torch.values import Constant, compiled_structure
 
 __all__ = ["FrozenLinear", "freeze", "unfreeze"]
@@ -25,11 +25,13 @@ _WAY_OUT = (
 
 
 class FrozenLinear(nn.Module):
-    """A `SparseLinear` whose values nobody can write: what `freeze` puts in its place.
+    """A `SparseLinear` whose values stay as they are: what `freeze` puts in its place.
 
     Small batches of a layer whose values may change compare them with what was packed, at every
     call; here the packed copy is used without a look. There is no Parameter `values`: reading or
     assigning it raises, and ``load_state_dict`` refuses. Gradients flow to the input and the bias.
+    An exported program holds the values as a constant: a write to that is seen if torch counts it,
+    which it does not through ``.data``.
 
     Parameters
     ----------
@@ -53,9 +55,11 @@ class FrozenLinear(nn.Module):
         self.shape, self.format = layer.shape, layer.format
         self.out_features, self.in_features = layer.shape
         self._kept = (layer.target_density, dict(layer.format_params))
-        self.register_buffer("structure", layer.structure.detach().clone())
+        self._trained = layer.values.requires_grad
+        with torch.inference_mode(False):  # what is made for inference may be trained through later
+            self.register_buffer("structure", layer.structure.detach().clone())
         self.register_parameter("bias", layer.bias)
-        self._constant = Constant(whole(layer.values).detach().clone())
+        self._constant = Constant(whole(layer.values))
         self.train(layer.training)
 
     def forward(self, x: Tensor, *, activation: str | None = None) -> Tensor:
@@ -83,6 +87,7 @@ class FrozenLinear(nn.Module):
             target_density=target,
             **params,
         )
+        layer.values.requires_grad_(self._trained)
         return layer.train(self.training)
 
     def extra_repr(self) -> str:
@@ -105,7 +110,9 @@ class FrozenLinear(nn.Module):
     def _apply(self: Self, fn: Any, recurse: bool = True) -> Self:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         with torch.no_grad():
-            self._constant = Constant(fn(self._constant.values).clone())
+            moved = fn(self._constant.values)
+        if moved is not self._constant.values:  # what writes in place keeps its tensor
+            self._constant = Constant(moved)
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
@@ -121,6 +128,8 @@ class FrozenLinear(nn.Module):
 
 def freeze(model: nn.Module) -> nn.Module:
     """Replace every `SparseLinear` of a model by a `FrozenLinear` with the same map, in place.
+
+    Layers of subclasses stay as they are: their map may be another.
 
     For inference: a product of a layer whose values may change compares them whole with what was
     packed, at the speed of memory (docs/kernels.md says what that costs); of a frozen one it does
@@ -159,10 +168,11 @@ def unfreeze(model: nn.Module) -> nn.Module:
 
 
 def _replaced(model: nn.Module, kind: type[nn.Module], make: Any) -> nn.Module:
-    if isinstance(model, kind):
+    if type(model) is kind:
         made: nn.Module = make(model)
+        swap(Found(model, []), made)
         return made
     for entry in places(model):
-        if isinstance(entry.module, kind):
+        if type(entry.module) is kind:
             swap(entry, make(entry.module))
     return model

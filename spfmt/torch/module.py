@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from spfmt.errors import FormatError, format_error
 from spfmt.formats import SparseTensor, Structure, decode_structure, encode, words_capacity
 from spfmt.torch.convert import to_numpy, to_torch_values, whole, write_whole
-from spfmt.torch.values import compiled_structure, sweep
+from spfmt.torch.values import compiled_structure
 from spfmt.torch.weight import WeightInfo
 
 __all__ = ["SparseModule", "follow", "move"]
@@ -444,10 +444,6 @@ class SparseModule(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self.__dict__.update(_written=_version(self.structure), _average=False)
-
-    def __del__(self) -> None:
-        self.__dict__["_buffers"] = {}  # unless somebody else holds the structure, it goes here
-        sweep()
 
     def _apply(self: Self, fn: Any, recurse: bool = True) -> Self:
         written = _version(self.structure) != self._written

@@ -17,7 +17,10 @@ address and its version counter. Where one of these differs, the words are read 
 
 from __future__ import annotations
 
+import atexit
+import functools
 import logging
+import weakref
 from typing import Any
 
 import numpy as np
@@ -27,6 +30,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from spfmt import _kernels, threads
+from spfmt._memory import empty_aligned
 from spfmt.dispatch import Plan
 from spfmt.formats import HEADER, Structure, decode_structure, new_version
 
@@ -38,7 +42,6 @@ __all__ = [
     "compiled_structure",
     "multiply",
     "sample",
-    "sweep",
 ]
 
 SPMM, SPMM_T = 0, 1
@@ -62,7 +65,7 @@ class CompiledStructure:
         The decoded structure.
     """
 
-    __slots__ = ("_ref", "_state", "_words", "nnz", "plan", "shape", "structure")
+    __slots__ = ("_end", "_ref", "_state", "_words", "nnz", "plan", "shape", "structure")
 
     def __init__(self, words: Tensor) -> None:
         array: NDArray[np.int32] = words.numpy()
@@ -72,6 +75,7 @@ class CompiledStructure:
         self.nnz = self.structure.nnz
         self._words = array.copy()
         self._ref = StorageWeakRef(words.untyped_storage())  # type: ignore[no-untyped-call]
+        self._end = weakref.ref(words, functools.partial(_release, words.data_ptr()))
         self._state = _state(words)
         self._tell(words)
 
@@ -82,17 +86,16 @@ class CompiledStructure:
         version; the words are compared then, which is far cheaper than compiling them again.
         """
         state = _state(words)
-        if state is not None and state == self._state:
-            return True
-        if not np.array_equal(self._words, words.numpy()):
+        unwritten = state is not None and state == self._state
+        if not unwritten and not np.array_equal(self._words, words.numpy()):
             return False
         self._state = state
         self._tell(words)
         return True
 
-    def is_dead(self) -> bool:
-        """Tell whether the buffer no longer exists."""
-        return bool(self._ref.expired())  # type: ignore[no-untyped-call]
+    def is_dead(self, users: int = 0) -> bool:
+        """Tell whether at most so many objects still use the memory of the buffer."""
+        return bool(torch._C._storage_Use_Count(self._ref.cdata) <= users)
 
     def _tell(self, words: Tensor) -> None:
         """Let compiled code know which structure lies there; not of inference tensors."""
@@ -113,6 +116,7 @@ def _state(words: Tensor) -> _State | None:
 
 
 _compiled: dict[int, CompiledStructure] = {}  # by address
+atexit.register(_compiled.clear)  # tensors that die later find modules half taken down
 
 
 def compiled_structure(structure: Tensor) -> CompiledStructure:
@@ -131,44 +135,64 @@ def compiled_structure(structure: Tensor) -> CompiledStructure:
     known = _compiled.get(address)
     if known is not None and not known.is_dead() and known.is_current(structure):
         return known
-    sweep()
+    for place in list(_compiled):
+        _release(place)
     fresh = _compiled[address] = CompiledStructure(structure)
     return fresh
 
 
-def sweep() -> None:
-    """Release what was compiled of buffers that no longer exist."""
-    for address, entry in list(_compiled.items()):
-        if entry.is_dead():
-            del _compiled[address]
-            _kernels.forget(address)
+def _release(address: int, dying: weakref.ref[Tensor] | None = None) -> None:
+    """Forget a structure whose buffer is gone, or goes with the tensor that is dying just now.
+
+    A tensor may die at any allocation, so this may run between any two steps of the code above.
+    """
+    users = 0 if dying is None else 2  # the tensor, and torch's Python object of its storage
+    entry = _compiled.get(address)
+    if entry is not None and entry.is_dead(users):
+        _compiled.pop(address, None)
+        _kernels.forget(address)
 
 
 class Constant:
-    """A promise that a tensor of values is not written for as long as this object lives.
+    """Values that stay as they are for as long as this object lives, which products are told.
+
+    Writes that torch counts are seen and end the promise; products then compare the values as
+    usual. The memory is this object's own and not torch's to move or to hand on: another tensor
+    cannot come to lie there.
 
     Parameters
     ----------
-    values : Tensor, shape (capacity,), on the CPU, contiguous
-        Held by this object and shown to products only. Writes that advance its version counter end
-        the promise; products then compare the values as usual.
+    values : Tensor, shape (capacity,), on any device
+        Copied. Only values on the CPU have kernels that profit from the promise.
+
+    Attributes
+    ----------
+    values : Tensor, shape (capacity,)
+        The copy, for products.
     """
 
     def __init__(self, values: Tensor) -> None:
-        self.values = values
-        self._address = values.data_ptr()
-        if not values.is_inference() and self._address:
-            _kernels.promise(self._address, values.numel(), values._version, new_version())
+        with torch.inference_mode(False):  # inference tensors count no writes
+            if values.device.type != "cpu":
+                self.values, self._memory = values.detach().clone(), None
+                return
+            self._memory = empty_aligned(values.numel() * values.element_size(), np.uint8)
+            self.values = torch.from_numpy(self._memory).view(values.dtype)
+            self.values.copy_(values.detach())
+        if self._memory.size:
+            self._address = self.values.data_ptr()
+            count, version = self.values.numel(), self.values._version
+            _kernels.promise(self._address, count, version, new_version())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Constant:
-        return Constant(self.values.clone())
+        return Constant(self.values)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Constant, (self.values,)
+        return Constant, (self.values.clone(),)  # to send a tensor moves it to shared memory
 
     def __del__(self) -> None:
-        # The tensor lives until here, so its address can have been given to no other.
-        _kernels.retract(self._address)
+        if hasattr(self, "_address"):
+            _kernels.retract(self._address)
 
 
 def _connect() -> bool:

@@ -41,8 +41,8 @@ class SparseTrainer(ABC):
     optimizer : torch.optim.Optimizer
         Made after the layers, so that it holds their `values`. State tensors of a parameter's own
         shape (SGD momentum; Adam's and AdamW's moments) follow their weights, new weights start
-        with zero state. State inside wrapped optimizers (ZeroRedundancyOptimizer, Lookahead and
-        their like) is found and follows too.
+        with zero state (the smallest step size of Rprop). State inside wrapped optimizers
+        (ZeroRedundancyOptimizer, Lookahead and their like) is found and follows too.
     alpha : float
         Share of the weights that the first update drops.
     delta_t : int
