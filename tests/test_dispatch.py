@@ -282,6 +282,7 @@ ORDER = {
     "advice": {"errors", "formats", "convert", "cost", "dispatch"},
     "ops": {"errors", "formats", "dispatch"},
     "torch": {
+        "_memory",
         "activations",
         "errors",
         "structure",
