@@ -7,7 +7,6 @@ already. Ways take turns in one process; the table shows medians, nn.Linear besi
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -18,24 +17,22 @@ from spfmt.bench.baselines import available
 from spfmt.bench.contenders import Contender, Setting
 from spfmt.bench.timing import interleave
 from spfmt.formats import FORMATS, SparseTensor, new_version
-from spfmt.structure.packing import group_rows, slice_padding
 
 Call = Callable[[], object]
 TINY = (16, 16)
 SHAPE = (3072, 768)
 SHAPES = ((128, 128), (256, 128), SHAPE)  # (R, C)
-CHUNK = 32  # columns that a lookup table in registers holds
 
 
 def costs(session: Session) -> None:
-    """One 16 x 16 block, whose kernel takes nanoseconds; new values; row grouping."""
+    """One 16 x 16 block, whose kernel takes nanoseconds; new values."""
     block = session.weight(parse_spec("shuffled_block"), TINY, 1.0)
     session.measure(
         Case(TINY, 1.0, 1), weights=[block], suite="costs", dense=False, extra=_through_torch(block)
     )
-    for name in ("nm", "condensed", "csr"):
+    for name in FORMATS:
         a = session.weight(parse_spec(name), SHAPE, 0.1)
-        for batch in (1, 64):
+        for batch in (1, 64) if a.layout().name == "lists" else ():  # groups are read in place
             session.measure(
                 Case(SHAPE, 0.1, batch),
                 weights=[a],
@@ -44,7 +41,6 @@ def costs(session: Session) -> None:
                 dense=False,
                 extra=lambda setting, a=a: [_new_values(setting, a)],
             )
-    session.facts.update(_grouping(session.weight(parse_spec("condensed"), SHAPE, 0.1)))
 
 
 def _through_torch(a: SparseTensor):
@@ -73,23 +69,6 @@ def _new_values(setting: Setting, a: SparseTensor) -> Contender:
         return a.plan.spmm(a.values, setting.x, batch_first=True, constant=new_version())
 
     return setting.contender(f"{a.format}, new values", "sparse", a, call)
-
-
-def _grouping(a: SparseTensor) -> dict[str, float]:
-    """Padding of random constant fan-in with and without greedy row grouping, and its time."""
-    rows, cols = a.matrix_shape
-    counts = np.zeros((rows, -(-cols // CHUNK)), np.uint8)
-    row, col = a.plan.layout.coordinates()
-    np.add.at(counts, (row, col // CHUNK), 1)
-    start = time.perf_counter()
-    order = group_rows(counts)
-    seconds = time.perf_counter() - start
-    return {
-        "padding of condensed, rows in order": slice_padding(counts),
-        "padding of condensed, rows grouped": slice_padding(counts, order),
-        "padding of condensed, as the kernels have it": a.plan.padding,
-        "seconds to group rows": seconds,
-    }
 
 
 # ------------------------------------------------------------------------------- the table

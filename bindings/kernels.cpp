@@ -122,12 +122,6 @@ py::list emulated_levels() {
   return names;
 }
 
-py::array_t<int32_t> group_rows_by_counts(const Contiguous<uint8_t>& counts) {
-  require(counts.ndim() == 2, "counts must be (rows, chunks)");
-  const auto order = spfmt::group_rows_by_counts(counts.data(), counts.shape(0), counts.shape(1));
-  return py::array_t<int32_t>(order.size(), order.data());
-}
-
 spfmt::Isa level(const std::string& name) {
   for (const spfmt::Isa isa : {spfmt::Isa::scalar, spfmt::Isa::avx2, spfmt::Isa::avx512}) {
     if (name != spfmt::name_of(isa)) continue;
@@ -194,7 +188,6 @@ PYBIND11_MODULE(_kernels, m) {
   m.def("emulated_levels", &emulated_levels, "Levels that run in other instructions: tests only.");
   m.def("openmp_threads", &omp_get_max_threads);
   m.def("in_forked_child", [] { return forked_child.load(); });
-  m.def("group_rows_by_counts", &group_rows_by_counts, py::arg("counts").noconvert());
   m.def("probe_fma", &probe_fma, py::arg("isa"), py::arg("steps"), py::arg("threads"),
         "Runs chains of multiply-adds on every thread; returns their FLOPs.");
   m.def("probe_load", &probe_load, py::arg("isa"), py::arg("data").noconvert(), py::arg("rounds"),

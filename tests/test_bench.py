@@ -522,7 +522,7 @@ def _small_record() -> dict[str, Any]:
               {"name": "DRAM", "capacity": None, "bandwidth": 20.0}]  # fmt: skip
     return {
         "schema": 1, "date": "2000-01-01", "machine": {"cpu": "a CPU", "isa": "avx2"},
-        "versions": {}, "absent": {}, "skipped": {}, "facts": {}, "results": rows,
+        "versions": {}, "absent": {}, "skipped": {}, "results": rows,
         "ceilings": [{"isa": "avx2", "threads": 1, "gflops": 150.0, "levels": levels}],
     }  # fmt: skip
 

@@ -231,6 +231,17 @@ def test_forked_child_computes_while_the_parent_lowers(monkeypatch: pytest.Monke
         spfmt.set_num_threads(None)
 
 
+def test_padding_of_plans() -> None:
+    """What small batches multiply by zero: nothing in n:m, half as much again if random."""
+    scores = np.random.default_rng(1).random((3072, 768))
+    assert spfmt.NM.from_scores(scores, n=3, m=32).plan.padding == 1.0
+    assert spfmt.NM.from_scores(scores, n=2, m=4).plan.padding == 1.0
+    assert spfmt.ShuffledBlock.from_scores(scores, 0.1).plan.padding == 1.0
+    assert 1.0 < spfmt.Condensed.from_scores(scores, 0.1).plan.padding < 1.51
+    assert 1.0 < spfmt.CSR.from_scores(scores, 0.1).plan.padding < 1.53
+    assert spfmt.CSR((5, 7), np.zeros(6, int), [], []).plan.padding == 1.0
+
+
 def test_gil_is_released_inside_kernels() -> None:
     """A sleeping thread gets the interpreter although this one never gives it up by itself."""
     a = spfmt.CSR.from_dense(np.ones((600, 600), "float32"))

@@ -166,9 +166,4 @@ bool isa_emulated(Isa isa);
 // Throws std::invalid_argument when SPFMT_ISA names no level or one the CPU lacks.
 Isa active_isa();
 
-// Greedy grouping of rows for packing: an order of the rows in which every 16 consecutive rows have
-// like counts, so that padding each chunk to its fullest row wastes little. counts: (rows, chunks)
-// row-major, nonzeros per chunk of columns. Deterministic.
-std::vector<int32_t> group_rows_by_counts(const uint8_t* counts, int64_t rows, int64_t chunks);
-
 }  // namespace spfmt

@@ -48,7 +48,6 @@ def make_record(session: Session, **more: Any) -> dict[str, Any]:
         "ceilings": [_ceilings(c) for c in session.ceilings],
         "seconds_per_case": session.seconds,
         "skipped": session.skipped,
-        "facts": session.facts,
         **more,
         "results": [row.as_json() for row in session.rows],
     }

@@ -45,8 +45,6 @@ class Session:
     rows : list of Row
     skipped : dict of str to str
         What was not measured, and why.
-    facts : dict of str to float
-        Other numbers that a suite found.
     machine : dict
         Where, and on which commit, the session began.
     """
@@ -56,7 +54,6 @@ class Session:
         self.say = say or (lambda line: None)
         self.rows: list[Row] = []
         self.skipped: dict[str, str] = {}
-        self.facts: dict[str, float] = {}
         self.machine = describe()
         self._ceilings: dict[tuple[str, int], Ceilings] = {}
         self._weights: dict[Any, SparseTensor] = {}

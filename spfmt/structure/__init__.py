@@ -11,14 +11,12 @@ from .distribution import erk_densities, uniform_densities
 from .fan_in import constant_fan_in
 from .hrbp import hrbp_block_density, hrbp_structure
 from .nm import nm_columns, transposable_nm_columns, transposable_nm_mask, transposable_patterns
-from .packing import group_rows, slice_padding
 from .rows import order_rows, order_rows_fast
 from .unstructured import per_row_topk, topk_columns, topk_mask
 
 __all__ = [
     "constant_fan_in",
     "erk_densities",
-    "group_rows",
     "hrbp_block_density",
     "hrbp_structure",
     "nm_columns",
@@ -26,7 +24,6 @@ __all__ = [
     "order_rows_fast",
     "per_row_topk",
     "select_blocks",
-    "slice_padding",
     "topk_columns",
     "topk_mask",
     "transposable_nm_columns",
