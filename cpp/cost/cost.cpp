@@ -10,7 +10,7 @@
 namespace spfmt {
 namespace {
 
-// Columns that neighbouring rows are compared over: a narrow window of RowSlices.
+// Columns that neighbouring rows are compared over: a narrow window of slices.
 constexpr int64_t kChunk = 32;
 
 // Steps that a slice of rows [begin, end) needs: for every chunk of columns as many as the fullest

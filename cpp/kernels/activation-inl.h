@@ -168,7 +168,7 @@ inline V activated(Activation kind, V v) noexcept {
   return S::load(lane);
 }
 
-// Four vectors, a token each, to the rows that they belong to, four tokens side by side.
+// Four vectors, a sample each, to the rows that they belong to, four samples side by side.
 template <class S, class T = typename S::T>
 inline void store_quads(const typename S::V* sum, const int32_t* row, int rows, T* y,
                         int64_t stride) noexcept {
@@ -181,7 +181,7 @@ inline void store_quads(const typename S::V* sum, const int32_t* row, int rows, 
   }
 }
 
-// The end of a product with N tokens: lanes, with bias and activation, to the rows of Y that they
+// The end of a product with N samples: lanes, with bias and activation, to the rows of Y that they
 // belong to, whose order is arbitrary. `quads`: the samples of a row are contiguous, with room for
 // N rounded up to four, which are written together.
 template <class S, int N, class T = typename S::T>

@@ -161,7 +161,7 @@ struct Avx2Simd {
   }
   static V whole(__m256 lo, __m256 hi) noexcept { return {lo, hi}; }
 
-  // Codes of RowSlices, widened once for all samples.
+  // Codes of a slice, widened once for all samples.
   template <int kWidth>
   struct Index {
     __m256i lo, hi;

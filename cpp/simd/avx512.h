@@ -154,7 +154,7 @@ struct Avx512Simd {
     return _mm512_insertf32x8(_mm512_castps256_ps512(lo), hi, 1);
   }
 
-  // Codes of RowSlices, widened once for all samples.
+  // Codes of a slice, widened once for all samples.
   template <int kWidth>
   struct Index {
     __m512i column;

@@ -98,7 +98,7 @@ struct ScalarSimd : ScalarLanes<Real, kLanes> {
   static constexpr int kBandSamples = 6;
   // Columns of X whose dot products with four rows of dY fit it.
   static constexpr int kDotCols = 1;
-  // Tokens and columns of a window that one pass over RowSlices takes at most.
+  // Samples and columns of a window that one pass over slices takes at most.
   static constexpr int kLookupSamples = 2, kWidestWindow = 32;
 
   // to(i, quad) for every lane i; quad(p) stores that lane of four vectors at p.
@@ -183,7 +183,7 @@ struct ScalarSimd : ScalarLanes<Real, kLanes> {
     return v;
   }
 
-  // Codes of RowSlices, see row_slices.h.
+  // Codes of a slice, see lists/lookup.h.
   template <int kWidth>
   struct Index {
     const uint8_t* code;
