@@ -3,7 +3,7 @@
 A kernel does a fixed number of floating-point operations on a fixed number of bytes, so its speed
 has a roof: the smaller of the peak rate of multiply-adds and of intensity times bandwidth, where
 intensity is FLOP per byte (Williams et al. 2009, "Roofline"). The probes are C++ at the same
-instruction-set levels as the kernels (``cpp/probe.h``).
+instruction-set levels as the kernels (``cpp/kernels/probe-inl.h``).
 """
 
 from __future__ import annotations
