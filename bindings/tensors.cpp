@@ -239,11 +239,11 @@ Op operation(int64_t op, int64_t activation) {
   return static_cast<Op>(op);
 }
 
-// multiply_tensors(op, values, structure, x, bias, shape, activation, out, threads)
+// multiply_tensors(op, values, structure, x, bias, shape, activation, out, threads, written)
 //   -> out, which is allocated where None is given; or None
 PyObject* multiply(PyObject*, PyObject* const* arg, Py_ssize_t count) {
   return translated([&]() -> PyObject* {
-    require_count(count, 9);
+    require_count(count, 10);
     const int64_t activation = integer(arg[6]);
     spfmt::Product p;
     p.op = operation(integer(arg[0]), activation);
@@ -269,7 +269,7 @@ PyObject* multiply(PyObject*, PyObject* const* arg, Py_ssize_t count) {
     if (!plain(out.ptr(), 2, kFloat, bits, y)) Py_RETURN_NONE;
     if (y.size(0) != batch || y.size(1) != n_out) Py_RETURN_NONE;
     p.values = values.vector();
-    p.constant = constant_of(values);
+    p.constant = arg[9] == Py_True ? spfmt::kWritten : constant_of(values);
     p.in = x.samples();
     p.out = y.samples();
     run(*plan, *level, p, threads_of(arg[8]));

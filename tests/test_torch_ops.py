@@ -118,12 +118,30 @@ def test_backward_computes_only_what_is_asked(wants, monkeypatch):
     for name in ("sddmm", "spmm_t"):
         op = getattr(ops, f"_{name}")
         monkeypatch.setattr(
-            ops, f"_{name}", lambda *a, op=op, name=name: (called.append(name), op(*a))[1]
+            ops, f"_{name}", lambda *a, op=op, name=name, **k: (called.append(name), op(*a, **k))[1]
         )
     y = spmm(operands["values"], structure, operands["x"], operands["bias"], shape=(R, C))
     y.sum().backward()
     assert called == {"values": ["sddmm"], "x": ["spmm_t"], "bias": []}[wants]
     assert operands[wants].grad is not None
+
+
+@pytest.mark.parametrize("batch", [1, 8])
+@pytest.mark.parametrize("strided", [False, True])
+def test_values_that_are_trained_are_never_packed(batch, strided):
+    """Packing them costs more than a small product, and the next step has others."""
+    layer = SparseLinear(64, 48, density=0.2)
+    x = torch.randn(batch, 128)[:, ::2] if strided else torch.randn(batch, 64)
+    x.requires_grad_()
+    plan, nnz = layer._decoded().plan, layer.nnz
+    y = layer(x)
+    y.square().sum().backward()
+    trained = plan.nbytes
+    layer(x, activation="gelu").square().sum().backward()
+    assert plan.nbytes == trained
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), y)
+    assert plan.nbytes >= trained + 4 * nnz  # which evaluation does
 
 
 def test_saves_only_what_backward_needs():

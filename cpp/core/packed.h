@@ -36,9 +36,8 @@ class PackedValues {
   std::shared_ptr<const Buffer> get(const PackedKey& key, const Product& p, int64_t nnz,
                                     size_t bytes, const Fill& fill) {
     const NoFork whole;
-    const Content content = p.constant == kChanging
-                                ? compared(p.values.data, nnz * size_of(p.values.dtype))
-                                : Content{p.values.data, p.constant, true, nullptr};
+    const Content content = p.constant < 0 ? compared(p.values.data, nnz * size_of(p.values.dtype))
+                                           : Content{p.values.data, p.constant, true, nullptr};
     const std::lock_guard<std::mutex> lock(mutex_);
     Entry& entry = find(key);
     if (entry.holds(content, bytes)) return entry.buffer;

@@ -119,7 +119,8 @@ double plan_padding(const Plan& plan) {
 
 void run(Isa isa, const Plan& plan, const Product& p, const Executor& executor) {
   if (p.op != Op::sddmm && (p.out.rows == 0 || p.out.cols == 0)) return;
-  const Choice choice = choose(isa, plan, {p.op, p.in.cols, p.values.dtype}, executor.threads);
+  const Choice choice = choose(isa, plan, {p.op, p.in.cols, p.values.dtype, p.constant != kWritten},
+                               executor.threads);
   choice.variant->run(choice.isa, plan, p, choice.threads > 1 ? executor : serial_executor());
 }
 

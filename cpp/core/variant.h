@@ -20,6 +20,7 @@ struct Variant {
   unsigned ops;           // one bit per Op
   bool geometry;          // whether it takes products of images
   int64_t largest_batch;  // samples
+  bool packs;             // whether it packs the values
   Terms (*terms)(const CostModel&, const Summary&, const Work&);
   // Whether a level has the bodies for a dtype of its own; where not, the next lower one serves.
   bool (*exists)(Isa, DType);
@@ -60,10 +61,10 @@ struct VariantOf {
     }
   }
   static constexpr Variant row(const char* name, Layout layout, std::initializer_list<Op> ops,
-                               bool geometry, int64_t largest_batch) {
+                               bool geometry, int64_t largest_batch, bool packs) {
     unsigned bits = 0;
     for (const Op op : ops) bits |= 1u << static_cast<int>(op);
-    return {name, layout, bits, geometry, largest_batch, V::terms, exists, run};
+    return {name, layout, bits, geometry, largest_batch, packs, V::terms, exists, run};
   }
 };
 

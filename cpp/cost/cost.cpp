@@ -180,6 +180,7 @@ Choice choose(const CostModel& model, Isa isa, const Summary& summary, const Wor
     const Variant& v = *row;
     const int level = serving_level(v, isa, work.dtype);
     if (v.layout != summary.layout || !v.takes(work.op, work.batch) || level < 0) continue;
+    if (v.packs && !work.packs && forced_variant != v.name) continue;
     const Isa serving = static_cast<Isa>(level);
     const double alone = kernel_seconds(model, serving, v, summary, work, 1);
     const bool forced = forced_variant == v.name;

@@ -155,7 +155,7 @@ struct GroupBands {
 
 }  // namespace
 
-const Variant kGroupBands =
-    VariantOf<GroupBands>::row("bands", Layout::groups, {Op::spmm, Op::spmm_t}, false, kSmallBatch);
+const Variant kGroupBands = VariantOf<GroupBands>::row(
+    "bands", Layout::groups, {Op::spmm, Op::spmm_t}, false, kSmallBatch, false);
 
 }  // namespace spfmt

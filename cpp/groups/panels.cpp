@@ -87,6 +87,6 @@ struct GroupPanels {
 }  // namespace
 
 const Variant kGroupPanels = VariantOf<GroupPanels>::row(
-    "panels", Layout::groups, {Op::spmm, Op::spmm_t, Op::sddmm}, false, INT64_MAX);
+    "panels", Layout::groups, {Op::spmm, Op::spmm_t, Op::sddmm}, false, INT64_MAX, false);
 
 }  // namespace spfmt

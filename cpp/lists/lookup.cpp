@@ -95,8 +95,8 @@ struct ListLookup {
 
 }  // namespace
 
-const Variant kListLookup =
-    VariantOf<ListLookup>::row("lookup", Layout::lists, {Op::spmm, Op::spmm_t}, false, kSmallBatch);
+const Variant kListLookup = VariantOf<ListLookup>::row(
+    "lookup", Layout::lists, {Op::spmm, Op::spmm_t}, false, kSmallBatch, true);
 
 double lookup_padding(const Plan& plan, int widest) {
   const SlicePack& pack = slices_of(plan, widest, serial_executor());

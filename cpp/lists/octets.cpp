@@ -212,7 +212,7 @@ double octet_padding(const Lists& a) {
   return nonzeros > 0 ? static_cast<double>(places) / static_cast<double>(nonzeros) : 1.0;
 }
 
-const Variant kListOctets =
-    VariantOf<ListOctets>::row("octets", Layout::lists, {Op::spmm, Op::spmm_t}, false, kSmallBatch);
+const Variant kListOctets = VariantOf<ListOctets>::row(
+    "octets", Layout::lists, {Op::spmm, Op::spmm_t}, false, kSmallBatch, true);
 
 }  // namespace spfmt

@@ -172,7 +172,7 @@ struct ListPanels {
     const Plan& lists = plan.oriented(p.op);
     const T* values = static_cast<const T*>(p.values.data);
     if (lists.source() == nullptr) return multiply(bodies, lists, values, p, executor);
-    if (p.constant == kChanging) {
+    if (p.constant < 0) {
       const Workspace ordered(sizeof(T) * lists.nnz());
       gather(lists, values, ordered.template as<T>(), executor);
       return multiply(bodies, lists, ordered.template as<T>(), p, executor);
@@ -191,6 +191,6 @@ struct ListPanels {
 }  // namespace
 
 const Variant kListPanels = VariantOf<ListPanels>::row(
-    "panels", Layout::lists, {Op::spmm, Op::spmm_t, Op::sddmm}, false, INT64_MAX);
+    "panels", Layout::lists, {Op::spmm, Op::spmm_t, Op::sddmm}, false, INT64_MAX, false);
 
 }  // namespace spfmt

@@ -17,7 +17,15 @@ from torch import Tensor
 
 from spfmt.activations import activation_code
 from spfmt.errors import KernelNotFound, format_error
-from spfmt.torch.values import SPMM, SPMM_T, CompiledStructure, compiled_structure, multiply, sample
+from spfmt.torch.values import (
+    SPMM,
+    SPMM_T,
+    WRITTEN,
+    CompiledStructure,
+    compiled_structure,
+    multiply,
+    sample,
+)
 
 __all__ = ["sddmm_cpu", "sddmm_fake", "spmm_cpu", "spmm_fake", "spmm_t_cpu", "spmm_t_fake"]
 
@@ -169,9 +177,11 @@ def spmm_cpu(
     bias: Tensor | None,
     shape: Sequence[int],
     activation: str | None = None,
+    written: bool = False,
 ) -> Tensor:
-    """Compute ``spmm``."""
-    y = multiply(SPMM, values, structure, x, bias, shape, activation_code(activation))
+    """Compute ``spmm``; `written` as for `multiply`."""
+    code = activation_code(activation)
+    y = multiply(SPMM, values, structure, x, bias, shape, code, written=written)
     if y is not None:
         return y
     y = spmm_fake(values, structure, x, bias, shape, activation)
@@ -185,20 +195,25 @@ def spmm_cpu(
         activation=activation,
         batch_first=True,
         out=y.numpy(),
+        constant=WRITTEN if written else None,
     )
     return y
 
 
-def spmm_t_cpu(values: Tensor, structure: Tensor, dy: Tensor, shape: Sequence[int]) -> Tensor:
-    """Compute ``spmm_t``."""
-    dx = multiply(SPMM_T, values, structure, dy, None, shape)
+def spmm_t_cpu(
+    values: Tensor, structure: Tensor, dy: Tensor, shape: Sequence[int], written: bool = False
+) -> Tensor:
+    """Compute ``spmm_t``; `written` as for `multiply`."""
+    dx = multiply(SPMM_T, values, structure, dy, None, shape, written=written)
     if dx is not None:
         return dx
     dx = spmm_t_fake(values, structure, dy, shape)
     _check_memory(values, structure, dy)
     compiled = _weight_of(structure, shape)
     _check_capacity(values, compiled)
-    compiled.plan.spmm_t(_array(values), _array(dy), batch_first=True, out=dx.numpy())
+    constant = WRITTEN if written else None
+    out = dx.numpy()
+    compiled.plan.spmm_t(_array(values), _array(dy), batch_first=True, out=out, constant=constant)
     return dx
 
 

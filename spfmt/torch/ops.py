@@ -172,12 +172,12 @@ def _spmm_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     with torch.no_grad():
         dz = dy
         if ctx.activation is not None:  # the activation's input was not kept
-            z = _spmm(values, structure, x, bias, ctx.shape)
+            z = _spmm(values, structure, x, bias, ctx.shape, written=needs_values)
             dz = _activation_backward(dy, z, ctx.activation)
         if needs_values:
             dvalues = _sddmm(structure, dz, x, ctx.shape, ctx.capacity)
         if needs_x:
-            dx = _spmm_t(values, structure, dz, ctx.shape)
+            dx = _spmm_t(values, structure, dz, ctx.shape, written=needs_values)
         if needs_bias:
             dbias = dz.sum(0)
     sources = [t for t in (dy, values, x, bias) if t is not None]
@@ -200,7 +200,7 @@ def _spmm_t_backward(ctx: Any, ddx: Tensor) -> tuple[Tensor | None, ...]:
         if needs_values:
             dvalues = _sddmm(structure, dy, ddx, ctx.shape, ctx.capacity)
         if needs_dy:
-            ddy = _spmm(values, structure, ddx, None, ctx.shape)
+            ddy = _spmm(values, structure, ddx, None, ctx.shape, written=needs_values)
     return (
         None if dvalues is None else _once(dvalues, ddx, dy),
         None,
@@ -223,9 +223,9 @@ def _sddmm_backward(ctx: Any, dvalues: Tensor) -> tuple[Tensor | None, ...]:
     with torch.no_grad():
         weights = dvalues.contiguous()
         if needs_dy:
-            ddy = _spmm(weights, structure, x, None, ctx.shape)
+            ddy = _spmm(weights, structure, x, None, ctx.shape, written=True)
         if needs_x:
-            dx = _spmm_t(weights, structure, dy, ctx.shape)
+            dx = _spmm_t(weights, structure, dy, ctx.shape, written=True)
     return (
         None,
         None if ddy is None else _once(ddy, dvalues, x),
@@ -360,13 +360,14 @@ def _recorded(
     compute: Callable[..., Tensor],
     context: Callable[[Any, Any, Any], None],
     backward: Callable[[Any, Tensor], Any],
+    trained: Callable[[Any], tuple[bool, ...]] = lambda ctx: ctx.needs_input_grad[:1],
 ) -> Callable[..., Tensor]:
     """Return a product that autograd records without the dispatcher, from an operator's parts."""
 
     class Recorded(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *inputs: Any) -> Tensor:
-            result = compute(*inputs)
+            result = compute(*inputs, *trained(ctx))
             context(ctx, inputs, result)
             return result
 
@@ -379,7 +380,7 @@ def _recorded(
 
 _recorded_spmm = _recorded(cpu.spmm_cpu, _spmm_context, _spmm_backward)
 _recorded_spmm_t = _recorded(cpu.spmm_t_cpu, _spmm_t_context, _spmm_t_backward)
-_recorded_sddmm = _recorded(cpu.sddmm_cpu, _sddmm_context, _sddmm_backward)
+_recorded_sddmm = _recorded(cpu.sddmm_cpu, _sddmm_context, _sddmm_backward, lambda ctx: ())
 
 
 def _refuse_forward_mode(operands: Sequence[Any]) -> None:
@@ -428,30 +429,35 @@ def _spmm(
     bias: Tensor | None,
     shape: Sequence[int],
     activation: str | None = None,
+    written: bool = False,
 ) -> Tensor:
     if _is_unobserved():
         recording = _records(values, x, bias)
         if not recording:
             code = activation_code(activation)
-            y = multiply(SPMM, values, structure, x, bias, shape, code)
+            y = multiply(SPMM, values, structure, x, bias, shape, code, written=written)
             if y is not None:
                 return y
         if _is_ordinary(values, structure, x, bias):
-            compute = _recorded_spmm if recording else cpu.spmm_cpu
-            return compute(values, structure, x, bias, shape, activation)
+            if recording:
+                return _recorded_spmm(values, structure, x, bias, shape, activation)
+            return cpu.spmm_cpu(values, structure, x, bias, shape, activation, written)
     return _dispatched(_spmm_op, values, structure, x, bias, shape, activation)
 
 
-def _spmm_t(values: Tensor, structure: Tensor, dy: Tensor, shape: Sequence[int]) -> Tensor:
+def _spmm_t(
+    values: Tensor, structure: Tensor, dy: Tensor, shape: Sequence[int], written: bool = False
+) -> Tensor:
     if _is_unobserved():
         recording = _records(values, dy)
         if not recording:
-            dx = multiply(SPMM_T, values, structure, dy, None, shape)
+            dx = multiply(SPMM_T, values, structure, dy, None, shape, written=written)
             if dx is not None:
                 return dx
         if _is_ordinary(values, structure, dy):
-            compute = _recorded_spmm_t if recording else cpu.spmm_t_cpu
-            return compute(values, structure, dy, shape)
+            if recording:
+                return _recorded_spmm_t(values, structure, dy, shape)
+            return cpu.spmm_t_cpu(values, structure, dy, shape, written)
     return _dispatched(_spmm_t_op, values, structure, dy, shape)
 
 

@@ -6,7 +6,8 @@ a tensor tells about itself proves that they are unchanged: its version counter 
 with all of these. So there are two ways:
 
 *Changing values*, which is what a module has. Kernels read them where they lie, or compare them
-whole with what they packed last, at the speed of memory (``cpp/core/packed.h``).
+whole with what they packed last, at the speed of memory (``cpp/core/packed.h``). Where autograd
+records a product for them, they will be written before the next one: they are read where they lie.
 
 *Constant values*, whose owner promises that nobody writes them, by holding a `Constant`: a frozen
 module does. Their packed copies are reused without a look; a counted write ends the promise.
@@ -37,6 +38,7 @@ from spfmt.formats import HEADER, Structure, decode_structure, new_version
 __all__ = [
     "SPMM",
     "SPMM_T",
+    "WRITTEN",
     "CompiledStructure",
     "Constant",
     "compiled_structure",
@@ -45,6 +47,8 @@ __all__ = [
 ]
 
 SPMM, SPMM_T = 0, 1
+# `constant` of a plan's products with values that are written before each (`kWritten`).
+WRITTEN = -2
 
 _log = logging.getLogger("spfmt.torch")
 _debug = logging.getLogger("spfmt").isEnabledFor
@@ -222,6 +226,7 @@ def multiply(
     shape: Any,
     activation: int = 0,
     out: Tensor | None = None,
+    written: bool = False,
 ) -> Tensor | None:
     """Compute spmm or spmm_t in one compiled call that torch's dispatcher knows nothing of.
 
@@ -235,6 +240,9 @@ def multiply(
         :func:`spfmt.activations.activation_code`.
     out : Tensor, optional
         Receives the result, (B, R) or (B, C); otherwise it is allocated.
+    written : bool
+        Whether the values are written before each product, as in training: to pack them for a small
+        batch would then cost more than it gains.
 
     Returns
     -------
@@ -251,7 +259,7 @@ def multiply(
     if _debug(logging.DEBUG):  # the long way logs which kernel runs
         return None
     y: Tensor | None = _kernels.multiply_tensors(
-        op, values, structure, x, bias, shape, activation, out, threads._override
+        op, values, structure, x, bias, shape, activation, out, threads._override, written
     )
     return y
 
