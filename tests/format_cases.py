@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from spfmt import cost
-from spfmt.formats import CSR, HRBP, NM, Condensed, ShuffledBlock, SparseTensor
+from spfmt.formats import CSR, FORMATS, HRBP, NM, Condensed, ShuffledBlock, SparseTensor
 
 Rng = np.random.Generator
 Shape = tuple[int, ...]
@@ -177,3 +177,20 @@ LAYOUTS = {"lists": "csr", "groups": "shuffled_block"}
 def variants(layout: str, op: str, batch: int) -> list[str]:
     """All ways to compute one product: a machine's cost model may choose any of them."""
     return [name for name, ops, most in cost.VARIANTS[layout] if op in ops and batch <= most]
+
+
+_OF_DENSE: dict[str, dict[str, Any]] = {
+    "nm": {"m": 4},
+    "shuffled_block": {"block_shape": (4, 2), "row_perm": np.arange(10)},
+    "hrbp": {},
+}
+_RNG = np.random.default_rng(7)
+W = np.where(_RNG.random((10, 12)) < 0.4, _RNG.standard_normal((10, 12)), 0).astype(np.float32)
+
+
+def built(name: str, w: NDArray[Any] = W) -> SparseTensor:
+    """Tensor of a format on the nonzeros of `w`."""
+    options = dict(_OF_DENSE.get(name, {}))
+    if "row_perm" in options:
+        options["row_perm"] = np.arange(w.shape[0])
+    return FORMATS[name].from_dense(w, **options)

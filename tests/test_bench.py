@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 import itertools
 import json
-import math
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
@@ -17,7 +14,6 @@ import pytest
 from fresh_python import run_python
 
 import spfmt
-from spfmt import ceilings
 from spfmt.bench import (
     BATCH_FIRST,
     FEATURES_FIRST,
@@ -34,107 +30,16 @@ from spfmt.bench import baselines as baselines_module
 from spfmt.bench.contenders import Contender, Setting, ours
 from spfmt.bench.core import Core, this_core
 from spfmt.bench.exact import product
-from spfmt.bench.machine import highest_level
 from spfmt.bench.record import make_record, read_record, select, write_record
 from spfmt.bench.timing import _Sample, _timings, interleave
 from spfmt.bench.work import dense_work, index_bytes, sparse_work
-from spfmt.ceilings import Ceilings, Level, cache_sizes, measure_ceilings
 from spfmt.cli import main
-from spfmt.dispatch import _available_levels
 from spfmt.formats import FORMATS
 from spfmt.structure import fan_in
 from spfmt.structure.fan_in import random_columns
 
-ROOT = Path(__file__).resolve().parent.parent
 SMALL = (48, 64)
 ALL = [parse_spec(name) for name in FORMATS]
-
-
-# ---------------------------------------------------------------------------------- ceilings
-
-
-@pytest.mark.parametrize("isa", _available_levels())
-def test_probes_report_the_work_they_do(isa: str) -> None:
-    kernels = spfmt.dispatch._kernels
-    step = kernels.probe_fma(isa, 1, 1)
-    assert step > 0
-    assert step % 32 == 0  # multiply and add, on sixteen floats at least: whole registers
-    assert kernels.probe_fma(isa, 7, 2) == 14 * step
-    data = np.ones(4096, "float32")
-    assert kernels.probe_load(isa, data, 3, 1) == 3 * data.nbytes
-    assert kernels.probe_load(isa, data, 3, 2) == 3 * data.nbytes
-    assert kernels.probe_load(isa, data[:5], 1, 1) == 0  # nothing that is no whole step
-
-
-def test_probes_refuse_what_they_cannot_read() -> None:
-    load = spfmt.dispatch._kernels.probe_load
-    data = np.ones(4096, "float32")
-    for bad in (data.astype("float64"), data[::2], data.reshape(2, -1)):
-        with pytest.raises((ValueError, TypeError)):
-            load("scalar", bad, 1, 1)
-    for call in ((data, -1, 1), (data, 1, 0)):
-        with pytest.raises(ValueError, match="positive"):
-            load("scalar", *call)
-    with pytest.raises(ValueError, match="no such level"):
-        load("sse9", data, 1, 1)
-
-
-def test_measured_ceilings_are_complete() -> None:
-    found = measure_ceilings()
-    assert found.isa == spfmt.dispatch.active_isa()
-    assert [level.name for level in found.levels] == [*cache_sizes(), "DRAM"]
-    assert found.gflops > 0
-    assert all(level.bandwidth > 0 for level in found.levels)
-    assert math.isinf(found.levels[-1].capacity)
-    assert f"FMA {found.gflops:.0f} GFLOP/s" in str(found)
-
-
-def test_ceilings_refuse_bad_levels_and_threads() -> None:
-    for threads in (0, 1025, 1.5, "2", None, True):
-        with pytest.raises(spfmt.FormatError, match=f"got {threads!r} threads"):
-            measure_ceilings(threads)  # type: ignore[arg-type]
-    for isa in ("sse9", 5):
-        with pytest.raises(spfmt.FormatError, match=f"level {isa!r}"):
-            measure_ceilings(isa=isa)  # type: ignore[arg-type]
-
-
-def test_an_emulated_level_has_no_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(spfmt.dispatch._kernels, "emulated_levels", lambda: ["scalar"])
-    with pytest.raises(spfmt.FormatError, match="level 'scalar', which this build emulates"):
-        measure_ceilings(isa="scalar")
-    monkeypatch.setattr("spfmt.bench.machine.EMULATED", spfmt.dispatch.LEVELS[1:])
-    assert highest_level() == "scalar"  # whose roof dense layers are compared with
-
-
-def test_roof_is_the_lower_of_peak_and_bandwidth() -> None:
-    c = Ceilings("avx2", 1, 100.0, (Level("L1", 1000.0, 200.0), Level("DRAM", math.inf, 10.0)))
-    assert c.level(1000).name == "L1"
-    assert c.level(1001).name == "DRAM"
-    assert c.roof(flops=1000, nbytes=1000) == 100.0  # 1 FLOP per byte at 200 GB/s: the peak
-    assert c.roof(flops=250, nbytes=1000) == 50.0
-    assert c.roof(flops=4000, nbytes=2000) == 20.0
-    assert c.seconds(flops=4000, nbytes=2000) == pytest.approx(200e-9)
-    assert c.seconds(flops=1e11, nbytes=1) == pytest.approx(1.0)
-
-
-def _fake_cache(folder: Path, index: int, **fields: str) -> None:
-    place = folder / f"index{index}"
-    place.mkdir()
-    for name, text in fields.items():
-        (place / name).write_text(text + "\n")
-
-
-def test_cache_sizes_are_read_from_the_system(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(ceilings, "_CACHES", tmp_path)
-    assert cache_sizes() == {"L1": 32 << 10, "L2": 1 << 20, "L3": 16 << 20}  # no such folder
-    _fake_cache(tmp_path, 0, level="1", type="Data", size="48K")
-    _fake_cache(tmp_path, 1, level="1", type="Instruction", size="32K")
-    _fake_cache(tmp_path, 2, level="2", type="Unified", size="2M")
-    _fake_cache(tmp_path, 3, level="3", type="Unified", size="unknown")
-    _fake_cache(tmp_path, 4, level="3", type="Unified")
-    assert cache_sizes() == {"L1": 48 << 10, "L2": 2 << 20}
 
 
 # ----------------------------------------------------------------------------------- weights
@@ -674,76 +579,3 @@ def test_command_names_packages_that_it_needs(tmp_path: Path) -> None:
     result = _without(["matplotlib"], "--figures", str(tmp_path))
     assert result.returncode == 2
     assert "without matplotlib" in result.stderr
-
-
-# ------------------------------------------------------------------------------------ suites
-
-
-@pytest.fixture
-def benchmarks(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
-    monkeypatch.syspath_prepend(str(ROOT))
-    return lambda name: importlib.import_module(f"benchmarks.{name}")
-
-
-def test_suites_are_chosen_by_name(
-    benchmarks: Callable[[str], ModuleType], capsys: pytest.CaptureFixture[str]
-) -> None:
-    linear = benchmarks("linear")
-    assert linear._wanted(["all"]) == list(linear.NAMES)
-    assert linear._wanted(["real", "layers"]) == ["layers", "real"]
-    with pytest.raises(SystemExit) as exit:
-        linear.main(["--suite", "layers,speed"])
-    assert exit.value.code == 2
-    assert "got speed; expected layers" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--json", "/nowhere/out.json"], "existing directory"),
-        (["--json", "/"], "existing directory"),
-        (["--seconds", "nan"], "seconds from 0 to 3600"),
-        (["--seconds", "-1"], "seconds from 0 to 3600"),
-        (["--seconds", "long"], "invalid"),
-    ],
-)
-def test_suites_refuse_before_they_measure(
-    benchmarks: Callable[[str], ModuleType],
-    arguments: list[str],
-    message: str,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    with pytest.raises(SystemExit) as exit:
-        benchmarks("linear").main(["--suite", "real", *arguments])
-    assert exit.value.code == 2
-    assert message in capsys.readouterr().err
-
-
-def test_a_suite_without_its_data_says_so(
-    benchmarks: Callable[[str], ModuleType],
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.delenv("SPFMT_DATA", raising=False)
-    linear = benchmarks("linear")
-    path = tmp_path / "out.json"
-    assert linear.main(["--suite", "real", "--json", str(path)]) == 0
-    assert "names a directory" in read_record(path)["skipped"]["suite real"]
-    assert linear.main(["--suite", "real", "--data", str(tmp_path), "--json", str(path)]) == 0
-    assert len(read_record(path)["skipped"]) == 2
-    capsys.readouterr()
-
-
-def test_real_patterns_are_measured_in_every_format(
-    benchmarks: Callable[[str], ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    suites = benchmarks("suites")
-    a = random_weight(parse_spec("csr"), (64, 96), 0.1)
-    arrays = {"l/indptr": a.indptr, "l/indices": a.col_indices, "l/shape": np.array([64, 96])}
-    np.savez(tmp_path / "dlmc_net_x.npz", **arrays)
-    monkeypatch.setattr(suites, "REAL", {"dlmc_net_x": ("l",)})
-    session = Session(0.0)
-    suites.real(session, tmp_path)
-    assert {row.source for row in session.rows} == {"net/l"}
-    assert {row.name.split()[0] for row in session.rows if row.kind == "sparse"} == set(FORMATS)
