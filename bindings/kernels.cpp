@@ -186,6 +186,7 @@ PYBIND11_MODULE(_kernels, m) {
   m.def("kernel_table", &kernel_table, "Rows (op, layout, dtype, isa, supported).");
   m.def("active_isa", [] { return spfmt::name_of(spfmt::active_isa()); });
   m.def("emulated_levels", &emulated_levels, "Levels that run in other instructions: tests only.");
+  m.attr("WRITTEN") = spfmt::kWritten;
   m.def("openmp_threads", &omp_get_max_threads);
   m.def("in_forked_child", [] { return forked_child.load(); });
   m.def("probe_fma", &probe_fma, py::arg("isa"), py::arg("steps"), py::arg("threads"),

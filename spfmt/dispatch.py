@@ -210,7 +210,8 @@ class Plan:
     elements; what lies behind them (spare capacity) is ignored. They are multiplied as they are in
     memory at the call, whoever wrote them. A `constant` promises that equal numbers mean equal
     content, so that packed copies of them are reused without a look (see
-    :func:`spfmt.formats.new_version`); None promises nothing.
+    :func:`spfmt.formats.new_version`); None promises nothing, and ``_kernels.WRITTEN`` says that
+    they are written before each product, so that they are never packed.
     """
 
     def __init__(self, layout: Layout) -> None:

@@ -14,7 +14,6 @@ from format_cases import LAYOUTS
 
 torch = pytest.importorskip("torch")
 
-
 from spfmt.torch import FrozenLinear, SparseLinear, densify, freeze, sparsify, unfreeze  # noqa: E402
 
 # torch.compile imports parts of torch that use its own deprecated torch.jit.

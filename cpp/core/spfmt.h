@@ -103,8 +103,8 @@ struct View {
 // `constant` of values that may be written between two products: they are read where they lie, or
 // compared whole with what was packed.
 constexpr int64_t kChanging = -1;
-// `constant` of values that are written before each product, as in training: no variant that packs
-// them is chosen.
+// `constant` of values that are written before each product, as in training: no variant of packed
+// values is chosen.
 constexpr int64_t kWritten = -2;
 
 struct Geometry;  // of images whose samples overlap: room for convolutions, none yet

@@ -20,7 +20,7 @@ struct Variant {
   unsigned ops;           // one bit per Op
   bool geometry;          // whether it takes products of images
   int64_t largest_batch;  // samples
-  bool packs;             // whether it packs the values
+  bool packs;             // whether it multiplies with packed values only
   Terms (*terms)(const CostModel&, const Summary&, const Work&);
   // Whether a level has the bodies for a dtype of its own; where not, the next lower one serves.
   bool (*exists)(Isa, DType);

@@ -46,7 +46,7 @@ struct Work {
   Op op;
   int64_t batch;
   DType dtype = DType::f32;
-  bool packs = true;  // whether a variant that packs the values may be chosen
+  bool packs = true;  // whether a variant of packed values may be chosen
 };
 
 // The terms of a cost in order: `call` is 1; the others count, in vectors of 16 elements or bytes,

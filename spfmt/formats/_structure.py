@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -23,28 +23,8 @@ from spfmt.structure._checks import as_int
 from spfmt.structure.moves import sources
 
 if TYPE_CHECKING:
-    from functools import cached_property as made_once
-
     from spfmt.dispatch import Plan
     from spfmt.formats._base import SparseTensor
-else:
-
-    class made_once:
-        """`functools.cached_property` without the lock that Python 3.10 and 3.11 have for it.
-
-        It is one for all instances, and a forked child could inherit it locked. Two threads may
-        both make the object; one is kept.
-        """
-
-        def __init__(self, make: Callable[[Any], Any]) -> None:
-            self.make = make
-            self.__doc__ = make.__doc__
-
-        def __get__(self, instance: Any, owner: type) -> Any:
-            if instance is None:
-                return self
-            return instance.__dict__.setdefault(self.make.__name__, self.make(instance))
-
 
 __all__ = ["Structure"]
 
@@ -94,6 +74,8 @@ class Structure:
                 for name, ndim in zip(cls.STRUCTURE, cls.NDIMS, strict=True)
             }
         )
+        self._layout: Layout | None = None
+        self._plan: Plan | None = None
         cls._check(self)
         self.values_shape: Shape = cls._values_shape(self)
 
@@ -118,17 +100,21 @@ class Structure:
             size *= length
         return size
 
-    @made_once
+    @property
     def layout(self) -> Layout:
-        """The kernel layout."""
-        return self.cls._lower(self)
+        """The kernel layout, made at its first use."""
+        if self._layout is None:  # without a lock, which a forked child could inherit locked
+            self._layout = self.cls._lower(self)
+        return self._layout
 
-    @made_once
+    @property
     def plan(self) -> Plan:
         """The structure compiled for the kernels, made at its first use."""
-        from spfmt.dispatch import Plan
+        if self._plan is None:
+            from spfmt.dispatch import Plan
 
-        return Plan(self.layout)
+            self._plan = Plan(self.layout)
+        return self._plan
 
     def flat_indices(self) -> npt.NDArray[np.int64]:
         """Row-major flat index of every stored position, in the order of the values."""

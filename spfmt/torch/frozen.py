@@ -170,7 +170,7 @@ def unfreeze(model: nn.Module) -> nn.Module:
 def _replaced(model: nn.Module, kind: type[nn.Module], make: Any) -> nn.Module:
     if type(model) is kind:
         made: nn.Module = make(model)
-        swap(Found(model, []), made)
+        swap(Found(model), made)
         return made
     for entry in places(model):
         if type(entry.module) is kind:

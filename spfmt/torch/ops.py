@@ -360,14 +360,13 @@ def _recorded(
     compute: Callable[..., Tensor],
     context: Callable[[Any, Any, Any], None],
     backward: Callable[[Any, Tensor], Any],
-    trained: Callable[[Any], tuple[bool, ...]] = lambda ctx: ctx.needs_input_grad[:1],
 ) -> Callable[..., Tensor]:
     """Return a product that autograd records without the dispatcher, from an operator's parts."""
 
     class Recorded(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *inputs: Any) -> Tensor:
-            result = compute(*inputs, *trained(ctx))
+            result = compute(*inputs)
             context(ctx, inputs, result)
             return result
 
@@ -378,9 +377,14 @@ def _recorded(
     return cast(Callable[..., Tensor], Recorded.apply)
 
 
-_recorded_spmm = _recorded(cpu.spmm_cpu, _spmm_context, _spmm_backward)
-_recorded_spmm_t = _recorded(cpu.spmm_t_cpu, _spmm_t_context, _spmm_t_backward)
-_recorded_sddmm = _recorded(cpu.sddmm_cpu, _sddmm_context, _sddmm_backward, lambda ctx: ())
+def _trained(compute: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return a product that knows: what autograd records for values is written before the next."""
+    return lambda values, *rest: compute(values, *rest, written=values.requires_grad)
+
+
+_recorded_spmm = _recorded(_trained(cpu.spmm_cpu), _spmm_context, _spmm_backward)
+_recorded_spmm_t = _recorded(_trained(cpu.spmm_t_cpu), _spmm_t_context, _spmm_t_backward)
+_recorded_sddmm = _recorded(cpu.sddmm_cpu, _sddmm_context, _sddmm_backward)
 
 
 def _refuse_forward_mode(operands: Sequence[Any]) -> None:

@@ -47,8 +47,7 @@ __all__ = [
 ]
 
 SPMM, SPMM_T = 0, 1
-# `constant` of a plan's products with values that are written before each (`kWritten`).
-WRITTEN = -2
+WRITTEN: int = _kernels.WRITTEN  # `constant` of values that are written before each product
 
 _log = logging.getLogger("spfmt.torch")
 _debug = logging.getLogger("spfmt").isEnabledFor
