@@ -90,7 +90,7 @@ class BuildExt(build_ext):
 extensions = [
     Extension(
         "spfmt._kernels",
-        [f"bindings/{name}.cpp" for name in ("arrays", "cost", "kernels", "tensors")],
+        [f"bindings/{name}.cpp" for name in ("arrays", "cost", "images", "kernels", "tensors")],
         include_dirs=[get_include()],
         extra_compile_args=[*FLAGS, "-fopenmp"],
         # Plain -fopenmp links libgomp.so.1, the name torch ships its own copy under: whichever is

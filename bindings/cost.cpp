@@ -47,7 +47,7 @@ py::list variants() {
   for (const spfmt::Variant* v : spfmt::kVariants) {
     py::list ops;
     for (int op = 0; op < spfmt::kOps; ++op) {
-      if (v->takes(static_cast<spfmt::Op>(op), 1))
+      if (v->does(static_cast<spfmt::Op>(op)))
         ops.append(spfmt::name_of(static_cast<spfmt::Op>(op)));
     }
     rows.append(py::make_tuple(v->name, spfmt::name_of(v->layout), ops, v->largest_batch));

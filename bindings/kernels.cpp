@@ -107,7 +107,7 @@ T* vector(const py::array& a, int64_t least) {
 py::list kernel_table() {
   py::list rows;
   for (const spfmt::Kernel& k : spfmt::kernel_table()) {
-    rows.append(py::make_tuple(spfmt::name_of(k.op), spfmt::name_of(k.layout),
+    rows.append(py::make_tuple(spfmt::name_of(k.op, k.images), spfmt::name_of(k.layout),
                                spfmt::name_of(k.dtype), spfmt::name_of(k.isa),
                                spfmt::isa_supported(k.isa)));
   }
@@ -171,6 +171,7 @@ PYBIND11_MODULE(_kernels, m) {
   py::class_<PyPlan>(m, "Plan")
       .def_property_readonly("nnz", [](const PyPlan& p) { return spfmt::plan_nnz(*p.plan); })
       .def_property_readonly("nbytes", [](const PyPlan& p) { return spfmt::plan_nbytes(*p.plan); })
+      .def_property_readonly("shapes", [](const PyPlan& p) { return p.plan->shapes(); })
       .def_property_readonly("padding",
                              [](const PyPlan& p) { return spfmt::plan_padding(*p.plan); });
   m.def("lists_plan", &lists_plan, py::arg("rows"), py::arg("cols"), py::arg("indptr").noconvert(),
@@ -181,6 +182,7 @@ PYBIND11_MODULE(_kernels, m) {
         py::arg("col_indices").noconvert(), py::arg("value_ptr").noconvert());
   spfmt_python::define_arrays(m);
   spfmt_python::define_tensors(m);
+  spfmt_python::define_images(m);
   bind_cost(m);
   m.def("summary", &summary, py::arg("plan"), py::arg("op"));
   m.def("kernel_table", &kernel_table, "Rows (op, layout, dtype, isa, supported).");

@@ -42,4 +42,7 @@ void define_arrays(pybind11::module_& m);
 // Adds the products of torch's tensors to the module.
 void define_tensors(pybind11::module_& m);
 
+// Adds convolutions to the module.
+void define_images(pybind11::module_& m);
+
 }  // namespace spfmt_python

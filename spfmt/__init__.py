@@ -20,6 +20,7 @@ except ImportError as error:
 
 from .advice import Advice, advise
 from .convert import ConversionReport, convert
+from .convolution import conv2d, conv2d_input, conv2d_weight
 from .cost import CostModel, cost_model
 from .dispatch import Kernel, kernels, show_config
 from .errors import FormatError, KernelNotFound, MissingDependency, SpfmtError
@@ -45,6 +46,9 @@ __all__ = [
     "SparseTensor",
     "SpfmtError",
     "advise",
+    "conv2d",
+    "conv2d_input",
+    "conv2d_weight",
     "convert",
     "cost_model",
     "get_num_threads",
@@ -57,7 +61,7 @@ __all__ = [
     "spmm_t",
 ]
 
-_SUBPACKAGES = ("onnx", "structure", "torch", "train")
+_SUBPACKAGES = ("models", "onnx", "structure", "torch", "train")
 
 
 def __getattr__(name: str) -> Any:

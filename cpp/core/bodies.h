@@ -3,10 +3,13 @@
 #pragma once
 
 #include "../groups/bands.h"
+#include "../groups/images.h"
 #include "../groups/panels.h"
+#include "../lists/images.h"
 #include "../lists/lookup.h"
 #include "../lists/octets.h"
 #include "../lists/panels.h"
+#include "images.h"
 #include "samples.h"
 
 namespace spfmt {
@@ -15,11 +18,14 @@ namespace spfmt {
 template <class T>
 struct Bodies {
   SampleBodies<T> samples;
+  ImageBodies<T> images;
   LookupBodies<T> lookup;
   OctetBodies<T> octets;
   ListPanelBodies<T> list_panels;
   BandBodies<T> bands;
   GroupPanelBodies<T> group_panels;
+  ListImageBodies<T> list_images;
+  GroupImageBodies<T> group_images;
 };
 
 const Bodies<float>& scalar_bodies_f32();

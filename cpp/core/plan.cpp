@@ -84,6 +84,11 @@ int64_t Plan::nbytes() const {
   for (const Made* m = made_.load(std::memory_order_acquire); m != nullptr; m = m->next) {
     total += m->nbytes(m->pack.get());
   }
+  {
+    const NoFork whole;
+    const std::lock_guard<std::recursive_mutex> lock(mutex_);
+    for (const Shaped& s : shapes_) total += s.nbytes;
+  }
   return source_.empty() ? total + values_->nbytes() : total;
 }
 

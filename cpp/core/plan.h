@@ -1,6 +1,7 @@
 // Plan: an owned copy of a structure plus what the variants have made of it, built on first use.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <memory>
 #include <mutex>
@@ -62,7 +63,39 @@ class Plan {
     return *pack;
   }
 
+  // The same for images of one geometry, of which the plan keeps the last kMostShapes that were
+  // used; `choice` tells apart what one type makes of one geometry.
+  static constexpr size_t kMostShapes = 16;
+  template <class Pack, class Make>
+  std::shared_ptr<const Pack> shaped(const Geometry& geometry, int64_t choice,
+                                     const Make& make) const {
+    const NoFork whole;
+    const std::lock_guard<std::recursive_mutex> lock(mutex_);
+    const void* key = key_of<Pack>();
+    for (size_t i = shapes_.size(); i-- > 0;) {
+      const Shaped& s = shapes_[i];
+      if (s.key != key || s.choice != choice || !(s.geometry == geometry)) continue;
+      std::rotate(shapes_.begin() + i, shapes_.begin() + i + 1, shapes_.end());
+      return std::static_pointer_cast<const Pack>(shapes_.back().pack);
+    }
+    std::shared_ptr<const Pack> pack = make();
+    if (shapes_.size() >= kMostShapes) shapes_.erase(shapes_.begin());
+    shapes_.push_back({key, choice, geometry, pack, pack->nbytes()});
+    return pack;
+  }
+  size_t shapes() const {
+    const std::lock_guard<std::recursive_mutex> lock(mutex_);
+    return shapes_.size();
+  }
+
  private:
+  struct Shaped {
+    const void* key;
+    int64_t choice;
+    Geometry geometry;
+    std::shared_ptr<const void> pack;
+    int64_t nbytes;
+  };
   struct Made {
     const void* key;
     std::shared_ptr<const void> pack;
@@ -93,6 +126,7 @@ class Plan {
   std::shared_ptr<PackedValues> values_;
   mutable std::recursive_mutex mutex_;  // what is made may need what another variant made
   mutable std::vector<std::unique_ptr<const Made>> owned_;
+  mutable std::vector<Shaped> shapes_;  // last used last
   mutable std::atomic<const Made*> made_{nullptr};
 };
 

@@ -87,12 +87,14 @@ struct Matrix {
   int64_t row_stride, col_stride;
 };
 
-// The same with its dtype told at run time.
+// The same with its dtype told at run time. Of images, rows are channels, columns images, and a
+// product's geometry tells the sizes of the maps; `y_stride` and `x_stride` lead through them.
 struct View {
   void* data = nullptr;
   DType dtype = DType::f32;
   int64_t rows = 0, cols = 1;
   int64_t row_stride = 1, col_stride = 0;
+  int64_t y_stride = 0, x_stride = 0;
 
   template <class T>
   Matrix<T> as() const {
@@ -107,14 +109,41 @@ constexpr int64_t kChanging = -1;
 // values is chosen.
 constexpr int64_t kWritten = -2;
 
-struct Geometry;  // of images whose samples overlap: room for convolutions, none yet
-struct Scales;    // of values in low precision: none yet
+// One axis of the maps of a convolution: cell k of the kernel meets the number at
+// o * stride + k * dilation - padding of X in output o; numbers outside of X are zeros.
+struct Axis {
+  int64_t size = 1;  // of the maps of X
+  int64_t out = 1;   // of the maps of Y
+  int64_t kernel = 1, stride = 1, padding = 0, dilation = 1;
+
+  bool operator==(const Axis& o) const {
+    return size == o.size && out == o.out && kernel == o.kernel && stride == o.stride &&
+           padding == o.padding && dilation == o.dilation;
+  }
+};
+
+// A convolution of images. Column (c * y.kernel + ky) * x.kernel + kx of the structure is cell
+// (ky, kx) of channel c; rows fall into `groups` equal runs, each with channels of its own.
+struct Geometry {
+  Axis y, x;
+  int64_t groups = 1;
+
+  int64_t cells() const { return y.kernel * x.kernel; }
+  bool operator==(const Geometry& o) const {
+    return y == o.y && x == o.x && groups == o.groups;
+  }
+};
+
+struct Scales;  // of values in low precision: none yet
 
 // One product with a plan's structure, and all there is to say of it.
 //
 //   spmm    out = f(A in + bias)      in (cols, n), out (rows, n)
 //   spmm_t  out = A^T in              in (rows, n), out (cols, n)
 //   sddmm   values = (in in2^T) at the structure     in = dY (rows, n), in2 = X (cols, n)
+//
+// With a geometry, of n images: A is the kernel of a convolution, X has groups * cols / cells
+// channels of size.y x size.x numbers, and Y rows channels of out.y x out.x.
 struct Product {
   Op op = Op::spmm;
   View values;                   // (nnz or more), contiguous; the first nnz are in use
@@ -149,13 +178,14 @@ void run(Isa isa, const Plan& plan, const Product& product, const Executor& exec
 // One row of the kernel table: what exists at which level.
 struct Kernel {
   Op op;
+  bool images;  // whether it is a product with a geometry
   Layout layout;
   DType dtype;
   Isa isa;
 };
 
 const std::vector<Kernel>& kernel_table();
-const char* name_of(Op op);
+const char* name_of(Op op, bool images = false);
 const char* name_of(Isa isa);
 const char* name_of(Layout layout);
 const char* name_of(DType dtype);

@@ -25,22 +25,25 @@ const Bodies<double>* bodies_at(Isa isa) {
 
 namespace {
 
-bool exists(Op op, Layout layout, DType dtype, Isa isa) {
+bool exists(const Kernel& k) {
   for (const Variant* v : kVariants) {
-    if (v->layout == layout && v->takes(op, 1) && v->exists(isa, dtype)) return true;
+    const bool fits = v->layout == k.layout && v->does(k.op) && v->geometry == k.images;
+    if (fits && v->exists(k.isa, k.dtype)) return true;
   }
   return false;
 }
 
 std::vector<Kernel> make_table() {
   std::vector<Kernel> table;
-  for (int layout = 0; layout < kLayouts; ++layout) {
-    for (int op = 0; op < kOps; ++op) {
-      for (int dtype = 0; dtype < kDTypes; ++dtype) {
-        for (int isa = 0; isa < kIsas; ++isa) {
-          const Kernel k{static_cast<Op>(op), static_cast<Layout>(layout),
-                         static_cast<DType>(dtype), static_cast<Isa>(isa)};
-          if (exists(k.op, k.layout, k.dtype, k.isa)) table.push_back(k);
+  for (const bool images : {false, true}) {
+    for (int layout = 0; layout < kLayouts; ++layout) {
+      for (int op = 0; op < kOps; ++op) {
+        for (int dtype = 0; dtype < kDTypes; ++dtype) {
+          for (int isa = 0; isa < kIsas; ++isa) {
+            const Kernel k{static_cast<Op>(op), images, static_cast<Layout>(layout),
+                           static_cast<DType>(dtype), static_cast<Isa>(isa)};
+            if (exists(k)) table.push_back(k);
+          }
         }
       }
     }
@@ -61,9 +64,10 @@ const std::vector<Kernel>& kernel_table() {
   return table;
 }
 
-const char* name_of(Op op) {
-  constexpr const char* kNames[] = {"spmm", "spmm_t", "sddmm"};
-  return kNames[static_cast<int>(op)];
+const char* name_of(Op op, bool images) {
+  constexpr const char* kNames[] = {"spmm",   "spmm_t",       "sddmm",
+                                    "conv2d", "conv2d_input", "conv2d_weight"};
+  return kNames[static_cast<int>(op) + (images ? kOps : 0)];
 }
 const char* name_of(Isa isa) {
   constexpr const char* kNames[] = {"scalar", "avx2", "avx512"};
@@ -119,8 +123,10 @@ double plan_padding(const Plan& plan) {
 
 void run(Isa isa, const Plan& plan, const Product& p, const Executor& executor) {
   if (p.op != Op::sddmm && (p.out.rows == 0 || p.out.cols == 0)) return;
-  const Choice choice = choose(isa, plan, {p.op, p.in.cols, p.values.dtype, p.constant != kWritten},
-                               executor.threads);
+  if (p.op == Op::spmm && p.geometry && p.geometry->y.out * p.geometry->x.out == 0) return;
+  if (p.op == Op::spmm_t && p.geometry && p.geometry->y.size * p.geometry->x.size == 0) return;
+  const Work work{p.op, p.in.cols, p.values.dtype, p.constant != kWritten, p.geometry};
+  const Choice choice = choose(isa, plan, work, executor.threads);
   choice.variant->run(choice.isa, plan, p, choice.threads > 1 ? executor : serial_executor());
 }
 

@@ -97,13 +97,43 @@ std::string check_operand(const char* name, const View& v, DType dtype, int64_t 
   return "";
 }
 
+// Nothing is read outside of the maps, whatever the sizes say; but they must be numbers that can be
+// added up.
+std::string check_axis(const Axis& a) {
+  constexpr int64_t kMost = int64_t{1} << 30;
+  for (const int64_t n : {a.size, a.out, a.padding}) {
+    if (n < 0 || n > kMost) return "sizes and padding of images are within [0, 2^30]";
+  }
+  for (const int64_t n : {a.kernel, a.stride, a.dilation}) {
+    if (n < 1 || n > kMost) return "kernel, stride and dilation are within [1, 2^30]";
+  }
+  if (a.kernel * a.dilation > kMost) return "a kernel reaches no further than 2^30";
+  return "";
+}
+
+int64_t channels_of(const Plan& plan, const Geometry& g) {
+  return g.groups * (plan.cols() / g.cells());
+}
+
+std::string check_geometry(const Plan& plan, const Geometry& g) {
+  std::string error = check_axis(g.y);
+  if (error.empty()) error = check_axis(g.x);
+  if (!error.empty()) return error;
+  if (g.groups < 1 || plan.rows() % g.groups != 0) return "groups do not divide the rows";
+  if (plan.cols() % g.cells() != 0) return "columns are no whole number of kernels";
+  return "";
+}
+
 }  // namespace
 
 std::string check(const Plan& plan, const Product& p) {
   const bool forward = p.op == Op::spmm, sampled = p.op == Op::sddmm;
   const DType dtype = p.values.dtype;
-  const int64_t n = p.in.cols, rows = plan.rows(), cols = plan.cols();
-  if (p.geometry != nullptr || p.scales != nullptr) return "no kernel for geometry or scales";
+  const int64_t n = p.in.cols, rows = plan.rows();
+  const int64_t cols = p.geometry ? channels_of(plan, *p.geometry) : plan.cols();
+  if (p.scales != nullptr) return "no kernel for scales";
+  const std::string geometry = p.geometry ? check_geometry(plan, *p.geometry) : "";
+  if (!geometry.empty()) return geometry;
   if (p.values.rows < plan.nnz() || p.values.cols != 1) return "fewer values than positions";
   if (p.values.data == nullptr && plan.nnz() > 0) return "values have no memory";
   std::string error = check_operand("the operand", p.in, dtype, forward ? cols : rows, n);

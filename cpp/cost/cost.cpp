@@ -57,8 +57,11 @@ int index_of(const Variant& variant) {
 }
 
 // spmm_t of lists is spmm of the transposed lists.
+bool transposes(const Variant& variant, Op op) {
+  return variant.layout == Layout::lists && op == Op::spmm_t;
+}
 const Terms& coefficients_of(const CostModel& model, Isa isa, const Variant& variant, Op op) {
-  if (variant.layout == Layout::lists && op == Op::spmm_t) op = Op::spmm;
+  if (transposes(variant, op)) op = Op::spmm;
   return model.kernels[static_cast<int>(isa)][index_of(variant)][static_cast<int>(op)];
 }
 
@@ -152,6 +155,17 @@ Terms panel_terms(const CostModel& model, const Summary& s, const Work& work, do
                   static_cast<double>(divide_up(work.batch, kPanel)));
 }
 
+Terms image_terms(const CostModel& model, const Summary& s, const Work& work, double vectors) {
+  const Geometry& g = *work.geometry;
+  const auto batch = static_cast<double>(work.batch);
+  const double outputs = static_cast<double>(g.y.out) * g.x.out * batch;
+  const double inputs = static_cast<double>(g.y.size) * g.x.size * batch;
+  const double channels = static_cast<double>(g.groups) * (s.cols / g.cells());
+  const double bytes = static_cast<double>(size_of(work.dtype)) * s.nnz;
+  return terms_of(model, work, channels * inputs + s.rows * outputs, vectors * batch,
+                  vectors * outputs, bytes, batch);
+}
+
 Terms dense_terms(const CostModel& model, int64_t rows, int64_t cols, int64_t batch) {
   const double weights = static_cast<double>(rows) * cols;
   return terms_of(model, {Op::spmm, batch}, static_cast<double>(rows + cols) * batch,
@@ -179,7 +193,7 @@ Choice choose(const CostModel& model, Isa isa, const Summary& summary, const Wor
   for (const Variant* row : kVariants) {
     const Variant& v = *row;
     const int level = serving_level(v, isa, work.dtype);
-    if (v.layout != summary.layout || !v.takes(work.op, work.batch) || level < 0) continue;
+    if (v.layout != summary.layout || !v.takes(work) || level < 0) continue;
     if (v.packs && !work.packs && forced_variant != v.name) continue;
     const Isa serving = static_cast<Isa>(level);
     const double alone = kernel_seconds(model, serving, v, summary, work, 1);
@@ -193,7 +207,9 @@ Choice choose(const CostModel& model, Isa isa, const Summary& summary, const Wor
 }
 
 Choice choose(Isa isa, const Plan& plan, const Work& work, int threads) {
-  return choose(cost_model(), isa, plan.oriented(work.op).summary(), work, threads);
+  // Turned images are made from the lists themselves.
+  const Plan& oriented = work.geometry ? plan : plan.oriented(work.op);
+  return choose(cost_model(), isa, oriented.summary(), work, threads);
 }
 
 void force_variant(const std::string& name) { forced_variant = name; }
@@ -228,8 +244,7 @@ std::vector<std::pair<std::string, double*>> coefficients(CostModel& model) {
     for (size_t i = 0; i < std::size(kVariants); ++i) {
       const Variant& v = *kVariants[i];
       for (const Op op : {Op::spmm, Op::spmm_t, Op::sddmm}) {
-        const bool transposed = v.layout == Layout::lists && op == Op::spmm_t;
-        if (transposed || !v.takes(op, 1)) continue;
+        if (transposes(v, op) || !v.does(op)) continue;
         add(std::string(name_of(static_cast<Isa>(isa))) + "." + name_of(v.layout) + "." +
                 name_of(op) + "." + v.name,
             model.kernels[isa][i][static_cast<int>(op)]);

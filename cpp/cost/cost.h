@@ -46,7 +46,8 @@ struct Work {
   Op op;
   int64_t batch;
   DType dtype = DType::f32;
-  bool packs = true;  // whether a variant of packed values may be chosen
+  bool packs = true;                   // whether a variant of packed values may be chosen
+  const Geometry* geometry = nullptr;  // of images
 };
 
 // The terms of a cost in order: `call` is 1; the others count, in vectors of 16 elements or bytes,
@@ -85,6 +86,8 @@ Terms terms_of(const CostModel&, const Work&, double operands, double stream, do
 Terms row_terms(const CostModel&, const Summary&, const Work&);
 // Lanes over panels of samples; `stream` differs.
 Terms panel_terms(const CostModel&, const Summary&, const Work&, double stream);
+// Tiles of outputs of images, of which each takes `vectors` multiply-adds.
+Terms image_terms(const CostModel&, const Summary&, const Work&, double vectors);
 Terms dense_terms(const CostModel&, int64_t rows, int64_t cols, int64_t batch);
 
 double kernel_seconds(const CostModel&, Isa, const Variant&, const Summary&, const Work&,

@@ -100,6 +100,11 @@ struct ScalarSimd : ScalarLanes<Real, kLanes> {
   static constexpr int kDotCols = 1;
   // Samples and columns of a window that one pass over slices takes at most.
   static constexpr int kLookupSamples = 2, kWidestWindow = 32;
+  // Of convolutions: accumulators of a tile of outputs next to a vector of weights, and of one of
+  // dX; columns whose gradients fit next to a vector of dY; vectors of outputs of one list, and of
+  // its dY, that are held while its columns pass by.
+  static constexpr int kImageOutputs = 4, kTurnedOutputs = 4, kGradientColumns = 4;
+  static constexpr int kImageVectors = 4, kHeldVectors = 4;
 
   // to(i, quad) for every lane i; quad(p) stores that lane of four vectors at p.
   template <class To>

@@ -1,0 +1,325 @@
+#include "images.h"
+
+#include <climits>
+#include <memory>
+#include <stdexcept>
+
+namespace spfmt {
+namespace {
+
+int64_t floor_div(int64_t a, int64_t b) { return a >= 0 ? a / b : -((-a + b - 1) / b); }
+
+}  // namespace
+
+FrameAxis::FrameAxis(const Axis& axis, bool turned)
+    : source(turned ? axis.out : axis.size),
+      step(turned ? 1 : axis.stride),
+      domain(turned ? count_of(axis.size, axis.stride, 0) : axis.out),
+      before(0),
+      after(0) {
+  for (int64_t k = 0; k < axis.kernel; ++k) {
+    const int64_t at = k * axis.dilation - axis.padding, whole = floor_div(at, axis.stride);
+    const int64_t far = turned ? -whole : whole;
+    shift.push_back(static_cast<int>(far));
+    phase.push_back(static_cast<int>(at - whole * axis.stride));
+    before = std::max(before, -far);
+    after = std::max(after, far);
+  }
+  if (turned) {
+    for (int64_t r = 0; r < std::min(axis.stride, axis.size); ++r) phases.push_back(r);
+    return;
+  }
+  phases = phase;
+  std::sort(phases.begin(), phases.end());
+  phases.erase(std::unique(phases.begin(), phases.end()), phases.end());
+  for (int& r : phase) {
+    r = static_cast<int>(std::lower_bound(phases.begin(), phases.end(), r) - phases.begin());
+  }
+}
+
+int64_t FrameAxis::used() const {
+  return std::min(count_of(source, step, step == 1 ? 0 : phases.front()), domain + after);
+}
+
+Frame::Frame(const Geometry& g, bool turn, int64_t channel_count, int64_t element_count,
+             int64_t image_count, int64_t bytes, int64_t budget)
+    : y(g.y, turn),
+      x(g.x, turn),
+      turned(turn),
+      channels(channel_count),
+      element(element_count),
+      images(image_count),
+      rows(y.domain) {
+  // Rows share the zeros between them.
+  width = std::max({int64_t{1}, x.before + x.used(), x.domain + x.after});
+  const int64_t numbers_of_row = channels * maps() * width * images * element;
+  if (!pointwise() && rows > 1) {
+    const int64_t fitting = budget / std::max<int64_t>(1, numbers_of_row * bytes);
+    rows = std::clamp<int64_t>(fitting - y.before - y.after, 1, rows);
+    rows = divide(y.domain, divide(y.domain, rows));
+  }
+  height = rows + y.before + y.after;
+  map = height * width + x.before;
+  // Channels a power of two apart would meet in one cache set.
+  if (!pointwise() && map * images * element % 64 == 0) map += divide(16, images * element);
+  channel = maps() * map;
+  if (channels * channel > INT32_MAX / (images * element)) {
+    throw std::length_error("images too large for offsets of 32 bits");
+  }
+}
+
+bool Frame::pointwise() const {
+  const auto plain = [](const FrameAxis& a) {
+    return a.before == 0 && a.after == 0 && a.step == 1 && a.phases.size() <= 1 &&
+           a.source == a.domain;
+  };
+  return plain(y) && plain(x) && images == 1 && element == 1;
+}
+
+int64_t Frame::numbers() const {
+  // The last tile may be taller or wider than what is left of the domain.
+  constexpr int64_t kTallest = 4, kWidest = 32;
+  return (channels * channel + kTallest * width + kWidest) * images * element;
+}
+
+int64_t Frame::offset(int64_t c, int64_t ky, int64_t kx) const {
+  const auto across = static_cast<int64_t>(x.phases.size());
+  const int64_t place = turned ? 0 : y.phase[ky] * across + x.phase[kx];
+  const int64_t position = (y.shift[ky] + y.before) * width + x.shift[kx] + x.before;
+  return (c * channel + place * map + position) * images * element;
+}
+
+Rows source_rows(const Frame& f, const Unit& unit) {
+  const int64_t last = f.y.step == 1 ? 0 : f.y.phases.back();
+  const int64_t begin = f.y.step * (unit.row - f.y.before);
+  const int64_t end = f.y.step * (unit.row + unit.rows - 1 + f.y.after) + last + 1;
+  return {std::clamp<int64_t>(begin, 0, f.y.source), std::clamp<int64_t>(end, 0, f.y.source)};
+}
+
+namespace {
+
+bool planar(const View& v, int64_t width) { return v.x_stride == 1 || width <= 1; }
+
+// body(first, pixels, from) over runs of pixels of the rows that lie `x_stride` apart: all rows in
+// one where they follow each other.
+template <class Body>
+void for_runs(const View& v, int64_t width, Rows rows, const Body& body) {
+  const int64_t count = rows.end - rows.begin;
+  if (v.y_stride == width * v.x_stride) {
+    if (count > 0) body(int64_t{0}, count * width, rows.begin * v.y_stride);
+    return;
+  }
+  for (int64_t r = 0; r < count; ++r) body(r * width, width, (rows.begin + r) * v.y_stride);
+}
+
+// Pixels [0, n) of a run, whose channels lie side by side, to planes `plane` apart.
+template <class T>
+void split_pixels(const ImageBodies<T>& bodies, const T* from, int64_t x_stride, int64_t n,
+                  int64_t channels, T* to, int64_t plane) {
+  for (int64_t p = 0; p < n; p += kTogether) {
+    const int lanes = static_cast<int>(std::min<int64_t>(kTogether, n - p));
+    const T* pixel[kTogether] = {};
+    for (int i = 0; i < lanes; ++i) pixel[i] = from + (p + i) * x_stride;
+    bodies.transpose(pixel, channels, to + p, plane, lanes);
+  }
+}
+
+template <class T>
+void to_planes(const ImageBodies<T>& bodies, const View& v, const T* from, int64_t width, Rows rows,
+               T* to, int64_t plane) {
+  for_runs(v, width, rows, [&](int64_t first, int64_t n, int64_t at) {
+    if (v.row_stride == 1) {
+      return split_pixels(bodies, from + at, v.x_stride, n, v.rows, to + first, plane);
+    }
+    for (int64_t c = 0; c < v.rows; ++c) {
+      const T* row = from + at + c * v.row_stride;
+      for (int64_t p = 0; p < n; ++p) to[c * plane + first + p] = row[p * v.x_stride];
+    }
+  });
+}
+
+// Channels [begin, end), planes `plane` apart, to the caller's memory.
+template <class T>
+void from_planes(const ImageBodies<T>& bodies, const View& v, const T* from, int64_t plane,
+                 int64_t width, Rows rows, T* to, int64_t begin, int64_t end) {
+  for_runs(v, width, rows, [&](int64_t first, int64_t n, int64_t at) {
+    for (int64_t c = begin; c < end; c += kTogether) {
+      const int lanes = static_cast<int>(std::min<int64_t>(kTogether, end - c));
+      if (v.row_stride == 1) {
+        const T* row[kTogether] = {};
+        for (int i = 0; i < lanes; ++i) row[i] = from + (c + i) * plane + first;
+        bodies.transpose(row, n, to + at + c, v.x_stride, lanes);
+        continue;
+      }
+      for (int i = 0; i < lanes; ++i) {
+        const T* row = from + (c + i) * plane + first;
+        T* pixel = to + at + (c + i) * v.row_stride;
+        for (int64_t p = 0; p < n; ++p) pixel[p * v.x_stride] = row[p];
+      }
+    }
+  });
+}
+
+}  // namespace
+
+template <class T>
+PlanarImages<T>::PlanarImages(const ImageBodies<T>& bodies, const View& v, int64_t width, Rows rows,
+                              const Unit& unit, const Executor& executor) {
+  const T* data = static_cast<const T*>(v.data) + unit.image * v.col_stride;
+  const int64_t plane = (rows.end - rows.begin) * width;
+  const bool direct = planar(v, width);
+  if (!direct) copy_ = std::make_unique<Workspace>(sizeof(T) * unit.count * v.rows * plane);
+  for (int i = 0; i < unit.count; ++i) {
+    if (direct) {
+      planes_.push_back({data + i * v.col_stride, v.row_stride, v.y_stride});
+    } else {
+      const T* copy = copy_->template as<T>() + i * v.rows * plane;
+      planes_.push_back({copy - rows.begin * width, plane, width});
+    }
+  }
+  if (direct) return;
+  T* to = copy_->template as<T>();
+  for_each(executor, unit.count, [&](int64_t i) {
+    to_planes(bodies, v, data + i * v.col_stride, width, rows, to + i * v.rows * plane, plane);
+  });
+}
+
+template <class T>
+PlanarResult<T>::PlanarResult(const View& v, int64_t width, Rows rows, const Unit& unit)
+    : view_(v), width_(width), rows_(rows), image_(unit.image) {
+  T* data = static_cast<T*>(v.data) + unit.image * v.col_stride;
+  const int64_t plane = (rows.end - rows.begin) * width;
+  const bool direct = planar(v, width);
+  if (!direct) copy_ = std::make_unique<Workspace>(sizeof(T) * unit.count * v.rows * plane);
+  for (int i = 0; i < unit.count; ++i) {
+    if (direct) {
+      planes_.push_back({data + i * v.col_stride, v.row_stride, v.y_stride});
+    } else {
+      T* copy = copy_->template as<T>() + i * v.rows * plane;
+      planes_.push_back({copy - rows.begin * width, plane, width});
+    }
+  }
+}
+
+template <class T>
+void PlanarResult<T>::done(const ImageBodies<T>& bodies, const Executor& executor) const {
+  if (!copy_) return;
+  T* data = static_cast<T*>(view_.data) + image_ * view_.col_stride;
+  const int64_t plane = (rows_.end - rows_.begin) * width_;
+  for (size_t i = 0; i < planes_.size(); ++i) {
+    const T* from = copy_->template as<T>() + i * view_.rows * plane;
+    for_ranges(executor, view_.rows, kTogether, [&](int64_t begin, int64_t end) {
+      from_planes(bodies, view_, from, plane, width_, rows_, data + i * view_.col_stride, begin,
+                  end);
+    });
+  }
+}
+
+namespace {
+
+// One row of a map of kTogether images: numbers of all of them side by side.
+template <class T>
+void fill_together(const ImageBodies<T>& bodies, const T* const* rows, const FrameAxis& axis,
+                   int64_t width, int64_t phase, T* to) {
+  const int64_t count = std::min(count_of(axis.source, axis.step, phase), width - axis.before);
+  T* begin = to + axis.before * kTogether;
+  std::fill(to, begin, T(0));
+  if (axis.step == 1) {
+    bodies.transpose(rows, count, begin, kTogether, kTogether);
+  } else {
+    for (int64_t k = 0; k < count; ++k) {
+      for (int i = 0; i < kTogether; ++i) {
+        begin[k * kTogether + i] = rows[i] ? rows[i][phase + k * axis.step] : T(0);
+      }
+    }
+  }
+  std::fill(begin + count * kTogether, to + width * kTogether, T(0));
+}
+
+// Row `m` of a map of phase (py, px) of channel c.
+template <class T>
+void fill_row(const ImageBodies<T>& bodies, const Frame& f, const Planes<const T>* images,
+              const Unit& unit, int64_t c, int64_t source_row, int64_t phase, T* to) {
+  if (source_row < 0 || source_row >= f.y.source) {
+    std::fill_n(to, f.width * f.images, T(0));
+    return;
+  }
+  const T* row[kTogether] = {};
+  for (int i = 0; i < unit.count; ++i) {
+    row[i] = images[i].data + c * images[i].channel + source_row * images[i].row;
+  }
+  if (f.images > 1) return fill_together(bodies, row, f.x, f.width, phase, to);
+  const int64_t count = std::min(count_of(f.x.source, f.x.step, phase), f.width - f.x.before);
+  bodies.copy(row[0] + phase, f.x.step, count, to, f.x.before, f.width);
+}
+
+}  // namespace
+
+template <class T>
+void fill_frame(const ImageBodies<T>& bodies, const Frame& f, const Planes<const T>* images,
+                const Unit& unit, T* to, int64_t begin, int64_t end) {
+  // Turned, the phases are those of the outputs.
+  static const std::vector<int> kNone = {0};
+  const std::vector<int>&down = f.turned ? kNone : f.y.phases,
+        &across = f.turned ? kNone : f.x.phases;
+  for (int64_t c = begin; c < end; ++c) {
+    T* map = to + c * f.channel * f.images;
+    for (const int py : down) {
+      for (const int px : across) {
+        for (int64_t m = 0; m < unit.rows + f.y.before + f.y.after; ++m) {
+          const int64_t row = f.y.step * (unit.row + m - f.y.before) + py;
+          fill_row(bodies, f, images, unit, c, row, px, map + m * f.width * f.images);
+        }
+        std::fill(map + (unit.rows + f.y.before + f.y.after) * f.width * f.images,
+                  map + f.map * f.images, T(0));
+        map += f.map * f.images;
+      }
+    }
+  }
+}
+
+template <class T>
+void fill_bands(const ImageBodies<T>& bodies, const Frame& f, const BandVisit* visits,
+                const Planes<const T>* images, const Unit& unit, T* to, int64_t begin,
+                int64_t end) {
+  const int64_t step = f.images * kBandRows, row_numbers = f.width * step;
+  for (int64_t v = begin; v < end; ++v) {
+    T* map = to + v * f.channel * step;
+    for (int64_t m = 0; m < unit.rows + f.y.before + f.y.after; ++m) {
+      const int64_t source = unit.row + m - f.y.before;
+      T* row = map + m * row_numbers;
+      if (source < 0 || source >= f.y.source) {
+        std::fill_n(row, row_numbers, T(0));
+        continue;
+      }
+      const int64_t count = std::min(f.x.source, f.width - f.x.before);
+      std::fill_n(row, f.x.before * step, T(0));
+      for (int64_t g = 0; g < f.images; ++g) {
+        const T* from[kBandRows] = {};
+        for (int i = 0; g < unit.count && i < kBandRows; ++i) {
+          if (visits[v].row[i] < 0) continue;
+          from[i] = images[g].data + visits[v].row[i] * images[g].channel + source * images[g].row;
+        }
+        bodies.transpose(from, count, row + (f.x.before * f.images + g) * kBandRows, step,
+                         kBandRows);
+      }
+      std::fill(row + (f.x.before + count) * step, row + row_numbers, T(0));
+    }
+    std::fill(map + (unit.rows + f.y.before + f.y.after) * row_numbers, map + f.map * step, T(0));
+  }
+}
+
+template class PlanarImages<float>;
+template class PlanarImages<double>;
+template class PlanarResult<float>;
+template class PlanarResult<double>;
+template void fill_frame(const ImageBodies<float>&, const Frame&, const Planes<const float>*,
+                         const Unit&, float*, int64_t, int64_t);
+template void fill_frame(const ImageBodies<double>&, const Frame&, const Planes<const double>*,
+                         const Unit&, double*, int64_t, int64_t);
+template void fill_bands(const ImageBodies<float>&, const Frame&, const BandVisit*,
+                         const Planes<const float>*, const Unit&, float*, int64_t, int64_t);
+template void fill_bands(const ImageBodies<double>&, const Frame&, const BandVisit*,
+                         const Planes<const double>*, const Unit&, double*, int64_t, int64_t);
+
+}  // namespace spfmt

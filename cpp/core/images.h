@@ -1,0 +1,176 @@
+// Images as kernels see them: frames, in which a convolution is a matrix product whose samples
+// overlap.
+//
+// In a padded copy of an image a cell of the kernel is an offset, the same for every output: the
+// kernels add up weights times numbers at base + offset, and do not know that they convolve. What a
+// stride skips goes into maps of its own, one per phase, so that neighbouring outputs always meet
+// neighbouring numbers:
+//
+//   forward    X in frames, phase = position modulo stride; outputs are those of Y
+//   turned     dY in frames without phases; outputs are numbers of X, phase by phase
+//
+// The structure of dX is that of Y turned by 180 degrees, with inputs and outputs swapped; its
+// values are the same ones (HRBP, section 3.1 and Appendix F).
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "samples.h"
+#include "threads.h"
+#include "workspace.h"
+
+namespace spfmt {
+
+// Images whose numbers may lie side by side, and rows or images whose numbers do: one vector.
+constexpr int kTogether = kLanes;
+
+// The maps of one image, numbers of a row side by side.
+template <class T>
+struct Planes {
+  T* data;
+  int64_t channel, row;
+};
+
+template <class T>
+struct ImageBodies {
+  // to[k * step + i] = from[i][k] for k < n and i < lanes; zeros where from[i] is null.
+  void (*transpose)(const T* const* from, int64_t n, T* to, int64_t step, int lanes);
+  // to[0 .. before) = 0, then `count` numbers from[k * step], then zeros up to `width`.
+  void (*copy)(const T* from, int64_t step, int64_t count, T* to, int64_t before, int64_t width);
+  void (*activate)(Activation, T* y, int64_t n);
+};
+
+// One axis of a frame.
+struct FrameAxis {
+  int64_t source;           // numbers of the maps that it is filled from
+  int64_t step;             // distance there of neighbouring positions
+  int64_t domain;           // outputs; of the first phase, where they have phases
+  int64_t before, after;    // positions in front of the first output's own, and behind the last's
+  std::vector<int> phases;  // of the maps of the frame; turned, of the outputs
+  // Of every cell of the kernel: the place of its phase, and how far its position is from the
+  // output's own.
+  std::vector<int> phase, shift;
+
+  FrameAxis(const Axis& axis, bool turned);
+  int64_t used() const;  // positions that hold numbers and are read
+};
+
+// How a unit of work sees its images: a strip of outputs of one image or of kTogether, whose
+// numbers then lie side by side.
+struct Frame {
+  FrameAxis y, x;
+  bool turned;
+  int64_t channels;       // of X, or bands of dY
+  int64_t element;        // numbers per position and image: 1, or the rows of a band
+  int64_t images;         // 1 or kTogether
+  int64_t rows;           // outputs along y in a strip
+  int64_t height, width;  // positions of a map
+  int64_t map, channel;   // positions between maps, and between channels
+
+  bool pointwise() const;  // a map is read as it lies, if the caller's are dense
+  // `budget`: bytes that a strip may take, unless one row of outputs needs more. Throws
+  // std::length_error where offsets do not fit 32 bits.
+  Frame(const Geometry&, bool turned, int64_t channels, int64_t element, int64_t images,
+        int64_t bytes_per_number, int64_t budget);
+
+  int64_t maps() const { return turned ? 1 : static_cast<int64_t>(y.phases.size() * x.phases.size()); }
+  int64_t strips() const { return y.domain > 0 ? divide(y.domain, rows) : 0; }
+  int64_t numbers() const;  // with room for vectors that start at the last output
+  // Of cell (ky, kx) of a channel's map, from the first output's own place.
+  int64_t offset(int64_t c, int64_t ky, int64_t kx) const;
+  static int64_t divide(int64_t n, int64_t by) { return (n + by - 1) / by; }
+};
+
+// How many of `size` numbers, `step` apart, begin at `phase`.
+inline int64_t count_of(int64_t size, int64_t step, int64_t phase) {
+  return phase < size ? (size - phase + step - 1) / step : 0;
+}
+
+// Up to kTogether images of a batch, and which of their outputs.
+struct Unit {
+  int64_t image;
+  int count;  // images
+  int64_t row, rows;
+};
+
+// Rows of the maps that a unit reads or writes.
+struct Rows {
+  int64_t begin, end;
+};
+Rows source_rows(const Frame&, const Unit&);
+
+// Maps of the images of a unit with numbers of a row side by side: where the caller keeps them, or
+// copies of the rows that the unit reads.
+template <class T>
+class PlanarImages {
+ public:
+  PlanarImages(const ImageBodies<T>&, const View&, int64_t width, Rows, const Unit&,
+               const Executor&);
+  const Planes<const T>* planes() const { return planes_.data(); }
+
+ private:
+  std::unique_ptr<Workspace> copy_;
+  std::vector<Planes<const T>> planes_;
+};
+
+// The same for the rows of a result that a unit writes; done() hands them to the caller.
+template <class T>
+class PlanarResult {
+ public:
+  PlanarResult(const View&, int64_t width, Rows, const Unit&);
+  const Planes<T>* planes() const { return planes_.data(); }
+  void done(const ImageBodies<T>&, const Executor&) const;
+
+ private:
+  const View& view_;
+  int64_t width_;
+  Rows rows_;
+  int64_t image_;
+  std::unique_ptr<Workspace> copy_;
+  std::vector<Planes<T>> planes_;
+};
+
+// Fills channels [begin, end) of a frame of numbers from the images of a unit.
+template <class T>
+void fill_frame(const ImageBodies<T>&, const Frame&, const Planes<const T>* images, const Unit&,
+                T* to, int64_t begin, int64_t end);
+
+// A band as a convolution visits it: once for every group of the convolution that it has rows of.
+struct BandVisit {
+  int64_t band;
+  int64_t group;
+  int32_t row[kBandRows];  // of each lane, -1 where it belongs to no row or to another group
+};
+
+// Fills bands [begin, end) of a frame whose positions hold the rows of a band.
+template <class T>
+void fill_bands(const ImageBodies<T>&, const Frame&, const BandVisit*, const Planes<const T>* images,
+                const Unit&, T* to, int64_t begin, int64_t end);
+
+// Zeros behind the last position of a frame.
+template <class T>
+void clear_tail(const Frame& frame, T* to) {
+  const int64_t used = frame.channels * frame.channel * frame.images * frame.element;
+  std::fill(to + used, to + frame.numbers(), T(0));
+}
+
+// body(unit, executor) over the images and strips of a batch. With a unit for every thread each is
+// one thread's; with fewer the threads share each unit's work.
+template <class Body>
+void for_units(const Frame& frame, int64_t first, int64_t images, const Executor& executor,
+               const Body& body) {
+  const int64_t strips = frame.strips(), sets = Frame::divide(images, frame.images);
+  const auto unit = [&](int64_t i) {
+    const int64_t image = i / strips * frame.images, row = i % strips * frame.rows;
+    return Unit{first + image, static_cast<int>(std::min(frame.images, images - image)), row,
+                std::min(frame.rows, frame.y.domain - row)};
+  };
+  if (sets * strips >= executor.threads) {
+    for_each(executor, sets * strips, [&](int64_t i) { body(unit(i), serial_executor()); });
+  } else {
+    for (int64_t i = 0; i < sets * strips; ++i) body(unit(i), executor);
+  }
+}
+
+}  // namespace spfmt

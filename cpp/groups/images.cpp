@@ -1,0 +1,550 @@
+#include "images.h"
+
+#include <algorithm>
+#include <vector>
+
+#include "../core/images.h"
+#include "../core/variant.h"
+
+// Weights are used where the caller keeps them: nothing is packed.
+namespace spfmt {
+namespace {
+
+// One image of X, or rows of it, stays in L2 while all bands pass over it.
+constexpr int64_t kFrameBytes = 512 << 10;
+
+// Small maps fill no tile: the numbers of kTogether images then lie side by side.
+int64_t images_together(int64_t height, int64_t width, int64_t batch) {
+  const bool small = width < 4 && height < 4;
+  return small && batch >= kTogether / 2 ? kTogether : 1;
+}
+
+// The bands as a convolution visits them.
+struct Visits {
+  std::vector<BandVisit> visit;
+  bool whole;  // whether each band belongs to one group of the convolution
+
+  Visits(const Groups& a, int64_t groups) {
+    const int64_t rows_of_group = std::max<int64_t>(1, a.rows / groups);
+    for (int64_t t = 0; t < a.bands; ++t) {
+      std::vector<int64_t> seen;
+      for (int64_t i = a.row_ptr[t]; i < a.row_ptr[t + 1]; ++i) {
+        const int64_t group = a.row_perm[i] / rows_of_group;
+        if (std::find(seen.begin(), seen.end(), group) == seen.end()) seen.push_back(group);
+      }
+      for (const int64_t group : seen) visit.push_back(make(a, t, group, rows_of_group));
+    }
+    whole = static_cast<int64_t>(visit.size()) == a.bands;
+  }
+  int64_t count() const { return static_cast<int64_t>(visit.size()); }
+
+ private:
+  static BandVisit make(const Groups& a, int64_t t, int64_t group, int64_t rows_of_group) {
+    BandVisit v{t, group, {}};
+    std::fill_n(v.row, kBandRows, -1);
+    for (int64_t i = a.row_ptr[t]; i < a.row_ptr[t + 1]; ++i) {
+      const int32_t row = a.row_perm[i];
+      if (row / rows_of_group == group) v.row[i - a.row_ptr[t]] = row;
+    }
+    return v;
+  }
+};
+
+// A geometry made ready for products with X.
+struct ForwardPack {
+  Visits visits;
+  Frame frame;
+  std::vector<int32_t> offset;  // (col_count)
+
+  ForwardPack(const Groups& a, const Geometry& g, int64_t images, int64_t bytes)
+      : visits(a, g.groups),
+        frame(g, false, g.groups * (a.cols / g.cells()), 1, images, bytes, kFrameBytes),
+        offset(a.col_count) {
+    for (int64_t j = 0; j < a.col_count; ++j) {
+      const int64_t c = a.col_indices[j] / g.cells(), cell = a.col_indices[j] % g.cells();
+      offset[j] = static_cast<int32_t>(frame.offset(c, cell / g.x.kernel, cell % g.x.kernel));
+    }
+  }
+  // From the first group's channels to those of another.
+  int64_t group_offset(int64_t group, const Geometry& g) const {
+    return group * (frame.channels / g.groups) * frame.channel * frame.images;
+  }
+  int64_t nbytes() const {
+    return static_cast<int64_t>(sizeof(BandVisit) * visits.visit.size() + 4 * offset.size());
+  }
+};
+
+// A geometry made ready for dX: what every number of it is the sum of, by channel and phase.
+struct TurnedPack {
+  Visits visits;
+  Frame frame;
+  std::vector<int64_t> ptr;
+  std::vector<TurnedEntry> entry;
+
+  TurnedPack(const Groups& a, const Geometry& g, int64_t images, int64_t bytes)
+      : visits(a, g.groups), frame(g, true, visits.count(), kBandRows, images, bytes, kFrameBytes) {
+    const int64_t outputs = g.groups * (a.cols / g.cells()) * phases();
+    ptr.assign(outputs + 1, 0);
+    for_entries(a, g, [&](int64_t output, const TurnedEntry&) { ++ptr[output + 1]; });
+    for (int64_t i = 0; i < outputs; ++i) ptr[i + 1] += ptr[i];
+    entry.resize(ptr[outputs]);
+    std::vector<int64_t> next(ptr.begin(), ptr.end() - 1);
+    for_entries(a, g, [&](int64_t output, const TurnedEntry& e) { entry[next[output]++] = e; });
+  }
+  int64_t phases() const {
+    return static_cast<int64_t>(frame.y.phases.size() * frame.x.phases.size());
+  }
+  int64_t nbytes() const {
+    return static_cast<int64_t>(sizeof(BandVisit) * visits.visit.size() + 8 * ptr.size() +
+                                sizeof(TurnedEntry) * entry.size());
+  }
+
+ private:
+  template <class Body>
+  void for_entries(const Groups& a, const Geometry& g, const Body& body) const {
+    const auto down = static_cast<int64_t>(frame.y.phases.size());
+    const auto across = static_cast<int64_t>(frame.x.phases.size());
+    for (int64_t v = 0; v < visits.count(); ++v) {
+      const int64_t t = visits.visit[v].band, rows = a.row_ptr[t + 1] - a.row_ptr[t];
+      const int64_t first = visits.visit[v].group * (a.cols / g.cells());
+      for (int64_t j = a.col_begin[t]; j < a.col_end[t]; ++j) {
+        const int64_t c = a.col_indices[j] / g.cells(), cell = a.col_indices[j] % g.cells();
+        const int64_t ky = cell / g.x.kernel, kx = cell % g.x.kernel;
+        if (frame.y.phase[ky] >= down || frame.x.phase[kx] >= across) continue;  // meets nothing
+        const int64_t phase = frame.y.phase[ky] * across + frame.x.phase[kx];
+        body((first + c) * down * across + phase,
+             {a.value_ptr[t] + (j - a.col_begin[t]) * rows,
+              static_cast<int32_t>(frame.offset(v, ky, kx)), static_cast<int32_t>(rows)});
+      }
+    }
+  }
+};
+
+// The shape that computes the fewest outputs in vain.
+template <class Outputs>
+const Tile<Outputs>& best_tile(const Tiles<Outputs>& tiles, int64_t height, int64_t width,
+                               bool in_place) {
+  constexpr double kTileCost = 1.5;  // to begin and to end one, in outputs
+  const Tile<Outputs>* best = nullptr;
+  double least = 0;
+  for (int i = 0; i < tiles.count; ++i) {
+    const Tile<Outputs>& t = tiles.tile[i];
+    if (in_place && (t.rows > 1 || t.width > width)) continue;
+    const double count = static_cast<double>(divide_up(height, t.rows) * divide_up(width, t.width));
+    const double cost = count * (t.rows * t.width + kTileCost);
+    if (best == nullptr || cost < least) best = &t, least = cost;
+  }
+  return *best;
+}
+
+// Where the results of a unit go while they are computed: planes of one image, or numbers of
+// kTogether images side by side that are handed to their planes in the end.
+template <class T>
+class Results {
+ public:
+  Results(const ImageBodies<T>& bodies, const View& view, const Frame& frame, const Geometry& g,
+          const Unit& unit)
+      : bodies_(bodies),
+        frame_(frame),
+        unit_(unit),
+        width_(frame.turned ? g.x.size : g.x.out),
+        rows_{unit.row, unit.row + unit.rows},
+        planar_(view, width_, rows_, unit) {
+    if (frame.images == 1) return;
+    plane_ = unit.rows * width_ * kTogether + kTogether;
+    aside_ = std::make_unique<Workspace>(sizeof(T) * view.rows * plane_);
+  }
+  T* at(int64_t channel, int64_t row) const {
+    if (!aside_) {
+      const Planes<T>& p = planar_.planes()[0];
+      return p.data + channel * p.channel + (unit_.row + row) * p.row;
+    }
+    return aside_->template as<T>() + channel * plane_ + row * width_ * kTogether;
+  }
+  int64_t row() const { return aside_ ? width_ * kTogether : planar_.planes()[0].row; }
+  int64_t width() const { return width_ * frame_.images; }
+  void done(int64_t channels, const Executor& executor) const {
+    if (aside_) {
+      for_ranges(executor, channels, range_step(executor, channels), [&](int64_t c, int64_t end) {
+        for (; c < end; ++c) hand_out(c);
+      });
+    }
+    planar_.done(bodies_, executor);
+  }
+
+ private:
+  void hand_out(int64_t channel) const {
+    const Planes<T>* planes = planar_.planes();
+    const int64_t image = unit_.count > 1 ? planes[1].data - planes[0].data : 0;
+    for (int64_t y = 0; y < unit_.rows; ++y) {
+      const T* from = at(channel, y);
+      T* to = planes[0].data + channel * planes[0].channel + (unit_.row + y) * planes[0].row;
+      const T* pixel[kTogether] = {};
+      for (int64_t x = 0; x < width_; ++x) pixel[x] = from + x * kTogether;
+      bodies_.transpose(pixel, unit_.count, to, image, static_cast<int>(width_));
+    }
+  }
+
+  const ImageBodies<T>& bodies_;
+  const Frame& frame_;
+  const Unit& unit_;
+  int64_t width_, plane_ = 0;
+  Rows rows_;
+  PlanarResult<T> planar_;
+  std::unique_ptr<Workspace> aside_;
+};
+
+// X of a unit in a frame; where the caller's maps are one already, as they lie.
+template <class T>
+class FilledFrame {
+ public:
+  // `width`: outputs in a row.
+  FilledFrame(const ImageBodies<T>& bodies, const Frame& f, const PlanarImages<T>& images,
+              const Unit& unit, int64_t width, const Executor& executor) {
+    const Planes<const T>& p = images.planes()[0];
+    const bool dense = p.channel == f.map && (p.row == f.width || f.y.source == 1);
+    in_place_ = f.pointwise() && dense && width >= kSmallestTile;
+    if (in_place_) {
+      data_ = p.data;
+      return;
+    }
+    copy_ = std::make_unique<Workspace>(sizeof(T) * f.numbers());
+    T* to = copy_->template as<T>();
+    data_ = to;
+    for_ranges(executor, f.channels, range_step(executor, f.channels),
+               [&](int64_t begin, int64_t end) {
+                 fill_frame(bodies, f, images.planes(), unit, to, begin, end);
+               });
+    clear_tail(f, to);
+  }
+  const T* data() const { return data_; }
+  bool in_place() const { return in_place_; }
+
+ private:
+  static constexpr int64_t kSmallestTile = 4;
+  bool in_place_;
+  const T* data_;
+  std::unique_ptr<Workspace> copy_;
+};
+
+template <class T>
+struct Forward {
+  const Bodies<T>& bodies;
+  const Groups& a;
+  const Product& p;
+  const Geometry& g;
+  const ForwardPack& pack;
+
+  void unit(const Unit& unit, const Executor& executor) const {
+    const Frame& f = pack.frame;
+    const PlanarImages<T> in(bodies.images, p.in, g.x.size, source_rows(f, unit), unit, executor);
+    const Results<T> y(bodies.images, p.out, f, g, unit);
+    // Maps without padding are one long row.
+    const bool flat = f.pointwise() && y.row() == y.width();
+    const int64_t height = flat ? 1 : unit.rows;
+    const int64_t width = flat ? unit.rows * y.width() : y.width();
+    const FilledFrame<T> x(bodies.images, f, in, unit, width, executor);
+    const auto& tile =
+        best_tile(*bodies.group_images.multiply, height, width, x.in_place());
+    const int64_t down = divide_up(height, tile.rows), items = pack.visits.count() * down;
+    for_ranges(executor, items, range_step(executor, items), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        tile_row(tile, x, y, i / down, i % down * tile.rows, height, width);
+      }
+    });
+    y.done(a.rows, executor);
+  }
+
+  void tile_row(const Tile<BandOutputs<T>>& tile, const FilledFrame<T>& x, const Results<T>& y,
+                int64_t v, int64_t row, int64_t height, int64_t width) const {
+    const BandVisit& visit = pack.visits.visit[v];
+    const int64_t t = visit.band, stride = pack.frame.width * pack.frame.images;
+    const T* bias = static_cast<const T*>(p.bias.data);
+    T start[kBandRows] = {};
+    T *first[kBandRows] = {}, *out[kBandRows] = {};
+    for (int i = 0; i < kBandRows; ++i) {
+      if (visit.row[i] < 0) continue;
+      if (bias) start[i] = bias[visit.row[i]];
+      first[i] = y.at(visit.row[i], row);
+    }
+    BandOutputs<T> o{static_cast<const T*>(p.values.data) + a.value_ptr[t],
+                     static_cast<int>(a.row_ptr[t + 1] - a.row_ptr[t]),
+                     pack.offset.data() + a.col_begin[t],
+                     a.col_end[t] - a.col_begin[t],
+                     nullptr,
+                     stride,
+                     start,
+                     out,
+                     y.row(),
+                     static_cast<int>(std::min<int64_t>(tile.rows, height - row)),
+                     0};
+    const T* base = x.data() + pack.group_offset(visit.group, g) + row * stride;
+    for (int64_t c = 0; c < width; c += tile.width) {
+      // In the caller's memory nothing may be read behind the last output: the last tile begins
+      // earlier and computes some outputs again.
+      const int64_t at = x.in_place() ? std::min(c, width - tile.width) : c;
+      o.x = base + at;
+      o.width = static_cast<int>(std::min<int64_t>(tile.width, width - at));
+      for (int i = 0; i < kBandRows; ++i) out[i] = first[i] ? first[i] + at : nullptr;
+      tile.run(o);
+    }
+    if (p.activation == Activation::none) return;
+    for (T* line : first) {
+      for (int r = 0; line && r < o.height; ++r) {
+        bodies.images.activate(p.activation, line + r * y.row(), width);
+      }
+    }
+  }
+};
+
+template <class T>
+void multiply(const Bodies<T>& bodies, const Plan& plan, const Product& p,
+              const Executor& executor) {
+  const Geometry& g = *p.geometry;
+  const Groups& a = plan.groups();
+  const int64_t images = images_together(g.y.out, g.x.out, p.in.cols);
+  const auto pack = plan.shaped<ForwardPack>(g, images, [&] {
+    return std::make_shared<const ForwardPack>(a, g, images, sizeof(T));
+  });
+  const Forward<T> forward{bodies, a, p, g, *pack};
+  for_units(pack->frame, 0, p.in.cols, executor,
+            [&](const Unit& unit, const Executor& inner) { forward.unit(unit, inner); });
+}
+
+template <class T>
+struct Backward {
+  const Bodies<T>& bodies;
+  const Product& p;
+  const Geometry& g;
+  const TurnedPack& pack;
+
+  void unit(const Unit& unit, const Executor& executor) const {
+    const Frame& f = pack.frame;
+    const PlanarImages<T> in(bodies.images, p.in, g.x.out, source_rows(f, unit), unit, executor);
+    const Workspace frame(sizeof(T) * f.numbers());
+    T* dy = frame.template as<T>();
+    for_ranges(executor, f.channels, range_step(executor, f.channels),
+               [&](int64_t begin, int64_t end) {
+                 fill_bands(bodies.images, f, pack.visits.visit.data(), in.planes(), unit, dy,
+                            begin, end);
+               });
+    // Strips are counted in outputs of a phase; rows of dX are `stride` times as many.
+    const int64_t last = std::min(g.y.size, (unit.row + unit.rows) * g.y.stride);
+    const Unit lines{unit.image, unit.count, unit.row * g.y.stride, last - unit.row * g.y.stride};
+    const Results<T> dx(bodies.images, p.out, f, g, lines);
+    const int64_t channels = p.out.rows, items = channels * pack.phases();
+    for_ranges(executor, items, range_step(executor, items), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) outputs(unit, dy, dx, i);
+    });
+    dx.done(channels, executor);
+  }
+
+  // All outputs of one channel and phase.
+  void outputs(const Unit& unit, const T* dy, const Results<T>& dx, int64_t item) const {
+    const Frame& f = pack.frame;
+    const auto across = static_cast<int64_t>(f.x.phases.size());
+    const int64_t phase = item % pack.phases(), py = phase / across, px = phase % across;
+    const int64_t height =
+        std::min(unit.rows, count_of(g.y.size, g.y.stride, py) - unit.row);
+    const int64_t width = count_of(g.x.size, g.x.stride, px) * f.images;
+    if (height <= 0) return;
+    const auto& tile = best_tile(*bodies.group_images.multiply_t, height, width, false);
+    TurnedOutputs<T> o{static_cast<const T*>(p.values.data),
+                       pack.entry.data() + pack.ptr[item],
+                       pack.entry.data() + pack.ptr[item + 1],
+                       nullptr,
+                       f.width * f.images * kBandRows,
+                       nullptr,
+                       dx.row() * g.y.stride,
+                       g.x.stride,
+                       0,
+                       0};
+    for (int64_t y = 0; y < height; y += tile.rows) {
+      o.height = static_cast<int>(std::min<int64_t>(tile.rows, height - y));
+      T* out = dx.at(item / pack.phases(), y * g.y.stride + py) + px;
+      for (int64_t x = 0; x < width; x += tile.width) {
+        o.width = static_cast<int>(std::min<int64_t>(tile.width, width - x));
+        o.dy = dy + (y * f.width * f.images + x) * kBandRows;
+        o.out = out + x * g.x.stride;
+        tile.run(o);
+      }
+    }
+  }
+};
+
+template <class T>
+void multiply_t(const Bodies<T>& bodies, const Plan& plan, const Product& p,
+                const Executor& executor) {
+  const Geometry& g = *p.geometry;
+  const bool strided = g.y.stride > 1 || g.x.stride > 1;
+  const int64_t images = strided ? 1 : images_together(g.y.size, g.x.size, p.in.cols);
+  const auto pack = plan.shaped<TurnedPack>(g, images, [&] {
+    return std::make_shared<const TurnedPack>(plan.groups(), g, images, sizeof(T));
+  });
+  const Backward<T> backward{bodies, p, g, *pack};
+  for_units(pack->frame, 0, p.in.cols, executor,
+            [&](const Unit& unit, const Executor& inner) { backward.unit(unit, inner); });
+}
+
+// Images that one pass over the gradient takes, so that it is not loaded and stored for a few
+// outputs.
+int64_t images_per_pass(const Frame& f) {
+  constexpr int64_t kOutputs = 64, kMost = 8;
+  const int64_t outputs = std::max<int64_t>(1, f.rows * f.x.domain * f.images);
+  return std::clamp<int64_t>(kOutputs / outputs, 1, kMost);
+}
+
+// X and dY of some images, and the gradient that they add.
+template <class T>
+struct Gradient {
+  const Bodies<T>& bodies;
+  const Groups& a;
+  const Product& p;
+  const Geometry& g;
+  const ForwardPack& pack;
+  const Frame rows;  // of dY, without padding
+  const int64_t images;
+  const Workspace x, dy;
+
+  Gradient(const Bodies<T>& b, const Groups& groups, const Product& product,
+           const ForwardPack& forward)
+      : bodies(b),
+        a(groups),
+        p(product),
+        g(*product.geometry),
+        pack(forward),
+        rows(dense(*product.geometry, forward)),
+        images(images_per_pass(forward.frame)),
+        x(sizeof(T) * images * forward.frame.numbers()),
+        dy(sizeof(T) * images * rows.numbers()) {}
+
+  // Strips like those of X.
+  static Frame dense(const Geometry& g, const ForwardPack& forward) {
+    const Axis down{forward.frame.rows, forward.frame.rows}, across{g.x.out, g.x.out};
+    Frame f({down, across, 1}, true, forward.visits.count(), kBandRows, forward.frame.images,
+            sizeof(T), INT64_MAX);
+    f.y.source = g.y.out;
+    return f;
+  }
+
+  void fill(const Unit& unit, int64_t place, const Executor& executor) const {
+    const Frame& f = pack.frame;
+    const PlanarImages<T> images_of_x(bodies.images, p.in2, g.x.size, source_rows(f, unit), unit,
+                                      executor);
+    T* to = x.template as<T>() + place * f.numbers();
+    for_ranges(executor, f.channels, range_step(executor, f.channels),
+               [&](int64_t begin, int64_t end) {
+                 fill_frame(bodies.images, f, images_of_x.planes(), unit, to, begin, end);
+               });
+    const PlanarImages<T> images_of_dy(bodies.images, p.in, g.x.out,
+                                       {unit.row, unit.row + unit.rows}, unit, executor);
+    T* bands = dy.template as<T>() + place * rows.numbers();
+    for_ranges(executor, rows.channels, range_step(executor, rows.channels),
+               [&](int64_t begin, int64_t end) {
+                 fill_bands(bodies.images, rows, pack.visits.visit.data(), images_of_dy.planes(),
+                            unit, bands, begin, end);
+               });
+  }
+
+  // Columns [begin, end) of a visited band, over `count` images in rows that L1 holds of dY.
+  void add(int64_t v, int64_t begin, int64_t end, int count, int64_t height) const {
+    constexpr int64_t kOutputs = 256;
+    const Frame& f = pack.frame;
+    const BandVisit& visit = pack.visits.visit[v];
+    const int64_t t = visit.band, n = a.row_ptr[t + 1] - a.row_ptr[t];
+    const int64_t width = g.x.out * f.images, step = std::max<int64_t>(1, kOutputs / width);
+    BandGradient<T> o{nullptr,
+                      nullptr,
+                      rows.numbers(),
+                      f.numbers(),
+                      rows.width * f.images * kBandRows,
+                      f.width * f.images,
+                      count,
+                      0,
+                      width,
+                      pack.offset.data() + a.col_begin[t] + begin,
+                      end - begin,
+                      static_cast<int>(n),
+                      pack.visits.whole ? nullptr : visit.row,
+                      static_cast<T*>(p.values.data) + a.value_ptr[t] + begin * n};
+    for (int64_t y = 0; y < height; y += step) {
+      o.height = std::min(step, height - y);
+      o.dy = dy.template as<T>() + v * rows.channel * rows.images * kBandRows + y * o.dy_row;
+      o.x = x.template as<T>() + pack.group_offset(visit.group, g) + y * o.x_row;
+      bodies.group_images.sample(o);
+    }
+  }
+
+  void pass(const std::vector<Unit>& units, const Executor& executor) const {
+    if (units.size() > 1) {
+      for_each(executor, units.size(),
+               [&](int64_t i) { fill(units[i], i, serial_executor()); });
+    } else {
+      fill(units[0], 0, executor);
+    }
+    constexpr int64_t kColumns = 80;
+    const int64_t longest = longest_band(), parts = std::max<int64_t>(1, divide_up(longest, kColumns));
+    const int64_t items = pack.visits.count() * parts;
+    for_ranges(executor, items, range_step(executor, items), [&](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; ++i) {
+        const int64_t t = pack.visits.visit[i / parts].band, cols = a.col_end[t] - a.col_begin[t];
+        const int64_t begin = cols * (i % parts) / parts, end = cols * (i % parts + 1) / parts;
+        if (begin == end) continue;
+        add(i / parts, begin, end, static_cast<int>(units.size()), units[0].rows);
+      }
+    });
+  }
+  int64_t longest_band() const {
+    int64_t longest = 0;
+    for (int64_t t = 0; t < a.bands; ++t) longest = std::max(longest, a.col_end[t] - a.col_begin[t]);
+    return longest;
+  }
+};
+
+template <class T>
+void sample(const Bodies<T>& bodies, const Plan& plan, const Product& p, const Executor& executor) {
+  const Geometry& g = *p.geometry;
+  const Groups& a = plan.groups();
+  std::fill_n(static_cast<T*>(p.values.data), plan.nnz(), T(0));
+  if (p.in.cols == 0 || g.y.out == 0 || g.x.out == 0) return;
+  const int64_t images = images_together(g.y.out, g.x.out, p.in.cols);
+  const auto pack = plan.shaped<ForwardPack>(g, images, [&] {
+    return std::make_shared<const ForwardPack>(a, g, images, sizeof(T));
+  });
+  const Frame& f = pack->frame;
+  const Gradient<T> gradient(bodies, a, p, *pack);
+  for (int64_t row = 0; row < f.y.domain; row += f.rows) {
+    const int64_t rows = std::min(f.rows, f.y.domain - row), step = f.images * gradient.images;
+    for (int64_t first = 0; first < p.in.cols; first += step) {
+      std::vector<Unit> units;
+      for (int64_t i = first; i < std::min(p.in.cols, first + step); i += f.images) {
+        units.push_back({i, static_cast<int>(std::min(f.images, p.in.cols - i)), row, rows});
+      }
+      gradient.pass(units, executor);
+    }
+  }
+}
+
+struct GroupImages {
+  template <class T>
+  static bool exists(const Bodies<T>& bodies) {
+    return bodies.group_images.multiply != nullptr;
+  }
+  template <class T>
+  static void run(const Bodies<T>& bodies, const Plan& plan, const Product& p,
+                  const Executor& executor) {
+    if (p.op == Op::spmm) return multiply(bodies, plan, p, executor);
+    if (p.op == Op::spmm_t) return multiply_t(bodies, plan, p, executor);
+    sample(bodies, plan, p, executor);
+  }
+  static Terms terms(const CostModel& model, const Summary& s, const Work& work) {
+    return image_terms(model, s, work, static_cast<double>(s.vectors));
+  }
+};
+
+}  // namespace
+
+const Variant kGroupImages = VariantOf<GroupImages>::row(
+    "images", Layout::groups, {Op::spmm, Op::spmm_t, Op::sddmm}, true, INT64_MAX, false);
+
+}  // namespace spfmt

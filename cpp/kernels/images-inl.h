@@ -1,0 +1,84 @@
+// Moving and finishing the numbers of images (core/images.h). Included once per ISA level.
+#pragma once
+
+#include "../core/images.h"
+#include "activation-inl.h"
+
+namespace spfmt {
+namespace {
+
+template <class S, class T = typename S::T>
+void image_transpose(const T* const* from, int64_t n, T* to, int64_t step, int lanes) noexcept {
+  for (int64_t k = 0; k < n; k += kLanes) {
+    const int count = n - k < kLanes ? static_cast<int>(n - k) : kLanes;
+    typename S::V tile[kLanes];
+    if (count == kLanes) {
+      SPFMT_UNROLL
+      for (int i = 0; i < kLanes; ++i) tile[i] = from[i] ? S::load(from[i] + k) : S::zero();
+    } else {
+      for (int i = 0; i < kLanes; ++i) tile[i] = from[i] ? S::load(from[i] + k, count) : S::zero();
+    }
+    S::transpose(tile);
+    T* place = to + k * step;
+    if (count == kLanes && lanes == kLanes) {
+      SPFMT_UNROLL
+      for (int i = 0; i < kLanes; ++i) S::store(place + i * step, tile[i]);
+    } else {
+      for (int i = 0; i < count; ++i) S::store(place + i * step, tile[i], lanes);
+    }
+  }
+}
+
+template <class S, class T = typename S::T>
+void image_copy(const T* from, int64_t step, int64_t count, T* to, int64_t before,
+                int64_t width) noexcept {
+  for (int64_t i = 0; i < before; ++i) to[i] = T(0);
+  T* begin = to + before;
+  if (step == 1) {
+    int64_t k = 0;
+    for (; k + kLanes <= count; k += kLanes) S::store(begin + k, S::load(from + k));
+    if (k < count) {
+      const int n = static_cast<int>(count - k);
+      S::store(begin + k, S::load(from + k, n), n);
+    }
+  } else if (step == 2) {  // a constant the compiler makes vectors of
+    for (int64_t k = 0; k < count; ++k) begin[k] = from[2 * k];
+  } else {
+    for (int64_t k = 0; k < count; ++k) begin[k] = from[k * step];
+  }
+  for (int64_t i = before + count; i < width; ++i) to[i] = T(0);
+}
+
+template <class S, Activation kKind, class T = typename S::T>
+void activate_run(T* y, int64_t n) noexcept {
+  int64_t k = 0;
+  for (; k + kLanes <= n; k += kLanes) S::store(y + k, activation_of<S, kKind>(S::load(y + k)));
+  if (k < n) {
+    const int left = static_cast<int>(n - k);
+    S::store(y + k, activation_of<S, kKind>(S::load(y + k, left)), left);
+  }
+}
+
+template <class S, class T = typename S::T>
+void image_activate(Activation kind, T* y, int64_t n) noexcept {
+  switch (kind) {
+    case Activation::none:
+      return;
+    case Activation::relu:
+      return activate_run<S, Activation::relu>(y, n);
+    case Activation::gelu:
+      return activate_run<S, Activation::gelu>(y, n);
+    case Activation::gelu_tanh:
+      return activate_run<S, Activation::gelu_tanh>(y, n);
+    case Activation::silu:
+      return activate_run<S, Activation::silu>(y, n);
+  }
+}
+
+template <class S>
+constexpr ImageBodies<typename S::T> image_bodies() {
+  return {image_transpose<S>, image_copy<S>, image_activate<S>};
+}
+
+}  // namespace
+}  // namespace spfmt

@@ -1,0 +1,398 @@
+#include "images.h"
+
+#include <algorithm>
+#include <climits>
+#include <stdexcept>
+#include <vector>
+
+#include "../core/images.h"
+#include "../core/variant.h"
+
+namespace spfmt {
+namespace {
+
+constexpr int64_t kFrameBytes = 2 << 20, kChunkRows = 32;
+// Shorter pieces than this spend their time on loading and storing Y.
+constexpr int64_t kLeastPerPiece = 15;
+
+// One place of lists, forward or turned: which numbers of a frame it meets, and which value.
+struct Place {
+  int64_t channel;
+  int32_t offset;
+  int64_t source;
+};
+
+// Lists made ready for a geometry, and for one image or kTogether at a time.
+struct ListImagePack {
+  Frame frame;
+  int64_t rows;                 // forward those of A; turned the channels of X, by phase
+  std::vector<int64_t> source;  // of turned lists: the value at each place
+  std::vector<int64_t> piece_ptr;
+  std::vector<ImagePiece> piece;
+  std::vector<int32_t> offset;
+  ImagePieces view;
+
+  ListImagePack(const Lists& a, const Geometry& g, bool turned, int64_t images, int64_t bytes)
+      : frame(g, turned, turned ? a.rows : g.groups * (a.cols / g.cells()), 1, images, bytes,
+              kFrameBytes),
+        rows(turned ? g.groups * (a.cols / g.cells()) * phases() : a.rows) {
+    std::vector<int64_t> ptr;
+    std::vector<Place> place;
+    if (a.indptr[a.rows] > INT32_MAX) throw std::length_error("too many values for a convolution");
+    turned ? gather_turned(a, g, ptr, place) : gather(a, g, ptr, place);
+    if (turned) {
+      for (const Place& p : place) source.push_back(p.source);
+    }
+    cut(ptr, place);
+  }
+  int64_t phases() const {
+    return frame.turned ? static_cast<int64_t>(frame.y.phases.size() * frame.x.phases.size()) : 1;
+  }
+  int64_t nbytes() const {
+    return static_cast<int64_t>(8 * (source.size() + piece_ptr.size()) +
+                                sizeof(ImagePiece) * piece.size() + 4 * offset.size());
+  }
+
+ private:
+  // body(row, position, channel of X, cell) of every nonzero.
+  template <class Body>
+  static void for_nonzeros(const Lists& a, const Geometry& g, const Body& body) {
+    const int64_t channels = a.cols / g.cells(), group_rows = std::max<int64_t>(1, a.rows / g.groups);
+    for (int64_t r = 0; r < a.rows; ++r) {
+      for (int64_t p = a.indptr[r]; p < a.indptr[r + 1]; ++p) {
+        const int64_t c = r / group_rows * channels + a.col_indices[p] / g.cells();
+        body(r, p, c, a.col_indices[p] % g.cells());
+      }
+    }
+  }
+
+  void gather(const Lists& a, const Geometry& g, std::vector<int64_t>& ptr,
+              std::vector<Place>& place) const {
+    ptr.assign(a.indptr, a.indptr + a.rows + 1);
+    for_nonzeros(a, g, [&](int64_t, int64_t p, int64_t c, int64_t cell) {
+      const int64_t offset = frame.offset(c, cell / g.x.kernel, cell % g.x.kernel);
+      place.push_back({c, static_cast<int32_t>(offset), p});
+    });
+  }
+
+  void gather_turned(const Lists& a, const Geometry& g, std::vector<int64_t>& ptr,
+                     std::vector<Place>& place) const {
+    const auto down = static_cast<int64_t>(frame.y.phases.size());
+    const auto across = static_cast<int64_t>(frame.x.phases.size());
+    const auto for_places = [&](const auto& body) {
+      for_nonzeros(a, g, [&](int64_t r, int64_t p, int64_t c, int64_t cell) {
+        const int64_t ky = cell / g.x.kernel, kx = cell % g.x.kernel;
+        if (frame.y.phase[ky] >= down || frame.x.phase[kx] >= across) return;  // meets nothing
+        const int64_t row = (c * down + frame.y.phase[ky]) * across + frame.x.phase[kx];
+        body(row, Place{r, static_cast<int32_t>(frame.offset(r, ky, kx)), p});
+      });
+    };
+    ptr.assign(rows + 1, 0);
+    for_places([&](int64_t row, const Place&) { ++ptr[row + 1]; });
+    for (int64_t i = 0; i < rows; ++i) ptr[i + 1] += ptr[i];
+    place.resize(ptr[rows]);
+    std::vector<int64_t> next(ptr.begin(), ptr.end() - 1);
+    for_places([&](int64_t row, const Place& p) { place[next[row]++] = p; });
+  }
+
+  // Places of a row follow each other by channel.
+  void cut(const std::vector<int64_t>& ptr, const std::vector<Place>& place) {
+    const int64_t channels = std::max<int64_t>(1, frame.channels);
+    const double per_channel =
+        static_cast<double>(place.size()) / std::max<int64_t>(1, rows) / channels;
+    const auto wanted = static_cast<int64_t>(kLeastPerPiece / std::max(per_channel, 1e-9));
+    const int64_t block = std::clamp<int64_t>(wanted, 8, std::max<int64_t>(8, channels));
+    const int64_t blocks = divide_up(channels, block), chunks = divide_up(rows, kChunkRows);
+    std::vector<int64_t> at(ptr.begin(), ptr.begin() + rows);
+    piece_ptr.push_back(0);
+    offset.reserve(place.size());
+    for (int64_t b = 0; b < blocks; ++b) {
+      for (int64_t q = 0; q < chunks; ++q) {
+        const int64_t end = std::min(rows, (q + 1) * kChunkRows);
+        const size_t begin = piece.size();
+        for (int64_t r = q * kChunkRows; r < end; ++r) append(r, ptr[r + 1], (b + 1) * block, place, at, b == 0);
+        std::stable_sort(piece.begin() + begin, piece.end(),
+                         [](const ImagePiece& p, const ImagePiece& o) { return p.count > o.count; });
+        piece_ptr.push_back(piece.size());
+      }
+    }
+    for (ImagePiece& p : piece) {
+      p.first = static_cast<int32_t>(offset.size());
+      for (int64_t k = p.start; k < p.start + p.count; ++k) offset.push_back(place[k].offset);
+    }
+    view = {blocks, chunks, piece_ptr.data(), piece.data(), offset.data()};
+  }
+  void append(int64_t row, int64_t stop, int64_t channel, const std::vector<Place>& place,
+              std::vector<int64_t>& at, bool first) {
+    const int64_t start = at[row];
+    while (at[row] < stop && place[at[row]].channel < channel) ++at[row];
+    if (at[row] == start && !first) return;
+    piece.push_back({start, 0, static_cast<int32_t>(row), static_cast<int32_t>(at[row] - start)});
+  }
+};
+
+// How the outputs of a unit are counted. With kTogether images side by side each output is a
+// vector. Of one image vectors run over rows and the zeros between them, which are left out when
+// results are handed over.
+struct Domain {
+  int64_t height, width;  // in vectors
+  int64_t row;            // numbers from one row to the next, in frames and results alike
+
+  Domain(const Frame& f, int64_t rows)
+      : height(f.images > 1 ? rows : 1),
+        width(f.images > 1 ? f.x.domain
+                           : divide_up(std::max<int64_t>(0, (rows - 1) * f.width + f.x.domain), kLanes)),
+        row(f.width * f.images) {}
+
+  // body(y, x, down, across) over tiles of at most `most` vectors, with at most `tallest` rows.
+  template <class Body>
+  void for_tiles(int most, int tallest, const Body& body) const {
+    const auto fits = [&](int rows) { return tallest >= rows && width <= most / rows; };
+    const int64_t down = height >= 4 && fits(4) ? 4 : height >= 2 && fits(2) ? 2 : 1;
+    int64_t y = 0;
+    for (int64_t rows = down; rows >= 1; rows /= 2) {
+      for (; y + rows <= height; y += rows) {
+        for_parts(width, most / rows, [&](int64_t x, int across) {
+          body(y, x, static_cast<int>(rows), across);
+        });
+      }
+    }
+  }
+};
+
+// X, or dY in turned lists, of a unit in a frame; a map that is one as it lies is not copied.
+template <class T>
+class ListFrame {
+ public:
+  ListFrame(const ImageBodies<T>& bodies, const Frame& f, const View& view, int64_t width,
+            const Unit& unit, const Executor& executor)
+      : images_(bodies, view, width, source_rows(f, unit), unit, executor) {
+    const Planes<const T>& p = images_.planes()[0];
+    const bool dense = p.channel == f.map && (p.row == f.width || f.y.source == 1);
+    // Whole vectors are read: behind the last number there would be others' memory.
+    if (f.pointwise() && dense && f.map % kLanes == 0) {
+      data_ = p.data;
+      return;
+    }
+    copy_ = std::make_unique<Workspace>(sizeof(T) * f.numbers());
+    T* to = copy_->template as<T>();
+    data_ = to;
+    for_ranges(executor, f.channels, range_step(executor, f.channels),
+               [&](int64_t begin, int64_t end) {
+                 fill_frame(bodies, f, images_.planes(), unit, to, begin, end);
+               });
+    clear_tail(f, to);
+  }
+  const T* data() const { return data_; }
+
+ private:
+  PlanarImages<T> images_;
+  std::unique_ptr<Workspace> copy_;
+  const T* data_;
+};
+
+// Y or dX: sums of products of lists with frames.
+template <class T>
+struct ListProduct {
+  const Bodies<T>& bodies;
+  const Product& p;
+  const Geometry& g;
+  const ListImagePack& pack;
+  const T* values;
+
+  void unit(const Unit& unit, const Executor& executor) const {
+    const Frame& f = pack.frame;
+    const ListFrame<T> x(bodies.images, f, p.in, f.turned ? g.x.out : g.x.size, unit, executor);
+    const int64_t step = f.turned ? g.y.stride : 1, width = f.turned ? g.x.size : g.x.out;
+    const int64_t size = f.turned ? g.y.size : g.y.out;
+    const PlanarResult<T> y(p.out, width,
+                            {unit.row * step, std::min(size, (unit.row + unit.rows) * step)}, unit);
+    const Domain domain(f, unit.rows);
+    // Planes a power of two apart would meet in one cache set.
+    const int64_t plane = (unit.rows * domain.row + 2 * kLanes) / kLanes * kLanes + kLanes;
+    const Workspace sums(sizeof(T) * (pack.rows * plane + kLanes));
+    T* sum = sums.template as<T>();
+    multiply(domain, x.data(), sum, plane, executor);
+    for_ranges(executor, pack.rows, range_step(executor, pack.rows),
+               [&](int64_t begin, int64_t end) {
+                 for (int64_t r = begin; r < end; ++r) hand_out(r, sum + r * plane, unit, y);
+               });
+    y.done(bodies.images, executor);
+  }
+
+  void multiply(const Domain& domain, const T* x, T* sum, int64_t plane,
+                const Executor& executor) const {
+    struct Place {
+      int64_t y, x;
+      int down, across;
+    };
+    std::vector<Place> tiles;
+    domain.for_tiles(bodies.list_images.most_vectors, 2,
+                     [&](int64_t y, int64_t at, int down, int across) {
+                       tiles.push_back({y, at, down, across});
+                     });
+    for_each(executor, tiles.size(), [&](int64_t i) {
+      const int64_t at = tiles[i].y * domain.row + tiles[i].x * kLanes;
+      bodies.list_images.multiply(
+          pack.view, {values, x + at, domain.row, static_cast<const T*>(p.bias.data), sum + at, plane,
+                      domain.row, tiles[i].down, tiles[i].across});
+    });
+  }
+
+  // Sums of a row of the lists, activated, to the maps.
+  void hand_out(int64_t row, T* sum, const Unit& unit, const PlanarResult<T>& y) const {
+    const Frame& f = pack.frame;
+    const int64_t channel = row / pack.phases(), phase = row % pack.phases();
+    const auto across = static_cast<int64_t>(f.x.phases.size());
+    const int64_t py = f.turned ? phase / across : 0, px = f.turned ? phase % across : 0;
+    const int64_t down = f.turned ? g.y.stride : 1, step = f.turned ? g.x.stride : 1;
+    const int64_t height = f.turned ? std::min(unit.rows, count_of(g.y.size, down, py) - unit.row)
+                                    : unit.rows;
+    const int64_t width = f.turned ? count_of(g.x.size, step, px) : g.x.out;
+    const Planes<T>* planes = y.planes();
+    for (int64_t i = 0; i < height; ++i) {
+      T* line = sum + i * f.width * f.images;
+      bodies.images.activate(p.activation, line, width * f.images);
+      const int64_t at =
+          channel * planes[0].channel + ((unit.row + i) * down + py) * planes[0].row + px;
+      if (f.images > 1) {
+        separate(line, width, planes, unit.count, at, step);
+      } else if (step == 1) {
+        bodies.images.copy(line, 1, width, planes[0].data + at, 0, width);
+      } else {
+        for (int64_t k = 0; k < width; ++k) planes[0].data[at + k * step] = line[k];
+      }
+    }
+  }
+
+  void separate(const T* line, int64_t width, const Planes<T>* planes, int count, int64_t at,
+                int64_t step) const {
+    const int64_t image = count > 1 ? planes[1].data - planes[0].data : 0;
+    for (int64_t k = 0; k < width; k += kTogether) {
+      const int lanes = static_cast<int>(std::min<int64_t>(kTogether, width - k));
+      const T* pixel[kTogether] = {};
+      for (int i = 0; i < lanes; ++i) pixel[i] = line + (k + i) * kTogether;
+      if (step == 1) {
+        bodies.images.transpose(pixel, count, planes[0].data + at + k, image, lanes);
+        continue;
+      }
+      T turned[kTogether * kTogether];
+      bodies.images.transpose(pixel, count, turned, kTogether, lanes);
+      for (int m = 0; m < count; ++m) {
+        T* to = planes[m].data + at + k * step;
+        for (int i = 0; i < lanes; ++i) to[i * step] = turned[m * kTogether + i];
+      }
+    }
+  }
+};
+
+// body(first, images, together) over runs of a batch: sets of kTogether images, and the rest one by
+// one where they are few.
+template <class Body>
+void for_sets(int64_t batch, const Body& body) {
+  int64_t whole = batch / kTogether * kTogether;
+  if (2 * (batch - whole) >= kTogether) whole = batch;
+  if (whole > 0) body(int64_t{0}, whole, int64_t{kTogether});
+  if (batch > whole) body(whole, batch - whole, int64_t{1});
+}
+
+std::shared_ptr<const ListImagePack> pack_of(const Plan& plan, const Geometry& g, bool turned,
+                                             int64_t images, int64_t bytes) {
+  const int64_t key = 2 * images + (turned ? 1 : 0);
+  return plan.shaped<ListImagePack>(g, key, [&] {
+    return std::make_shared<const ListImagePack>(plan.lists(), g, turned, images, bytes);
+  });
+}
+
+template <class T>
+void multiply(const Bodies<T>& bodies, const Plan& plan, const Product& p,
+              const Executor& executor) {
+  const Geometry& g = *p.geometry;
+  const bool turned = p.op == Op::spmm_t;
+  for_sets(p.in.cols, [&](int64_t first, int64_t images, int64_t together) {
+    const auto pack = pack_of(plan, g, turned, together, sizeof(T));
+    const T* values = static_cast<const T*>(p.values.data);
+    const Workspace ordered(sizeof(T) * (pack->source.size() + 1));
+    T* to = ordered.template as<T>();
+    for (size_t i = 0; i < pack->source.size(); ++i) to[i] = values[pack->source[i]];
+    const ListProduct<T> product{bodies, p, g, *pack, turned ? to : values};
+    for_units(pack->frame, first, images, executor,
+              [&](const Unit& unit, const Executor& inner) { product.unit(unit, inner); });
+  });
+}
+
+// Adds the share of a unit to the gradient. dY lies like the sums of a product, zeros between its
+// rows, which numbers of X behind a row then meet.
+template <class T>
+void add_gradient(const Bodies<T>& bodies, const Product& p, const ListImagePack& pack,
+                  const Unit& unit, const Executor& executor) {
+  const Geometry& g = *p.geometry;
+  const Frame& f = pack.frame;
+  const ListFrame<T> x(bodies.images, f, p.in2, g.x.size, unit, executor);
+  Frame rows({{f.rows, f.rows}, {g.x.out, g.x.out}, 1}, true, pack.rows, 1, f.images, sizeof(T),
+             INT64_MAX);
+  rows.y.source = g.y.out;
+  rows.width = f.width;
+  rows.height = f.rows;
+  rows.channel = rows.map = f.rows * f.width + divide_up(kLanes, f.images) + 1;
+  const PlanarImages<T> images(bodies.images, p.in, g.x.out, {unit.row, unit.row + unit.rows}, unit,
+                               executor);
+  const Workspace frame(sizeof(T) * rows.numbers());
+  T* dy = frame.template as<T>();
+  for_ranges(executor, pack.rows, range_step(executor, pack.rows), [&](int64_t begin, int64_t end) {
+    fill_frame(bodies.images, rows, images.planes(), unit, dy, begin, end);
+  });
+  clear_tail(rows, dy);
+  const Domain domain(f, unit.rows);
+  const auto chunk_gradient = [&](int64_t chunk) {
+    for (int64_t block = 0; block < pack.view.blocks; ++block) {
+      domain.for_tiles(bodies.list_images.most_held, 4,
+                       [&](int64_t y, int64_t at, int down, int across) {
+                         const int64_t place = y * domain.row + at * kLanes;
+                         bodies.list_images.sample(
+                             pack.view,
+                             {x.data() + place, dy + place, domain.row, rows.channel * f.images,
+                              domain.row, static_cast<T*>(p.values.data), down, across},
+                             block, chunk);
+                       });
+    }
+  };
+  for_each(executor, pack.view.chunks, chunk_gradient);
+}
+
+template <class T>
+void sample(const Bodies<T>& bodies, const Plan& plan, const Product& p, const Executor& executor) {
+  const Geometry& g = *p.geometry;
+  std::fill_n(static_cast<T*>(p.values.data), plan.nnz(), T(0));
+  if (g.x.out == 0) return;
+  for_sets(p.in.cols, [&](int64_t first, int64_t images, int64_t together) {
+    const auto pack = pack_of(plan, g, false, together, sizeof(T));
+    // Units one after the other, whatever the threads: they add to the same gradient.
+    const Executor alone = serial_executor();
+    for_units(pack->frame, first, images, alone, [&](const Unit& unit, const Executor&) {
+      add_gradient(bodies, p, *pack, unit, executor);
+    });
+  });
+}
+
+struct ListImages {
+  template <class T>
+  static bool exists(const Bodies<T>& bodies) {
+    return bodies.list_images.multiply != nullptr;
+  }
+  template <class T>
+  static void run(const Bodies<T>& bodies, const Plan& plan, const Product& p,
+                  const Executor& executor) {
+    p.op == Op::sddmm ? sample(bodies, plan, p, executor) : multiply(bodies, plan, p, executor);
+  }
+  static Terms terms(const CostModel& model, const Summary& s, const Work& work) {
+    return image_terms(model, s, work, static_cast<double>(s.nnz) / kLanes);
+  }
+};
+
+}  // namespace
+
+const Variant kListImages = VariantOf<ListImages>::row(
+    "images", Layout::lists, {Op::spmm, Op::spmm_t, Op::sddmm}, true, INT64_MAX, false);
+
+}  // namespace spfmt
