@@ -61,14 +61,15 @@ spfmt::Geometry geometry_of(const Parameters& p, const py::array& x, const py::a
           p[8]};
 }
 
-spfmt::Isa level(const std::string& name) {
+spfmt::Isa level(const std::optional<std::string>& wanted) {
+  const std::string name = wanted.value_or(spfmt::name_of(spfmt::active_isa()));
   for (const spfmt::Isa isa : {spfmt::Isa::scalar, spfmt::Isa::avx2, spfmt::Isa::avx512}) {
     if (name == spfmt::name_of(isa) && spfmt::isa_supported(isa)) return isa;
   }
   throw std::invalid_argument("no such level on this CPU");
 }
 
-void multiply(const PyPlan& plan, bool turned, const std::string& isa, const py::array& values,
+void multiply(const PyPlan& plan, bool turned, const std::optional<std::string>& isa, const py::array& values,
               const py::array& in, const std::optional<py::array>& bias, int activation,
               const Parameters& parameters, const py::array& out, int threads) {
   require(activation >= 0 && activation <= static_cast<int>(spfmt::Activation::silu),
@@ -86,7 +87,7 @@ void multiply(const PyPlan& plan, bool turned, const std::string& isa, const py:
   run(*plan.plan, level(isa), p, threads);
 }
 
-void sample(const PyPlan& plan, const std::string& isa, const py::array& dy, const py::array& x,
+void sample(const PyPlan& plan, const std::optional<std::string>& isa, const py::array& dy, const py::array& x,
             const Parameters& parameters, const py::array& gradient, int threads) {
   require(gradient.writeable(), "the gradient is read-only");
   spfmt::Product p;

@@ -15,6 +15,7 @@ megabytes at most, whatever the batch.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ from spfmt import _kernels, threads
 from spfmt._memory import empty_aligned
 
 from .activations import activation_code, apply_activation
-from .dispatch import Plan, logger, select
+from .dispatch import Plan, active_isa, logger, select
 from .errors import format_error
 from .formats import SparseTensor
 
@@ -117,9 +118,7 @@ class Convolution:
                 "maps no smaller than the kernel",
                 "add padding, or leave the layer out",
             )
-        y, x = (
-            (n - r) // s + 1 for n, r, s in zip(padded, reach, self.stride, strict=True)
-        )
+        y, x = ((n - r) // s + 1 for n, r, s in zip(padded, reach, self.stride, strict=True))
         return y, x
 
     def parameters(self) -> tuple[int, ...]:
@@ -135,7 +134,9 @@ def _ints(name: str, value: Any, count: int, least: int) -> tuple[int, ...]:
     whole = all(isinstance(n, int | np.integer) and not isinstance(n, bool) for n in given)
     if len(given) != count or not whole or not all(least <= n <= _MOST for n in given):
         wanted = "an int" if count == 1 else f"an int or {count} of them"
-        raise format_error(f"{name}={value!r}", f"{wanted}, {least} or more", f"pass {name}={least}")
+        raise format_error(
+            f"{name}={value!r}", f"{wanted}, {least} or more", f"pass {name}={least}"
+        )
     return tuple(int(n) for n in given)
 
 
@@ -152,7 +153,9 @@ def _padding(
             raise format_error("padding='same' with a stride", "stride 1", "give the padding")
         if padding not in ("same", "valid"):
             raise format_error(f"padding={padding!r}", "'same', 'valid' or ints", "pass padding=0")
-        total = [d * (k - 1) if padding == "same" else 0 for k, d in zip(kernel, dilation, strict=True)]
+        total = [
+            d * (k - 1) if padding == "same" else 0 for k, d in zip(kernel, dilation, strict=True)
+        ]
         y, x = total  # of an odd number the end gets one more, as in torch
         return y // 2, x // 2, y - y // 2, x - x // 2
     if np.ndim(padding) == 1 and len(padding) == 4:
@@ -208,7 +211,12 @@ def convolve_sampled(
     )
 
 
-def _level(plan: Plan, op: str, like: Array, backend: str) -> str:
+def _level(plan: Plan, op: str, like: Array, backend: str) -> str | None:
+    """Return the level that runs, None for the best one in use; raise where there is none."""
+    plain = like.dtype == np.float32 or like.dtype == np.float64
+    if backend == "auto" and plain and not logger.isEnabledFor(logging.DEBUG):
+        active_isa()  # raises where SPFMT_ISA is invalid
+        return None
     kernel = select(op, plan.layout.name, like.dtype.name, backend)
     logger.debug("%s %s %s: kernel %s", op, plan.layout.name, kernel.dtype, kernel.isa)
     return kernel.isa
@@ -464,7 +472,9 @@ def _images(name: str, x: Any, channels: int, dtype: np.dtype[Any]) -> Array:
     x = np.asarray(x)
     if x.ndim != 4 or x.shape[1] != channels:
         raise format_error(
-            f"{name} of shape {x.shape}", f"(N, {channels}, H, W)", "pass images of that many channels"
+            f"{name} of shape {x.shape}",
+            f"(N, {channels}, H, W)",
+            "pass images of that many channels",
         )
     if x.dtype != dtype:
         raise format_error(
@@ -486,9 +496,7 @@ def _check_maps(how: Convolution, dy: Array, size: tuple[int, int]) -> None:
         )
 
 
-def _result(
-    shape: tuple[int, ...], like: Array, out: Array | None, *operands: Array
-) -> Array:
+def _result(shape: tuple[int, ...], like: Array, out: Array | None, *operands: Array) -> Array:
     if out is None:
         n, channels, height, width = shape
         if is_channels_last(like):

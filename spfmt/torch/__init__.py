@@ -1,4 +1,4 @@
-"""Sparse layers for torch: operators with autograd, `SparseLinear`, `sparsify` and `densify`."""
+"""Sparse layers for torch: operators with autograd, layers, `sparsify` and `densify`."""
 
 from __future__ import annotations
 
@@ -13,8 +13,11 @@ except ImportError as error:
     ) from error
 
 from spfmt.torch.attention import UnpackedAttention, unpack_attention
+from spfmt.torch.conv import SparseConv1d, SparseConv2d
+from spfmt.torch.convolution import conv2d, conv2d_input, conv2d_weight
 from spfmt.torch.frozen import FrozenLinear, freeze, unfreeze
-from spfmt.torch.linear import SparseLinear, resolve_density
+from spfmt.torch.layer import resolve_density
+from spfmt.torch.linear import SparseLinear
 from spfmt.torch.module import SparseModule, follow
 from spfmt.torch.ops import sddmm, spmm, spmm_t
 from spfmt.torch.report import LayerReport, ModelReport
@@ -24,9 +27,14 @@ __all__ = [
     "FrozenLinear",
     "LayerReport",
     "ModelReport",
+    "SparseConv1d",
+    "SparseConv2d",
     "SparseLinear",
     "SparseModule",
     "UnpackedAttention",
+    "conv2d",
+    "conv2d_input",
+    "conv2d_weight",
     "decay_groups",
     "densify",
     "follow",

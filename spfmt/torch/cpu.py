@@ -7,6 +7,7 @@ are plain, and else by way of numpy, which makes them plain or says what is wron
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from spfmt.activations import activation_code
+from spfmt.dispatch import Plan
 from spfmt.errors import KernelNotFound, format_error
 from spfmt.torch.values import (
     SPMM,
@@ -27,7 +29,19 @@ from spfmt.torch.values import (
     sample,
 )
 
-__all__ = ["sddmm_cpu", "sddmm_fake", "spmm_cpu", "spmm_fake", "spmm_t_cpu", "spmm_t_fake"]
+__all__ = [
+    "array",
+    "check_bias",
+    "check_dtype",
+    "check_weight",
+    "plan_of",
+    "sddmm_cpu",
+    "sddmm_fake",
+    "spmm_cpu",
+    "spmm_fake",
+    "spmm_t_cpu",
+    "spmm_t_fake",
+]
 
 _COMPUTE_DTYPES = (torch.float32, torch.float64)
 
@@ -62,7 +76,8 @@ def _check_shape(shape: Sequence[int]) -> None:
         )
 
 
-def _check_weight(values: Tensor, structure: Tensor) -> None:
+def check_weight(values: Tensor, structure: Tensor) -> None:
+    """Check that values and structure words are vectors."""
     if values.dim() != 1 or structure.dim() != 1 or structure.dtype != torch.int32:
         raise format_error(
             f"values of shape {tuple(values.shape)} and structure of shape "
@@ -72,7 +87,8 @@ def _check_weight(values: Tensor, structure: Tensor) -> None:
         )
 
 
-def _check_dtype(op: str, x: Tensor) -> None:
+def check_dtype(op: str, x: Tensor) -> None:
+    """Check that an operator has kernels for a dtype."""
     if x.dtype not in _COMPUTE_DTYPES:
         raise KernelNotFound(
             f"got {op} of {x.dtype}; kernels exist for float32 and float64 on CPU; fix: cast the "
@@ -80,7 +96,8 @@ def _check_dtype(op: str, x: Tensor) -> None:
         )
 
 
-def _check_bias(bias: Tensor | None, rows: int, like: Tensor) -> None:
+def check_bias(bias: Tensor | None, rows: int, like: Tensor) -> None:
+    """Check that a bias has one number per row, in the dtype of `like`."""
     if bias is not None and (bias.shape != (rows,) or bias.dtype != like.dtype):
         raise format_error(
             f"bias of shape {tuple(bias.shape)} and dtype {bias.dtype}",
@@ -100,19 +117,19 @@ def spmm_fake(
     """Check the operands of ``spmm`` and return an empty result."""
     activation_code(activation)
     _check_shape(shape)
-    _check_weight(values, structure)
+    check_weight(values, structure)
     _check_matrix("x", x, shape[1], values)
-    _check_bias(bias, shape[0], values)
-    _check_dtype("spmm", x)
+    check_bias(bias, shape[0], values)
+    check_dtype("spmm", x)
     return x.new_empty((x.shape[0], shape[0]))
 
 
 def spmm_t_fake(values: Tensor, structure: Tensor, dy: Tensor, shape: Sequence[int]) -> Tensor:
     """Check the operands of ``spmm_t`` and return an empty result."""
     _check_shape(shape)
-    _check_weight(values, structure)
+    check_weight(values, structure)
     _check_matrix("dy", dy, shape[0], values)
-    _check_dtype("spmm_t", dy)
+    check_dtype("spmm_t", dy)
     return dy.new_empty((dy.shape[0], shape[1]))
 
 
@@ -129,7 +146,7 @@ def sddmm_fake(
             "one batch size",
             "pass the x that this dy belongs to",
         )
-    _check_dtype("sddmm", x)
+    check_dtype("sddmm", x)
     return x.new_empty((capacity,))
 
 
@@ -138,7 +155,7 @@ def sddmm_fake(
 
 def _weight_of(structure: Tensor, shape: Sequence[int]) -> CompiledStructure:
     compiled = compiled_structure(structure.contiguous())
-    if compiled.shape != (shape[0], shape[1]):
+    if compiled.shape != (shape[0], math.prod(shape[1:])):
         raise format_error(
             f"a structure of shape {compiled.shape}",
             f"shape {tuple(shape)}",
@@ -166,7 +183,18 @@ def _check_memory(*tensors: Tensor | None) -> None:
         )
 
 
-def _array(t: Tensor) -> NDArray[Any]:
+def plan_of(
+    values: Tensor, structure: Tensor, shape: Sequence[int], *operands: Tensor | None
+) -> Plan:
+    """Return the plan of a structure that fits a weight's shape and values."""
+    _check_memory(values, structure, *operands)
+    compiled = _weight_of(structure, shape)
+    _check_capacity(values, compiled)
+    return compiled.plan
+
+
+def array(t: Tensor) -> NDArray[Any]:
+    """Return a tensor as an array on the same memory."""
     return t.detach().resolve_neg().numpy()
 
 
@@ -189,9 +217,9 @@ def spmm_cpu(
     compiled = _weight_of(structure, shape)
     _check_capacity(values, compiled)
     compiled.plan.spmm(
-        _array(values),
-        _array(x),
-        bias=None if bias is None else _array(bias),
+        array(values),
+        array(x),
+        bias=None if bias is None else array(bias),
         activation=activation,
         batch_first=True,
         out=y.numpy(),
@@ -213,7 +241,7 @@ def spmm_t_cpu(
     _check_capacity(values, compiled)
     constant = WRITTEN if written else None
     out = dx.numpy()
-    compiled.plan.spmm_t(_array(values), _array(dy), batch_first=True, out=out, constant=constant)
+    compiled.plan.spmm_t(array(values), array(dy), batch_first=True, out=out, constant=constant)
     return dx
 
 
@@ -228,5 +256,5 @@ def sddmm_cpu(
     _check_memory(structure, dy, x)
     compiled = _weight_of(structure, shape)
     _check_capacity(gradient, compiled)
-    compiled.plan.sddmm(_array(dy), _array(x), batch_first=True, out=gradient.numpy())
+    compiled.plan.sddmm(array(dy), array(x), batch_first=True, out=gradient.numpy())
     return gradient

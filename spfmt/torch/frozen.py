@@ -10,7 +10,8 @@ from torch.fx import Proxy
 
 from spfmt.formats import SparseTensor
 from spfmt.torch.convert import to_numpy, whole
-from spfmt.torch.linear import SparseLinear, affine, traced
+from spfmt.torch.layer import traced
+from spfmt.torch.linear import SparseLinear, affine
 from spfmt.torch.survey import Found, places, swap
 from spfmt.torch.values import Constant, compiled_structure
 

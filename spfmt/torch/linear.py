@@ -2,56 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Proxy
 
-from spfmt.errors import FormatError, format_error
-from spfmt.formats import SparseTensor, get_format
-from spfmt.torch.convert import to_torch_values, whole
-from spfmt.torch.module import SparseModule
+from spfmt.errors import format_error
+from spfmt.formats import SparseTensor
+from spfmt.torch.layer import SparseLayer
 from spfmt.torch.ops import spmm
 
-__all__ = ["SparseLinear", "affine", "implied_density", "resolve_density", "traced"]
+__all__ = ["SparseLinear", "affine"]
 
 Self = TypeVar("Self", bound="SparseLinear")
 
 
-def resolve_density(density: float | None, sparsity: float | None) -> float:
-    """Return the density that one of the two stands for.
-
-    Raises
-    ------
-    FormatError
-        Where both or neither is given, or the result is outside [0, 1].
-    """
-    if (density is None) == (sparsity is None):
-        raise format_error(
-            f"density={density} and sparsity={sparsity}",
-            "exactly one of them",
-            "pass density=0.1 or sparsity=0.9",
-        )
-    resolved = float(1.0 - sparsity) if sparsity is not None else float(cast(float, density))
-    if not 0.0 <= resolved <= 1.0:
-        raise format_error(f"a density of {resolved}", "a share in [0, 1]", "pass density=0.1")
-    return resolved
-
-
-def implied_density(params: Mapping[str, Any], columns: int) -> float | None:
-    """Return the density that an N:M ratio or a fan-in among a format's parameters stands for."""
-    if "fan_in" in params:
-        share = params["fan_in"] / max(1, columns)
-    elif "n" in params and "m" in params:
-        share = params["n"] / max(1, min(params["m"], columns))  # a group ends with its row
-    else:
-        return None
-    return float(min(1.0, max(0.0, share)))  # what exceeds it, the format itself refuses by name
-
-
-class SparseLinear(SparseModule):
+class SparseLinear(SparseLayer):
     """Affine map ``y = x A.T + b`` with a sparse weight A (out_features, in_features).
 
     The weight is held as two tensors. `values` is one flat Parameter whose length (the *capacity*)
@@ -109,6 +75,7 @@ class SparseLinear(SparseModule):
     torch.Size([2, 5, 3072])
     """
 
+    DENSE = nn.Linear
     shape: tuple[int, int]
 
     def __init__(
@@ -127,17 +94,10 @@ class SparseLinear(SparseModule):
         **params: Any,
     ) -> None:
         super().__init__()
-        if density is None and sparsity is None:
-            density = implied_density(params, in_features)
-        target = resolve_density(density, sparsity)
-        device = torch.get_default_device() if device is None else torch.device(device)
-        drawn = torch.rand((out_features, in_features), generator=generator, device="cpu")
-        tensor = get_format(format).from_scores(drawn.numpy(), target, **params)
-        dtype = dtype or torch.get_default_dtype()
-        offset = torch.empty(out_features, device=device, dtype=dtype) if bias else None
-        values = torch.zeros(tensor.nnz, dtype=dtype, device=device)
-        self._install(tensor, values, offset, capacity, device, target, params)
-        self.reset_parameters(generator)
+        shape = out_features, in_features
+        self._draw(
+            shape, bias, format, density, sparsity, capacity, generator, device, dtype, params
+        )
 
     def _install(self, tensor: SparseTensor, *args: Any) -> None:
         if len(tensor.shape) != 2:
@@ -183,121 +143,24 @@ class SparseLinear(SparseModule):
         FormatError
             For a 4-D weight, a bias of another shape, or a capacity below nnz.
         """
-        if bias is not None and tuple(bias.shape) != tensor.matrix_shape[:1]:
-            raise format_error(
-                f"bias of shape {tuple(bias.shape)}", f"{tensor.matrix_shape[:1]}", "one per row"
-            )
-        layer = cls.__new__(cls)
-        nn.Module.__init__(layer)
-        values = to_torch_values(tensor.values)
-        values = values if dtype is None else values.to(dtype)
-        device = values.device if device is None else torch.device(device)
-        layer._install(tensor, values, bias, capacity, device, target_density, params)
-        return layer
+        return cls._of_tensor(tensor, None, bias, capacity, device, dtype, target_density, params)
 
     @classmethod
-    def from_linear(
-        cls: type[Self],
-        linear: nn.Linear,
-        *,
-        format: str = "condensed",
-        density: float | None = None,
-        sparsity: float | None = None,
-        scores: Tensor | None = None,
-        capacity: int | None = None,
-        **params: Any,
-    ) -> Self:
-        """Prune a dense layer to a structure and keep its values there.
-
-        Parameters
-        ----------
-        linear : nn.Linear
-            Its weight is read and its bias Parameter is shared, not copied.
-        format, density, sparsity, capacity, **params
-            As for the class.
-        scores : Tensor, shape (R, C), optional
-            What to keep, larger is better; ``weight.abs()`` by default.
-
-        Raises
-        ------
-        FormatError
-            Where the format cannot hold the layer at this density.
-        """
-        if density is None and sparsity is None:
-            density = implied_density(params, linear.in_features)
-        target = resolve_density(density, sparsity)
-        ranked = linear.weight if scores is None else scores
-        ranked = ranked.detach().to("cpu", torch.float32)
-        ranked = ranked.abs() if scores is None else ranked
-        tensor = get_format(format).from_scores(ranked.numpy(), target, **params)
-        return cls._gathered(linear, tensor, capacity, target, params)
-
-    @classmethod
-    def _gathered(
-        cls: type[Self],
-        linear: nn.Linear,
-        tensor: SparseTensor,
-        capacity: int | None,
-        target_density: float | None,
-        params: Mapping[str, Any],
-    ) -> Self:
-        """Make a layer on a structure with the dense layer's values, dtype, device and bias."""
-        weight = linear.weight.detach()
-        if tensor.shape != tuple(weight.shape):
-            raise format_error(
-                f"scores of shape {tensor.shape}",
-                f"those of the weight, {tuple(weight.shape)}",
-                "return one score per weight",
-            )
-        layer = cls.__new__(cls)
-        nn.Module.__init__(layer)
-        # Gathered in torch, so that bfloat16 never has to pass through numpy.
-        where = torch.from_numpy(tensor.flat_indices()).to(weight.device)
-        values = weight.reshape(-1)[where]
-        bias = linear.bias
-        layer._install(tensor, values, bias, capacity, weight.device, target_density, params)
-        layer.values.requires_grad_(linear.weight.requires_grad)
-        return layer.train(linear.training)
+    def from_linear(cls: type[Self], linear: nn.Linear, **options: Any) -> Self:
+        """Prune a dense layer; see `from_dense`."""
+        return cls.from_dense(linear, **options)
 
     def to_linear(self) -> nn.Linear:
         """Return a dense ``nn.Linear`` with the same map; the bias Parameter is shared."""
-        structure = self._decoded()
-        like = whole(self.values).detach()
-        weight = torch.zeros(
-            self.out_features * self.in_features, dtype=like.dtype, device=like.device
-        )
-        weight[torch.from_numpy(structure.flat_indices()).to(like.device)] = like[: structure.nnz]
-        # Built on meta: the initial values of nn.Linear would be drawn only to be thrown away.
-        linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
-        linear.weight = nn.Parameter(weight.view(self.shape), self.values.requires_grad)
-        linear.bias = cast(nn.Parameter, self.bias)
-        return linear.train(self.training)
+        return cast(nn.Linear, self.to_dense())
 
-    # --------------------------------------------------------------------------------- forward
+    def _blank(self) -> nn.Linear:
+        return nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
 
-    def forward(self, x: Tensor, *, activation: str | None = None) -> Tensor:
-        """Return ``f(x A.T + b)``.
-
-        Parameters
-        ----------
-        x : Tensor, shape (..., in_features)
-        activation : {"relu", "gelu", "gelu_tanh", "silu"}, optional
-            f, fused into the product where no gradient is recorded.
-
-        Returns
-        -------
-        Tensor, shape (..., out_features)
-        """
-        if isinstance(x, Proxy):
-            return traced(self, x, activation)
-        values, structure = self._held("values"), self._held("structure")
-        bias = None if self._parameters.get("bias", self) is None else self._held("bias")
-        try:
-            return affine(x, values, structure, bias, self.shape, activation)
-        except FormatError:
-            if not self._mend():
-                raise
-            return self.forward(x, activation=activation)
+    def _compute(
+        self, x: Tensor, values: Tensor, structure: Tensor, bias: Tensor | None, activation: Any
+    ) -> Tensor:
+        return affine(x, values, structure, bias, self.shape, activation)
 
     def samples(self, x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
         """Return inputs (B, in_features) and output gradients (B, out_features) of a call."""
@@ -328,17 +191,3 @@ def affine(
     flat = x if dims == 2 else x.flatten(0, -2) if dims > 2 else x.unsqueeze(0)
     y = spmm(values, structure, flat, bias, shape=shape, activation=activation)
     return y if dims == 2 else y.reshape((*x.shape[:-1], shape[0]))
-
-
-def traced(layer: nn.Module, x: Proxy, activation: str | None) -> Tensor:
-    """Let a layer become one node of a graph that torch.fx traces, as those of torch itself do."""
-    tracer: Any = x.tracer
-    if tracer.root is layer:
-        raise format_error(
-            f"a {type(layer).__name__} to be traced by itself",
-            "a model that holds it",
-            "trace nn.Sequential(layer)",
-        )
-    path = tracer.path_of_module(layer)
-    options = {} if activation is None else {"activation": activation}
-    return cast(Tensor, tracer.create_proxy("call_module", path, (x,), options))

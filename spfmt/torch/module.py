@@ -137,6 +137,11 @@ class SparseModule(nn.Module):
         return self.shape[0], math.prod(self.shape[1:])
 
     @property
+    def dense_shape(self) -> tuple[int, ...]:
+        """Shape of the weight of the dense layer that this one stands for."""
+        return self.shape
+
+    @property
     def capacity(self) -> int:
         """Length of `values`."""
         return self.values.shape[0]

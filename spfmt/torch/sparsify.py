@@ -1,4 +1,4 @@
-"""`sparsify` a model's linear layers in place, and `densify` it again."""
+"""`sparsify` a model's linear layers and convolutions in place, and `densify` it again."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from spfmt.convert import convert
@@ -16,15 +17,26 @@ from spfmt.formats import SparseTensor, decode_structure, get_format
 from spfmt.structure.distribution import erk_densities, uniform_densities
 from spfmt.torch.attention import set_fast_paths
 from spfmt.torch.frozen import unfreeze
-from spfmt.torch.linear import SparseLinear, implied_density, resolve_density
+from spfmt.torch.layer import SparseLayer, implied_density, resolve_density
 from spfmt.torch.module import SparseModule
 from spfmt.torch.report import LayerReport, ModelReport
-from spfmt.torch.survey import Found, Selector, as_linear, matches, survey, swap, ties, why_unfit
+from spfmt.torch.survey import (
+    Found,
+    Selector,
+    as_dense,
+    matches,
+    sparse_class,
+    survey,
+    swap,
+    ties,
+    why_kept,
+    why_unfit,
+)
 from spfmt.torch.wrappers import changeable
 
 __all__ = ["decay_groups", "densify", "layer_densities", "sparsify", "sparsify_like"]
 
-Scores = Literal["magnitude", "random"] | Callable[[str, nn.Linear], Tensor]
+Scores = Literal["magnitude", "random"] | Callable[[str, Any], Tensor]
 Distribution = Literal["uniform", "erk"]
 
 
@@ -82,39 +94,45 @@ class _Recipe:
     reset: bool
     generator: torch.Generator | None
 
-    def kept(self, linear: nn.Linear) -> tuple[SparseLinear, str]:
+    def kept(self, dense: Any) -> tuple[SparseLayer, str]:
         """Make a layer on the nonzeros of a pruned weight; the remark counts padding zeros."""
-        weight = linear.weight.detach().to("cpu", torch.float32).numpy()
+        weight = _flat(dense, dense.weight)
         nonzero = int(np.count_nonzero(weight))
         if nonzero == weight.size:
             raise FormatError("its weight has no zeros to keep")
         tensor = convert(weight, self.format, **self.params)
         padding = tensor.nnz - nonzero
         remark = f"{padding} padding zeros" if padding else ""
-        return self._finish(linear, tensor, None), remark
+        return self._finish(dense, tensor, None), remark
 
-    def pruned(self, name: str, linear: nn.Linear, density: float | None) -> SparseLinear:
+    def pruned(self, name: str, dense: Any, density: float | None) -> SparseLayer:
         """Make a layer on the structure that keeps the most score."""
-        scores = self._scores(name, linear).detach().to("cpu", torch.float32).numpy()
+        scores = _flat(dense, self._scores(name, dense))
         if density is None:
-            density = resolve_density(implied_density(self.params, linear.in_features), None)
+            density = resolve_density(implied_density(self.params, scores.shape), None)
         tensor = get_format(self.format).from_scores(scores, density, **self.params)
-        return self._finish(linear, tensor, density)
+        return self._finish(dense, tensor, density)
 
-    def _scores(self, name: str, linear: nn.Linear) -> Tensor:
+    def _scores(self, name: str, dense: Any) -> Tensor:
         if callable(self.scores):
-            return self.scores(name, linear)
+            return self.scores(name, dense)
         if self.scores == "random":
-            return torch.rand(linear.weight.shape, generator=self.generator, device="cpu")
-        return linear.weight.abs()
+            return torch.rand(dense.weight.shape, generator=self.generator, device="cpu")
+        magnitude: Tensor = dense.weight.abs()
+        return magnitude
 
-    def _finish(
-        self, linear: nn.Linear, tensor: SparseTensor, density: float | None
-    ) -> SparseLinear:
-        layer = SparseLinear._gathered(linear, tensor, None, density, self.params)
+    def _finish(self, dense: Any, tensor: SparseTensor, density: float | None) -> SparseLayer:
+        layer = sparse_class(dense)._gathered(dense, tensor, None, density, self.params)
         if self.reset:
             layer.reset_parameters(self.generator)
         return layer
+
+
+def _flat(dense: nn.Module, weight: Tensor) -> NDArray[Any]:
+    """Return a weight, or its scores, as formats take them."""
+    shape = sparse_class(dense)._flat_shape(weight.shape)
+    array: NDArray[Any] = weight.detach().to("cpu", torch.float32).reshape(shape).numpy()
+    return array
 
 
 def sparsify(
@@ -131,9 +149,11 @@ def sparsify(
     generator: torch.Generator | None = None,
     **params: Any,
 ) -> ModelReport:
-    """Replace the linear layers of a model by `SparseLinear`, in place.
+    """Replace the linear layers and convolutions of a model by sparse ones, in place.
 
-    Taken are ``nn.Linear`` and GPT-2's ``Conv1D``, whose weight (in, out) is transposed.
+    Taken are ``nn.Linear``, ``nn.Conv2d`` and ``nn.Conv1d``, and GPT-2's ``Conv1D``, whose weight
+    (in, out) is transposed. The first convolution and depthwise ones stay dense unless they are
+    named. Nothing is folded: batch norms stay what they are.
 
     Every layer is built before the first one is replaced, so an error leaves the model as it was.
     Make the optimizer afterwards: the weights are new Parameters (biases stay the same objects).
@@ -151,12 +171,13 @@ def sparsify(
         no others. A mapping from layer names to densities takes exactly those layers.
     include, exclude : str, type, callable, or several of them, optional
         Globs on the qualified name (``"encoder.*"``), module classes, or predicates
-        ``(name, module) -> bool``. By default every ``nn.Linear`` is included and none excluded.
+        ``(name, module) -> bool``. By default every layer that can be taken is included but the
+        first convolution and depthwise ones, and none is excluded.
     distribution : {"uniform", "erk"}
         How a density is spread over the layers; see :func:`layer_densities`. A layer that ERK gives
         every weight stays dense and counts in the budget.
     scores : {"magnitude", "random"} or callable
-        What to keep, larger is better: ``|w|``, random, or ``(name, linear) -> Tensor``,
+        What to keep, larger is better: ``|w|``, random, or ``(name, layer) -> Tensor``,
         where a ``Conv1D`` is given as the linear layer of the same map.
     reset : bool
         Draw new values, scaled for the sparse fan-in: for training from scratch.
@@ -278,6 +299,8 @@ def _decide(
             entry.reason = "excluded"
         elif targets.by_name is not None and entry.name not in targets.by_name:
             entry.reason = "not named in density"
+        elif not include and targets.by_name is None:
+            entry.reason = why_kept(entry, found)
     unknown = set(targets.by_name or ()) - {name for entry in found for name in entry.names[:1]}
     if unknown:
         raise format_error(
@@ -300,23 +323,23 @@ def _leave_full(
 
 def _make(
     entry: Found, recipe: _Recipe, densities: Mapping[str, float | None] | None
-) -> tuple[LayerReport, SparseLinear | None]:
+) -> tuple[LayerReport, SparseLayer | None]:
     """Build the sparse layer of an entry and its row; a FormatError becomes the row's reason."""
-    layer: SparseLinear | None = None
+    layer: SparseLayer | None = None
     remark = entry.reason
     if not entry.reason:
-        linear = as_linear(entry.module)
+        dense = as_dense(entry.module)
         try:
             if densities is None:
-                layer, remark = recipe.kept(linear)
+                layer, remark = recipe.kept(dense)
             else:
-                layer = recipe.pruned(entry.name, linear, densities[entry.name])
+                layer = recipe.pruned(entry.name, dense, densities[entry.name])
         except FormatError as error:
             remark = str(error)
     return _row(entry, layer, remark), layer
 
 
-def _row(entry: Found, layer: SparseLinear | None, remark: str) -> LayerReport:
+def _row(entry: Found, layer: SparseLayer | None, remark: str) -> LayerReport:
     kind, aliases = type(entry.module).__name__, tuple(entry.names[1:])
     now = layer if layer is not None else entry.module
     if isinstance(now, SparseModule):
@@ -330,7 +353,7 @@ def _row(entry: Found, layer: SparseLinear | None, remark: str) -> LayerReport:
 
 
 def densify(model: nn.Module) -> ModelReport:
-    """Replace every sparse layer of a model by a dense ``nn.Linear`` with the same map, in place.
+    """Replace every sparse layer of a model by the dense one with the same map, in place.
 
     Parameters
     ----------
@@ -345,9 +368,9 @@ def densify(model: nn.Module) -> ModelReport:
     rows = []
     model = unfreeze(changeable(model))
     for entry in survey(model):
-        sparse = isinstance(entry.module, SparseLinear) and bool(entry.places)
-        if isinstance(entry.module, SparseLinear) and sparse:
-            swap(entry, entry.module.to_linear())
+        sparse = isinstance(entry.module, SparseLayer) and bool(entry.places)
+        if isinstance(entry.module, SparseLayer) and sparse:
+            swap(entry, entry.module.to_dense())
         reason = "" if sparse else _why_not_densified(entry)
         rows.append(
             LayerReport(
@@ -365,8 +388,8 @@ def densify(model: nn.Module) -> ModelReport:
 
 
 def _why_not_densified(entry: Found) -> str:
-    if isinstance(entry.module, SparseLinear):
-        return "it is the model itself: use to_linear()"
+    if isinstance(entry.module, SparseLayer):
+        return "it is the model itself: use to_dense()"
     return "already dense"
 
 
@@ -412,7 +435,7 @@ def sparsify_like(model: nn.Module, state_dict: Mapping[str, Tensor]) -> ModelRe
     return ModelReport(tuple(rows))
 
 
-def _like(entry: Found, state: Mapping[str, Tensor]) -> SparseLinear | None:
+def _like(entry: Found, state: Mapping[str, Tensor]) -> SparseLayer | None:
     """Build the layer that a state describes for an entry; None where it describes none."""
     keys = (f"{name}.".lstrip(".") for name in entry.names)
     key = next((key for key in keys if key + "structure" in state), None)
@@ -422,14 +445,18 @@ def _like(entry: Found, state: Mapping[str, Tensor]) -> SparseLinear | None:
     structure = decode_structure(words.detach().cpu().numpy())
     again = isinstance(entry.module, SparseModule)
     reason = "" if again and entry.places else why_unfit(entry, {}, empty=True)
-    if reason or values is None or structure.shape != entry.shape:
+    fits = not reason and structure.shape == sparse_class(as_dense(entry.module))._flat_shape(
+        entry.shape
+    )
+    if not fits or values is None:
         raise format_error(
             f"a {structure.cls.format} weight of shape {structure.shape} for {entry.name}",
-            f"a linear layer of this shape, and its values; it is {entry.shape}, {reason}",
+            f"a layer of this shape, and its values; it is {entry.shape}, {reason}",
             "build the model as in the run that saved the state",
         )
     tensor = structure.tensor(np.zeros(structure.nnz, np.float32))
-    layer = SparseLinear._gathered(as_linear(entry.module), tensor, values.numel(), None, {})
+    dense = as_dense(entry.module)
+    layer = sparse_class(dense)._gathered(dense, tensor, values.numel(), None, {})
     if layer.structure.shape != words.shape:  # of parameters that need more words, or fewer
         layer.structure = words.detach().clone().to(layer.structure.device)
     return layer

@@ -4,25 +4,30 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from spfmt.torch.conv import SparseConv1d, SparseConv2d
+from spfmt.torch.layer import SparseLayer
 from spfmt.torch.linear import SparseLinear
 from spfmt.torch.module import SparseModule
 
 __all__ = [
     "Found",
     "Selector",
-    "as_linear",
+    "as_dense",
     "matches",
     "places",
+    "sparse_class",
     "survey",
     "swap",
     "ties",
+    "why_kept",
     "why_unfit",
 ]
 
@@ -70,7 +75,7 @@ class Found:
     def shape(self) -> tuple[int, ...]:
         """Shape of its (first) weight; empty where a lazy module does not know it yet."""
         if isinstance(self.module, SparseModule):
-            return self.module.shape
+            return self.module.dense_shape
         sizes = [tuple(p.shape) for p in self.weights.values() if not nn.parameter.is_lazy(p)]
         if _is_conv1d(self.module):
             return sizes[0][::-1]
@@ -101,11 +106,11 @@ def places(model: nn.Module) -> list[Found]:
 
 def survey(model: nn.Module) -> list[Found]:
     """Return every module that owns a weight, once, in the order of its first name."""
-    linear = (nn.Linear, SparseModule)
+    layers = (*_SPARSE, SparseModule)
     return [
         f
         for f in places(model)
-        if f.weights or isinstance(f.module, linear) or _is_quantised(f.module)
+        if f.weights or isinstance(f.module, layers) or _is_quantised(f.module)
     ]
 
 
@@ -128,12 +133,22 @@ def matches(selectors: Iterable[Selector], names: list[str], module: nn.Module) 
     return False
 
 
-def as_linear(module: nn.Module) -> nn.Linear:
+_SPARSE: dict[type[nn.Module], type[SparseLayer]] = {
+    layer.DENSE: layer for layer in (SparseLinear, SparseConv2d, SparseConv1d)
+}
+
+
+def sparse_class(dense: nn.Module) -> type[SparseLayer]:
+    """Return the sparse layer that stands for a dense one."""
+    return _SPARSE[type(dense)]
+
+
+def as_dense(module: nn.Module) -> Any:
     """Return a dense layer with a module's map, on the module's own memory and bias."""
-    if isinstance(module, nn.Linear):
+    if type(module) in _SPARSE:
         return module
-    if isinstance(module, SparseLinear):
-        return module.to_linear()
+    if isinstance(module, SparseLayer):
+        return module.to_dense()
     weight: Tensor = module.weight  # type: ignore[assignment]  # (in, out), of a Conv1D
     linear = nn.Linear(weight.shape[0], weight.shape[1], bias=False, device="meta")
     linear.weight = nn.Parameter(weight.detach().t(), weight.requires_grad)
@@ -176,7 +191,7 @@ def _span(weight: Tensor) -> tuple[int, int]:
 
 
 def why_unfit(entry: Found, tied: Mapping[int, list[str]], empty: bool = False) -> str:
-    """Return why a module cannot become a SparseLinear; empty if it can.
+    """Return why a module cannot become a sparse layer; empty if it can.
 
     Parameters
     ----------
@@ -202,11 +217,12 @@ def why_unfit(entry: Found, tied: Mapping[int, list[str]], empty: bool = False) 
         return "its weight is quantised; sparsify before quantising"
     if parametrize.is_parametrized(module):
         return _COMPUTED
-    if type(module) is not nn.Linear and not _is_conv1d(module):
+    if type(module) not in _SPARSE and not _is_conv1d(module):
         kind = type(module).__name__
-        if isinstance(module, nn.Linear):
-            return f"{kind} is a subclass of nn.Linear and may compute something else"
-        return f"{kind} is not an nn.Linear"
+        for dense in _SPARSE:
+            if isinstance(module, dense):
+                return f"{kind} is a subclass of nn.{dense.__name__} and may compute something else"
+        return f"{kind} has no sparse layer"
     return _why_unfit_weight(entry, tied, empty)
 
 
@@ -224,7 +240,24 @@ def _why_unfit_weight(entry: Found, tied: Mapping[int, list[str]], empty: bool) 
     if weight.is_meta and not empty:
         return "its weight is on meta: load it first"
     if not entry.places:
-        return "it is the model itself: use SparseLinear.from_linear"
+        return "it is the model itself: use from_dense of the sparse layer"
+    return ""
+
+
+def why_kept(entry: Found, found: Sequence[Found]) -> str:
+    """Return why a convolution stays dense unless it is named; empty if it does not.
+
+    The first convolution of a model sees images of few channels, and in a depthwise one each
+    channel has a kernel of its own: both hold few weights, and lose more than they gain.
+    """
+    module = entry.module
+    if not isinstance(module, nn.Conv1d | nn.Conv2d):
+        return ""
+    first = next(f for f in found if isinstance(f.module, nn.Conv1d | nn.Conv2d))
+    if entry is first:
+        return "the first convolution stays dense unless `include` or `density` names it"
+    if module.groups > 1 and module.groups == module.in_channels:
+        return "depthwise: stays dense unless `include` or `density` names it"
     return ""
 
 

@@ -54,12 +54,12 @@ class WeightInfo:
     @property
     def shape(self) -> torch.Size:
         """Shape of the dense weight."""
-        return torch.Size(self._layer.shape)
+        return torch.Size(self._layer.dense_shape)
 
     @property
     def ndim(self) -> int:
         """Number of dimensions of the dense weight."""
-        return len(self._layer.shape)
+        return len(self._layer.dense_shape)
 
     def dim(self) -> int:
         """Return `ndim`."""

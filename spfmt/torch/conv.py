@@ -1,0 +1,330 @@
+"""`SparseConv2d` and `SparseConv1d`: convolutions on a structure buffer and a vector of values."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from spfmt.errors import FormatError, format_error
+from spfmt.formats import SparseTensor
+from spfmt.torch.convolution import conv2d
+from spfmt.torch.layer import SparseLayer
+
+__all__ = ["SparseConv1d", "SparseConv2d"]
+
+Self = TypeVar("Self", bound="_SparseConv")
+
+_OPTIONS = (
+    "in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups",
+    "padding_mode",
+)  # fmt: skip
+
+
+class _SparseConv(SparseLayer):
+    """What convolutions of images and of sequences share."""
+
+    in_channels: int
+    out_channels: int
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: str | tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+    padding_mode: str
+    _around: list[int]  # zeros as torch's pad takes them: of the last dimension first
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Any,
+        stride: Any = 1,
+        padding: Any = 0,
+        dilation: Any = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        *,
+        format: str = "condensed",
+        density: float | None = None,
+        sparsity: float | None = None,
+        capacity: int | None = None,
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        format_params: Mapping[str, Any] | None = None,
+        **params: Any,
+    ) -> None:
+        super().__init__()
+        params.update(format_params or {})
+        make: Any = self.DENSE  # on meta: torch's own checks, and its own messages
+        dense = make(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, False,
+            padding_mode, device="meta",
+        )  # fmt: skip
+        self._take(dense)
+        shape = self._flat_shape(dense.weight.shape)
+        self._draw(
+            shape, bias, format, density, sparsity, capacity, generator, device, dtype, params
+        )
+
+    def _take(self, dense: Any) -> None:
+        for name in _OPTIONS:
+            setattr(self, name, getattr(dense, name))
+        self._around = list(dense._reversed_padding_repeated_twice)
+
+    def _install(self, tensor: SparseTensor, *args: Any) -> None:
+        wanted = self._flat_shape(self._dense_shape())
+        if tensor.shape != wanted:
+            raise format_error(
+                f"a weight of shape {tensor.shape}",
+                f"{wanted}, by channels, groups and kernel_size",
+                "pass a weight of that shape, or other options",
+            )
+        super()._install(tensor, *args)
+
+    def _dense_shape(self) -> tuple[int, ...]:
+        return self.out_channels, self.in_channels // self.groups, *self.kernel_size
+
+    @property
+    def dense_shape(self) -> tuple[int, ...]:
+        """Shape of the weight of the dense layer that this one stands for."""
+        return self._dense_shape()
+
+    @classmethod
+    def from_conv(cls: type[Self], conv: Any, **options: Any) -> Self:
+        """Prune a dense convolution; see `from_dense`."""
+        return cls.from_dense(conv, **options)
+
+    @classmethod
+    def from_tensor(
+        cls: type[Self],
+        tensor: SparseTensor,
+        bias: Tensor | None = None,
+        *,
+        stride: Any = 1,
+        padding: Any = 0,
+        dilation: Any = 1,
+        groups: int = 1,
+        padding_mode: str = "zeros",
+        capacity: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        target_density: float | None = None,
+        format_params: Mapping[str, Any] | None = None,
+        **params: Any,
+    ) -> Self:
+        """Make a layer of a sparse tensor (C_out, C_in / groups, Kh, Kw).
+
+        Parameters
+        ----------
+        tensor : SparseTensor
+            Structure and values; the values are copied. Of a sequence, Kh is 1.
+        bias : Tensor, shape (C_out,), optional
+            Becomes the bias; a Parameter is taken as it is, not copied.
+        stride, padding, dilation, groups, padding_mode
+            As for the class.
+        capacity, device, dtype, target_density, **params
+            As for `SparseLinear.from_tensor`.
+        format_params
+            As for the class.
+
+        Raises
+        ------
+        FormatError
+            For a weight of another rank, a bias of another shape, or a capacity below nnz.
+        """
+        if len(tensor.shape) != 4:
+            raise format_error(
+                f"a weight of shape {tensor.shape}",
+                "(C_out, C_in / groups, Kh, Kw)",
+                "use SparseLinear for matrices",
+            )
+        params.update(format_params or {})
+        rows, channels, *kernel = tensor.shape
+        make: Any = cls.DENSE
+        dense = make(
+            channels * groups, rows, cls._kernel_of(kernel), stride, padding, dilation, groups,
+            False, padding_mode, device="meta",
+        )  # fmt: skip
+        return cls._of_tensor(tensor, dense, bias, capacity, device, dtype, target_density, params)
+
+    @staticmethod
+    def _kernel_of(kernel: Sequence[int]) -> tuple[int, ...]:
+        return tuple(kernel)
+
+    def to_conv(self) -> Any:
+        """Return the dense convolution with the same map; the bias Parameter is shared."""
+        return self.to_dense()
+
+    def _blank(self) -> Any:
+        make: Any = self.DENSE
+        return make(*(getattr(self, name) for name in _OPTIONS[:-1]), False, self.padding_mode,
+                    device="meta")  # fmt: skip
+
+    # --------------------------------------------------------------------------------- forward
+
+    def _compute(
+        self, x: Tensor, values: Tensor, structure: Tensor, bias: Tensor | None, activation: Any
+    ) -> Tensor:
+        dims = len(self.kernel_size)
+        if x.dim() not in (dims + 1, dims + 2):
+            self._explain_error(x)
+        batched = x if x.dim() == dims + 2 else x.unsqueeze(0)
+        try:
+            y = self._convolve(batched, values, structure, bias, activation)
+        except FormatError:
+            self._explain_error(x)
+            raise
+        return y if x.dim() == dims + 2 else y.squeeze(0)
+
+    def _convolve(
+        self, x: Tensor, values: Tensor, structure: Tensor, bias: Tensor | None, activation: Any
+    ) -> Tensor:
+        padding = _ends(self._around)
+        if self.padding_mode != "zeros":
+            x, padding = functional.pad(x, self._around, mode=self.padding_mode), (0, 0, 0, 0)
+        lost = 2 - len(self.kernel_size)  # a sequence is an image of one row
+        y = conv2d(
+            values,
+            structure,
+            x.unsqueeze(2) if lost else x,
+            bias,
+            shape=self.shape,
+            stride=(1,) * lost + self.stride,
+            padding=padding,
+            dilation=(1,) * lost + self.dilation,
+            groups=self.groups,
+            activation=activation,
+        )
+        return y.squeeze(2) if lost else y
+
+    def _explain_error(self, x: Tensor) -> None:
+        """Raise the error of the dense layer, where it has one."""
+        if torch.compiler.is_compiling():
+            return
+        weight = torch.zeros((), dtype=self._held("values").dtype).expand(self.dense_shape)
+        like = torch.zeros((), dtype=x.dtype).expand(x.shape)  # of no memory
+        convolve = functional.conv2d if len(self.kernel_size) == 2 else functional.conv1d
+        rest: Any = (self.stride, self.padding, self.dilation, self.groups)
+        convolve(like, weight, None, *rest)
+
+    def samples(self, x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what a call multiplied, as matrices: one row per output pixel.
+
+        Unfolds the images, in memory of the kernel's size times theirs.
+
+        Raises
+        ------
+        FormatError
+            For convolutions in groups, whose rows see different columns.
+        """
+        if self.groups != 1:
+            raise format_error(
+                f"samples of a convolution in {self.groups} groups", "one group", "use the norms"
+            )
+        x, dy = self._as_images(x), self._as_images(dy)
+        padding = _ends(self._around)
+        if any(padding):
+            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+            x = functional.pad(x, self._around, mode=mode)
+        kernel, stride, dilation = (
+            (1,) * (2 - len(n)) + tuple(n) for n in (self.kernel_size, self.stride, self.dilation)
+        )
+        columns = functional.unfold(x, kernel, dilation=dilation, stride=stride)
+        return (
+            columns.transpose(1, 2).reshape(-1, math.prod(self.shape[1:])),
+            dy.flatten(2).transpose(1, 2).reshape(-1, self.out_channels),
+        )
+
+    def _as_images(self, x: Tensor) -> Tensor:
+        return x if x.dim() == 4 else x.unsqueeze(0)
+
+    def extra_repr(self) -> str:
+        """Describe the layer as it is printed inside a model."""
+        text = self._blank().extra_repr()
+        return f"{text.replace(', bias=False', '')}, {super().extra_repr()}"
+
+
+def _ends(around: Sequence[int]) -> tuple[int, int, int, int]:
+    """Return padding (top, left, bottom, right) from torch's order."""
+    left, right, top, bottom = (*around, 0, 0)[:4]
+    return top, left, bottom, right
+
+
+class SparseConv2d(_SparseConv):
+    """``nn.Conv2d`` with a sparse weight (out_channels, in_channels / groups, Kh, Kw).
+
+    Values and structure are held as in `SparseLinear`.
+
+    Parameters
+    ----------
+    in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode
+        As for ``nn.Conv2d``, whose errors wrong ones raise. ``padding`` may be 'same' or 'valid';
+        ``padding_mode`` other than 'zeros' pads with torch's own operator first.
+    format, density, sparsity, capacity, generator, device, dtype, **params
+        As for `SparseLinear`.
+    format_params : mapping, optional
+        The format's own parameters where a name means something else here: HRBP's ``groups`` of
+        rows.
+
+    Attributes
+    ----------
+    values : nn.Parameter, shape (capacity,)
+    structure : Tensor, shape (n_words,), int32
+    bias : nn.Parameter, shape (out_channels,), or None
+    kernel_size, stride, padding, dilation, groups, padding_mode
+        As ``nn.Conv2d`` has them.
+
+    Notes
+    -----
+    Inputs are (N, C_in, H, W) or (C_in, H, W), in any memory format, which the output keeps:
+    channels last is multiplied as it is. Values are never packed, so a write to them costs nothing
+    and `freeze` would gain nothing.
+
+    Examples
+    --------
+    >>> import torch
+    >>> layer = SparseConv2d(64, 128, 3, padding=1, format="shuffled_block", density=0.1)
+    >>> layer(torch.zeros(2, 64, 8, 8)).shape
+    torch.Size([2, 128, 8, 8])
+    """
+
+    DENSE = nn.Conv2d
+
+
+class SparseConv1d(_SparseConv):
+    """``nn.Conv1d`` with a sparse weight (out_channels, in_channels / groups, K).
+
+    A sequence is an image of one row: structures and formats have shape (.., .., 1, K). Else as
+    `SparseConv2d`.
+
+    Examples
+    --------
+    >>> import torch
+    >>> layer = SparseConv1d(16, 32, 5, padding="same", format="csr", density=0.2)
+    >>> layer(torch.zeros(2, 16, 100)).shape
+    torch.Size([2, 32, 100])
+    """
+
+    DENSE = nn.Conv1d
+
+    @staticmethod
+    def _flat_shape(shape: Sequence[int]) -> tuple[int, ...]:
+        return (*shape[:2], 1, shape[2]) if len(shape) == 3 else tuple(shape)
+
+    @staticmethod
+    def _kernel_of(kernel: Sequence[int]) -> tuple[int, ...]:
+        if kernel[0] != 1:
+            raise format_error(
+                f"a kernel of {kernel[0]} x {kernel[1]}", "one row", "use SparseConv2d"
+            )
+        return tuple(kernel[1:])
+
+    def _as_images(self, x: Tensor) -> Tensor:
+        return (x if x.dim() == 3 else x.unsqueeze(0)).unsqueeze(2)
