@@ -75,7 +75,7 @@ def test_report_prints_every_weight():
         nn.Embedding(9, 32), nn.Linear(32, 64), nn.Conv1d(4, 4, 3), nn.Linear(64, 4)
     )
     report = sparsify(model, "csr", density=0.1, exclude="3")
-    assert report["0"].reason == "Embedding is not an nn.Linear"
+    assert report["0"].reason == "Embedding has no sparse layer"
     assert report["2"].reason == "Conv1d is not an nn.Linear"
     assert report["3"].reason == "excluded"
     text = str(report)

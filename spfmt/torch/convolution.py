@@ -10,7 +10,7 @@ conv2d_weight      ``d(values)`` from ``dy``, ``x``    ``dy``: conv2d, ``x``: co
 
 What :mod:`spfmt.torch.ops` says of weights, derivatives, vmap, autocast and the dispatcher holds
 here too. Results lie in memory like their operand: channels last where it is. Graphs that Inductor
-compiles call these operators through torch's dispatcher, whose time vanishes beside a convolution's.
+compiles call these operators through torch's dispatcher, a small part of a convolution's time.
 """
 
 from __future__ import annotations
@@ -332,7 +332,8 @@ _conv2d_input = _Product(
     conv2d_input_cpu, conv2d_input_fake, _conv2d_input_context, _conv2d_input_backward,
 )  # fmt: skip
 _conv2d_weight = _Product(
-    f"conv2d_weight(Tensor structure, Tensor dy, Tensor x, int[] shape, SymInt capacity, {_GEOMETRY})",
+    "conv2d_weight(Tensor structure, Tensor dy, Tensor x, int[] shape, SymInt capacity, "
+    f"{_GEOMETRY})",
     conv2d_weight_cpu, conv2d_weight_fake, _conv2d_weight_context, _conv2d_weight_backward,
 )  # fmt: skip
 

@@ -257,7 +257,7 @@ class _Targets:
                 )
             by_name = None if isinstance(density, str) else density
             return cls(None, by_name, distribution)._not_spread()
-        if density is None and sparsity is None and implied_density(params, 1) is not None:
+        if density is None and sparsity is None and implied_density(params, (1, 1)) is not None:
             return cls(None, None, distribution, implied=True)._not_spread()
         return cls(resolve_density(density, sparsity), None, distribution)
 
