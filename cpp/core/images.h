@@ -36,8 +36,11 @@ template <class T>
 struct ImageBodies {
   // to[k * step + i] = from[i][k] for k < n and i < lanes; zeros where from[i] is null.
   void (*transpose)(const T* const* from, int64_t n, T* to, int64_t step, int lanes);
-  // to[0 .. before) = 0, then `count` numbers from[k * step], then zeros up to `width`.
-  void (*copy)(const T* from, int64_t step, int64_t count, T* to, int64_t before, int64_t width);
+  // to[i][k] = from[k][i] for k < n and i < kLanes, but where to[i] is null; n <= kLanes.
+  void (*spread)(const T* const* from, int n, T* const* to);
+  // Rows of `width`: `before` zeros, then `count` numbers from[k * step], then zeros.
+  void (*copy)(const T* from, int64_t row, int64_t rows, int64_t step, int64_t count, T* to,
+               int64_t before, int64_t width);
   void (*activate)(Activation, T* y, int64_t n);
 };
 

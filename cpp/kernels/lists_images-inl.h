@@ -161,9 +161,11 @@ void image_gradient_of(const ImagePieces& a, const ListGradient<T>& g, int64_t b
 template <class S, class T = typename S::T>
 void lists_image_gradient(const ImagePieces& a, const ListGradient<T>& g, int64_t block,
                           int64_t chunk) noexcept {
-  g.down == 4   ? image_gradient_of<S, 4, S::kHeldVectors / 4>(a, g, block, chunk)
-  : g.down == 2 ? image_gradient_of<S, 2, S::kHeldVectors / 2>(a, g, block, chunk)
-                : image_gradient_of<S, 1, S::kHeldVectors>(a, g, block, chunk);
+  if constexpr (S::kHeldVectors >= 4) {
+    if (g.down == 4) return image_gradient_of<S, 4, S::kHeldVectors / 4>(a, g, block, chunk);
+  }
+  g.down == 2 ? image_gradient_of<S, 2, S::kHeldVectors / 2>(a, g, block, chunk)
+              : image_gradient_of<S, 1, S::kHeldVectors>(a, g, block, chunk);
 }
 
 template <class S>

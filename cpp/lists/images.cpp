@@ -258,7 +258,7 @@ struct ListProduct {
       if (f.images > 1) {
         separate(line, width, planes, unit.count, at, step);
       } else if (step == 1) {
-        bodies.images.copy(line, 1, width, planes[0].data + at, 0, width);
+        bodies.images.copy(line, 0, 1, 1, width, planes[0].data + at, 0, width);
       } else {
         for (int64_t k = 0; k < width; ++k) planes[0].data[at + k * step] = line[k];
       }
