@@ -15,9 +15,10 @@ megabytes at most, whatever the batch.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -185,11 +186,11 @@ def convolve(
         out[...] = _reference(plan, how, values, x, bias, activation, out.shape, turned)
         return
     isa = _level(plan, op, out, backend)
-    code = activation_code(activation)
-    _kernels.convolve(
-        plan.compiled, turned, isa, values, x, bias, code, how.parameters(), out,
-        threads.get_num_threads(),
-    )  # fmt: skip
+    code, most = activation_code(activation), threads.get_num_threads()
+    with _refusals():
+        _kernels.convolve(
+            plan.compiled, turned, isa, values, x, bias, code, how.parameters(), out, most
+        )
 
 
 def convolve_sampled(
@@ -205,10 +206,22 @@ def convolve_sampled(
         gradient[: plan.nnz] = _reference_sampled(plan, how, dy, x)
         gradient[plan.nnz :] = 0
         return
-    isa = _level(plan, "conv2d_weight", gradient, backend)
-    _kernels.convolve_sampled(
-        plan.compiled, isa, dy, x, how.parameters(), gradient, threads.get_num_threads()
-    )
+    isa, most = _level(plan, "conv2d_weight", gradient, backend), threads.get_num_threads()
+    with _refusals():
+        _kernels.convolve_sampled(plan.compiled, isa, dy, x, how.parameters(), gradient, most)
+
+
+@contextlib.contextmanager
+def _refusals() -> Iterator[None]:
+    """Turn what the compiled code refuses into this library's error."""
+    try:
+        yield
+    except ValueError as error:
+        raise format_error(
+            f"a convolution that the kernels refuse: {error}",
+            "sizes whose offsets fit 32 bits",
+            "split the images, or use fewer channels",
+        ) from None
 
 
 def _level(plan: Plan, op: str, like: Array, backend: str) -> str | None:

@@ -52,6 +52,10 @@ Frame::Frame(const Geometry& g, bool turn, int64_t channel_count, int64_t elemen
       rows(y.domain) {
   // Rows share the zeros between them.
   width = std::max({int64_t{1}, x.before + x.used(), x.domain + x.after});
+  // In floating point: sizes that do not fit must not overflow before they are refused.
+  const double least = static_cast<double>(channels) * maps() * images * element * width *
+                       (y.before + y.after + 1.0);
+  if (least > INT32_MAX / 2) throw std::length_error("images too large for offsets of 32 bits");
   const int64_t numbers_of_row = channels * maps() * width * images * element;
   if (!pointwise() && rows > 1) {
     const int64_t fitting = budget / std::max<int64_t>(1, numbers_of_row * bytes);

@@ -37,9 +37,10 @@ struct Variant {
 
 // Every variant; where two are predicted to take the same time, the later one runs.
 extern const Variant kListPanels, kListOctets, kListLookup, kListImages, kGroupPanels,
-    kGroupBands, kGroupImages;
+    kGroupBands, kGroupRows, kGroupImages;
 inline constexpr const Variant* kVariants[] = {&kListPanels, &kListOctets, &kListLookup, &kListImages,
-                                               &kGroupPanels, &kGroupBands, &kGroupImages};
+                                               &kGroupPanels, &kGroupBands, &kGroupRows,
+                                               &kGroupImages};
 static_assert(std::size(kVariants) <= kMostVariants);
 
 // The row of a variant V with

@@ -26,13 +26,17 @@ struct Place {
 struct ListImagePack {
   Frame frame;
   int64_t rows;                 // forward those of A; turned the channels of X, by phase
-  std::vector<int64_t> source;  // of turned lists: the value at each place
+  std::vector<int64_t> source;  // the value at each place, where they are in another order
   std::vector<int64_t> piece_ptr;
   std::vector<ImagePiece> piece;
   std::vector<int32_t> offset;
   ImagePieces view;
 
-  ListImagePack(const Lists& a, const Geometry& g, bool turned, int64_t images, int64_t bytes)
+  ListImagePack(const RowLists& rows_of, const Geometry& g, bool turned, int64_t images,
+                int64_t bytes)
+      : ListImagePack(rows_of.lists, rows_of.source, g, turned, images, bytes) {}
+  ListImagePack(const Lists& a, const int64_t* position, const Geometry& g, bool turned,
+                int64_t images, int64_t bytes)
       : frame(g, turned, turned ? a.rows : g.groups * (a.cols / g.cells()), 1, images, bytes,
               kFrameBytes),
         rows(turned ? g.groups * (a.cols / g.cells()) * phases() : a.rows) {
@@ -40,8 +44,8 @@ struct ListImagePack {
     std::vector<Place> place;
     if (a.indptr[a.rows] > INT32_MAX) throw std::length_error("too many values for a convolution");
     turned ? gather_turned(a, g, ptr, place) : gather(a, g, ptr, place);
-    if (turned) {
-      for (const Place& p : place) source.push_back(p.source);
+    if (turned || position) {
+      for (const Place& p : place) source.push_back(position ? position[p.source] : p.source);
     }
     cut(ptr, place);
   }
@@ -296,26 +300,27 @@ void for_sets(int64_t batch, const Body& body) {
   if (batch > whole) body(whole, batch - whole, int64_t{1});
 }
 
-std::shared_ptr<const ListImagePack> pack_of(const Plan& plan, const Geometry& g, bool turned,
-                                             int64_t images, int64_t bytes) {
+std::shared_ptr<const ListImagePack> pack_of(const Plan& plan, const RowLists& a,
+                                             const Geometry& g, bool turned, int64_t images,
+                                             int64_t bytes) {
   const int64_t key = 2 * images + (turned ? 1 : 0);
   return plan.shaped<ListImagePack>(g, key, [&] {
-    return std::make_shared<const ListImagePack>(plan.lists(), g, turned, images, bytes);
+    return std::make_shared<const ListImagePack>(a, g, turned, images, bytes);
   });
 }
 
 template <class T>
-void multiply(const Bodies<T>& bodies, const Plan& plan, const Product& p,
+void multiply(const Bodies<T>& bodies, const Plan& plan, const RowLists& a, const Product& p,
               const Executor& executor) {
   const Geometry& g = *p.geometry;
   const bool turned = p.op == Op::spmm_t;
   for_sets(p.in.cols, [&](int64_t first, int64_t images, int64_t together) {
-    const auto pack = pack_of(plan, g, turned, together, sizeof(T));
+    const auto pack = pack_of(plan, a, g, turned, together, sizeof(T));
     const T* values = static_cast<const T*>(p.values.data);
     const Workspace ordered(sizeof(T) * (pack->source.size() + 1));
     T* to = ordered.template as<T>();
     for (size_t i = 0; i < pack->source.size(); ++i) to[i] = values[pack->source[i]];
-    const ListProduct<T> product{bodies, p, g, *pack, turned ? to : values};
+    const ListProduct<T> product{bodies, p, g, *pack, pack->source.empty() ? values : to};
     for_units(pack->frame, first, images, executor,
               [&](const Unit& unit, const Executor& inner) { product.unit(unit, inner); });
   });
@@ -325,7 +330,7 @@ void multiply(const Bodies<T>& bodies, const Plan& plan, const Product& p,
 // rows, which numbers of X behind a row then meet.
 template <class T>
 void add_gradient(const Bodies<T>& bodies, const Product& p, const ListImagePack& pack,
-                  const Unit& unit, const Executor& executor) {
+                  const Unit& unit, T* gradient, const Executor& executor) {
   const Geometry& g = *p.geometry;
   const Frame& f = pack.frame;
   const ListFrame<T> x(bodies.images, f, p.in2, g.x.size, unit, executor);
@@ -352,7 +357,7 @@ void add_gradient(const Bodies<T>& bodies, const Product& p, const ListImagePack
                          bodies.list_images.sample(
                              pack.view,
                              {x.data() + place, dy + place, domain.row, rows.channel * f.images,
-                              domain.row, static_cast<T*>(p.values.data), down, across},
+                              domain.row, gradient, down, across},
                              block, chunk);
                        });
     }
@@ -361,19 +366,38 @@ void add_gradient(const Bodies<T>& bodies, const Product& p, const ListImagePack
 }
 
 template <class T>
-void sample(const Bodies<T>& bodies, const Plan& plan, const Product& p, const Executor& executor) {
+void sample(const Bodies<T>& bodies, const Plan& plan, const RowLists& a, const Product& p,
+            const Executor& executor) {
   const Geometry& g = *p.geometry;
-  std::fill_n(static_cast<T*>(p.values.data), plan.nnz(), T(0));
-  if (g.x.out == 0) return;
-  for_sets(p.in.cols, [&](int64_t first, int64_t images, int64_t together) {
-    const auto pack = pack_of(plan, g, false, together, sizeof(T));
+  T* values = static_cast<T*>(p.values.data);
+  const Workspace ordered(sizeof(T) * (a.source ? plan.nnz() + 1 : 1));
+  T* gradient = a.source ? ordered.template as<T>() : values;
+  std::fill_n(gradient, plan.nnz(), T(0));
+  const int64_t batch = g.x.out == 0 ? 0 : p.in.cols;
+  for_sets(batch, [&](int64_t first, int64_t images, int64_t together) {
+    const auto pack = pack_of(plan, a, g, false, together, sizeof(T));
     // Units one after the other, whatever the threads: they add to the same gradient.
     const Executor alone = serial_executor();
     for_units(pack->frame, first, images, alone, [&](const Unit& unit, const Executor&) {
-      add_gradient(bodies, p, *pack, unit, executor);
+      add_gradient(bodies, p, *pack, unit, gradient, executor);
     });
   });
+  for (int64_t i = 0; a.source && i < plan.nnz(); ++i) values[a.source[i]] = gradient[i];
 }
+
+}  // namespace
+
+template <class T>
+void run_row_lists(const Bodies<T>& bodies, const Plan& plan, const RowLists& a, const Product& p,
+                   const Executor& executor) {
+  p.op == Op::sddmm ? sample(bodies, plan, a, p, executor) : multiply(bodies, plan, a, p, executor);
+}
+template void run_row_lists(const Bodies<float>&, const Plan&, const RowLists&, const Product&,
+                            const Executor&);
+template void run_row_lists(const Bodies<double>&, const Plan&, const RowLists&, const Product&,
+                            const Executor&);
+
+namespace {
 
 struct ListImages {
   template <class T>
@@ -383,7 +407,7 @@ struct ListImages {
   template <class T>
   static void run(const Bodies<T>& bodies, const Plan& plan, const Product& p,
                   const Executor& executor) {
-    p.op == Op::sddmm ? sample(bodies, plan, p, executor) : multiply(bodies, plan, p, executor);
+    run_row_lists(bodies, plan, {plan.lists(), nullptr}, p, executor);
   }
   static Terms terms(const CostModel& model, const Summary& s, const Work& work) {
     return image_terms(model, s, work, static_cast<double>(s.nnz) / kLanes);

@@ -46,6 +46,12 @@ struct ListGradient {
   int down, across;
 };
 
+// Lists, and the position of each value where they are another layout's; null: its own.
+struct RowLists {
+  Lists lists;
+  const int64_t* source;
+};
+
 template <class T>
 struct ListImageBodies {
   int most_vectors, most_held;  // in a tile of outputs, and of the gradient
