@@ -27,6 +27,7 @@ Array = npt.NDArray[Any]
 Layout = Lists | Groups
 
 OPS = ("spmm", "spmm_t", "sddmm")
+CONVOLUTIONS = ("conv2d", "conv2d_input", "conv2d_weight")
 LEVELS = ("scalar", "avx2", "avx512")
 EMULATED = tuple(_kernels.emulated_levels())  # right but slow; none but in a build for tests
 logger = logging.getLogger("spfmt")
@@ -116,7 +117,8 @@ def select(op: str, layout: str, dtype: str, backend: str = "auto") -> Kernel:
 
     Parameters
     ----------
-    op : {"spmm", "spmm_t", "sddmm"}
+    op : str
+        A product of a matrix (`OPS`) or of images (`CONVOLUTIONS`).
     layout : {"lists", "groups"}
         Layout of the structure, as ``tensor.layout().name`` tells it.
     dtype : str
@@ -178,13 +180,13 @@ def show_config() -> str:
         f"(available: {', '.join(map(_labelled, _available_levels()))}; "
         "force one with SPFMT_ISA)",
         f"threads: {threads.get_num_threads()}",
-        f"{'layout':<9}{'op':<9}{'dtype':<9}levels",
+        f"{'layout':<9}{'op':<15}{'dtype':<9}levels",
     ]
-    for layout, op, dtype in sorted({(k.layout, k.op, k.dtype) for k in _TABLE}):
+    for layout, op, dtype in dict.fromkeys((k.layout, k.op, k.dtype) for k in _TABLE):
         levels = [
             _labelled(k.isa) if k.available else f"({k.isa})" for k in kernels(op, layout, dtype)
         ]
-        lines.append(f"{layout:<9}{op:<9}{dtype:<9}{' '.join(levels)}")
+        lines.append(f"{layout:<9}{op:<15}{dtype:<9}{' '.join(levels)}")
     return "\n".join(lines)
 
 

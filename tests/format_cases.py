@@ -174,9 +174,14 @@ LAYOUTS = {"lists": "csr", "groups": "shuffled_block"}
 """Of each layout that kernels see, the format whose random tensors are the least regular."""
 
 
+IMAGES = "images"
+"""The variant of either layout that takes convolutions, and nothing else."""
+
+
 def variants(layout: str, op: str, batch: int) -> list[str]:
-    """All ways to compute one product: a machine's cost model may choose any of them."""
-    return [name for name, ops, most in cost.VARIANTS[layout] if op in ops and batch <= most]
+    """All ways to compute one product of matrices: a machine's cost model may choose any of them."""
+    rows = [row for row in cost.VARIANTS[layout] if row[0] != IMAGES]
+    return [name for name, ops, most in rows if op in ops and batch <= most]
 
 
 _OF_DENSE: dict[str, dict[str, Any]] = {

@@ -3,4 +3,4 @@
 
 // Before a loop over accumulators. GCC decides which arrays live in registers before it unrolls
 // loops of its own accord, and keeps a copy of the others on the stack.
-#define SPFMT_UNROLL _Pragma("GCC unroll 16")
+#define SPFMT_UNROLL _Pragma("GCC unroll 64")

@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 from torch.utils.flop_counter import register_flop_formula
@@ -154,6 +155,12 @@ def _check_maps(how: Convolution, dy: Tensor, size: _Ints) -> None:
 # ------------------------------------------------------------------------------------- the CPU
 
 
+def _array(t: Tensor) -> NDArray[Any]:
+    """Return a tensor as an array: on the same memory, unless elements lie at odd addresses."""
+    array = cpu.array(t)
+    return array if array.flags.aligned else array.copy("K")
+
+
 def conv2d_cpu(
     values: Tensor,
     structure: Tensor,
@@ -170,9 +177,9 @@ def conv2d_cpu(
     rest = (shape, stride, padding, dilation, groups)
     y = conv2d_fake(values, structure, x, bias, *rest, activation)
     plan = cpu.plan_of(values, structure, shape, x, bias)
-    offset = None if bias is None else cpu.array(bias.contiguous())
-    flat = cpu.array(values.contiguous())
-    convolve(plan, _how(*rest), flat, cpu.array(x), offset, activation, y.numpy())
+    offset = None if bias is None else _array(bias.contiguous())
+    flat = _array(values.contiguous())
+    convolve(plan, _how(*rest), flat, _array(x), offset, activation, y.numpy())
     return y
 
 
@@ -190,8 +197,8 @@ def conv2d_input_cpu(
     """Compute ``conv2d_input``."""
     dx = conv2d_input_fake(values, structure, dy, shape, size, stride, padding, dilation, groups)
     plan = cpu.plan_of(values, structure, shape, dy)
-    how, flat = _how(shape, stride, padding, dilation, groups), cpu.array(values.contiguous())
-    convolve(plan, how, flat, cpu.array(dy), None, None, dx.numpy(), turned=True)
+    how, flat = _how(shape, stride, padding, dilation, groups), _array(values.contiguous())
+    convolve(plan, how, flat, _array(dy), None, None, dx.numpy(), turned=True)
     return dx
 
 
@@ -210,7 +217,7 @@ def conv2d_weight_cpu(
     rest = (stride, padding, dilation, groups)
     gradient = conv2d_weight_fake(structure, dy, x, shape, capacity, *rest)
     plan = cpu.plan_of(gradient, structure, shape, dy, x)
-    convolve_sampled(plan, _how(shape, *rest), cpu.array(dy), cpu.array(x), gradient.numpy())
+    convolve_sampled(plan, _how(shape, *rest), _array(dy), _array(x), gradient.numpy())
     return gradient
 
 
