@@ -41,7 +41,6 @@ struct ImageBodies {
   // Rows of `width`: `before` zeros, then `count` numbers from[k * step], then zeros.
   void (*copy)(const T* from, int64_t row, int64_t rows, int64_t step, int64_t count, T* to,
                int64_t before, int64_t width);
-  void (*activate)(Activation, T* y, int64_t n);
 };
 
 // One axis of a frame.

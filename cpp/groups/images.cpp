@@ -320,7 +320,8 @@ struct Forward {
   // Sixteen outputs at a time, over the ends of rows where these follow each other in memory.
   void hand_out(const Block& block, const Results<T>& y, const BandVisit& visit, int64_t row,
                 int64_t height, T* sums) const {
-    bodies.images.activate(p.activation, sums, height * block.wide * kBandRows);
+    const auto numbers = static_cast<int>(height * block.wide * kBandRows);
+    bodies.samples.activate(p.activation, sums, 0, numbers, nullptr, 1);
     T* to[kBandRows] = {};
     const bool joined = y.row() == block.width;
     const int64_t run = joined ? height * block.width : block.width;

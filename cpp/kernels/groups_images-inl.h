@@ -20,10 +20,11 @@ inline void band_tile(const BandOutputs<T>& o) noexcept {
     const auto weights = S::keep(kWhole ? S::load(w) : S::load(w, o.rows));
     const T* x = o.x + o.offset[j];
     SPFMT_UNROLL
-    for (int r = 0; r < R; ++r) {
+    for (int r = 0; r < R; ++r, x += o.row_stride) {
+      if (R > 1) x = opaque(x);
       SPFMT_UNROLL
       for (int i = 0; i < W; ++i) {
-        acc[r * W + i] = S::fma(weights, S::set1(x[r * o.row_stride + i]), acc[r * W + i]);
+        acc[r * W + i] = S::fma(weights, S::set1(x[i]), acc[r * W + i]);
       }
     }
   }
@@ -47,10 +48,11 @@ __attribute__((noinline)) void groups_image_t(const TurnedOutputs<T>& o) noexcep
     const auto weights = e->rows == kLanes ? S::load(w) : S::load(w, e->rows);
     const T* dy = o.dy + e->offset;
     SPFMT_UNROLL
-    for (int r = 0; r < R; ++r) {
+    for (int r = 0; r < R; ++r, dy += o.row_stride) {
+      if (R > 1) dy = opaque(dy);
       SPFMT_UNROLL
       for (int i = 0; i < W; ++i) {
-        const auto rows = S::load(dy + r * o.row_stride + i * kLanes);
+        const auto rows = S::load(dy + i * kLanes);
         acc[r * W + i] = S::dot(weights, rows, acc[r * W + i]);
       }
     }

@@ -1,8 +1,7 @@
-// Moving and finishing the numbers of images (core/images.h). Included once per ISA level.
+// Moving the numbers of images (core/images.h). Included once per ISA level.
 #pragma once
 
 #include "../core/images.h"
-#include "activation-inl.h"
 
 namespace spfmt {
 namespace {
@@ -79,35 +78,9 @@ void image_copy(const T* from, int64_t row, int64_t rows, int64_t step, int64_t 
   }
 }
 
-template <class S, Activation kKind, class T = typename S::T>
-void activate_run(T* y, int64_t n) noexcept {
-  int64_t k = 0;
-  for (; k + kLanes <= n; k += kLanes) S::store(y + k, activation_of<S, kKind>(S::load(y + k)));
-  if (k < n) {
-    const int left = static_cast<int>(n - k);
-    S::store(y + k, activation_of<S, kKind>(S::load(y + k, left)), left);
-  }
-}
-
-template <class S, class T = typename S::T>
-void image_activate(Activation kind, T* y, int64_t n) noexcept {
-  switch (kind) {
-    case Activation::none:
-      return;
-    case Activation::relu:
-      return activate_run<S, Activation::relu>(y, n);
-    case Activation::gelu:
-      return activate_run<S, Activation::gelu>(y, n);
-    case Activation::gelu_tanh:
-      return activate_run<S, Activation::gelu_tanh>(y, n);
-    case Activation::silu:
-      return activate_run<S, Activation::silu>(y, n);
-  }
-}
-
 template <class S>
 constexpr ImageBodies<typename S::T> image_bodies() {
-  return {image_transpose<S>, image_spread<S>, image_copy<S>, image_activate<S>};
+  return {image_transpose<S>, image_spread<S>, image_copy<S>};
 }
 
 }  // namespace

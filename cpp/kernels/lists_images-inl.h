@@ -28,8 +28,12 @@ inline void image_pieces(const ImagePiece* piece, const int32_t* offsets,
   const auto add = [&](int i, int64_t k, typename S::V w) {
     const T* x = o.x + offset[i][k];
     SPFMT_UNROLL
-    for (int v = 0; v < R * W; ++v) {
-      acc[i][v] = S::fma(w, S::load(x + v / W * o.x_row + v % W * kLanes), acc[i][v]);
+    for (int r = 0; r < R; ++r, x += o.x_row) {
+      if (R > 1) x = opaque(x);
+      SPFMT_UNROLL
+      for (int v = 0; v < W; ++v) {
+        acc[i][r * W + v] = S::fma(w, S::load(x + v * kLanes), acc[i][r * W + v]);
+      }
     }
   };
   const int64_t count = piece->count;

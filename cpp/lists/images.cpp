@@ -254,9 +254,10 @@ struct ListProduct {
                                     : unit.rows;
     const int64_t width = f.turned ? count_of(g.x.size, step, px) : g.x.out;
     const Planes<T>* planes = y.planes();
+    const int64_t numbers = divide_up(height * f.width * f.images, kLanes) * kLanes;
+    bodies.samples.activate(p.activation, sum, 0, static_cast<int>(numbers), nullptr, 1);
     for (int64_t i = 0; i < height; ++i) {
-      T* line = sum + i * f.width * f.images;
-      bodies.images.activate(p.activation, line, width * f.images);
+      const T* line = sum + i * f.width * f.images;
       const int64_t at =
           channel * planes[0].channel + ((unit.row + i) * down + py) * planes[0].row + px;
       if (f.images > 1) {
