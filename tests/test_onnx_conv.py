@@ -28,7 +28,9 @@ from onnx_cases import Array, bias_of, run_everywhere  # noqa: E402
 from torch import nn  # noqa: E402
 
 import spfmt.onnx as sonnx  # noqa: E402
-from spfmt.torch import SparseConv1d, SparseConv2d, SparseLinear, sparsify  # noqa: E402
+from spfmt.onnx._folding import fold_batch_norms  # noqa: E402
+from spfmt.onnx.functions import SPARSE_NODES  # noqa: E402
+from spfmt.torch import SparseConv1d, SparseConv2d, SparseLinear  # noqa: E402
 
 # shape of the weight, options of Convolution.of, (H, W)
 GEOMETRIES: list[tuple[tuple[int, ...], dict[str, Any], tuple[int, int]]] = [
@@ -382,24 +384,29 @@ def settled(model: Any, *shape: int) -> Any:
     return model.eval()
 
 
-def exported(model: Any, x: Any, path: Path, **options: Any) -> list[str]:
-    """Export, compare all runtimes with torch, and return the operators in the file."""
-    sonnx.export(model, (x,), path, **options)
+def compare(path: Path, model: Any, *batches: Any) -> None:
+    """Compare all runtimes with torch."""
     proto = onnx.load(path)
-    tolerance = 1e-4 if x.dtype == torch.float32 else 1e-11
-    name = proto.graph.input[0].name
-    for batch in (x, torch.cat([x, -x, x])):
-        feeds = {name: batch.numpy()}
-        want = model(batch).detach().numpy()
-        runs = [
-            sonnx.session(path).run(None, feeds)[0],
-            ReferenceEvaluator(proto).run(None, feeds)[0],
-        ]
-        if x.dtype == torch.float32:  # ONNX Runtime has no convolution in float64
-            runs.append(sonnx.session(path, library=False).run(None, feeds)[0])
-        for got in runs:
+    runners = [sonnx.session(path), ReferenceEvaluator(proto)]
+    if batches[0].dtype == torch.float32:  # ONNX Runtime has no convolution in float64
+        runners.append(sonnx.session(path, library=False))
+    tolerance = 1e-4 if batches[0].dtype == torch.float32 else 1e-11
+    for x in batches:
+        want = model(x).detach().numpy()
+        for runner in runners:
+            (got,) = runner.run(None, {proto.graph.input[0].name: x.numpy()})
             np.testing.assert_allclose(got, want, rtol=tolerance, atol=tolerance)
-    return [node.op_type for node in proto.graph.node]
+
+
+def exported(model: Any, x: Any, path: Path, **options: Any) -> list[str]:
+    """Export, compare, and return the operators in the file."""
+    sonnx.export(model, (x,), path, **options)
+    compare(path, model, x, torch.cat([x, -x, x]))
+    return [node.op_type for node in onnx.load(path).graph.node]
+
+
+def conv(*args: Any, **options: Any) -> Any:
+    return SparseConv2d(*args, **{"format": "csr", "density": 0.5, **options})
 
 
 class Network(nn.Module):
@@ -408,14 +415,12 @@ class Network(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         block = {"format": "shuffled_block", "density": 0.3, "block_shape": (4, 2)}
-        self.stem = SparseConv2d(3, 16, 3, padding=1, bias=False, format="csr", density=0.5)
+        self.stem = conv(3, 16, 3, padding=1, bias=False)
         self.norm = nn.BatchNorm2d(16)
-        self.one = SparseConv2d(16, 16, 3, padding="same", **block)
+        self.one = conv(16, 16, 3, padding="same", **block)
         self.norm_one = nn.BatchNorm2d(16)
-        self.depthwise = SparseConv2d(
-            16, 16, 3, padding=1, groups=16, bias=False, format="csr", density=0.7
-        )
-        self.wide = SparseConv2d(16, 24, 1, stride=2, **block)
+        self.depthwise = conv(16, 16, 3, padding=1, groups=16, bias=False)
+        self.wide = conv(16, 24, 1, stride=2, **block)
         self.norm_wide = nn.BatchNorm2d(24)
         self.head = SparseLinear(24, 10, format="csr", density=0.4)
 
@@ -426,62 +431,64 @@ class Network(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
-def test_a_network(tmp_path: Path) -> None:
+def test_a_network_of_any_size(tmp_path: Path) -> None:
     model = settled(Network(), 4, 3, 12, 12)
-    ops = exported(model, torch.randn(2, 3, 12, 12), tmp_path / "net.onnx")
-    assert [op for op in ops if op not in ("ReduceMean", "Constant", "Identity")] == [
-        "ListsConvRelu", "GroupsConv", "Add", "Relu", "ListsConv", "GroupsConvSilu", "ListsLinear",
-    ]  # fmt: skip
-    feeds = {onnx.load(tmp_path / "net.onnx").graph.input[0].name: np.zeros((1, 3, 12, 12), "f4")}
-    ran = {run.op_type for run in sonnx.kernels_run(tmp_path / "net.onnx", feeds)}
-    assert ran >= {"ListsConvRelu", "GroupsConv", "ListsConv", "GroupsConvSilu", "ListsLinear"}
-    # All of it folds: nothing of the bodies is left to run.
-    dense = sonnx.kernels_run(tmp_path / "net.onnx", feeds, library=False)
-    assert not {run.op_type for run in dense} & {"ScatterND", "Expand", "CumSum", "Gather"}
-
-
-def test_a_network_in_training_is_exported_as_in_evaluation(tmp_path: Path) -> None:
-    model = settled(Network(), 4, 3, 12, 12)
-    x = torch.randn(2, 3, 12, 12)
-    want = model(x).detach().numpy()
-    model.train()
-    model.norm_one.eval()
-    before = copy.deepcopy(model.state_dict())
-    sonnx.export(model, (x,), tmp_path / "net.onnx")
-    assert model.training
-    assert not model.norm_one.training
-    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
-    name = onnx.load(tmp_path / "net.onnx").graph.input[0].name
-    got = sonnx.session(tmp_path / "net.onnx").run(None, {name: x.numpy()})[0]
-    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
-
-
-def test_symbolic_sizes(tmp_path: Path) -> None:
-    model = settled(Network(), 4, 3, 12, 12)
+    path = tmp_path / "net.onnx"
     shapes = ({0: "batch", 2: "height", 3: "width"},)
-    path = sonnx.export(
-        model, torch.randn(2, 3, 12, 14), tmp_path / "net.onnx", dynamic_shapes=shapes
-    )
-    x = torch.randn(3, 3, 9, 17)
-    got = sonnx.session(path).run(None, {onnx.load(path).graph.input[0].name: x.numpy()})[0]
-    np.testing.assert_allclose(got, model(x).detach().numpy(), rtol=1e-4, atol=1e-4)
+    ops = exported(model, torch.randn(2, 3, 12, 14), path, dynamic_shapes=shapes)
+    assert [op for op in ops if "Conv" in op or "Linear" in op] == [
+        "ListsConvRelu", "GroupsConv", "ListsConv", "GroupsConvSilu", "ListsLinear",
+    ]  # fmt: skip
+    assert "BatchNormalization" not in ops
+    compare(path, model, torch.randn(3, 3, 9, 17))
+    feeds = {onnx.load(path).graph.input[0].name: np.zeros((1, 3, 12, 12), np.float32)}
+    runs = sonnx.kernels_run(path, feeds)
+    ran = {run.op_type: run.kernel for run in runs if run.kernel}
+    assert set(ran) == {op for op in ops if op.startswith(("Lists", "Groups"))}
+    # All of it folds: nothing of the bodies is left to run.
+    dense = {run.op_type for run in sonnx.kernels_run(path, feeds, library=False)}
+    assert not dense & {"ScatterND", "Expand", "CumSum", "Gather"}
 
 
-def test_float64_and_inlined_files(tmp_path: Path) -> None:
-    model = settled(Network(), 4, 3, 12, 12)
-    plain = exported(model, torch.randn(2, 3, 12, 12), tmp_path / "plain.onnx", inline=True)
-    assert "Conv" in plain
-    assert not onnx.load(tmp_path / "plain.onnx").functions
-    exported(model.double(), torch.randn(2, 3, 12, 12).double(), tmp_path / "wide.onnx", opset=20)
+def small() -> Any:
+    model = nn.Sequential(conv(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU())
+    return settled(model, 4, 3, 6, 6)
 
 
-def test_a_file_that_a_tool_made_dense_is_noticed(tmp_path: Path) -> None:
-    model = SparseConv2d(3, 8, 3, format="csr", density=0.5)
-    path = sonnx.export(model, torch.zeros(2, 3, 8, 8), tmp_path / "net.onnx")
-    sonnx.session(path)  # no warning
+def test_a_model_in_training_is_exported_as_in_evaluation(tmp_path: Path) -> None:
+    model, path = small(), tmp_path / "net.onnx"
+    before = copy.deepcopy(model.state_dict())
+    model.train()
+    sonnx.export(model, torch.randn(2, 3, 6, 6), path)
+    assert all(module.training for module in model.modules())
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    compare(path, model.eval(), torch.randn(3, 3, 6, 6))  # opened without a warning
     dense = inliner.inline_local_functions(onnx.load(path)).SerializeToString()
     with pytest.warns(UserWarning, match="exported with 1 sparse layers and has none"):
         sonnx.session(dense)
+
+
+def test_inlined_files_are_plain(tmp_path: Path) -> None:
+    path = tmp_path / "net.onnx"
+    ops = exported(small(), torch.randn(2, 3, 6, 6), path, inline=True)
+    assert ops[-2:] == ["Conv", "Relu"]
+    assert not onnx.load(path).functions
+
+
+def test_a_network_in_float64(tmp_path: Path) -> None:
+    ops = exported(
+        small().double(), torch.randn(2, 3, 6, 6).double(), tmp_path / "net.onnx", opset=20
+    )
+    assert ops == ["ListsConvRelu"]
+
+
+@pytest.mark.parametrize("activation", [None, *ACTIVATIONS])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_no_sound_file_is_taken_for_a_dense_one(layout: str, activation: str | None) -> None:
+    tensor, how = make(layout, (8, 6, 3, 3)), Convolution((3, 3))
+    model = one_conv(tensor, bias_of(tensor), how, activation=activation)
+    helper.set_model_props(model, {SPARSE_NODES: "1"})
+    sonnx.session(model.SerializeToString())  # no warning, whatever the length of the name
 
 
 def test_sequences_are_images_of_one_row(tmp_path: Path) -> None:
@@ -499,36 +506,39 @@ def test_sequences_are_images_of_one_row(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("mode", ["reflect", "circular", "replicate"])
-def test_other_paddings_are_torchs_own(mode: str, tmp_path: Path) -> None:
-    options: dict[str, Any] = {"padding": (2, 1), "padding_mode": mode}
-    model = nn.Sequential(
-        SparseConv2d(3, 8, 3, format="csr", density=0.5, **options),
-        nn.BatchNorm2d(8),
-        nn.ReLU(),
-    )
-    ops = exported(settled(model, 4, 3, 8, 9), torch.randn(2, 3, 8, 9), tmp_path / "net.onnx")
-    assert ops[-1] == "ListsConvRelu"
+def test_other_paddings_are_torchs_own(tmp_path: Path) -> None:
+    modes = ("reflect", "circular", "replicate")
+    layers = [conv(4, 4, 3, padding=(2, 1), padding_mode=mode) for mode in modes]
+    model = nn.Sequential(*layers, nn.BatchNorm2d(4), nn.ReLU())
+    ops = exported(settled(model, 4, 4, 8, 9), torch.randn(2, 4, 8, 9), tmp_path / "net.onnx")
+    assert [op for op in ops if "Conv" in op] == ["ListsConv", "ListsConv", "ListsConvRelu"]
     assert "BatchNormalization" not in ops
 
 
-def test_one_weight_for_two_geometries(tmp_path: Path) -> None:
-    class Twice(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv = SparseConv2d(4, 4, 3, padding=1, format="csr", density=0.5)
-            self.one, self.two = nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+class Twice(nn.Module):
+    """One weight between different batch norms, and with different strides."""
 
-        def forward(self, x: Any) -> Any:
-            return self.two(self.conv(torch.relu(self.one(self.conv(x)))))
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = conv(4, 4, 3, padding=1)
+        self.one, self.two = nn.BatchNorm2d(4), nn.BatchNorm2d(4)
 
-    model = settled(Twice(), 4, 4, 7, 7)
+    def forward(self, x: Any) -> Any:
+        x = self.two(self.conv(torch.relu(self.one(self.conv(x)))))
+        x = nn.functional.max_pool2d(self.conv(x.sin()), 2, ceil_mode=True)
+        self.conv.stride = (2, 1)
+        x = self.conv(x)
+        self.conv.stride = (1, 1)
+        return x
+
+
+def test_one_weight_in_several_places(tmp_path: Path) -> None:
     path = tmp_path / "net.onnx"
-    assert exported(model, torch.randn(2, 4, 7, 7), path) == ["ListsConvRelu", "ListsConv"]
-    plain = nn.Sequential(model.conv, nn.MaxPool2d(2, ceil_mode=True), model.conv)
-    exported(plain, torch.randn(2, 4, 7, 7), path)
+    ops = exported(settled(Twice(), 4, 4, 7, 7), torch.randn(2, 4, 7, 7), path)
+    assert ops == ["ListsConvRelu", "ListsConv", "Sin", "ListsConv", "MaxPool", "ListsConv"]
+    # Two that were folded, and one for the other two places.
     names = [t.name for t in onnx.load(path).graph.initializer]
-    assert sum(name.endswith("col_indices") for name in names) == 1
+    assert sum(name.endswith("sparse.values") for name in names) == 3
 
 
 # -------------------------------------------------------------------------------- folding
@@ -543,79 +553,79 @@ def warned(caplog: pytest.LogCaptureFixture) -> list[str]:
 def test_a_batch_norm_in_front_is_folded_where_nothing_is_padded(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def model(**options: Any) -> Any:
-        options = {"format": "csr", "density": 0.5, "groups": 2, **options}
-        return settled(
-            nn.Sequential(nn.ReLU(), nn.BatchNorm2d(6), SparseConv2d(6, 8, 3, **options)),
-            4, 6, 8, 8,
-        )  # fmt: skip
-
-    x, path = torch.randn(2, 6, 8, 8), tmp_path / "net.onnx"
+    parts: list[Any] = []
+    for options in ({}, {"bias": False}, {"padding": 1}):
+        parts += [nn.ReLU(), nn.BatchNorm2d(8), conv(8, 8, 3, groups=2, **options)]
+    model = settled(nn.Sequential(*parts), 4, 8, 9, 9)
+    x, path = torch.randn(2, 8, 9, 9), tmp_path / "net.onnx"
+    folded = ["Relu", "ListsConvRelu", "ListsConvRelu"]
     with caplog.at_level(logging.INFO, "spfmt.onnx"):
-        assert exported(model(), x, path) == ["Relu", "ListsConv"]
-        assert exported(model(bias=False), x, path) == ["Relu", "ListsConv"]
-    assert "folded in front of" in caplog.text
-    caplog.clear()
-    padded = model(padding=1)
-    assert exported(padded, x, path) == ["Relu", "BatchNormalization", "ListsConv"]
+        assert exported(model, x, path) == [*folded, "BatchNormalization", "ListsConv"]
+    assert caplog.text.count("folded in front of") == 2
     (record,) = warned(caplog)
     assert "zeros that the convolution pads with" in record
-    nn.init.zeros_(padded[1].bias)
-    nn.init.zeros_(padded[1].running_mean)  # no shift: zeros stay zeros
-    assert exported(padded, x, path) == ["Relu", "ListsConv"]
+    nn.init.zeros_(model[7].bias)
+    nn.init.zeros_(model[7].running_mean)  # no shift: zeros stay zeros
+    assert exported(model, x, path) == [*folded, "ListsConv"]
+
+
+class Stubborn(nn.Module):
+    """Batch norms that cannot be folded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(conv(4, 4, 3, padding=1) for _ in range(3))
+        self.norms = nn.ModuleList(nn.BatchNorm2d(4) for _ in range(2))
+
+    def forward(self, x: Any) -> Any:
+        y = self.convs[0](x)
+        y = torch.relu(y + self.norms[0](y))
+        y = self.norms[1](torch.relu(self.convs[1](y)))
+        return nn.functional.batch_norm(self.convs[2](y.sin()), None, None, training=True)
 
 
 def test_batch_norms_that_must_stay(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    class Read(nn.Module):
-        def __init__(self, function: Any) -> None:
-            super().__init__()
-            self.conv = SparseConv2d(4, 4, 3, padding=1, format="csr", density=0.5)
-            self.norm = nn.BatchNorm2d(4)
-            self.function = function
-
-        def forward(self, x: Any) -> Any:
-            return self.function(self, x)
-
-    x, path = torch.randn(2, 4, 7, 7), tmp_path / "net.onnx"
-
-    def ops(function: Any) -> list[str]:
-        caplog.clear()
-        return exported(settled(Read(function), 4, 4, 7, 7), x, path)
-
-    def residual(m: Any, x: Any) -> Any:
-        y = m.conv(x)
-        return y + m.norm(y)
-
-    assert ops(residual) == ["ListsConv", "BatchNormalization", "Add"]
-    assert "another node reads" in caplog.text
-    # An activation between them: not neighbours, and nothing to say.
-    got = ops(lambda m, x: m.norm(torch.relu(m.conv(x))))
-    assert got == ["ListsConvRelu", "BatchNormalization"]
-    assert not warned(caplog)
-
-    def of_the_batch(m: Any, x: Any) -> Any:
-        return nn.functional.batch_norm(m.conv(x), None, None, training=True)
-
-    assert ops(of_the_batch)[0] == "ListsConv"  # whose statistics come from the batch itself
+    path, model = tmp_path / "net.onnx", settled(Stubborn(), 4, 4, 7, 7)
+    ops = exported(model, torch.randn(2, 4, 7, 7), path)
+    assert ops[:2] == ["ListsConv", "BatchNormalization"]
+    assert ops[4:6] == ["ListsConvRelu", "BatchNormalization"]
+    assert "ListsConv" in ops[6:]
+    # Of the second there is nothing to say, for it is no neighbour.
+    first, last = warned(caplog)
+    assert "another node reads what lies between them" in first
+    assert "computed by the graph" in last
 
 
-def test_no_batch_norm_is_folded_into_nonsense(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    model = nn.Sequential(
-        SparseConv2d(4, 4, 3, format="csr", density=0.5), nn.BatchNorm2d(4, eps=0.0)
-    ).eval()
-    nn.init.zeros_(model[1].running_var)
-    sonnx.export(model, torch.zeros(2, 4, 7, 7), tmp_path / "net.onnx")
-    assert "not be finite" in caplog.text
-    assert onnx.load(tmp_path / "net.onnx").graph.node[1].op_type == "BatchNormalization"
+def test_no_batch_norm_is_folded_into_nonsense(caplog: pytest.LogCaptureFixture) -> None:
+    layer = conv(4, 4, 3, bias=False)
+    arrays = {name: value.detach().numpy() for name, value in layer.state_dict().items()}
+    arrays["ones"], arrays["zeros"] = np.ones(4, np.float32), np.zeros(4, np.float32)
 
+    def model(variance: str, training: int = 0) -> Any:
+        numbers = {"stride": [1, 1], "padding": [0, 0, 0, 0], "dilation": [1, 1]}
+        nodes = [
+            helper.make_node(
+                "SparseConvolution", ["values", "structure", "x"], ["z"], domain=sonnx.DOMAIN,
+                activation="", groups=1, shape=[4, 4, 3, 3], **numbers,
+            ),
+            helper.make_node(
+                "BatchNormalization", ["z", "ones", "ones", "zeros", variance], ["y"],
+                epsilon=0.0, training_mode=training,
+            ),
+        ]  # fmt: skip
+        info = helper.make_tensor_value_info
+        ends = [info(name, onnx.TensorProto.FLOAT, [2, 4, "h", "w"]) for name in ("x", "y")]
+        stored = [numpy_helper.from_array(array, name) for name, array in arrays.items()]
+        return helper.make_model(helper.make_graph(nodes, "g", ends[:1], ends[1:], stored))
 
-def test_a_dense_network_made_sparse(tmp_path: Path) -> None:
-    from spfmt.models.resnet import cifar_resnet
-
-    model = sparsify(cifar_resnet(8, width=0.5), format="csr", density=0.3)
-    ops = exported(settled(model, 4, 3, 16, 16), torch.randn(2, 3, 16, 16), tmp_path / "net.onnx")
-    assert "BatchNormalization" not in ops
-    assert ops.count("ListsConvRelu") == 4
-    assert ops.count("ListsConv") == 3
+    for proto, reason in (
+        (model("zeros"), "not be finite"),
+        (model("x"), "computed by the graph"),
+        (model("ones", training=1), "statistics of the batch"),
+    ):
+        fold_batch_norms(proto)
+        assert reason in warned(caplog)[-1]
+        assert len(proto.graph.node) == 2
+    fold_batch_norms(sound := model("ones"))
+    assert [node.op_type for node in sound.graph.node] == ["SparseConvolution"]
+    assert len(warned(caplog)) == 3

@@ -66,7 +66,8 @@ class _Folder:
                 continue
             conv, alone = found
             try:
-                self._fold(norm, conv, alone, place == "behind")
+                with np.errstate(all="ignore"):  # what is not finite is refused by name
+                    self._fold(norm, conv, alone, place == "behind")
             except _Kept as why:
                 kept.append(f"{place} the sparse convolution {conv.name}: {why}")
             else:
@@ -129,16 +130,15 @@ class _Folder:
         weight, bias, mean, var = (
             self._array(name, "one of its parameters").astype(np.float64) for name in norm.input[1:]
         )
-        with np.errstate(all="ignore"):
-            scale = weight / np.sqrt(var + epsilon)
-            return scale, bias - mean * scale
+        scale = weight / np.sqrt(var + epsilon)
+        return scale, bias - mean * scale
 
     def _fold(self, norm: onnx.NodeProto, conv: onnx.NodeProto, alone: bool, behind: bool) -> None:
+        scale, shift = self._scale_and_shift(norm)
         if not alone:
             raise _Kept("another node reads what lies between them")
         if behind and text_of(conv, "activation").s:
             raise _Kept("the convolution applies an activation first")
-        scale, shift = self._scale_and_shift(norm)
         values = self._array(conv.input[0], "the weight")
         structure = decode_structure(self._array(conv.input[1], "the structure"))
         tensor = structure.tensor(values[: structure.nnz])

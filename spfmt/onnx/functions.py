@@ -212,14 +212,8 @@ def lower(tensor: SparseTensor) -> dict[str, Array]:
     Raises
     ------
     FormatError
-        When its shape or dtype has no operator, or it is too large.
+        When its dtype has no operator, or it is too large.
     """
-    if len(tensor.shape) not in (2, 4):
-        raise format_error(
-            f"a weight of shape {tensor.shape}",
-            "two dimensions, or four of a convolution",
-            "give a sequence's kernel one row: (C_out, C_in / groups, 1, K)",
-        )
     if tensor.values.dtype not in (np.dtype(np.float32), np.dtype(np.float64)):
         raise format_error(
             f"values of dtype {tensor.values.dtype}",

@@ -163,8 +163,8 @@ def _way_out(error: str) -> str:
     return "expected a sound ONNX file; export it again with spfmt.onnx.export"
 
 
-# A node's op_type in a serialized model: field 4, a length, one of our names.
-_OURS = re.compile(rb"\x22.(?:%s)" % "|".join(BASE_TYPES).encode())
+# A node's op_type in a serialized model: field 4, a length (any byte, a line feed too), our name.
+_OURS = re.compile(rb"(?s:\x22.)(?:%s)" % "|".join(BASE_TYPES).encode())
 
 
 def _warn_if_dense(opened: Any, source: str | bytes, name: str) -> None:
