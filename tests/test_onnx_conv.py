@@ -241,6 +241,19 @@ def test_shapes_are_inferred() -> None:
     assert inferred({}, ("n", None, 3, 3), rank_known=False)[1] == 8
 
 
+def test_sizes_that_nobody_named_are_no_numbers(capfd: pytest.CaptureFixture[str]) -> None:
+    tensor, how = make("csr", (8, 6, 3, 3)), Convolution((3, 3), stride=(2, 1))
+    model = one_conv(tensor, bias_of(tensor), how, sizes=(None,) * 4)
+    del model.graph.output[0].type.tensor_type.shape.dim[:]
+    model.graph.output[0].type.tensor_type.ClearField("shape")
+    session = sonnx.session(model.SerializeToString())
+    names = session.get_outputs()[0].shape
+    assert names[1] == 8
+    assert len({str(name) for name in names}) == 4
+    session.run(None, {"x": images(tensor, how, 3, (5, 6))})
+    assert capfd.readouterr() == ("", "")  # ONNX Runtime has nothing to warn of
+
+
 @pytest.mark.parametrize(
     ("shape", "message"),
     [

@@ -1,6 +1,7 @@
 #include "runtime.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstdio>
 
 namespace spfmt::ort {
@@ -53,6 +54,15 @@ std::vector<const char*> Info::names() const {
 
 void infer(const Api& api, const ShapeInferContext* context, const Info& x,
            const std::vector<int64_t>& shape, std::vector<const char*> names) {
+  // ONNX Runtime would take an unknown size without a name for the number -1, and warn at each run
+  // of a size that differs. No two get the same name, for that would say that they are equal.
+  static std::atomic<uint64_t> unknown{0};
+  std::vector<std::string> fresh(names.size());
+  for (size_t i = 0; i < names.size(); ++i) {
+    if (shape[i] >= 0 || *names[i] != '\0') continue;
+    fresh[i] = "spfmt_size_" + std::to_string(unknown.fetch_add(1));
+    names[i] = fresh[i].c_str();
+  }
   const Info y = Info::create(api);
   check(api.SetTensorElementType(y.get(), x.type()));
   check(api.SetDimensions(y.get(), shape.data(), shape.size()));

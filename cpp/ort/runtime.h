@@ -82,7 +82,8 @@ class Info {
   bool owned_;
 };
 
-// Tells that the output of a node has the type of `x`, this shape, and names of unknown sizes.
+// Tells that the output of a node has the type of `x`, this shape, and these names of sizes, "" for
+// none.
 void infer(const Api& api, const ShapeInferContext* context, const Info& x,
            const std::vector<int64_t>& shape, std::vector<const char*> names);
 
