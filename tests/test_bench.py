@@ -79,6 +79,15 @@ def test_random_weights_have_the_density_and_repeat(spec: Spec) -> None:
     assert a != random_weight(spec, (96, 256), 0.125, seed=1)
 
 
+@pytest.mark.parametrize("shape", [(32, 64, 3, 3), (32, 64, 1, 1), (24, 32, 2, 5)])
+@pytest.mark.parametrize("spec", ALL, ids=FORMATS)
+def test_random_weights_of_convolutions(spec: Spec, shape: tuple[int, ...]) -> None:
+    a = random_weight(spec, shape, 0.25)
+    a.validate()
+    assert a.shape == shape
+    assert a.density == pytest.approx(0.25, rel=0.15)
+
+
 def test_fixed_ratios_override_the_density() -> None:
     a = random_weight(parse_spec("nm:2:4"), (8, 16), 0.9)
     assert a.density == 0.5
