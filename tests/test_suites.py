@@ -31,8 +31,9 @@ def test_suites_are_chosen_by_name(
     benchmarks: Callable[[str], ModuleType], capsys: pytest.CaptureFixture[str]
 ) -> None:
     linear = benchmarks("linear")
-    assert linear._wanted(["all"]) == list(linear.NAMES)
-    assert linear._wanted(["real", "layers"]) == ["layers", "real"]
+    command = benchmarks("command")
+    assert command._names("all", linear.NAMES) == list(linear.NAMES)
+    assert command._names("real,layers", linear.NAMES) == ["layers", "real"]
     with pytest.raises(SystemExit) as exit:
         linear.main(["--suite", "layers,speed"])
     assert exit.value.code == 2
