@@ -70,7 +70,7 @@ def run(
     parser: argparse.ArgumentParser,
     args: argparse.Namespace,
     suites: Mapping[str, Suite],
-    more: Mapping[str, Any] | None = None,
+    more: Mapping[str, Sequence[Any]] | None = None,
 ) -> int:
     """Run the suites that were asked for; return 0, or 1 where a result was wrong.
 
@@ -80,7 +80,7 @@ def run(
         See `make_parser`.
     suites : mapping of str to callable
         In the order in which they run.
-    more : mapping, optional
+    more : mapping of str to rows, optional
         Further entries of the record, which suites fill.
     """
     if args.json:
@@ -101,7 +101,8 @@ def run(
         return 1
     print(f"\n{time.perf_counter() - start:.0f} s")
     if args.json:
-        write_record(make_record(session, suites=args.suite, **(more or {})), args.json)
+        extra = {key: [row.as_json() for row in rows] for key, rows in (more or {}).items()}
+        write_record(make_record(session, suites=args.suite, **extra), args.json)
     return 0
 
 

@@ -13,7 +13,7 @@ from spfmt.bench.timing import Timing
 from spfmt.ceilings import Ceilings
 from spfmt.dispatch import active_isa
 
-__all__ = ["Row", "make_rows", "table"]
+__all__ = ["Row", "make_rows", "rounded", "table"]
 
 _BUSY = 0.1  # share of waiting that is worth a word
 
@@ -83,10 +83,11 @@ class Row:
 
     def as_json(self) -> dict[str, Any]:
         """Return the fields, rounded to what a timing can mean."""
-        return {k: _rounded(v) for k, v in asdict(self).items()}
+        return {k: rounded(v) for k, v in asdict(self).items()}
 
 
-def _rounded(value: Any) -> Any:
+def rounded(value: Any) -> Any:
+    """Return a number with four digits; what else there is stays as it is."""
     return float(f"{value:.4g}") if isinstance(value, float) else value
 
 

@@ -29,7 +29,7 @@ from spfmt.ceilings import Ceilings, measure_ceilings
 from spfmt.errors import MissingDependency
 from spfmt.formats import SparseTensor
 
-__all__ = ["Session"]
+__all__ = ["Session", "threads_restored", "use_threads"]
 
 
 class Session:
@@ -157,14 +157,14 @@ class Session:
         return measured
 
     def _time(self, found: Sequence[tuple[Case, Contender]]) -> list[Timing]:
-        with _threads_restored():
+        with threads_restored():
             for case, contender in found:
-                _use_threads(case.threads)
+                use_threads(case.threads)
                 contender.check()
             return interleave(
                 [contender.call for _, contender in found],
                 self.seconds,
-                before=[functools.partial(_use_threads, case.threads) for case, _ in found],
+                before=[functools.partial(use_threads, case.threads) for case, _ in found],
             )
 
     def _dense(self, setting: Setting) -> list[Contender]:
@@ -220,7 +220,7 @@ def _ours(
     return [make(setting, a, lay, be) for a in tensors for lay in layouts for be in backends]
 
 
-def _use_threads(threads: int) -> None:
+def use_threads(threads: int) -> None:
     """Give spfmt, and torch where it takes part, a number of threads."""
     if spfmt.threads._override != threads:
         spfmt.threads.set_num_threads(threads)
@@ -230,7 +230,7 @@ def _use_threads(threads: int) -> None:
 
 
 @contextlib.contextmanager
-def _threads_restored() -> Iterator[None]:
+def threads_restored() -> Iterator[None]:
     """Leave the numbers of threads as they were."""
     torch = baselines.loaded("torch")
     own, theirs = spfmt.threads._override, torch.get_num_threads() if torch else 0
