@@ -40,6 +40,7 @@ from spfmt.structure.fan_in import random_columns
 
 SMALL = (48, 64)
 ALL = [parse_spec(name) for name in FORMATS]
+CONV = ("--conv", "8x8x3x3", "--map", "6x5")
 
 
 # ----------------------------------------------------------------------------------- weights
@@ -529,8 +530,24 @@ def test_weights_without_nonzeros_are_measured(tmp_path: Path) -> None:
         (["--batch", "0"], "whole number from 1"),
         (["--batch", "1,,2"], "whole number from 1"),
         (["--threads", "100000"], "whole number from 1 to"),
-        (["--op", "conv"], "spmm, spmm_t, sddmm, layer"),
-        (["--layout", "nchw"], "invalid choice"),
+        (["--op", "conv"], "spmm, spmm_t, sddmm, conv2d"),
+        (["--layout", "hwcn"], "invalid choice"),
+        (["--layout", "nchw"], "expected bc, cb or both"),
+        (["--op", "conv2d"], "choose --op spmm"),
+        (["--map", "8x8"], "add --conv"),
+        (["--groups", "2"], "add --conv"),
+        ([*CONV[:2]], "add --map"),
+        ([*CONV, "--shape", "4x4"], "not allowed with"),
+        ([*CONV, "--op", "spmm"], "choose --op conv2d"),
+        ([*CONV, "--layout", "cb"], "expected nchw, nhwc or both"),
+        ([*CONV, "--stride", "0"], "whole number from 1"),
+        ([*CONV, "--padding", "-1"], "whole number from 0"),
+        ([*CONV, "--groups", "5"], "a divisor of 8"),
+        (["--conv", "8x8x3", "--map", "8x8"], "expected outputs x inputs x height x width"),
+        (["--conv", "8x8x3x1", "--map", "8x8"], "add --padding"),
+        (["--conv", "8x8x9x9", "--map", "2x2", "--padding", "0"], "no smaller than the kernel"),
+        (["--conv", "8x8x3x3", "--map", "8"], "expected height x width"),
+        (["--conv", "8x8x3x3", "--map", "999999x999999"], "choose a smaller shape"),
         (["--seconds", "-1"], "from 0 to 3600"),
         (["--shape", "9999999x9999999"], "choose a smaller shape"),
         (["--json", "/nowhere/out.json"], "existing directory"),
