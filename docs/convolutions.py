@@ -107,6 +107,11 @@ def _us(row: Row) -> float:
     return float(row["us"])
 
 
+def _ms(row: Row) -> str:
+    ms = _us(row) / 1e3
+    return f"{ms:.3g} ms" if ms < 100 else f"{ms:,.0f} ms"
+
+
 def _heads(rows: Sequence[Row]) -> list[str]:
     return ["layer", *(name for name, _ in _axes(rows))]
 
@@ -143,7 +148,7 @@ def _dense(row: Row | None) -> str:
     if row is None:
         return ""
     name = str(row["name"]).replace(" dense", "").replace(" nn.Conv2d", "")
-    return f"{row['us'] / 1e3:.3g} ms ({row['gflops']:.0f}), {name} {row['layout']}"
+    return f"{_ms(row)} ({row['gflops']:.0f}), {name} {row['layout']}"
 
 
 # ----------------------------------------------------------------------------------- networks
@@ -156,7 +161,11 @@ def _networks(name: str, record: Record) -> Iterator[str]:
     if steps:
         parts = list(steps[0]["parts"])
         batch = steps[0]["batch"]
-        yield f"### One step of training, batch {batch}, one thread\n\nAnd where its time goes."
+        yield f"### One step of training, batch {batch}, one thread"
+        yield (
+            "With shares of the step's CPU time, each operator's by itself. *Other* is additions, "
+            "gradients of biases, pooling, the loss, and what autograd adds."
+        )
         lines = head(["network", "convolutions", "time", "times dense", *parts])
         for r in steps:
             total = sum(r["parts"].values())
@@ -174,4 +183,4 @@ def _networks(name: str, record: Record) -> Iterator[str]:
 def _network(row: Row) -> list[str]:
     density = "" if row["kind"] == "dense" else f", {100 * row['density']:.3g} %"
     name = f"{row['name']} {row['layout']}{density}"
-    return [row["network"], name, f"{row['us'] / 1e3:,.0f} ms", f"{row['speedup']:.2f}x"]
+    return [row["network"], name, _ms(row), f"{row['speedup']:.2f}x"]

@@ -311,7 +311,7 @@ def draw_blocks(rows: Sequence[Row], where: str) -> Figure:
             )
             points = [1 / r["asked"] for r in own], [r["speedup"] for r in own]
             _marked(axes, (color, marker, f"blocks of {size}"), *points)
-        _sparsity_axes(axes, here)
+        _sparsity_axes(axes, rows)  # all panels share one scale
         axes.set_title(f"{op}, batch {batch}", loc="left", fontsize=11, color=_INK)
     panels[0].set_ylabel("times as fast as dense", fontsize=10, color=_INK)
     _finish(figure, panels[0], where)
