@@ -111,7 +111,7 @@ def step(session: Session, network: str, batch: int, rows: list[Any]) -> None:
     import torch
 
     from spfmt.bench.session import threads_restored, use_threads
-    from spfmt.bench.steps import Step, breakdown, check_model, model_rows
+    from benchmarks.steps import Step, breakdown, check_model, model_rows
     from spfmt.bench.timing import interleave
 
     x, y = images(batch)
@@ -136,7 +136,7 @@ def step(session: Session, network: str, batch: int, rows: list[Any]) -> None:
 
 def inference(session: Session, network: str, rows: list[Any]) -> None:
     """Measure a network in ONNX Runtime, where it can be exported."""
-    from spfmt.bench.steps import in_onnxruntime, model_rows
+    from benchmarks.steps import in_onnxruntime, model_rows
     from spfmt.bench.timing import interleave
 
     found, runs = [], []
@@ -164,7 +164,7 @@ def inference(session: Session, network: str, rows: list[Any]) -> None:
 
 def table(title: str, rows: Sequence[Any]) -> Iterator[str]:
     """Yield rows as lines of text, with shares of the step's time."""
-    from spfmt.bench.steps import PARTS
+    from benchmarks.steps import PARTS
 
     yield f"\n{title}"
     heads = "".join(f"{part.replace('convolution', 'conv'):>14}" for part in PARTS)

@@ -33,10 +33,8 @@ CONVOLUTION = ROOT / "docs" / "convolution.md"
 def support_table() -> str:
     """Markdown table: for each layout and dtype the levels of each product."""
     ops = list(dict.fromkeys(k.op for k in spfmt.kernels()))
-    lines = [
-        f"| layout | dtype | {' | '.join(f'`{op}`' for op in ops)} |",
-        "|---" * (2 + len(ops)) + "|",
-    ]
+    names = " | ".join(f"`{op}`" for op in ops)
+    lines = [f"| layout | dtype | {names} |", "|---" * (2 + len(ops)) + "|"]
     for layout, dtype in dict.fromkeys((k.layout, k.dtype) for k in spfmt.kernels()):
         cells = [", ".join(k.isa for k in spfmt.kernels(op, layout, dtype)) for op in ops]
         lines.append(f"| {layout} | {dtype} | {' | '.join(cells)} |")

@@ -291,6 +291,7 @@ ORDER = {
     "cost": {"_files"},
     "dispatch": {"_memory", "activations", "errors", "formats", "cost", "threads"},
     "advice": {"errors", "formats", "convert", "cost", "dispatch"},
+    "convolution": {"_memory", "activations", "errors", "formats", "dispatch", "threads"},
     "ops": {"errors", "formats", "dispatch"},
     "torch": {
         "_memory",
@@ -325,6 +326,7 @@ ORDER = {
         "threads",
         "formats",
         "convert",
+        "convolution",
         "dispatch",
         "ops",
         "torch",

@@ -155,9 +155,7 @@ def test_steps_of_networks_are_measured(
     benchmarks: Callable[[str], ModuleType], capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("torch")
-    from spfmt.bench.steps import PARTS
-
-    models = benchmarks("models")
+    models, parts = benchmarks("models"), benchmarks("steps").PARTS
     rows: list[Any] = []
     session = Session(0.0, print, only="csr")
     models.step(session, "resnet20", 2, rows)
@@ -168,8 +166,8 @@ def test_steps_of_networks_are_measured(
         assert row.density == pytest.approx(0.1, abs=0.01)
     for row in rows:
         record = row.as_json()
-        assert tuple(record["parts"]) == PARTS
-        assert all(record["parts"][part] > 0 for part in PARTS)
+        assert tuple(record["parts"]) == parts
+        assert all(record["parts"][part] > 0 for part in parts)
         assert record["speedup"] == pytest.approx(min(r.us for r in rows[:2]) / row.us, rel=1e-3)
     assert "resnet20, one step of training, batch 2" in capsys.readouterr().out
 
@@ -178,10 +176,8 @@ def test_networks_that_differ_are_not_timed(
     benchmarks: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("torch")
-    from spfmt.bench import steps
-
     models = benchmarks("models")
-    monkeypatch.setattr(steps, "_WORSE", 0)
+    monkeypatch.setattr(benchmarks("steps"), "_WORSE", 0)
     rows: list[Any] = []
     with pytest.raises(WrongResult, match=r"resnet20, csr: got .* away from float64"):
         models.step(Session(0.0, only="csr"), "resnet20", 2, rows)
@@ -194,13 +190,12 @@ def test_networks_that_cannot_be_exported_are_skipped(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     pytest.importorskip("torch")
-    from spfmt.bench import steps
     from spfmt.errors import SpfmtError
 
     def fail(*args: Any) -> None:
         raise SpfmtError("no translation")
 
-    monkeypatch.setattr(steps, "in_onnxruntime", fail)
+    monkeypatch.setattr(benchmarks("steps"), "in_onnxruntime", fail)
     session = Session(0.0, only="hrbp")
     rows: list[Any] = []
     benchmarks("models").inference(session, "resnet20", rows)

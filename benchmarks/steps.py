@@ -61,7 +61,7 @@ class Step:
         """Run both passes and return the loss."""
         self.optimizer.zero_grad(set_to_none=True)
         loss = nn.functional.cross_entropy(self.model(self.x), self.y)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         return loss
 
     def __call__(self) -> None:
@@ -110,7 +110,7 @@ def _results(model: nn.Module, like: nn.Module, x: Tensor, y: Tensor) -> dict[st
     """Logits, and gradients of all weights; of dense ones where `like` is sparse, its values'."""
     model.train()
     logits = model(x)
-    nn.functional.cross_entropy(logits, y).backward()  # type: ignore[no-untyped-call]
+    nn.functional.cross_entropy(logits, y).backward()
     found = {"logits": logits.detach().double()}
     modules: dict[str, Any] = dict(model.named_modules())
     for name, layer in like.named_modules():
@@ -130,11 +130,11 @@ def _results(model: nn.Module, like: nn.Module, x: Tensor, y: Tensor) -> dict[st
 # --------------------------------------------------------------------------- where time goes
 
 
-class _Clock(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Clock(TorchDispatchMode):
     """Adds up the time of every operator; CPU time, so that other programs do not count."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.seconds: defaultdict[str, float] = defaultdict(float)
 
     def __torch_dispatch__(
