@@ -327,6 +327,7 @@ ORDER = {
         "threads",
         "formats",
         "convert",
+        "convolution",
         "dispatch",
         "ops",
         "torch",
