@@ -110,8 +110,8 @@ def step(session: Session, network: str, batch: int, rows: list[Any]) -> None:
     """Measure one step of training of a network."""
     import torch
 
-    from spfmt.bench.session import threads_restored, use_threads
     from benchmarks.steps import Step, breakdown, check_model, model_rows
+    from spfmt.bench.session import threads_restored, use_threads
     from spfmt.bench.timing import interleave
 
     x, y = images(batch)
