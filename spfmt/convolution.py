@@ -16,6 +16,7 @@ megabytes at most, whatever the batch.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import math
 from collections.abc import Iterator, Sequence
@@ -84,6 +85,15 @@ class Convolution:
         FormatError
             Where a number is out of range, or `groups` does not divide C_out.
         """
+        given = (tuple(shape), _plain(stride), _plain(padding), _plain(dilation), groups)
+        if None not in given and type(groups) is int and all(type(n) is int for n in given[0]):
+            return _remembered(*given)
+        return cls._read(shape, stride, padding, dilation, groups)
+
+    @classmethod
+    def _read(
+        cls, shape: Sequence[int], stride: Any, padding: Any, dilation: Any, groups: Any
+    ) -> Convolution:
         if len(shape) != 4:
             raise format_error(
                 f"a weight of shape {tuple(shape)}",
@@ -128,6 +138,20 @@ class Convolution:
             (self.kernel[i], self.stride[i], self.padding[i], self.dilation[i]) for i in range(2)
         ]
         return (*axes[0], *axes[1], self.groups)
+
+
+def _plain(given: Any) -> Any:
+    """Return ints, or a word, in a form that can be looked up; None for anything else."""
+    if type(given) is int or type(given) is str:
+        return given
+    if isinstance(given, tuple | list) and all(type(n) is int for n in given):
+        return tuple(given)
+    return None
+
+
+@functools.lru_cache(maxsize=256)  # reading the arguments takes longer than a small product
+def _remembered(*given: Any) -> Convolution:
+    return Convolution._read(*given)
 
 
 def _ints(name: str, value: Any, count: int, least: int) -> tuple[int, ...]:

@@ -243,8 +243,8 @@ void fill_together(const ImageBodies<T>& bodies, const T* const* rows, const Fra
 // One map of one channel and phase, whose rows that lie in the images are [begin, end).
 template <class T>
 void fill_map(const ImageBodies<T>& bodies, const Frame& f, const Planes<const T>* images,
-              const Unit& unit, int64_t c, int64_t first, int64_t begin, int64_t end,
-              int64_t phase, T* to) {
+              const Unit& unit, int64_t c, int64_t first, int64_t begin, int64_t end, int64_t phase,
+              T* to) {
   const int64_t line = f.width * f.images;
   const Planes<const T>& p = images[0];
   if (f.images == 1) {

@@ -316,7 +316,6 @@ struct Forward {
     hand_out(block, y, visit, row, height, sums);
   }
 
-
   // Sixteen outputs at a time, over the ends of rows where these follow each other in memory.
   void hand_out(const Block& block, const Results<T>& y, const BandVisit& visit, int64_t row,
                 int64_t height, T* sums) const {
@@ -353,9 +352,8 @@ void multiply(const Bodies<T>& bodies, const Plan& plan, const Product& p,
   const Geometry& g = *p.geometry;
   const Groups& a = plan.groups();
   const int64_t images = images_together(g.y.out, g.x.out, p.in.cols);
-  const auto pack = plan.shaped<ForwardPack>(g, images, [&] {
-    return std::make_shared<const ForwardPack>(a, g, images, sizeof(T));
-  });
+  const auto pack = plan.shaped<ForwardPack>(
+      g, images, [&] { return std::make_shared<const ForwardPack>(a, g, images, sizeof(T)); });
   const Forward<T> forward{bodies, a, p, g, *pack};
   for_units(pack->frame, 0, p.in.cols, executor,
             [&](const Unit& unit, const Executor& inner) { forward.unit(unit, inner); });
@@ -373,11 +371,10 @@ struct Backward {
     const PlanarImages<T> in(bodies.images, p.in, g.x.out, source_rows(f, unit), unit, executor);
     const Workspace frame(sizeof(T) * f.numbers());
     T* dy = frame.template as<T>();
-    for_ranges(executor, f.channels, range_step(executor, f.channels),
-               [&](int64_t begin, int64_t end) {
-                 fill_bands(bodies.images, f, pack.visits.visit.data(), in.planes(), unit, dy,
-                            begin, end);
-               });
+    for_ranges(
+        executor, f.channels, range_step(executor, f.channels), [&](int64_t begin, int64_t end) {
+          fill_bands(bodies.images, f, pack.visits.visit.data(), in.planes(), unit, dy, begin, end);
+        });
     // Strips are counted in outputs of a phase; rows of dX are `stride` times as many.
     const int64_t last = std::min(g.y.size, (unit.row + unit.rows) * g.y.stride);
     const Unit lines{unit.image, unit.count, unit.row * g.y.stride, last - unit.row * g.y.stride};
@@ -395,8 +392,7 @@ struct Backward {
     const Frame& f = pack.frame;
     const auto across = static_cast<int64_t>(f.x.phases.size());
     const int64_t py = phase / across, px = phase % across;
-    const int64_t height =
-        std::min(unit.rows, count_of(g.y.size, g.y.stride, py) - unit.row);
+    const int64_t height = std::min(unit.rows, count_of(g.y.size, g.y.stride, py) - unit.row);
     const int64_t width = count_of(g.x.size, g.x.stride, px) * f.images;
     if (height <= 0 || width <= 0) return;
     const auto& tile = best_tile(*bodies.group_images.multiply_t, height, width, false);
@@ -531,13 +527,13 @@ struct Gradient {
 
   void pass(const std::vector<Unit>& units, const Executor& executor) const {
     if (units.size() > 1) {
-      for_each(executor, units.size(),
-               [&](int64_t i) { fill(units[i], i, serial_executor()); });
+      for_each(executor, units.size(), [&](int64_t i) { fill(units[i], i, serial_executor()); });
     } else {
       fill(units[0], 0, executor);
     }
     constexpr int64_t kColumns = 80;
-    const int64_t longest = longest_band(), parts = std::max<int64_t>(1, divide_up(longest, kColumns));
+    const int64_t longest = longest_band(),
+                  parts = std::max<int64_t>(1, divide_up(longest, kColumns));
     const int64_t items = pack.visits.count() * parts;
     for_ranges(executor, items, range_step(executor, items), [&](int64_t first, int64_t last) {
       for (int64_t i = first; i < last; ++i) {
@@ -550,7 +546,8 @@ struct Gradient {
   }
   int64_t longest_band() const {
     int64_t longest = 0;
-    for (int64_t t = 0; t < a.bands; ++t) longest = std::max(longest, a.col_end[t] - a.col_begin[t]);
+    for (int64_t t = 0; t < a.bands; ++t)
+      longest = std::max(longest, a.col_end[t] - a.col_begin[t]);
     return longest;
   }
 };
@@ -562,9 +559,8 @@ void sample(const Bodies<T>& bodies, const Plan& plan, const Product& p, const E
   std::fill_n(static_cast<T*>(p.values.data), plan.nnz(), T(0));
   if (p.in.cols == 0 || g.y.out == 0 || g.x.out == 0) return;
   const int64_t images = images_together(g.y.out, g.x.out, p.in.cols);
-  const auto pack = plan.shaped<ForwardPack>(g, images, [&] {
-    return std::make_shared<const ForwardPack>(a, g, images, sizeof(T));
-  });
+  const auto pack = plan.shaped<ForwardPack>(
+      g, images, [&] { return std::make_shared<const ForwardPack>(a, g, images, sizeof(T)); });
   const Frame& f = pack->frame;
   const Gradient<T> gradient(bodies, a, p, *pack);
   for (int64_t row = 0; row < f.y.domain; row += f.rows) {

@@ -4,9 +4,9 @@
 
 #include "../core/variant.h"
 
-// Convolutions of narrow bands: a band of four rows would leave most lanes of a vector empty, so its
-// rows are multiplied one by one, as lists are. Values are put in the order of the rows for each
-// product, which takes as long as reading them.
+// Convolutions of narrow bands: a band of four rows would leave most lanes of a vector empty, so
+// its rows are multiplied one by one, as lists are. Values are put in the order of the rows for
+// each product, which takes as long as reading them.
 namespace spfmt {
 namespace {
 
@@ -56,8 +56,8 @@ struct GroupRows {
   template <class T>
   static void run(const Bodies<T>& bodies, const Plan& plan, const Product& p,
                   const Executor& executor) {
-    const BandRows& rows = plan.made<BandRows>(
-        [&] { return std::make_shared<const BandRows>(plan.groups()); });
+    const BandRows& rows =
+        plan.made<BandRows>([&] { return std::make_shared<const BandRows>(plan.groups()); });
     run_row_lists(bodies, plan, rows.view, p, executor);
   }
   static Terms terms(const CostModel& model, const Summary& s, const Work& work) {

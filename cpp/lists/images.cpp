@@ -61,7 +61,8 @@ struct ListImagePack {
   // body(row, position, channel of X, cell) of every nonzero.
   template <class Body>
   static void for_nonzeros(const Lists& a, const Geometry& g, const Body& body) {
-    const int64_t channels = a.cols / g.cells(), group_rows = std::max<int64_t>(1, a.rows / g.groups);
+    const int64_t channels = a.cols / g.cells(),
+                  group_rows = std::max<int64_t>(1, a.rows / g.groups);
     for (int64_t r = 0; r < a.rows; ++r) {
       for (int64_t p = a.indptr[r]; p < a.indptr[r + 1]; ++p) {
         const int64_t c = r / group_rows * channels + a.col_indices[p] / g.cells();
@@ -114,9 +115,11 @@ struct ListImagePack {
       for (int64_t q = 0; q < chunks; ++q) {
         const int64_t end = std::min(rows, (q + 1) * kChunkRows);
         const size_t begin = piece.size();
-        for (int64_t r = q * kChunkRows; r < end; ++r) append(r, ptr[r + 1], (b + 1) * block, place, at, b == 0);
-        std::stable_sort(piece.begin() + begin, piece.end(),
-                         [](const ImagePiece& p, const ImagePiece& o) { return p.count > o.count; });
+        for (int64_t r = q * kChunkRows; r < end; ++r)
+          append(r, ptr[r + 1], (b + 1) * block, place, at, b == 0);
+        std::stable_sort(
+            piece.begin() + begin, piece.end(),
+            [](const ImagePiece& p, const ImagePiece& o) { return p.count > o.count; });
         piece_ptr.push_back(piece.size());
       }
     }
@@ -144,8 +147,9 @@ struct Domain {
 
   Domain(const Frame& f, int64_t rows)
       : height(f.images > 1 ? rows : 1),
-        width(f.images > 1 ? f.x.domain
-                           : divide_up(std::max<int64_t>(0, (rows - 1) * f.width + f.x.domain), kLanes)),
+        width(f.images > 1
+                  ? f.x.domain
+                  : divide_up(std::max<int64_t>(0, (rows - 1) * f.width + f.x.domain), kLanes)),
         row(f.width * f.images) {}
 
   // body(y, x, down, across) over tiles of at most `most` vectors, with at most `tallest` rows.
@@ -156,9 +160,8 @@ struct Domain {
     int64_t y = 0;
     for (int64_t rows = down; rows >= 1; rows /= 2) {
       for (; y + rows <= height; y += rows) {
-        for_parts(width, most / rows, [&](int64_t x, int across) {
-          body(y, x, static_cast<int>(rows), across);
-        });
+        for_parts(width, most / rows,
+                  [&](int64_t x, int across) { body(y, x, static_cast<int>(rows), across); });
       }
     }
   }
@@ -238,8 +241,8 @@ struct ListProduct {
     for_each(executor, tiles.size(), [&](int64_t i) {
       const int64_t at = tiles[i].y * domain.row + tiles[i].x * kLanes;
       bodies.list_images.multiply(
-          pack.view, {values, x + at, domain.row, static_cast<const T*>(p.bias.data), sum + at, plane,
-                      domain.row, tiles[i].down, tiles[i].across});
+          pack.view, {values, x + at, domain.row, static_cast<const T*>(p.bias.data), sum + at,
+                      plane, domain.row, tiles[i].down, tiles[i].across});
     });
   }
 
@@ -250,8 +253,8 @@ struct ListProduct {
     const auto across = static_cast<int64_t>(f.x.phases.size());
     const int64_t py = f.turned ? phase / across : 0, px = f.turned ? phase % across : 0;
     const int64_t down = f.turned ? g.y.stride : 1, step = f.turned ? g.x.stride : 1;
-    const int64_t height = f.turned ? std::min(unit.rows, count_of(g.y.size, down, py) - unit.row)
-                                    : unit.rows;
+    const int64_t height =
+        f.turned ? std::min(unit.rows, count_of(g.y.size, down, py) - unit.row) : unit.rows;
     const int64_t width = f.turned ? count_of(g.x.size, step, px) : g.x.out;
     const Planes<T>* planes = y.planes();
     const int64_t numbers = divide_up(height * f.width * f.images, kLanes) * kLanes;
@@ -301,13 +304,11 @@ void for_sets(int64_t batch, const Body& body) {
   if (batch > whole) body(whole, batch - whole, int64_t{1});
 }
 
-std::shared_ptr<const ListImagePack> pack_of(const Plan& plan, const RowLists& a,
-                                             const Geometry& g, bool turned, int64_t images,
-                                             int64_t bytes) {
+std::shared_ptr<const ListImagePack> pack_of(const Plan& plan, const RowLists& a, const Geometry& g,
+                                             bool turned, int64_t images, int64_t bytes) {
   const int64_t key = 2 * images + (turned ? 1 : 0);
-  return plan.shaped<ListImagePack>(g, key, [&] {
-    return std::make_shared<const ListImagePack>(a, g, turned, images, bytes);
-  });
+  return plan.shaped<ListImagePack>(
+      g, key, [&] { return std::make_shared<const ListImagePack>(a, g, turned, images, bytes); });
 }
 
 template <class T>
@@ -352,15 +353,14 @@ void add_gradient(const Bodies<T>& bodies, const Product& p, const ListImagePack
   const Domain domain(f, unit.rows);
   const auto chunk_gradient = [&](int64_t chunk) {
     for (int64_t block = 0; block < pack.view.blocks; ++block) {
-      domain.for_tiles(bodies.list_images.most_held, 4,
-                       [&](int64_t y, int64_t at, int down, int across) {
-                         const int64_t place = y * domain.row + at * kLanes;
-                         bodies.list_images.sample(
-                             pack.view,
-                             {x.data() + place, dy + place, domain.row, rows.channel * f.images,
-                              domain.row, gradient, down, across},
-                             block, chunk);
-                       });
+      domain.for_tiles(
+          bodies.list_images.most_held, 4, [&](int64_t y, int64_t at, int down, int across) {
+            const int64_t place = y * domain.row + at * kLanes;
+            bodies.list_images.sample(pack.view,
+                                      {x.data() + place, dy + place, domain.row,
+                                       rows.channel * f.images, domain.row, gradient, down, across},
+                                      block, chunk);
+          });
     }
   };
   for_each(executor, pack.view.chunks, chunk_gradient);

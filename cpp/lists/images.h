@@ -12,7 +12,8 @@ namespace spfmt {
 // the units of parallel work of the gradient. Inside a (block, chunk) the pieces of rows are sorted
 // by length, longest first, so that their loops end where the branch predictor expects.
 //
-//   block b, chunk q: pieces piece_ptr[b * chunks + q] .. piece_ptr[b * chunks + q + 1], one per row
+//   block b, chunk q: pieces piece_ptr[b * chunks + q] .. piece_ptr[b * chunks + q + 1], one per
+//   row
 //           with nonzeros there; in block 0 one for every row, so that each starts once
 //   a piece: `count` values from `start` on in the order of the lists, offsets from `first` on
 struct ImagePiece {
