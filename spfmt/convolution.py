@@ -388,7 +388,7 @@ def conv2d(
     size = how.sizes(x.shape[2], x.shape[3])
     activation_code(activation)
     if bias is not None:
-        bias = np.ascontiguousarray(bias)
+        bias = np.require(bias, requirements=["C", "ALIGNED"])
         if bias.shape != (a.shape[0],) or bias.dtype != a.values.dtype:
             raise format_error(
                 f"a bias of shape {bias.shape} and {bias.dtype}",
