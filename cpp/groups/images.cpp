@@ -386,39 +386,48 @@ struct Backward {
     dx.done(channels, executor);
   }
 
-  // All outputs of one phase. A tile passes over all channels while L1 holds its part of dY.
+  // Outputs of one phase.
+  struct Tiles {
+    const Tile<TurnedOutputs<T>>& tile;
+    int64_t phase, py, px, height, width;
+    int64_t across;  // tiles in a row
+
+    int64_t count() const { return divide_up(height, tile.rows) * across; }
+  };
+
+  // All outputs of one phase. A few tiles, some lines of dX, pass over all channels while L1 holds
+  // their part of dY.
   void outputs(const Unit& unit, int64_t phase, const T* dy, const Results<T>& dx, int64_t channels,
                const Executor& executor) const {
     const Frame& f = pack.frame;
-    const auto across = static_cast<int64_t>(f.x.phases.size());
-    const int64_t py = phase / across, px = phase % across;
+    const auto phases = static_cast<int64_t>(f.x.phases.size());
+    const int64_t py = phase / phases, px = phase % phases;
     const int64_t height = std::min(unit.rows, count_of(g.y.size, g.y.stride, py) - unit.row);
     const int64_t width = count_of(g.x.size, g.x.stride, px) * f.images;
     if (height <= 0 || width <= 0) return;
     const auto& tile = best_tile(*bodies.group_images.multiply_t, height, width, false);
-    const int64_t row = divide_up(width, tile.width), tiles = divide_up(height, tile.rows) * row;
-    for_ranges(executor, tiles, range_step(executor, tiles), [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t y = i / row * tile.rows, x = i % row * tile.width;
-        TurnedOutputs<T> o{static_cast<const T*>(p.values.data),
-                           nullptr,
-                           nullptr,
-                           dy + (y * f.width * f.images + x) * kBandRows,
-                           f.width * f.images * kBandRows,
-                           nullptr,
-                           dx.row() * g.y.stride,
-                           g.x.stride,
-                           static_cast<int>(std::min<int64_t>(tile.rows, height - y)),
-                           static_cast<int>(std::min<int64_t>(tile.width, width - x))};
-        for (int64_t c = 0; c < channels; ++c) {
-          const int64_t* ptr = pack.ptr.data() + c * pack.phases() + phase;
-          o.entry = pack.entry.data() + ptr[0];
-          o.end = pack.entry.data() + ptr[1];
-          o.out = dx.at(c, y * g.y.stride + py) + px + x * g.x.stride;
-          tile.run(o);
-        }
+    const Tiles tiles{tile, phase, py, px, height, width, divide_up(width, tile.width)};
+    constexpr int64_t kOutputs = 128;
+    const int64_t few = std::max<int64_t>(1, kOutputs / (tile.rows * tile.width));
+    for_ranges(executor, tiles.count(), few, [&](int64_t begin, int64_t end) {
+      for (int64_t c = 0; c < channels; ++c) {
+        for (int64_t i = begin; i < end; ++i) channel_tile(tiles, i, dy, dx, c);
       }
     });
+  }
+
+  void channel_tile(const Tiles& tiles, int64_t i, const T* dy, const Results<T>& dx,
+                    int64_t c) const {
+    const Frame& f = pack.frame;
+    const int64_t* ptr = pack.ptr.data() + c * pack.phases() + tiles.phase;
+    const int64_t y = i / tiles.across * tiles.tile.rows, x = i % tiles.across * tiles.tile.width;
+    tiles.tile.run({static_cast<const T*>(p.values.data), pack.entry.data() + ptr[0],
+                    pack.entry.data() + ptr[1], dy + (y * f.width * f.images + x) * kBandRows,
+                    f.width * f.images * kBandRows,
+                    dx.at(c, y * g.y.stride + tiles.py) + tiles.px + x * g.x.stride,
+                    dx.row() * g.y.stride, g.x.stride,
+                    static_cast<int>(std::min<int64_t>(tiles.tile.rows, tiles.height - y)),
+                    static_cast<int>(std::min<int64_t>(tiles.tile.width, tiles.width - x))});
   }
 };
 
