@@ -288,9 +288,10 @@ ORDER = {
     "formats": {"errors", "_files", "_memory", "structure"},
     "convert": {"errors", "formats"},
     "activations": {"errors"},
-    "cost": {"_files"},
+    "cost": {"errors", "threads"},
     "dispatch": {"_memory", "activations", "errors", "formats", "cost", "threads"},
-    "advice": {"errors", "formats", "convert", "cost", "dispatch"},
+    "advice": {"errors", "formats", "convert", "convolution", "cost", "dispatch"},
+    "convolution": {"_memory", "activations", "cost", "dispatch", "errors", "formats", "threads"},
     "ops": {"errors", "formats", "dispatch"},
     "torch": {
         "_memory",

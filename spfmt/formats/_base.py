@@ -137,7 +137,7 @@ class SparseTensor(ABC):
     @classmethod
     def random(
         cls: type[Self],
-        shape: tuple[int, int],
+        shape: tuple[int, ...],
         density: float,
         rng: np.random.Generator,
         **params: Any,
@@ -146,8 +146,8 @@ class SparseTensor(ABC):
 
         Parameters
         ----------
-        shape : (int, int)
-            (R, C).
+        shape : tuple of int
+            (R, C) or (C_out, C_in / groups, Kh, Kw).
         density : float
             Share of stored weights; the nearest legal budget is taken, or the one that `params`
             fix.

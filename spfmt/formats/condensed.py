@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -180,12 +181,12 @@ class Condensed(SparseTensor):
 
     @classmethod
     def random(
-        cls, shape: tuple[int, int], density: float, rng: np.random.Generator, **params: Any
+        cls, shape: tuple[int, ...], density: float, rng: np.random.Generator, **params: Any
     ) -> Condensed:
         """Draw a tensor row by row, in memory for its nonzeros only; see `SparseTensor.random`."""
         from spfmt.structure.fan_in import random_columns
 
-        rows, cols = shape
+        rows, cols = shape[0], math.prod(shape[1:])
         fan_in = params.get("fan_in", max(1, round(density * cols)))
         columns = random_columns(rng, rows, cols, fan_in)
         values = rng.standard_normal(columns.shape, dtype=np.float32)

@@ -259,11 +259,14 @@ class HRBP(SparseTensor):
 
     @classmethod
     def random(
-        cls, shape: tuple[int, int], density: float, rng: np.random.Generator, **params: Any
+        cls, shape: tuple[int, ...], density: float, rng: np.random.Generator, **params: Any
     ) -> HRBP:
         """Draw a tensor group by group, in memory for its nonzeros; see `SparseTensor.random`."""
         from spfmt.structure.fan_in import random_columns
 
+        if len(shape) > 2:
+            order = rng.permutation(shape[0])
+            return super().random(shape, density, rng, **{"row_perm": order, **params})
         rows, cols = shape
         groups = params.get("groups", max(1, min(8, rows // 8)))
         channels = random_columns(rng, groups, cols, max(1, round(density * cols)))

@@ -232,7 +232,7 @@ class NM(SparseTensor):
 
     @classmethod
     def random(
-        cls, shape: tuple[int, int], density: float, rng: np.random.Generator, **params: Any
+        cls, shape: tuple[int, ...], density: float, rng: np.random.Generator, **params: Any
     ) -> NM:
         """Draw n of every m, n the nearest to the density; see `SparseTensor.random`."""
         m = params.get("m", 32)

@@ -285,7 +285,7 @@ class ShuffledBlock(SparseTensor):
 
     @classmethod
     def random(
-        cls, shape: tuple[int, int], density: float, rng: np.random.Generator, **params: Any
+        cls, shape: tuple[int, ...], density: float, rng: np.random.Generator, **params: Any
     ) -> ShuffledBlock:
         """Draw blocks on shuffled rows, which are not searched; see `SparseTensor.random`."""
         scores = rng.random(shape, dtype=np.float32)
