@@ -1,11 +1,13 @@
 """Fit the cost model to convolutions here: ``python -m benchmarks.fit``, with ``--write`` for good.
 
 Every product of some convolutions is timed, of both layouts at each level that this CPU has, and of
-torch's dense convolution. Coefficients are those of the least squares of relative errors, none below
-zero. Rows of cpp/cost/defaults.cpp are printed, or written, with how well they predict; build again
-afterwards. Rows of a level that this CPU lacks are scaled from its best one.
+torch's dense convolution. Coefficients are those of the least squares of relative errors, none
+below zero, then scaled so that as many predictions are too long as too short. Rows of
+cpp/cost/defaults.cpp are printed, or written, with how well they predict; build again afterwards.
+Rows of a level that this CPU lacks are scaled from its best one.
 
-Times are those of the calling thread, the shortest over several rounds: on a busy machine take more.
+Times are those of the calling thread, the shortest over several rounds: on a busy machine take
+more.
 """
 
 from __future__ import annotations
@@ -61,6 +63,7 @@ class Layer(NamedTuple):
 
 
 LAYERS = (
+    Layer(4, 4, 4, 1),  # little but the call
     Layer(64, 64, 32, 3),
     Layer(128, 128, 16, 3),
     Layer(256, 256, 8, 3),
@@ -73,7 +76,7 @@ LAYERS = (
     Layer(256, 512, 8, 1),
     Layer(64, 128, 56, 1, 2),
     Layer(32, 64, 14, 5),
-    Layer(64, 64, 14, 3, 1, 4),
+    Layer(64, 64, 14, 3, groups=4),
 )
 BATCHES = (1, 6, 32)
 DENSITIES = (0.1, 0.3)
@@ -172,7 +175,7 @@ def all_points() -> list[Point]:
             continue
         found += dense_points(layer, batch, best)
         for isa in dispatch._available_levels():
-            if isa == "scalar" and best != "scalar" and work > MOST_WORK / 8:
+            if isa == "scalar" and best != "scalar" and work > MOST_WORK / 30:
                 continue
             found += sparse_points(layer, batch, isa)
     return found
@@ -185,7 +188,9 @@ def solve(points: list[Point]) -> tuple[np.ndarray, np.ndarray]:
     terms[:, -1] = 0.0  # no weight here is that large
     scale = np.where(terms.max(0) > 0, terms.max(0), 1.0)
     units, _ = nnls(terms / scale / seconds[:, None], np.ones(len(points)))
-    return units / scale, terms @ (units / scale) / seconds
+    ratios = terms @ (units / scale) / seconds
+    middle = np.exp(np.mean(np.log(ratios)))  # small predictions cost such a fit less than large
+    return units / scale / middle, ratios / middle
 
 
 def scaled(rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -204,7 +209,8 @@ def scaled(rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 def line(row: str, units: np.ndarray) -> str:
     """Write a row as defaults.cpp has it."""
-    shown = [f"{u:.3g}" for u in units[:-1]] + [f"{BEYOND_L3:.3g}"]
+    nothing = 1e-16  # seconds; rounding of the solver leaves less
+    shown = [f"{u if u > nothing else 0:.3g}" for u in (*units[:-1], BEYOND_L3)]
     return f'{{"{row}", {{{", ".join(shown)}}}}},'
 
 

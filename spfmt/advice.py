@@ -121,7 +121,7 @@ class Advice:
     def __str__(self) -> str:
         maps = ""
         if self.geometry is not None:
-            maps = " on maps of {} x {}".format(self.geometry.y[0], self.geometry.x[0])
+            maps = f" on maps of {self.geometry.y[0]} x {self.geometry.x[0]}"
         lines = [
             f"{self.op} with a {' x '.join(map(str, self.shape))} weight{maps}, "
             f"batch {self.batch}, {self.threads} thread(s), {self.isa}: {self.format}",
@@ -193,9 +193,10 @@ def advise(
     Parameters
     ----------
     weight : (R, C), SparseTensor, or dense array of shape (R, C)
-        Of a convolution the shape is (C_out, C_in / groups, Kh, Kw). A shape, or a dense weight, with `density`: what each format would bring if the weight were
+        A shape, or a dense weight, with `density`: what each format would bring if the weight were
         pruned to it. A sparse tensor: its own kernels, and what a conversion would bring. A dense
-        weight without `density`: its nonzeros as they are.
+        weight without `density`: its nonzeros as they are. The weight of a convolution is
+        (C_out, C_in / groups, Kh, Kw).
     density : float, optional
         Share of positions to keep, in (0, 1].
     batch : int
@@ -252,7 +253,7 @@ def advise(
     geometry = None
     if size is not None:
         how = Convolution.of(shape, stride, padding, dilation, groups)
-        geometry = how.geometry(*((size, size) if isinstance(size, int) else size))
+        geometry = how.geometry(*_pair_of(size))
     isa = active_isa()
     work = _Workload(IMAGE_OPS if op == "training" else (op,), batch, used, isa, geometry)
     dense = work.dense((shape[0], math.prod(shape[1:])))
@@ -284,6 +285,15 @@ def _checked_formats(formats: Iterable[str] | None) -> tuple[str, ...]:
             f"formats={formats!r}", f"a list of names among {sorted(FORMATS)}", "leave it out"
         )
     return tuple(dict.fromkeys(names))
+
+
+def _pair_of(size: Any) -> tuple[Any, Any]:
+    if np.ndim(size) == 0:
+        return size, size
+    if len(size) != 2:
+        raise format_error(f"size={size!r}", "an int or (H, W)", "pass the size of the maps of X")
+    height, width = size
+    return height, width
 
 
 def _checked_density(density: float | None) -> float:

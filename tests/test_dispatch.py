@@ -300,6 +300,8 @@ ORDER = {
         "structure",
         "formats",
         "convert",
+        "convolution",
+        "cost",
         "dispatch",
         "ops",
         "threads",

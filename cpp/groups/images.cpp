@@ -539,14 +539,12 @@ struct GroupImages {
   }
   static Terms terms(const CostModel& model, const Summary& s, const Work& work) {
     const ImageCounts c = image_counts(s.rows, s.cols, work);
-    constexpr int64_t kTile = 8;  // outputs
     // Rows of a band that lie in several groups of the convolution are visited once for each.
     const int64_t visits = std::min<int64_t>(work.geometry->groups, kBandRows);
     const double vectors = static_cast<double>(s.vectors) * visits;
     const auto batch = static_cast<double>(work.batch);
-    const int64_t outputs = c.height * c.width;
-    return terms_of(model, work, c.operands * batch, vectors * divide_up(outputs, kTile) * batch,
-                    vectors * outputs * batch,
+    const double outputs = static_cast<double>(c.height) * c.width;
+    return terms_of(model, work, c.operands * batch, vectors * batch, vectors * outputs * batch,
                     static_cast<double>(size_of(work.dtype)) * s.nnz, batch);
   }
 };

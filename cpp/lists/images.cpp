@@ -388,7 +388,7 @@ struct ListImages {
   static Terms terms(const CostModel& model, const Summary& s, const Work& work) {
     constexpr int64_t kTile = 4;  // vectors
     const ImageCounts c = image_counts(s.rows, s.cols, work);
-    double images = 0, vectors = 0, tiles = 0;
+    double images = 0, passes = 0, vectors = 0, tiles = 0;
     for_sets(work.batch, [&](int64_t, int64_t count, int64_t together) {
       const auto units = static_cast<double>(divide_up(count, together));
       const bool side_by_side = together > 1;
@@ -396,12 +396,13 @@ struct ListImages {
       const int64_t height = side_by_side ? c.height : 1;
       const int64_t width = side_by_side ? c.width : divide_up(line, kLanes);
       images += units * static_cast<double>(together);
+      passes += units;
       vectors += units * static_cast<double>(height * width);
       tiles += units * static_cast<double>(divide_up(height * width, kTile));
     });
     const auto nnz = static_cast<double>(s.nnz);
-    // Values and offsets stream once for every tile.
-    return terms_of(model, work, c.operands * images, nnz * tiles, nnz * vectors,
+    // Values and offsets come from behind L2 once for every tile.
+    return terms_of(model, work, c.operands * images, nnz * passes, nnz * vectors,
                     static_cast<double>(size_of(work.dtype) + sizeof(int32_t)) * nnz, tiles);
   }
 };

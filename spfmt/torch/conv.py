@@ -251,12 +251,13 @@ class _SparseConv(SparseLayer):
         return self._unfolded(total).sum(2)[0], dy.float().square().sum((0, 2, 3))
 
     def dense_gradient(self, x: Tensor, dy: Tensor) -> Tensor:
-        """Return the gradient that a call gives the dense weight, (C_out, C_in / groups · cells)."""
+        """Return the gradient that a call gives the dense weight, as the matrix that it is."""
         x, dy = self._as_images(x), self._as_images(dy)
-        return conv2d_weight(
+        gradient: Tensor = conv2d_weight(  # type: ignore[no-untyped-call]
             self._padded(x.to(dy.dtype)), self.shape, dy, self._both(self.stride), 0,
             self._both(self.dilation), self.groups,
-        ).flatten(1)  # fmt: skip
+        )  # fmt: skip
+        return gradient.flatten(1)
 
     def _as_images(self, x: Tensor) -> Tensor:
         return x if x.dim() == 4 else x.unsqueeze(0)
