@@ -33,7 +33,10 @@ from spfmt.convolution import Convolution
 DEFAULTS = Path(__file__).resolve().parent.parent / "cpp" / "cost" / "defaults.cpp"
 TERMS = ("call", "operands", "stream", "multiply", "beyond_l2", "beyond_l3")
 BEYOND_L3 = 2.5e-11  # seconds per byte from memory: what the other rows have; nothing here needs it
-SCALED = {"avx512": (0.5, ("stream", "multiply")), "avx2": (0.25, ("stream", "multiply"))}
+SCALED = {
+    "avx512": (0.5, ("operands", "stream", "multiply")),
+    "avx2": (0.25, ("stream", "multiply")),
+}
 """Levels that may be missing, and what of the next lower one they take how much less of."""
 
 
