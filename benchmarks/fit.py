@@ -163,9 +163,12 @@ def dense_points(layer: Layer, batch: int, isa: str) -> Iterator[Point]:
         "conv2d_weight": functools.partial(backward, [False, True, False]),
     }
     shape = layer.outputs, int(np.prod(layer.shape[1:]))
+    # Where dense libraries compute these by Winograd's way, one row stands for all three products.
+    winograd = isa == "avx512" and (layer.kernel, layer.stride, layer.groups) == (3, 1, 1)
     for op, call in calls.items():
-        terms = cost._kernels.dense_image_terms(model, op, *shape, batch, numbers, False)
-        yield Point(f"{isa}.dense.{op}", terms, call, f"{layer} batch {batch}")
+        terms = cost._kernels.dense_image_terms(model, op, *shape, batch, numbers, winograd)
+        row = f"{isa}.dense.{'winograd' if winograd else op}"
+        yield Point(row, terms, call, f"{layer} batch {batch}")
 
 
 def all_points() -> list[Point]:

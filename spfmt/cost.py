@@ -64,16 +64,6 @@ class Geometry(NamedTuple):
     x: tuple[int, int, int, int, int, int]
     groups: int
 
-    def check(self, shape: tuple[int, int]) -> None:
-        """Raise FormatError where a matrix of this shape is no weight of the convolution."""
-        cells = self.y[2] * self.x[2]
-        if shape[0] % self.groups or shape[1] % cells:
-            raise format_error(
-                f"a geometry of {self.groups} group(s) and {cells} cells for a weight of {shape}",
-                "rows that the groups divide, and columns that the cells divide",
-                "make the geometry of the weight's own shape",
-            )
-
     def numbers(self) -> tuple[int, ...]:
         """Return what the compiled model takes."""
         return (*self.y, *self.x, self.groups)
@@ -145,6 +135,23 @@ def dense_image_seconds(
     isa = _kernels.best_level()
     numbers = geometry.numbers()
     return float(_kernels.dense_image_seconds(isa, op, *shape, batch, numbers, threads))
+
+
+def check_geometry(geometry: Any, shape: tuple[int, int]) -> None:
+    """Raise FormatError where a matrix of this shape is no weight of the convolution."""
+    if not isinstance(geometry, Geometry):
+        raise format_error(
+            f"a geometry of type {type(geometry).__name__}",
+            "a spfmt.cost.Geometry",
+            "call geometry(height, width) of a Convolution",
+        )
+    cells = geometry.y[2] * geometry.x[2]
+    if shape[0] % geometry.groups or shape[1] % cells:
+        raise format_error(
+            f"a geometry of {geometry.groups} group(s) and {cells} cells for a weight of {shape}",
+            "rows that the groups divide, and columns that the cells divide",
+            "make the geometry of the weight's own shape",
+        )
 
 
 def check_workload(

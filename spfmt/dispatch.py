@@ -301,7 +301,7 @@ class Plan:
         batch, used = cost.check_workload(batch, threads, op, ops)
         kernel = select(op, self.layout.name, dtype, backend)
         if geometry is not None:
-            geometry.check(self.shape)
+            cost.check_geometry(geometry, self.shape)
         choice = self.choice(op, kernel, batch, used, geometry)
         maps = "" if geometry is None else f" of {geometry.y[0]} x {geometry.x[0]} maps"
         return (

@@ -240,6 +240,8 @@ def test_plans_refuse_what_is_no_convolution_of_theirs() -> None:
     for other in (Convolution.of((6, 4, 5, 5)), Convolution.of((8, 4, 3, 3), groups=4)):
         with pytest.raises(spfmt.FormatError, match=r"for a weight of \(6, 36\)"):
             plan.explain(1, geometry=other.geometry(8, 8))
+    with pytest.raises(spfmt.FormatError, match="type Convolution"):
+        plan.explain(1, geometry=Convolution.of((6, 4, 3, 3)))
     with pytest.raises(spfmt.KernelNotFound, match="float16"):
         plan.explain(1, dtype="float16", geometry=geometry)
     with pytest.raises(spfmt.FormatError, match="size"):
@@ -274,6 +276,8 @@ def test_layers_explain_themselves() -> None:
     for mode in ("circular", "replicate"):  # torch pads first: the kernel sees larger maps
         padded = SparseConv2d(4, 4, 3, padding=(1, 2), padding_mode=mode, format="csr", density=0.5)
         assert "of 10 x 13 maps" in padded.explain(1, size=(8, 9))
+        with pytest.raises(spfmt.FormatError, match="size"):
+            padded.explain(1, size="wide")
     line = SparseConv1d(4, 8, 5, padding=2, format="csr", density=0.5)
     assert "of 1 x 30 maps" in line.explain(2, size=30)
     assert line.explain(2, size=(30,)) == line.explain(2, size=30)

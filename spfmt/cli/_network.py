@@ -62,7 +62,7 @@ class Settings:
     density: float = 0.1
     seed: int = 0
     width: int = 1024
-    epochs: int = 25
+    epochs: int = 18
     batch_size: int = 64
     rounds: int = 60
     channels: int = 64

@@ -281,7 +281,7 @@ class _SparseConv(SparseLayer):
     def _geometry(self, size: Any) -> Geometry:
         dims = len(self.kernel_size)
         given = (size,) * dims if np.ndim(size) == 0 and size is not None else tuple(size or ())
-        if len(given) != dims:
+        if len(given) != dims or not all(isinstance(n, int | np.integer) for n in given):
             raise format_error(
                 f"size={size!r}", f"{dims} size(s) of the maps of X", "pass those of your images"
             )

@@ -408,7 +408,7 @@ class SparseModule(nn.Module):
         """Say which kernel would run a batch, and the time predicted for it.
 
         Parameters are those of :meth:`spfmt.dispatch.Plan.explain`; `batch` is the product of all
-        leading dimensions. `size` is that of the maps, which convolutions need: an int or (H, W).
+        leading dimensions; `size`, that of the maps, an int or (H, W), is what convolutions need.
         """
         dtype, geometry = str(self.values.dtype).removeprefix("torch."), self._geometry(size)
         return self._decoded().plan.explain(batch, threads, op, dtype=dtype, geometry=geometry)
