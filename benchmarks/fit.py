@@ -116,6 +116,17 @@ def operands(layer: Layer, batch: int) -> tuple[np.ndarray, np.ndarray]:
     return x, dy
 
 
+def variants(layout: str) -> list[str]:
+    """Return the variants of a layout that convolve."""
+    return [name for name, ops, _ in cost.VARIANTS[layout] if set(ops) & set(cost.CONVOLUTIONS)]
+
+
+def run_forced(variant: str, call: Callable[[], object]) -> object:
+    """Call one variant of a product, whichever the model would choose."""
+    with cost.forced(variant):
+        return call()
+
+
 def sparse_points(layer: Layer, batch: int, isa: str) -> Iterator[Point]:
     """Return the products of both layouts at a level."""
     x, dy = operands(layer, batch)
@@ -131,13 +142,16 @@ def sparse_points(layer: Layer, batch: int, isa: str) -> Iterator[Point]:
             "conv2d_input": (dy, (layer.size, layer.size)),
             "conv2d_weight": (dy, x),
         }
-        for op, given_to in arguments.items():
-            call = functools.partial(getattr(spfmt, op), a, *given_to, backend=isa, **layer.options)
-            terms = cost._kernels.kernel_terms(
-                model, "images", summary, op, batch, "float32", numbers
+        name = f"{layer} batch {batch} density {density}"
+        for variant, op in itertools.product(variants(layout), arguments):
+            call = functools.partial(
+                getattr(spfmt, op), a, *arguments[op], backend=isa, **layer.options
             )
-            name = f"{layer} batch {batch} density {density}"
-            yield Point(f"{isa}.{layout}.{op}.images", terms, call, name)
+            terms = cost._kernels.kernel_terms(
+                model, variant, summary, op, batch, "float32", numbers
+            )
+            forced = functools.partial(run_forced, variant, call)
+            yield Point(f"{isa}.{layout}.{op}.{variant}", terms, forced, name)
 
 
 def dense_points(layer: Layer, batch: int, isa: str) -> Iterator[Point]:

@@ -42,14 +42,10 @@ spfmt::View images(const py::array& a) {
   const int64_t size = spfmt::size_of(dtype);
   require(a.ndim() == 4, "images need four dimensions");
   for (int d = 0; d < 4; ++d) require(a.strides(d) % size == 0, "strides are no whole numbers");
-  return {memory(a, size),
-          dtype,
-          a.shape(1),
-          a.shape(0),
-          a.strides(1) / size,
-          a.strides(0) / size,
-          a.strides(2) / size,
-          a.strides(3) / size};
+  return {memory(a, size),     dtype,
+          a.shape(1),          a.shape(0),
+          a.strides(1) / size, a.strides(0) / size,
+          a.strides(2) / size, a.strides(3) / size};
 }
 
 // (kernel, stride, padding in front, dilation) of y and x, and groups.
@@ -69,9 +65,9 @@ spfmt::Isa level(const std::optional<std::string>& wanted) {
   throw std::invalid_argument("no such level on this CPU");
 }
 
-void multiply(const PyPlan& plan, bool turned, const std::optional<std::string>& isa, const py::array& values,
-              const py::array& in, const std::optional<py::array>& bias, int activation,
-              const Parameters& parameters, const py::array& out, int threads) {
+void multiply(const PyPlan& plan, bool turned, const std::optional<std::string>& isa,
+              const py::array& values, const py::array& in, const std::optional<py::array>& bias,
+              int activation, const Parameters& parameters, const py::array& out, int threads) {
   require(activation >= 0 && activation <= static_cast<int>(spfmt::Activation::silu),
           "no such activation");
   require(out.writeable(), "the result is read-only");
@@ -87,8 +83,9 @@ void multiply(const PyPlan& plan, bool turned, const std::optional<std::string>&
   run(*plan.plan, level(isa), p, threads);
 }
 
-void sample(const PyPlan& plan, const std::optional<std::string>& isa, const py::array& dy, const py::array& x,
-            const Parameters& parameters, const py::array& gradient, int threads) {
+void sample(const PyPlan& plan, const std::optional<std::string>& isa, const py::array& dy,
+            const py::array& x, const Parameters& parameters, const py::array& gradient,
+            int threads) {
   require(gradient.writeable(), "the gradient is read-only");
   spfmt::Product p;
   p.op = spfmt::Op::sddmm;

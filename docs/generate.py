@@ -3,6 +3,8 @@
 - the support table of README.md, from ``spfmt.kernels()``
 - the speed table of README.md, docs/benchmarks.md and its figures, from the records that
   ``python -m benchmarks.linear --suite all --json docs/linear-....json`` wrote
+- docs/convolution.md's measured part and its figures, from the records docs/conv-*.json and
+  docs/models-*.json of ``python -m benchmarks.conv`` and ``python -m benchmarks.models``, if any
 - docs/patterns.png, the formats' patterns
 """
 
@@ -11,6 +13,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import convolutions
 import numpy as np
 import results
 from matplotlib.figure import Figure
@@ -24,12 +27,14 @@ ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 PAGE = ROOT / "docs" / "benchmarks.md"
 SPEED = ROOT / "docs" / "linear-zen4.json"
+CONVOLUTION = ROOT / "docs" / "convolution.md"
 
 
 def support_table() -> str:
     """Markdown table: for each layout and dtype the levels of each product."""
     ops = list(dict.fromkeys(k.op for k in spfmt.kernels()))
-    lines = [f"| layout | dtype | {' | '.join(f'`{op}`' for op in ops)} |", "|---" * 5 + "|"]
+    names = " | ".join(f"`{op}`" for op in ops)
+    lines = [f"| layout | dtype | {names} |", "|---" * (2 + len(ops)) + "|"]
     for layout, dtype in dict.fromkeys((k.layout, k.dtype) for k in spfmt.kernels()):
         cells = [", ".join(k.isa for k in spfmt.kernels(op, layout, dtype)) for op in ops]
         lines.append(f"| {layout} | {dtype} | {' | '.join(cells)} |")
@@ -48,13 +53,26 @@ def benchmarks() -> str:
     return results.page(found.pop(SPEED.name), SPEED.name, found)
 
 
+def record_of(benchmark: str) -> tuple[str, dict[str, Any]] | None:
+    """The latest record of a benchmark in docs/, and its file's name."""
+    paths = CONVOLUTION.parent.glob(f"{benchmark}-*.json")
+    found = [(path.name, read_record(path)) for path in sorted(paths)]
+    return max(found, key=lambda named: named[1]["date"], default=None)
+
+
+def convolution() -> str:
+    """docs/convolution.md with its measured part up to date."""
+    measured = convolutions.section(record_of("conv"), record_of("models"))
+    return insert(CONVOLUTION.read_text(), "measurements", measured)
+
+
 def insert(text: str, title: str, table: str) -> str:
     """Replace what stands between the markers of one table."""
     before, start, rest = text.partition(f"<!-- {title}: ")
     note, arrow, rest = rest.partition("-->\n")
     _, end, after = rest.partition(f"<!-- end of {title} -->")
     if not (start and arrow and end):
-        raise SystemExit(f"README.md lacks the markers of the {title}")
+        raise SystemExit(f"the page lacks the markers of the {title}")
     return f"{before}{start}{note}{arrow}{table}\n{end}{after}"
 
 
@@ -77,8 +95,11 @@ def draw_patterns() -> None:
 
 
 def main() -> None:
-    """Rewrite README.md, the results page and the figures."""
+    """Rewrite README.md, the pages of results and the figures."""
     README.write_text(readme())
+    CONVOLUTION.write_text(convolution())
+    if record := record_of("conv"):
+        convolutions.draw(record[1], CONVOLUTION.parent)
     PAGE.write_text(benchmarks())
     results.draw(read_record(SPEED), PAGE.parent)
     draw_patterns()

@@ -14,7 +14,7 @@ import spfmt._kernels as _kernels
 from . import cost
 from .convert import convert
 from .convolution import Convolution
-from .cost import IMAGE_OPS, OPS, Geometry, check_workload
+from .cost import CONVOLUTIONS, OPS, Geometry, check_workload
 from .dispatch import active_isa
 from .errors import FormatError, MissingDependency, SpfmtError, format_error
 from .formats import CSR, FORMATS, SparseTensor
@@ -38,7 +38,7 @@ class Candidate:
     description : str
         The parameters that were assumed, or how a given weight gets there.
     variant : str
-        Name of the kernel variant; for dense the empty string.
+        Name of the kernel variant, of several in training joined by +; for dense the empty string.
     threads : int
         How many would be used.
     density : float
@@ -125,10 +125,10 @@ class Advice:
         lines = [
             f"{self.op} with a {' x '.join(map(str, self.shape))} weight{maps}, "
             f"batch {self.batch}, {self.threads} thread(s), {self.isa}: {self.format}",
-            f"{'format':<16}{'kernel':<9}{'density':>8}{'time':>10}{'speed-up':>10}  as",
+            f"{'format':<16}{'kernel':<12}{'density':>8}{'time':>10}{'speed-up':>10}  as",
         ]
         lines += [
-            f"{c.format:<16}{c.variant or '-':<9}{c.density:>8.3g}{cost.duration(c.seconds):>10}"
+            f"{c.format:<16}{c.variant or '-':<12}{c.density:>8.3g}{cost.duration(c.seconds):>10}"
             f"{c.speedup:>9.2f}x  {c.description}"
             for c in self.candidates
         ]
@@ -166,7 +166,7 @@ class _Workload:
         return Candidate(
             name,
             description,
-            choices[0].variant,
+            "+".join(dict.fromkeys(choice.variant for choice in choices)),
             max(choice.threads for choice in choices),
             stored,
             seconds,
@@ -246,7 +246,7 @@ def advise(
             "options of a convolution without a size", "size=(H, W), of the maps of X", "pass both"
         )
     op = ("spmm" if size is None else "conv2d") if op is None else op
-    ops = OPS if size is None else (*IMAGE_OPS, "training")
+    ops = OPS if size is None else (*CONVOLUTIONS, "training")
     batch, used = check_workload(batch, threads, op, ops)
     names = _checked_formats(formats)
     shape, tensor = _read_weight(weight, density, images=size is not None)
@@ -255,7 +255,7 @@ def advise(
         how = Convolution.of(shape, stride, padding, dilation, groups)
         geometry = how.geometry(*_pair_of(size))
     isa = active_isa()
-    work = _Workload(IMAGE_OPS if op == "training" else (op,), batch, used, isa, geometry)
+    work = _Workload(CONVOLUTIONS if op == "training" else (op,), batch, used, isa, geometry)
     dense = work.dense((shape[0], math.prod(shape[1:])))
     found = [Candidate("dense", "", "", used, 1.0, dense, 1.0)]
     excluded: list[tuple[str, str]] = []

@@ -15,9 +15,11 @@ megabytes at most, whatever the batch.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,6 +86,15 @@ class Convolution:
         FormatError
             Where a number is out of range, or `groups` does not divide C_out.
         """
+        given = (tuple(shape), _plain(stride), _plain(padding), _plain(dilation), groups)
+        if None not in given and type(groups) is int and all(type(n) is int for n in given[0]):
+            return _remembered(*given)
+        return cls._read(shape, stride, padding, dilation, groups)
+
+    @classmethod
+    def _read(
+        cls, shape: Sequence[int], stride: Any, padding: Any, dilation: Any, groups: Any
+    ) -> Convolution:
         if len(shape) != 4:
             raise format_error(
                 f"a weight of shape {tuple(shape)}",
@@ -154,6 +165,20 @@ class Convolution:
         return (*axes[0], *axes[1], self.groups)
 
 
+def _plain(given: Any) -> Any:
+    """Return ints, or a word, in a form that can be looked up; None for anything else."""
+    if type(given) is int or type(given) is str:
+        return given
+    if isinstance(given, tuple | list) and all(type(n) is int for n in given):
+        return tuple(given)
+    return None
+
+
+@functools.lru_cache(maxsize=256)  # reading the arguments takes longer than a small product
+def _remembered(*given: Any) -> Convolution:
+    return Convolution._read(*given)
+
+
 def _ints(name: str, value: Any, count: int, least: int) -> tuple[int, ...]:
     given = (value,) * count if np.ndim(value) == 0 else tuple(value)
     whole = all(isinstance(n, int | np.integer) and not isinstance(n, bool) for n in given)
@@ -210,11 +235,11 @@ def convolve(
         out[...] = _reference(plan, how, values, x, bias, activation, out.shape, turned)
         return
     isa = _level(plan, op, out, backend)
-    code = activation_code(activation)
-    _kernels.convolve(
-        plan.compiled, turned, isa, values, x, bias, code, how.parameters(), out,
-        threads.get_num_threads(),
-    )  # fmt: skip
+    code, most = activation_code(activation), threads.get_num_threads()
+    with _refusals():
+        _kernels.convolve(
+            plan.compiled, turned, isa, values, x, bias, code, how.parameters(), out, most
+        )
 
 
 def convolve_sampled(
@@ -230,10 +255,22 @@ def convolve_sampled(
         gradient[: plan.nnz] = _reference_sampled(plan, how, dy, x)
         gradient[plan.nnz :] = 0
         return
-    isa = _level(plan, "conv2d_weight", gradient, backend)
-    _kernels.convolve_sampled(
-        plan.compiled, isa, dy, x, how.parameters(), gradient, threads.get_num_threads()
-    )
+    isa, most = _level(plan, "conv2d_weight", gradient, backend), threads.get_num_threads()
+    with _refusals():
+        _kernels.convolve_sampled(plan.compiled, isa, dy, x, how.parameters(), gradient, most)
+
+
+@contextlib.contextmanager
+def _refusals() -> Iterator[None]:
+    """Turn what the compiled code refuses into this library's error."""
+    try:
+        yield
+    except ValueError as error:
+        raise format_error(
+            f"a convolution that the kernels refuse: {error}",
+            "sizes whose offsets fit 32 bits",
+            "split the images, or use fewer channels",
+        ) from None
 
 
 def _level(plan: Plan, op: str, like: Array, backend: str) -> str | None:

@@ -21,7 +21,7 @@ from .errors import format_error
 __all__ = ["VARIANTS", "Choice", "CostModel", "Geometry", "cost_model", "duration"]
 
 OPS = ("spmm", "spmm_t", "sddmm")
-IMAGE_OPS = ("conv2d", "conv2d_input", "conv2d_weight")
+CONVOLUTIONS = ("conv2d", "conv2d_input", "conv2d_weight")
 
 VARIANTS: dict[str, list[tuple[str, tuple[str, ...], int]]] = {"lists": [], "groups": []}
 """The kernel variants of each layout: name, products, and the largest batch that it takes."""
@@ -37,7 +37,8 @@ class Choice(NamedTuple):
     variant : str
         Of lists ``"lookup"`` (lanes over rows), ``"octets"`` (over eight samples) or ``"panels"``
         (over up to 64); of groups ``"bands"`` (over rows) or ``"panels"``; of both ``"images"``
-        where they convolve. It never depends on the number of threads.
+        where they convolve, of groups also ``"rows"``, as lists do. It never depends on the number
+        of threads.
     threads : int
         1 where waking others costs more than it saves.
     seconds : float

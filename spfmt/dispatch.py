@@ -26,7 +26,7 @@ from .formats._layout import Groups, Lists
 Array = npt.NDArray[Any]
 Layout = Lists | Groups
 
-OPS, IMAGE_OPS = cost.OPS, cost.IMAGE_OPS
+OPS, CONVOLUTIONS = cost.OPS, cost.CONVOLUTIONS
 LEVELS = ("scalar", "avx2", "avx512")
 EMULATED = tuple(_kernels.emulated_levels())  # right but slow; none but in a build for tests
 logger = logging.getLogger("spfmt")
@@ -116,7 +116,8 @@ def select(op: str, layout: str, dtype: str, backend: str = "auto") -> Kernel:
 
     Parameters
     ----------
-    op : {"spmm", "spmm_t", "sddmm", "conv2d", "conv2d_input", "conv2d_weight"}
+    op : str
+        A product of a matrix (`OPS`) or of images (`CONVOLUTIONS`).
     layout : {"lists", "groups"}
         Layout of the structure, as ``tensor.layout().name`` tells it.
     dtype : str
@@ -180,7 +181,7 @@ def show_config() -> str:
         f"threads: {threads.get_num_threads()}",
         f"{'layout':<9}{'op':<15}{'dtype':<9}levels",
     ]
-    for layout, op, dtype in sorted({(k.layout, k.op, k.dtype) for k in _TABLE}):
+    for layout, op, dtype in dict.fromkeys((k.layout, k.op, k.dtype) for k in _TABLE):
         levels = [
             _labelled(k.isa) if k.available else f"({k.isa})" for k in kernels(op, layout, dtype)
         ]
@@ -296,7 +297,7 @@ class Plan:
         KernelNotFound
             If no kernel would run.
         """
-        ops = OPS if geometry is None else IMAGE_OPS
+        ops = OPS if geometry is None else CONVOLUTIONS
         op = ops[0] if op is None else op
         batch, used = cost.check_workload(batch, threads, op, ops)
         kernel = select(op, self.layout.name, dtype, backend)

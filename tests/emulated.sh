@@ -15,5 +15,5 @@ if ! SPFMT_EMULATE=avx512 python setup.py -q build --build-lib build/emulated \
   tail -n 30 "$log" >&2
   exit 1
 fi
-kernel_tests=(tests/test_{kernels,ops,activations,calls,dispatch}.py)
+kernel_tests=(tests/test_{kernels,convolution,ops,activations,calls,dispatch}.py)
 PYTHONPATH=build/emulated env -u CC -u CXX pytest -q -n 2 -p no:cacheprovider "${@:-${kernel_tests[@]}}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 
 import numpy as np
@@ -71,7 +72,7 @@ def test_lists_count_sixteen_images_at_once() -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("op", cost.IMAGE_OPS)
+@pytest.mark.parametrize("op", cost.CONVOLUTIONS)
 def test_predictions_grow_with_the_work(layout: str, op: str) -> None:
     cost.use(CostModel(kernels.default_cost_model()))
     by_size = [terms(layout, op, 16, size, padding=1) for size in (4, 8, 16, 32)]
@@ -103,7 +104,7 @@ def test_dense_takes_winograds_way_at_the_level_that_has_it() -> None:
         )
         return float(found / (math.prod(shape) / 16 * area * 1e-9))
 
-    for op in cost.IMAGE_OPS:
+    for op in cost.CONVOLUTIONS:
         assert dense("avx512", op) == pytest.approx(1 / 2.25)
         assert dense("avx2", op) == pytest.approx(1)
     for options in ({"stride": 2}, {"dilation": 2}, {"kernel": 5}, {"kernel": 1}, {"groups": 4}):
@@ -140,12 +141,13 @@ def test_sparse_wins_in_proportion_to_density_and_dense_where_it_is_faster() -> 
 
 def test_training_is_all_three_products() -> None:
     given = {"density": 0.2, "batch": 8, "size": 14, "threads": 1}
-    parts = [spfmt.advise(SHAPE, op=op, **given) for op in cost.IMAGE_OPS]
+    parts = [spfmt.advise(SHAPE, op=op, **given) for op in cost.CONVOLUTIONS]
     whole = spfmt.advise(SHAPE, op="training", **given)
     assert {c.format for c in whole.candidates} == {*MAKERS, "dense"}
     for c in whole.candidates:
         assert c.seconds == pytest.approx(sum(seconds(part, c.format) for part in parts))
-        assert c.variant == ("" if c.format == "dense" else "images")
+        used = set(c.variant.split("+"))
+        assert used == {""} if c.format == "dense" else used <= {"images", "rows"}
     assert str(whole).startswith("training with a 64 x 32 x 3 x 3 weight on maps of 14 x 14")
 
 
@@ -164,7 +166,7 @@ def test_a_sparse_tensor_keeps_its_shape_through_conversions() -> None:
     assert csr.density == a.density
 
 
-@pytest.mark.parametrize("op", [*cost.IMAGE_OPS, "training"])
+@pytest.mark.parametrize("op", [*cost.CONVOLUTIONS, "training"])
 def test_large_and_odd_convolutions_need_little_memory(op: str) -> None:
     advice = spfmt.advise((2**20, 2**20 // 8, 3, 3), 2.0**-12, batch=2, size=1, padding=1, op=op)
     assert 0 < advice.candidates[0].seconds < advice.candidates[-1].seconds
@@ -205,6 +207,33 @@ def test_bad_questions_are_refused(
         spfmt.advise(*args, **kwargs)
 
 
+def test_groups_convolve_narrow_bands_and_shared_ones_row_by_row() -> None:
+    cost.use(CostModel(kernels.default_cost_model()))
+    for block, groups, wanted in ((16, 1, "images"), (2, 1, "rows"), (16, 64, "rows")):
+        shape = (64, 64 // groups, 3, 3)
+        scores = np.random.default_rng(2).random(shape, np.float32)
+        a = spfmt.ShuffledBlock.from_scores(
+            scores, 0.25, block_shape=(block, 1), row_perm=np.arange(64)
+        )
+        geometry = Convolution.of(shape, padding=1, groups=groups).geometry(16, 16)
+        assert f", {wanted}, " in a.plan.explain(16, 1, geometry=geometry)
+
+
+@pytest.mark.parametrize("op", cost.CONVOLUTIONS)
+def test_the_cheaper_variant_runs(op: str) -> None:
+    rng = np.random.default_rng(3)
+    a = MAKERS["shuffled_block"]((12, 6, 3, 3), rng).astype("float32")
+    geometry = Convolution.of(a.shape).geometry(8, 8)
+    x, dy = (rng.standard_normal((2, n, m, m), np.float32) for n, m in ((6, 8), (12, 6)))
+    given = {"conv2d": (x,), "conv2d_input": (dy, (8, 8)), "conv2d_weight": (dy, x)}[op]
+    found = []
+    for variant in ("rows", "images"):
+        cost.use(model(call=1.0, **{f"{variant}__call": 0.0}))
+        assert f", {variant}, " in a.plan.explain(2, 1, op, geometry=geometry)
+        found.append(getattr(spfmt, op)(a, *given))
+    np.testing.assert_allclose(*found, rtol=1e-4, atol=1e-4)
+
+
 # ------------------------------------------------------------------------------------ who asks
 
 
@@ -212,10 +241,10 @@ def test_bad_questions_are_refused(
 def test_plans_explain_convolutions(name: str) -> None:
     a = MAKERS[name]((12, 6, 3, 3), np.random.default_rng(1))
     geometry = Convolution.of(a.shape, padding=1, groups=2).geometry(16, 20)
-    for op in cost.IMAGE_OPS:
+    for op in cost.CONVOLUTIONS:
         text = a.plan.explain(4, 2, op, geometry=geometry)
         assert text.startswith(f"{op} {a.layout().name} float32, batch 4 of 16 x 20 maps: kernel ")
-        assert ", images, " in text
+        assert re.search(", (images|rows), ", text)
         assert "of 2 threads" in text
         assert text.endswith("predicted")
     assert a.plan.explain(4, geometry=geometry).startswith("conv2d ")

@@ -40,6 +40,7 @@ from spfmt.structure.fan_in import random_columns
 
 SMALL = (48, 64)
 ALL = [parse_spec(name) for name in FORMATS]
+CONV = ("--conv", "8x8x3x3", "--map", "6x5")
 
 
 # ----------------------------------------------------------------------------------- weights
@@ -77,6 +78,15 @@ def test_random_weights_have_the_density_and_repeat(spec: Spec) -> None:
     assert a.dtype == np.float32
     assert a == random_weight(spec, (96, 256), 0.125)
     assert a != random_weight(spec, (96, 256), 0.125, seed=1)
+
+
+@pytest.mark.parametrize("shape", [(32, 64, 3, 3), (32, 64, 1, 1), (24, 32, 2, 5)])
+@pytest.mark.parametrize("spec", ALL, ids=FORMATS)
+def test_random_weights_of_convolutions(spec: Spec, shape: tuple[int, ...]) -> None:
+    a = random_weight(spec, shape, 0.25)
+    a.validate()
+    assert a.shape == shape
+    assert a.density == pytest.approx(0.25, rel=0.15)
 
 
 def test_fixed_ratios_override_the_density() -> None:
@@ -520,8 +530,24 @@ def test_weights_without_nonzeros_are_measured(tmp_path: Path) -> None:
         (["--batch", "0"], "whole number from 1"),
         (["--batch", "1,,2"], "whole number from 1"),
         (["--threads", "100000"], "whole number from 1 to"),
-        (["--op", "conv"], "spmm, spmm_t, sddmm, layer"),
-        (["--layout", "nchw"], "invalid choice"),
+        (["--op", "conv"], "spmm, spmm_t, sddmm, conv2d"),
+        (["--layout", "hwcn"], "invalid choice"),
+        (["--layout", "nchw"], "expected bc, cb or both"),
+        (["--op", "conv2d"], "choose --op spmm"),
+        (["--map", "8x8"], "add --conv"),
+        (["--groups", "2"], "add --conv"),
+        ([*CONV[:2]], "add --map"),
+        ([*CONV, "--shape", "4x4"], "not allowed with"),
+        ([*CONV, "--op", "spmm"], "choose --op conv2d"),
+        ([*CONV, "--layout", "cb"], "expected nchw, nhwc or both"),
+        ([*CONV, "--stride", "0"], "whole number from 1"),
+        ([*CONV, "--padding", "-1"], "whole number from 0"),
+        ([*CONV, "--groups", "5"], "a divisor of 8"),
+        (["--conv", "8x8x3", "--map", "8x8"], "expected outputs x inputs x height x width"),
+        (["--conv", "8x8x3x1", "--map", "8x8"], "add --padding"),
+        (["--conv", "8x8x9x9", "--map", "2x2", "--padding", "0"], "no smaller than the kernel"),
+        (["--conv", "8x8x3x3", "--map", "8"], "expected height x width"),
+        (["--conv", "8x8x3x3", "--map", "999999x999999"], "choose a smaller shape"),
         (["--seconds", "-1"], "from 0 to 3600"),
         (["--shape", "9999999x9999999"], "choose a smaller shape"),
         (["--json", "/nowhere/out.json"], "existing directory"),

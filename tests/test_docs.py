@@ -31,6 +31,9 @@ def test_readme_tables_are_up_to_date(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "docs"))
     generate = importlib.import_module("generate")
     assert generate.readme() == generate.README.read_text(), "run: python docs/generate.py"
+    assert generate.convolution() == generate.CONVOLUTION.read_text(), (
+        "run: python docs/generate.py"
+    )
     assert generate.benchmarks() == generate.PAGE.read_text(), "run: python docs/generate.py"
 
 

@@ -72,6 +72,14 @@ KERNELS = {
     "slice_sum_masked": Kernel(
         lambda width: 1, contains={"avx512": "vperm[it]2ps", "avx2": "vpermps"}
     ),
+    "band_tile": Kernel(
+        lambda rows, width, whole: rows * width,
+        spills={"avx2": "the mask of a narrow band beside twelve sums exceeds sixteen registers"},
+    ),
+    "groups_image_t": Kernel(lambda rows, width: rows * width),
+    "gradient_columns": Kernel(lambda columns: columns),
+    "image_pieces": Kernel(lambda rows, width, pieces, first: rows * width * pieces),
+    "image_dots": Kernel(None),
     "quad_sums": Kernel(lambda: 16, contains=dict.fromkeys(REGISTER, "vpermilps"), half=True),
     "activate": Kernel(
         None, spills={"avx2": "twenty constants beside the operands exceed sixteen registers"}

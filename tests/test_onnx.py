@@ -17,7 +17,7 @@ from fresh_python import run_python
 
 from spfmt.activations import ACTIVATIONS, apply_activation
 from spfmt.errors import FormatError, MissingDependency, SpfmtError
-from spfmt.formats import CSR, FORMATS
+from spfmt.formats import FORMATS
 
 onnx = pytest.importorskip("onnx")
 ort = pytest.importorskip("onnxruntime")
@@ -471,12 +471,6 @@ def test_importing_needs_numpy_only() -> None:
 
 
 # ------------------------------------------------------------------------------- lowering
-
-
-def test_convolutions_have_no_operator() -> None:
-    tensor = CSR.from_dense(np.ones((2, 3, 3, 3), np.float32))
-    with pytest.raises(FormatError, match="two dimensions"):
-        sonnx.lower(tensor)
 
 
 def test_half_precision_has_no_operator() -> None:

@@ -61,6 +61,7 @@ CHECK_VALUE(ours::ElementType::i32, ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32)
 CHECK_VALUE(ours::ElementType::f64, ONNX_TENSOR_ELEMENT_DATA_TYPE_DOUBLE)
 CHECK_VALUE(ours::Characteristic::required, INPUT_OUTPUT_REQUIRED)
 CHECK_VALUE(ours::MemoryType::standard, OrtMemTypeDefault)
+CHECK_VALUE(ours::OpAttrType::ints, ORT_OP_ATTR_INTS)
 """
 
 

@@ -76,7 +76,7 @@ def test_report_prints_every_weight():
     )
     report = sparsify(model, "csr", density=0.1, exclude="3")
     assert report["0"].reason == "Embedding has no sparse layer"
-    assert report["2"].reason == "Conv1d is not an nn.Linear"
+    assert "first convolution" in report["2"].reason
     assert report["3"].reason == "excluded"
     text = str(report)
     for part in ("0.1", "32", "64x32", "taken", "left", "excluded", "1 taken at density", "3 left"):
@@ -219,7 +219,7 @@ def test_linear_layers_of_other_kinds_are_reported():
     assert "call the model once" in reasons["LazyLinear"]
     assert "subclass" in reasons["Subclass"]
     assert "quantised" in reasons["Linear"]
-    assert "not an nn.Linear" in reasons["Bilinear"]
+    assert reasons["Bilinear"] == "Bilinear has no sparse layer"
 
 
 def test_a_compiled_model_is_changed_inside():
@@ -325,7 +325,7 @@ def test_an_error_leaves_the_model_as_it_was():
 def test_a_bare_linear_is_reported():
     report = sparsify(nn.Linear(8, 8), "csr", density=0.5)
     assert not report.taken
-    assert "from_linear" in report.left[0].reason
+    assert "from_dense" in report.left[0].reason
 
 
 def test_attention_is_reported():
@@ -402,7 +402,8 @@ def test_conv1d_is_taken_through_its_transposed_weight():
     assert model[0].bias is bias
     x = torch.randn(3, 8)
     torch.testing.assert_close(model[0](x), x @ kept.T + bias)
-    assert sparsify(nn.Sequential(nn.Conv1d(4, 4, 1)), density=0.5)["0"].reason.startswith("Conv1d")
+    taken = sparsify(nn.Sequential(nn.Conv1d(4, 4, 1)), density=0.5, include="0")
+    assert taken["0"].shape == (4, 4, 1)  # of torch, which is a convolution
 
 
 # ------------------------------------------------------------------------- models of a checkpoint

@@ -33,6 +33,11 @@ const Bodies<double>& scalar_bodies_f64();
 const Bodies<float>& avx2_bodies();
 const Bodies<float>& avx512_bodies();
 
+// A product of images with lists that stand for a plan's structure (lists/images.cpp).
+class Plan;
+template <class T>
+void run_row_lists(const Bodies<T>&, const Plan&, const RowLists&, const Product&, const Executor&);
+
 // Null where a level has none for the dtype.
 template <class T>
 const Bodies<T>* bodies_at(Isa isa);

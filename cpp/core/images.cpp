@@ -52,6 +52,10 @@ Frame::Frame(const Geometry& g, bool turn, int64_t channel_count, int64_t elemen
       rows(y.domain) {
   // Rows share the zeros between them.
   width = std::max({int64_t{1}, x.before + x.used(), x.domain + x.after});
+  // In floating point: sizes that do not fit must not overflow before they are refused.
+  const double least = static_cast<double>(channels) * maps() * images * element * width *
+                       (y.before + y.after + 1.0);
+  if (least > INT32_MAX / 2) throw std::length_error("images too large for offsets of 32 bits");
   const int64_t numbers_of_row = channels * maps() * width * images * element;
   if (!pointwise() && rows > 1) {
     const int64_t fitting = budget / std::max<int64_t>(1, numbers_of_row * bytes);
@@ -236,21 +240,26 @@ void fill_together(const ImageBodies<T>& bodies, const T* const* rows, const Fra
   std::fill(begin + count * kTogether, to + width * kTogether, T(0));
 }
 
-// Row `m` of a map of phase (py, px) of channel c.
+// One map of one channel and phase, whose rows that lie in the images are [begin, end).
 template <class T>
-void fill_row(const ImageBodies<T>& bodies, const Frame& f, const Planes<const T>* images,
-              const Unit& unit, int64_t c, int64_t source_row, int64_t phase, T* to) {
-  if (source_row < 0 || source_row >= f.y.source) {
-    std::fill_n(to, f.width * f.images, T(0));
-    return;
+void fill_map(const ImageBodies<T>& bodies, const Frame& f, const Planes<const T>* images,
+              const Unit& unit, int64_t c, int64_t first, int64_t begin, int64_t end, int64_t phase,
+              T* to) {
+  const int64_t line = f.width * f.images;
+  const Planes<const T>& p = images[0];
+  if (f.images == 1) {
+    const int64_t count = std::min(count_of(f.x.source, f.x.step, phase), f.width - f.x.before);
+    const T* from = p.data + c * p.channel + (first + begin * f.y.step) * p.row + phase;
+    return bodies.copy(from, p.row * f.y.step, end - begin, f.x.step, count, to + begin * line,
+                       f.x.before, f.width);
   }
-  const T* row[kTogether] = {};
-  for (int i = 0; i < unit.count; ++i) {
-    row[i] = images[i].data + c * images[i].channel + source_row * images[i].row;
+  for (int64_t m = begin; m < end; ++m) {
+    const T* row[kTogether] = {};
+    for (int i = 0; i < unit.count; ++i) {
+      row[i] = images[i].data + c * images[i].channel + (first + m * f.y.step) * images[i].row;
+    }
+    fill_together(bodies, row, f.x, f.width, phase, to + m * line);
   }
-  if (f.images > 1) return fill_together(bodies, row, f.x, f.width, phase, to);
-  const int64_t count = std::min(count_of(f.x.source, f.x.step, phase), f.width - f.x.before);
-  bodies.copy(row[0] + phase, f.x.step, count, to, f.x.before, f.width);
 }
 
 }  // namespace
@@ -262,16 +271,18 @@ void fill_frame(const ImageBodies<T>& bodies, const Frame& f, const Planes<const
   static const std::vector<int> kNone = {0};
   const std::vector<int>&down = f.turned ? kNone : f.y.phases,
         &across = f.turned ? kNone : f.x.phases;
+  const int64_t rows = unit.rows + f.y.before + f.y.after, line = f.width * f.images;
   for (int64_t c = begin; c < end; ++c) {
     T* map = to + c * f.channel * f.images;
     for (const int py : down) {
+      const int64_t first = f.y.step * (unit.row - f.y.before) + py;  // row of the source
+      const int64_t top = std::clamp<int64_t>(Frame::divide(-first, f.y.step), 0, rows);
+      const int64_t bottom =
+          std::clamp<int64_t>(Frame::divide(f.y.source - first, f.y.step), top, rows);
       for (const int px : across) {
-        for (int64_t m = 0; m < unit.rows + f.y.before + f.y.after; ++m) {
-          const int64_t row = f.y.step * (unit.row + m - f.y.before) + py;
-          fill_row(bodies, f, images, unit, c, row, px, map + m * f.width * f.images);
-        }
-        std::fill(map + (unit.rows + f.y.before + f.y.after) * f.width * f.images,
-                  map + f.map * f.images, T(0));
+        std::fill_n(map, top * line, T(0));
+        fill_map(bodies, f, images, unit, c, first, top, bottom, px, map);
+        std::fill(map + bottom * line, map + f.map * f.images, T(0));
         map += f.map * f.images;
       }
     }

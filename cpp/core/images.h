@@ -36,9 +36,11 @@ template <class T>
 struct ImageBodies {
   // to[k * step + i] = from[i][k] for k < n and i < lanes; zeros where from[i] is null.
   void (*transpose)(const T* const* from, int64_t n, T* to, int64_t step, int lanes);
-  // to[0 .. before) = 0, then `count` numbers from[k * step], then zeros up to `width`.
-  void (*copy)(const T* from, int64_t step, int64_t count, T* to, int64_t before, int64_t width);
-  void (*activate)(Activation, T* y, int64_t n);
+  // to[i][k] = from[k][i] for k < n and i < kLanes, but where to[i] is null; n <= kLanes.
+  void (*spread)(const T* const* from, int n, T* const* to);
+  // Rows of `width`: `before` zeros, then `count` numbers from[k * step], then zeros.
+  void (*copy)(const T* from, int64_t row, int64_t rows, int64_t step, int64_t count, T* to,
+               int64_t before, int64_t width);
 };
 
 // One axis of a frame.
@@ -74,7 +76,9 @@ struct Frame {
   Frame(const Geometry&, bool turned, int64_t channels, int64_t element, int64_t images,
         int64_t bytes_per_number, int64_t budget);
 
-  int64_t maps() const { return turned ? 1 : static_cast<int64_t>(y.phases.size() * x.phases.size()); }
+  int64_t maps() const {
+    return turned ? 1 : static_cast<int64_t>(y.phases.size() * x.phases.size());
+  }
   int64_t strips() const { return y.domain > 0 ? divide(y.domain, rows) : 0; }
   int64_t numbers() const;  // with room for vectors that start at the last output
   // Of cell (ky, kx) of a channel's map, from the first output's own place.
@@ -145,8 +149,8 @@ struct BandVisit {
 
 // Fills bands [begin, end) of a frame whose positions hold the rows of a band.
 template <class T>
-void fill_bands(const ImageBodies<T>&, const Frame&, const BandVisit*, const Planes<const T>* images,
-                const Unit&, T* to, int64_t begin, int64_t end);
+void fill_bands(const ImageBodies<T>&, const Frame&, const BandVisit*,
+                const Planes<const T>* images, const Unit&, T* to, int64_t begin, int64_t end);
 
 // Zeros behind the last position of a frame.
 template <class T>

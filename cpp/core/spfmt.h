@@ -129,9 +129,7 @@ struct Geometry {
   int64_t groups = 1;
 
   int64_t cells() const { return y.kernel * x.kernel; }
-  bool operator==(const Geometry& o) const {
-    return y == o.y && x == o.x && groups == o.groups;
-  }
+  bool operator==(const Geometry& o) const { return y == o.y && x == o.x && groups == o.groups; }
 };
 
 struct Scales;  // of values in low precision: none yet

@@ -28,18 +28,18 @@ struct Variant {
   void (*run)(Isa, const Plan&, const Product&, const Executor&);
 
   bool takes(const Work& work) const {
-    return does(work.op) && work.batch <= largest_batch &&
-           geometry == (work.geometry != nullptr);
+    return does(work.op) && work.batch <= largest_batch && geometry == (work.geometry != nullptr);
   }
   // Whether it computes this product of some batch.
   bool does(Op op) const { return (ops >> static_cast<int>(op) & 1) != 0; }
 };
 
 // Every variant; where two are predicted to take the same time, the later one runs.
-extern const Variant kListPanels, kListOctets, kListLookup, kListImages, kGroupPanels,
-    kGroupBands, kGroupImages;
-inline constexpr const Variant* kVariants[] = {&kListPanels, &kListOctets, &kListLookup, &kListImages,
-                                               &kGroupPanels, &kGroupBands, &kGroupImages};
+extern const Variant kListPanels, kListOctets, kListLookup, kListImages, kGroupPanels, kGroupBands,
+    kGroupRows, kGroupImages;
+inline constexpr const Variant* kVariants[] = {&kListPanels, &kListOctets,  &kListLookup,
+                                               &kListImages, &kGroupPanels, &kGroupBands,
+                                               &kGroupRows,  &kGroupImages};
 static_assert(std::size(kVariants) <= kMostVariants);
 
 // The row of a variant V with

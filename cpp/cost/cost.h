@@ -97,6 +97,8 @@ struct ImageCounts {
   double operands;        // numbers of the maps of X, padded, and of Y
 };
 ImageCounts image_counts(int64_t rows, int64_t cols, const Work&);
+// Images that are multiplied row by row of lists; lists/images.cpp.
+Terms row_list_terms(const CostModel&, const Summary&, const Work&);
 // Of a dense convolution, computed directly or by Winograd's F(2x2, 3x3).
 Terms dense_image_terms(const CostModel&, int64_t rows, int64_t cols, const Work&, bool winograd);
 

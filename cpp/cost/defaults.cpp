@@ -5,10 +5,10 @@
 //
 // Convolutions (conv2d, dense ones too) were fitted by `python -m benchmarks.fit` on one core of an
 // AMD EPYC without AVX-512, shared with others: avx2 and scalar rows of images, and avx2 rows of
-// torch's dense convolution. Not fitted: avx512 rows, which are the avx2 rows with half the time for
-// operands, streams and multiplications; scalar.dense rows, four times that of multiplications; and
-// avx512.dense.winograd, read off four timings of torch on a Zen 4. Run the fit again where kernels
-// of images change.
+// torch's dense convolution. Not fitted: avx512 rows, which are the avx2 rows with half the time
+// for operands, streams and multiplications; scalar.dense rows, four times that of multiplications;
+// and avx512.dense.winograd, read off four timings of torch on a Zen 4. Run the fit again where
+// kernels of images change.
 #include <map>
 
 #include "cost.h"
@@ -27,8 +27,11 @@ constexpr Row kRows[] = {
     {"avx2.dense.conv2d_input", {1.93e-05, 2.24e-08, 1.28e-08, 5.46e-10, 1.34e-10, 2.5e-11}},
     {"avx2.dense.conv2d_weight", {1.79e-05, 6.8e-09, 0, 7.41e-10, 2.88e-10, 2.5e-11}},
     {"avx2.groups.conv2d.images", {7.55e-05, 1.8e-08, 4.39e-09, 8.29e-10, 0, 2.5e-11}},
+    {"avx2.groups.conv2d.rows", {7.42e-05, 1.15e-08, 1.69e-09, 1.12e-09, 3.85e-10, 2.5e-11}},
     {"avx2.groups.conv2d_input.images", {8.04e-05, 1.59e-08, 1.38e-08, 8.74e-10, 1.95e-10, 2.5e-11}},
+    {"avx2.groups.conv2d_input.rows", {8.09e-05, 1.36e-08, 2.03e-09, 1.06e-09, 5.58e-10, 2.5e-11}},
     {"avx2.groups.conv2d_weight.images", {8.36e-05, 1.17e-08, 1.22e-08, 7.23e-10, 0, 2.5e-11}},
+    {"avx2.groups.conv2d_weight.rows", {7.25e-05, 1.84e-08, 3.3e-09, 1.2e-09, 2.43e-10, 2.5e-11}},
     {"avx2.groups.sddmm.panels", {1.73e-06, 8.35e-11, 1.41e-09, 4.53e-10, 5.34e-11, 2.5e-11}},
     {"avx2.groups.spmm.bands", {6.97e-07, 2.19e-09, 2e-10, 1.66e-10, 3.31e-12, 2.5e-11}},
     {"avx2.groups.spmm.panels", {9.24e-07, 1.41e-09, 1.05e-11, 2.77e-10, 6.62e-13, 2.5e-11}},
@@ -46,8 +49,11 @@ constexpr Row kRows[] = {
     {"avx512.dense.conv2d_weight", {1.79e-05, 3.4e-09, 0, 3.71e-10, 2.88e-10, 2.5e-11}},
     {"avx512.dense.winograd", {1e-05, 4.5e-08, 1e-08, 4.5e-10, 0, 2.5e-11}},
     {"avx512.groups.conv2d.images", {7.55e-05, 9e-09, 2.2e-09, 4.15e-10, 0, 2.5e-11}},
+    {"avx512.groups.conv2d.rows", {7.42e-05, 5.75e-09, 8.45e-10, 5.58e-10, 3.85e-10, 2.5e-11}},
     {"avx512.groups.conv2d_input.images", {8.04e-05, 7.95e-09, 6.91e-09, 4.37e-10, 1.95e-10, 2.5e-11}},
+    {"avx512.groups.conv2d_input.rows", {8.09e-05, 6.8e-09, 1.02e-09, 5.29e-10, 5.58e-10, 2.5e-11}},
     {"avx512.groups.conv2d_weight.images", {8.36e-05, 5.85e-09, 6.12e-09, 3.61e-10, 0, 2.5e-11}},
+    {"avx512.groups.conv2d_weight.rows", {7.25e-05, 9.2e-09, 1.65e-09, 6.01e-10, 2.43e-10, 2.5e-11}},
     {"avx512.groups.sddmm.panels", {1.25e-06, 6.31e-10, 1.07e-09, 2.24e-10, 3.63e-11, 2.5e-11}},
     {"avx512.groups.spmm.bands", {7.51e-07, 2.31e-09, 2.35e-10, 1.38e-10, 1.91e-12, 2.5e-11}},
     {"avx512.groups.spmm.panels", {9.05e-07, 1.15e-09, 1.2e-10, 1.27e-10, 0, 2.5e-11}},
@@ -65,8 +71,11 @@ constexpr Row kRows[] = {
     {"scalar.dense.conv2d_input", {1e-05, 1e-08, 1e-08, 2e-09, 0, 2.5e-11}},
     {"scalar.dense.conv2d_weight", {1e-05, 1e-08, 1e-08, 2e-09, 0, 2.5e-11}},
     {"scalar.groups.conv2d.images", {8.63e-05, 3.06e-08, 0, 3.27e-09, 0, 2.5e-11}},
+    {"scalar.groups.conv2d.rows", {7.56e-05, 1.61e-08, 3.49e-09, 1.72e-09, 5.93e-10, 2.5e-11}},
     {"scalar.groups.conv2d_input.images", {7.95e-05, 1.59e-07, 9.12e-08, 3.97e-09, 6.32e-12, 2.5e-11}},
+    {"scalar.groups.conv2d_input.rows", {8.13e-05, 1.68e-08, 3.42e-09, 1.79e-09, 1.04e-09, 2.5e-11}},
     {"scalar.groups.conv2d_weight.images", {7.78e-05, 1.32e-08, 3.89e-08, 1.87e-09, 0, 2.5e-11}},
+    {"scalar.groups.conv2d_weight.rows", {7.21e-05, 3e-08, 5.3e-09, 9.3e-09, 0, 2.5e-11}},
     {"scalar.groups.sddmm.panels", {2.52e-06, 0, 3.83e-09, 1.92e-09, 1.34e-10, 2.5e-11}},
     {"scalar.groups.spmm.bands", {8.4e-07, 7.17e-09, 3.83e-10, 6.32e-10, 1.22e-11, 2.5e-11}},
     {"scalar.groups.spmm.panels", {8.85e-07, 5.95e-09, 0, 7.11e-10, 7.68e-12, 2.5e-11}},

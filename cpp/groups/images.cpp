@@ -124,14 +124,13 @@ struct TurnedPack {
 template <class Outputs>
 const Tile<Outputs>& best_tile(const Tiles<Outputs>& tiles, int64_t height, int64_t width,
                                bool in_place) {
-  constexpr double kTileCost = 1.5;  // to begin and to end one, in outputs
   const Tile<Outputs>* best = nullptr;
   double least = 0;
   for (int i = 0; i < tiles.count; ++i) {
     const Tile<Outputs>& t = tiles.tile[i];
     if (in_place && (t.rows > 1 || t.width > width)) continue;
     const double count = static_cast<double>(divide_up(height, t.rows) * divide_up(width, t.width));
-    const double cost = count * (t.rows * t.width + kTileCost);
+    const double cost = count * (t.rows * t.width + tiles.cost);
     if (best == nullptr || cost < least) best = &t, least = cost;
   }
   return *best;
@@ -244,28 +243,50 @@ struct Forward {
     const int64_t height = flat ? 1 : unit.rows;
     const int64_t width = flat ? unit.rows * y.width() : y.width();
     const FilledFrame<T> x(bodies.images, f, in, unit, width, executor);
-    const auto& tile =
-        best_tile(*bodies.group_images.multiply, height, width, x.in_place());
-    const int64_t down = divide_up(height, tile.rows), items = pack.visits.count() * down;
+    const Block block(best_tile(*bodies.group_images.multiply, height, width, x.in_place()), height,
+                      width, x.in_place());
+    const int64_t items = pack.visits.count() * block.count;
     for_ranges(executor, items, range_step(executor, items), [&](int64_t begin, int64_t end) {
+      const Workspace sums(sizeof(T) * block.tall * block.wide * kBandRows);
       for (int64_t i = begin; i < end; ++i) {
-        tile_row(tile, x, y, i / down, i % down * tile.rows, height, width);
+        const int64_t row = i % block.count * block.tall;
+        rows(block, x, y, pack.visits.visit[i / block.count], row,
+             std::min(block.tall, height - row), sums.template as<T>());
       }
     });
     y.done(a.rows, executor);
   }
 
-  void tile_row(const Tile<BandOutputs<T>>& tile, const FilledFrame<T>& x, const Results<T>& y,
-                int64_t v, int64_t row, int64_t height, int64_t width) const {
-    const BandVisit& visit = pack.visits.visit[v];
+  // Rows of outputs of one band that are summed up in L1 before they are handed to their maps.
+  struct Block {
+    const Tile<BandOutputs<T>>& tile;
+    int64_t width;
+    int64_t tall, wide;  // room for whole tiles
+    int64_t count;
+    // In the caller's memory nothing may be read behind the last output: the tile that begins at
+    // `last` sums up outputs that begin `shift` earlier, some of them in vain.
+    int64_t last, shift;
+
+    Block(const Tile<BandOutputs<T>>& t, int64_t height, int64_t w, bool in_place)
+        : tile(t),
+          width(w),
+          wide(divide_up(w, t.width) * t.width),
+          last(wide - t.width),
+          shift(in_place ? wide - w : 0) {
+      constexpr int64_t kOutputs = 128;
+      tall = std::clamp<int64_t>(kOutputs / wide, 1, divide_up(height, t.rows) * t.rows);
+      tall = divide_up(tall, t.rows) * t.rows;
+      count = divide_up(height, tall);
+    }
+  };
+
+  void rows(const Block& block, const FilledFrame<T>& x, const Results<T>& y,
+            const BandVisit& visit, int64_t row, int64_t height, T* sums) const {
     const int64_t t = visit.band, stride = pack.frame.width * pack.frame.images;
     const T* bias = static_cast<const T*>(p.bias.data);
     T start[kBandRows] = {};
-    T *first[kBandRows] = {}, *out[kBandRows] = {};
-    for (int i = 0; i < kBandRows; ++i) {
-      if (visit.row[i] < 0) continue;
-      if (bias) start[i] = bias[visit.row[i]];
-      first[i] = y.at(visit.row[i], row);
+    for (int i = 0; bias && i < kBandRows; ++i) {
+      if (visit.row[i] >= 0) start[i] = bias[visit.row[i]];
     }
     BandOutputs<T> o{static_cast<const T*>(p.values.data) + a.value_ptr[t],
                      static_cast<int>(a.row_ptr[t + 1] - a.row_ptr[t]),
@@ -274,24 +295,52 @@ struct Forward {
                      nullptr,
                      stride,
                      start,
-                     out,
-                     y.row(),
-                     static_cast<int>(std::min<int64_t>(tile.rows, height - row)),
-                     0};
+                     nullptr,
+                     block.wide * kBandRows};
     const T* base = x.data() + pack.group_offset(visit.group, g) + row * stride;
-    for (int64_t c = 0; c < width; c += tile.width) {
-      // In the caller's memory nothing may be read behind the last output: the last tile begins
-      // earlier and computes some outputs again.
-      const int64_t at = x.in_place() ? std::min(c, width - tile.width) : c;
-      o.x = base + at;
-      o.width = static_cast<int>(std::min<int64_t>(tile.width, width - at));
-      for (int i = 0; i < kBandRows; ++i) out[i] = first[i] ? first[i] + at : nullptr;
-      tile.run(o);
-    }
-    if (p.activation == Activation::none) return;
-    for (T* line : first) {
-      for (int r = 0; line && r < o.height; ++r) {
-        bodies.images.activate(p.activation, line + r * y.row(), width);
+    // Columns in parts, so that every tile of the block finds their weights in L1.
+    const int64_t rows = o.rows, most = std::max<int64_t>(1, o.cols);
+    for_parts(most, bodies.group_images.columns, [&](int64_t, int n) {
+      o.cols = std::min<int64_t>(n, a.col_end[t] - a.col_begin[t]);
+      for (int64_t r = 0; r < height; r += block.tile.rows) {
+        for (int64_t c = 0; c < block.width; c += block.tile.width) {
+          o.x = base + r * stride + c - (c == block.last ? block.shift : 0);
+          o.sums = sums + (r * block.wide + c) * kBandRows;
+          block.tile.run(o);
+        }
+      }
+      o.values += o.cols * rows;
+      o.offset += o.cols;
+      o.start = nullptr;
+    });
+    hand_out(block, y, visit, row, height, sums);
+  }
+
+  // Sixteen outputs at a time, over the ends of rows where these follow each other in memory.
+  void hand_out(const Block& block, const Results<T>& y, const BandVisit& visit, int64_t row,
+                int64_t height, T* sums) const {
+    const auto numbers = static_cast<int>(height * block.wide * kBandRows);
+    bodies.samples.activate(p.activation, sums, 0, numbers, nullptr, 1);
+    T* to[kBandRows] = {};
+    const bool joined = y.row() == block.width;
+    const int64_t run = joined ? height * block.width : block.width;
+    for (int64_t r = 0; r < (joined ? 1 : height); ++r) {
+      for (int i = 0; i < kBandRows; ++i) {
+        if (visit.row[i] >= 0) to[i] = y.at(visit.row[i], row + r);
+      }
+      for (int64_t k = 0; k < run; k += kLanes) {
+        const int n = static_cast<int>(std::min<int64_t>(kLanes, run - k));
+        const T* from[kLanes];
+        int64_t line = r + k / block.width, at = k % block.width;
+        for (int i = 0; i < n; ++i) {
+          const int64_t shifted = at + (at >= block.last ? block.shift : 0);
+          from[i] = sums + (line * block.wide + shifted) * kBandRows;
+          if (++at == block.width) ++line, at = 0;
+        }
+        bodies.images.spread(from, n, to);
+        for (T*& place : to) {
+          if (place) place += kLanes;
+        }
       }
     }
   }
@@ -303,9 +352,8 @@ void multiply(const Bodies<T>& bodies, const Plan& plan, const Product& p,
   const Geometry& g = *p.geometry;
   const Groups& a = plan.groups();
   const int64_t images = images_together(g.y.out, g.x.out, p.in.cols);
-  const auto pack = plan.shaped<ForwardPack>(g, images, [&] {
-    return std::make_shared<const ForwardPack>(a, g, images, sizeof(T));
-  });
+  const auto pack = plan.shaped<ForwardPack>(
+      g, images, [&] { return std::make_shared<const ForwardPack>(a, g, images, sizeof(T)); });
   const Forward<T> forward{bodies, a, p, g, *pack};
   for_units(pack->frame, 0, p.in.cols, executor,
             [&](const Unit& unit, const Executor& inner) { forward.unit(unit, inner); });
@@ -323,52 +371,54 @@ struct Backward {
     const PlanarImages<T> in(bodies.images, p.in, g.x.out, source_rows(f, unit), unit, executor);
     const Workspace frame(sizeof(T) * f.numbers());
     T* dy = frame.template as<T>();
-    for_ranges(executor, f.channels, range_step(executor, f.channels),
-               [&](int64_t begin, int64_t end) {
-                 fill_bands(bodies.images, f, pack.visits.visit.data(), in.planes(), unit, dy,
-                            begin, end);
-               });
+    for_ranges(
+        executor, f.channels, range_step(executor, f.channels), [&](int64_t begin, int64_t end) {
+          fill_bands(bodies.images, f, pack.visits.visit.data(), in.planes(), unit, dy, begin, end);
+        });
     // Strips are counted in outputs of a phase; rows of dX are `stride` times as many.
     const int64_t last = std::min(g.y.size, (unit.row + unit.rows) * g.y.stride);
     const Unit lines{unit.image, unit.count, unit.row * g.y.stride, last - unit.row * g.y.stride};
     const Results<T> dx(bodies.images, p.out, f, g, lines);
-    const int64_t channels = p.out.rows, items = channels * pack.phases();
-    for_ranges(executor, items, range_step(executor, items), [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) outputs(unit, dy, dx, i);
-    });
+    const int64_t channels = p.out.rows;
+    for (int64_t phase = 0; phase < pack.phases(); ++phase) {
+      outputs(unit, phase, dy, dx, channels, executor);
+    }
     dx.done(channels, executor);
   }
 
-  // All outputs of one channel and phase.
-  void outputs(const Unit& unit, const T* dy, const Results<T>& dx, int64_t item) const {
+  // All outputs of one phase. A tile passes over all channels while L1 holds its part of dY.
+  void outputs(const Unit& unit, int64_t phase, const T* dy, const Results<T>& dx, int64_t channels,
+               const Executor& executor) const {
     const Frame& f = pack.frame;
     const auto across = static_cast<int64_t>(f.x.phases.size());
-    const int64_t phase = item % pack.phases(), py = phase / across, px = phase % across;
-    const int64_t height =
-        std::min(unit.rows, count_of(g.y.size, g.y.stride, py) - unit.row);
+    const int64_t py = phase / across, px = phase % across;
+    const int64_t height = std::min(unit.rows, count_of(g.y.size, g.y.stride, py) - unit.row);
     const int64_t width = count_of(g.x.size, g.x.stride, px) * f.images;
-    if (height <= 0) return;
+    if (height <= 0 || width <= 0) return;
     const auto& tile = best_tile(*bodies.group_images.multiply_t, height, width, false);
-    TurnedOutputs<T> o{static_cast<const T*>(p.values.data),
-                       pack.entry.data() + pack.ptr[item],
-                       pack.entry.data() + pack.ptr[item + 1],
-                       nullptr,
-                       f.width * f.images * kBandRows,
-                       nullptr,
-                       dx.row() * g.y.stride,
-                       g.x.stride,
-                       0,
-                       0};
-    for (int64_t y = 0; y < height; y += tile.rows) {
-      o.height = static_cast<int>(std::min<int64_t>(tile.rows, height - y));
-      T* out = dx.at(item / pack.phases(), y * g.y.stride + py) + px;
-      for (int64_t x = 0; x < width; x += tile.width) {
-        o.width = static_cast<int>(std::min<int64_t>(tile.width, width - x));
-        o.dy = dy + (y * f.width * f.images + x) * kBandRows;
-        o.out = out + x * g.x.stride;
-        tile.run(o);
+    const int64_t row = divide_up(width, tile.width), tiles = divide_up(height, tile.rows) * row;
+    for_ranges(executor, tiles, range_step(executor, tiles), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t y = i / row * tile.rows, x = i % row * tile.width;
+        TurnedOutputs<T> o{static_cast<const T*>(p.values.data),
+                           nullptr,
+                           nullptr,
+                           dy + (y * f.width * f.images + x) * kBandRows,
+                           f.width * f.images * kBandRows,
+                           nullptr,
+                           dx.row() * g.y.stride,
+                           g.x.stride,
+                           static_cast<int>(std::min<int64_t>(tile.rows, height - y)),
+                           static_cast<int>(std::min<int64_t>(tile.width, width - x))};
+        for (int64_t c = 0; c < channels; ++c) {
+          const int64_t* ptr = pack.ptr.data() + c * pack.phases() + phase;
+          o.entry = pack.entry.data() + ptr[0];
+          o.end = pack.entry.data() + ptr[1];
+          o.out = dx.at(c, y * g.y.stride + py) + px + x * g.x.stride;
+          tile.run(o);
+        }
       }
-    }
+    });
   }
 };
 
@@ -477,13 +527,13 @@ struct Gradient {
 
   void pass(const std::vector<Unit>& units, const Executor& executor) const {
     if (units.size() > 1) {
-      for_each(executor, units.size(),
-               [&](int64_t i) { fill(units[i], i, serial_executor()); });
+      for_each(executor, units.size(), [&](int64_t i) { fill(units[i], i, serial_executor()); });
     } else {
       fill(units[0], 0, executor);
     }
     constexpr int64_t kColumns = 80;
-    const int64_t longest = longest_band(), parts = std::max<int64_t>(1, divide_up(longest, kColumns));
+    const int64_t longest = longest_band(),
+                  parts = std::max<int64_t>(1, divide_up(longest, kColumns));
     const int64_t items = pack.visits.count() * parts;
     for_ranges(executor, items, range_step(executor, items), [&](int64_t first, int64_t last) {
       for (int64_t i = first; i < last; ++i) {
@@ -496,7 +546,8 @@ struct Gradient {
   }
   int64_t longest_band() const {
     int64_t longest = 0;
-    for (int64_t t = 0; t < a.bands; ++t) longest = std::max(longest, a.col_end[t] - a.col_begin[t]);
+    for (int64_t t = 0; t < a.bands; ++t)
+      longest = std::max(longest, a.col_end[t] - a.col_begin[t]);
     return longest;
   }
 };
@@ -508,9 +559,8 @@ void sample(const Bodies<T>& bodies, const Plan& plan, const Product& p, const E
   std::fill_n(static_cast<T*>(p.values.data), plan.nnz(), T(0));
   if (p.in.cols == 0 || g.y.out == 0 || g.x.out == 0) return;
   const int64_t images = images_together(g.y.out, g.x.out, p.in.cols);
-  const auto pack = plan.shaped<ForwardPack>(g, images, [&] {
-    return std::make_shared<const ForwardPack>(a, g, images, sizeof(T));
-  });
+  const auto pack = plan.shaped<ForwardPack>(
+      g, images, [&] { return std::make_shared<const ForwardPack>(a, g, images, sizeof(T)); });
   const Frame& f = pack->frame;
   const Gradient<T> gradient(bodies, a, p, *pack);
   for (int64_t row = 0; row < f.y.domain; row += f.rows) {
@@ -540,7 +590,8 @@ struct GroupImages {
   static Terms terms(const CostModel& model, const Summary& s, const Work& work) {
     const ImageCounts c = image_counts(s.rows, s.cols, work);
     // Rows of a band that lie in several groups of the convolution are visited once for each.
-    const int64_t visits = std::min<int64_t>(work.geometry->groups, kBandRows);
+    const double rows = static_cast<double>(s.nnz) / std::max<int64_t>(1, s.vectors);
+    const double visits = std::clamp<double>(work.geometry->groups, 1.0, std::max(1.0, rows));
     const double vectors = static_cast<double>(s.vectors) * visits;
     const auto batch = static_cast<double>(work.batch);
     const double outputs = static_cast<double>(c.height) * c.width;

@@ -17,10 +17,9 @@ struct BandOutputs {
   int64_t cols;
   const T* x;          // numbers of the first output
   int64_t row_stride;  // from an output to the one below it
-  const T* start;      // (kBandRows), the bias
-  T* const* out;       // of every lane, null where it is not wanted
-  int64_t out_row;
-  int height, width;
+  const T* start;      // (kBandRows), the bias; null: what is in `sums`
+  T* sums;             // kBandRows numbers per output: the whole tile is written
+  int64_t sums_row;
 };
 
 // Where a number of dX gets a share from: a column of a band, and rows of dY.
@@ -67,10 +66,12 @@ template <class Outputs>
 struct Tiles {
   Tile<Outputs> tile[kMostTiles];
   int count;
+  double cost;  // of a tile beside that of its outputs, in outputs
 };
 
 template <class T>
 struct GroupImageBodies {
+  int64_t columns;  // of a band whose weights, and numbers of a tile, L1 holds beside sums
   const Tiles<BandOutputs<T>>* multiply;
   const Tiles<TurnedOutputs<T>>* multiply_t;
   void (*sample)(const BandGradient<T>&);

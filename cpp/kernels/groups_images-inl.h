@@ -6,69 +6,30 @@
 namespace spfmt {
 namespace {
 
-// Lanes of a tile, sixteen outputs at a time, to the rows that they belong to: in one run where the
-// rows of the tile follow each other in memory, else row by row.
-template <class S, int R, int W, class T = typename S::T>
-inline void store_tile(const BandOutputs<T>& o, typename S::V* acc) noexcept {
-  constexpr int kOutputs = R * W, kBlocks = (kOutputs + kLanes - 1) / kLanes;
-  const bool one_run = R == 1 || (o.out_row == W && o.width == W);
-  const int run = R == 1 ? o.width : o.height * W;
-  T rows[R == 1 ? 1 : kLanes][kBlocks * kLanes];
-  SPFMT_UNROLL
-  for (int b = 0; b < kBlocks; ++b) {
-    typename S::V tile[kLanes];
-    SPFMT_UNROLL
-    for (int i = 0; i < kLanes; ++i) {
-      tile[i] = b * kLanes + i < kOutputs ? acc[b * kLanes + i < kOutputs ? b * kLanes + i : 0]
-                                          : S::zero();
-    }
-    S::transpose(tile);
-    const int left = run - b * kLanes;
-    if (!one_run) {
-      SPFMT_UNROLL
-      for (int i = 0; i < kLanes; ++i) S::store(&rows[R == 1 ? 0 : i][b * kLanes], tile[i]);
-    } else if (left >= kLanes) {
-      SPFMT_UNROLL
-      for (int i = 0; i < kLanes; ++i) {
-        if (o.out[i]) S::store(o.out[i] + b * kLanes, tile[i]);
-      }
-    } else if (left > 0) {
-      SPFMT_UNROLL
-      for (int i = 0; i < kLanes; ++i) {
-        if (o.out[i]) S::store(o.out[i] + b * kLanes, tile[i], left);
-      }
-    }
-  }
-  if (one_run) return;
-  for (int i = 0; i < kLanes; ++i) {
-    if (!o.out[i]) continue;
-    for (int r = 0; r < o.height; ++r) {
-      for (int k = 0; k < o.width; ++k) o.out[i][r * o.out_row + k] = rows[R == 1 ? 0 : i][r * W + k];
-    }
-  }
-}
-
 // One load of weights serves all outputs of a tile; their numbers come by broadcasts.
 template <class S, int R, int W, bool kWhole, class T = typename S::T>
 inline void band_tile(const BandOutputs<T>& o) noexcept {
   typename S::V acc[R * W];
-  const auto start = S::load(o.start);
   SPFMT_UNROLL
-  for (auto& a : acc) a = start;
+  for (int i = 0; i < R * W; ++i) {
+    acc[i] = S::load(o.start ? o.start : o.sums + i / W * o.sums_row + i % W * kLanes);
+  }
   const T* w = o.values;
   const int64_t step = kWhole ? kLanes : o.rows;
   for (int64_t j = 0; j < o.cols; ++j, w += step) {
     const auto weights = S::keep(kWhole ? S::load(w) : S::load(w, o.rows));
     const T* x = o.x + o.offset[j];
     SPFMT_UNROLL
-    for (int r = 0; r < R; ++r) {
+    for (int r = 0; r < R; ++r, x += o.row_stride) {
+      if (R > 1) x = opaque(x);
       SPFMT_UNROLL
       for (int i = 0; i < W; ++i) {
-        acc[r * W + i] = S::fma(weights, S::set1(x[r * o.row_stride + i]), acc[r * W + i]);
+        acc[r * W + i] = S::fma(weights, S::set1(x[i]), acc[r * W + i]);
       }
     }
   }
-  store_tile<S, R, W>(o, acc);
+  SPFMT_UNROLL
+  for (int i = 0; i < R * W; ++i) S::store(o.sums + i / W * o.sums_row + i % W * kLanes, acc[i]);
 }
 
 template <class S, int R, int W, class T = typename S::T>
@@ -87,10 +48,11 @@ __attribute__((noinline)) void groups_image_t(const TurnedOutputs<T>& o) noexcep
     const auto weights = e->rows == kLanes ? S::load(w) : S::load(w, e->rows);
     const T* dy = o.dy + e->offset;
     SPFMT_UNROLL
-    for (int r = 0; r < R; ++r) {
+    for (int r = 0; r < R; ++r, dy += o.row_stride) {
+      if (R > 1) dy = opaque(dy);
       SPFMT_UNROLL
       for (int i = 0; i < W; ++i) {
-        const auto rows = S::load(dy + r * o.row_stride + i * kLanes);
+        const auto rows = S::load(dy + i * kLanes);
         acc[r * W + i] = S::dot(weights, rows, acc[r * W + i]);
       }
     }
@@ -175,7 +137,7 @@ void groups_image_gradient(const BandGradient<T>& g) noexcept {
 // the last layers fill a tile too.
 template <class S, class T = typename S::T>
 constexpr Tiles<BandOutputs<T>> image_tiles() {
-  Tiles<BandOutputs<T>> t{};
+  Tiles<BandOutputs<T>> t{{}, 0, S::kTileCost};
 #define SPFMT_TILE(R, W) \
   if constexpr (R * W <= S::kImageOutputs) t.tile[t.count++] = {R, W, groups_image<S, R, W>};
   SPFMT_TILE(1, 28)
@@ -207,7 +169,8 @@ constexpr Tiles<TurnedOutputs<T>> turned_tiles() {
   return {{{1, kOutputs, groups_image_t<S, 1, kOutputs>},
            {2, kOutputs / 2, groups_image_t<S, 2, kOutputs / 2>},
            {4, kOutputs / 4, groups_image_t<S, 4, kOutputs / 4>}},
-          3};
+          3,
+          1.0};
 }
 
 template <class S>
@@ -217,7 +180,7 @@ constexpr Tiles<TurnedOutputs<typename S::T>> kTurnedTiles = turned_tiles<S>();
 
 template <class S>
 constexpr GroupImageBodies<typename S::T> group_image_bodies() {
-  return {&kImageTiles<S>, &kTurnedTiles<S>, groups_image_gradient<S>};
+  return {S::kImageColumns, &kImageTiles<S>, &kTurnedTiles<S>, groups_image_gradient<S>};
 }
 
 }  // namespace

@@ -1,8 +1,7 @@
-// Moving and finishing the numbers of images (core/images.h). Included once per ISA level.
+// Moving the numbers of images (core/images.h). Included once per ISA level.
 #pragma once
 
 #include "../core/images.h"
-#include "activation-inl.h"
 
 namespace spfmt {
 namespace {
@@ -30,54 +29,58 @@ void image_transpose(const T* const* from, int64_t n, T* to, int64_t step, int l
 }
 
 template <class S, class T = typename S::T>
-void image_copy(const T* from, int64_t step, int64_t count, T* to, int64_t before,
-                int64_t width) noexcept {
-  for (int64_t i = 0; i < before; ++i) to[i] = T(0);
-  T* begin = to + before;
-  if (step == 1) {
-    int64_t k = 0;
-    for (; k + kLanes <= count; k += kLanes) S::store(begin + k, S::load(from + k));
-    if (k < count) {
-      const int n = static_cast<int>(count - k);
-      S::store(begin + k, S::load(from + k, n), n);
-    }
-  } else if (step == 2) {  // a constant the compiler makes vectors of
-    for (int64_t k = 0; k < count; ++k) begin[k] = from[2 * k];
+void image_spread(const T* const* from, int n, T* const* to) noexcept {
+  typename S::V tile[kLanes];
+  if (n == kLanes) {
+    SPFMT_UNROLL
+    for (int i = 0; i < kLanes; ++i) tile[i] = S::load(from[i]);
   } else {
-    for (int64_t k = 0; k < count; ++k) begin[k] = from[k * step];
+    for (int i = 0; i < kLanes; ++i) tile[i] = i < n ? S::load(from[i]) : S::zero();
   }
-  for (int64_t i = before + count; i < width; ++i) to[i] = T(0);
-}
-
-template <class S, Activation kKind, class T = typename S::T>
-void activate_run(T* y, int64_t n) noexcept {
-  int64_t k = 0;
-  for (; k + kLanes <= n; k += kLanes) S::store(y + k, activation_of<S, kKind>(S::load(y + k)));
-  if (k < n) {
-    const int left = static_cast<int>(n - k);
-    S::store(y + k, activation_of<S, kKind>(S::load(y + k, left)), left);
+  S::transpose(tile);
+  if (n == kLanes) {
+    SPFMT_UNROLL
+    for (int i = 0; i < kLanes; ++i) {
+      if (to[i]) S::store(to[i], tile[i]);
+    }
+  } else {
+    for (int i = 0; i < kLanes; ++i) {
+      if (to[i]) S::store(to[i], tile[i], n);
+    }
   }
 }
 
 template <class S, class T = typename S::T>
-void image_activate(Activation kind, T* y, int64_t n) noexcept {
-  switch (kind) {
-    case Activation::none:
-      return;
-    case Activation::relu:
-      return activate_run<S, Activation::relu>(y, n);
-    case Activation::gelu:
-      return activate_run<S, Activation::gelu>(y, n);
-    case Activation::gelu_tanh:
-      return activate_run<S, Activation::gelu_tanh>(y, n);
-    case Activation::silu:
-      return activate_run<S, Activation::silu>(y, n);
+inline void image_copy_row(const T* from, int64_t step, int64_t count, T* to) noexcept {
+  if (step == 1) {
+    int64_t k = 0;
+    for (; k + kLanes <= count; k += kLanes) S::store(to + k, S::load(from + k));
+    if (k < count) {
+      const int n = static_cast<int>(count - k);
+      S::store(to + k, S::load(from + k, n), n);
+    }
+  } else if (step == 2) {  // a constant the compiler makes vectors of
+    for (int64_t k = 0; k < count; ++k) to[k] = from[2 * k];
+  } else {
+    for (int64_t k = 0; k < count; ++k) to[k] = from[k * step];
+  }
+}
+
+template <class S, class T = typename S::T>
+void image_copy(const T* from, int64_t row, int64_t rows, int64_t step, int64_t count, T* to,
+                int64_t before, int64_t width) noexcept {
+  const int64_t after = width - before - count;
+  for (int64_t r = 0; r < rows; ++r, from += row) {
+    for (int64_t i = 0; i < before; ++i) *to++ = T(0);
+    image_copy_row<S>(from, step, count, to);
+    to += count;
+    for (int64_t i = 0; i < after; ++i) *to++ = T(0);
   }
 }
 
 template <class S>
 constexpr ImageBodies<typename S::T> image_bodies() {
-  return {image_transpose<S>, image_copy<S>, image_activate<S>};
+  return {image_transpose<S>, image_spread<S>, image_copy<S>};
 }
 
 }  // namespace

@@ -28,8 +28,12 @@ inline void image_pieces(const ImagePiece* piece, const int32_t* offsets,
   const auto add = [&](int i, int64_t k, typename S::V w) {
     const T* x = o.x + offset[i][k];
     SPFMT_UNROLL
-    for (int v = 0; v < R * W; ++v) {
-      acc[i][v] = S::fma(w, S::load(x + v / W * o.x_row + v % W * kLanes), acc[i][v]);
+    for (int r = 0; r < R; ++r, x += o.x_row) {
+      if (R > 1) x = opaque(x);
+      SPFMT_UNROLL
+      for (int v = 0; v < W; ++v) {
+        acc[i][r * W + v] = S::fma(w, S::load(x + v * kLanes), acc[i][r * W + v]);
+      }
     }
   };
   const int64_t count = piece->count;
@@ -161,9 +165,11 @@ void image_gradient_of(const ImagePieces& a, const ListGradient<T>& g, int64_t b
 template <class S, class T = typename S::T>
 void lists_image_gradient(const ImagePieces& a, const ListGradient<T>& g, int64_t block,
                           int64_t chunk) noexcept {
-  g.down == 4   ? image_gradient_of<S, 4, S::kHeldVectors / 4>(a, g, block, chunk)
-  : g.down == 2 ? image_gradient_of<S, 2, S::kHeldVectors / 2>(a, g, block, chunk)
-                : image_gradient_of<S, 1, S::kHeldVectors>(a, g, block, chunk);
+  if constexpr (S::kHeldVectors >= 4) {
+    if (g.down == 4) return image_gradient_of<S, 4, S::kHeldVectors / 4>(a, g, block, chunk);
+  }
+  g.down == 2 ? image_gradient_of<S, 2, S::kHeldVectors / 2>(a, g, block, chunk)
+              : image_gradient_of<S, 1, S::kHeldVectors>(a, g, block, chunk);
 }
 
 template <class S>

@@ -26,13 +26,17 @@ struct Place {
 struct ListImagePack {
   Frame frame;
   int64_t rows;                 // forward those of A; turned the channels of X, by phase
-  std::vector<int64_t> source;  // of turned lists: the value at each place
+  std::vector<int64_t> source;  // the value at each place, where they are in another order
   std::vector<int64_t> piece_ptr;
   std::vector<ImagePiece> piece;
   std::vector<int32_t> offset;
   ImagePieces view;
 
-  ListImagePack(const Lists& a, const Geometry& g, bool turned, int64_t images, int64_t bytes)
+  ListImagePack(const RowLists& rows_of, const Geometry& g, bool turned, int64_t images,
+                int64_t bytes)
+      : ListImagePack(rows_of.lists, rows_of.source, g, turned, images, bytes) {}
+  ListImagePack(const Lists& a, const int64_t* position, const Geometry& g, bool turned,
+                int64_t images, int64_t bytes)
       : frame(g, turned, turned ? a.rows : g.groups * (a.cols / g.cells()), 1, images, bytes,
               kFrameBytes),
         rows(turned ? g.groups * (a.cols / g.cells()) * phases() : a.rows) {
@@ -40,8 +44,8 @@ struct ListImagePack {
     std::vector<Place> place;
     if (a.indptr[a.rows] > INT32_MAX) throw std::length_error("too many values for a convolution");
     turned ? gather_turned(a, g, ptr, place) : gather(a, g, ptr, place);
-    if (turned) {
-      for (const Place& p : place) source.push_back(p.source);
+    if (turned || position) {
+      for (const Place& p : place) source.push_back(position ? position[p.source] : p.source);
     }
     cut(ptr, place);
   }
@@ -57,7 +61,8 @@ struct ListImagePack {
   // body(row, position, channel of X, cell) of every nonzero.
   template <class Body>
   static void for_nonzeros(const Lists& a, const Geometry& g, const Body& body) {
-    const int64_t channels = a.cols / g.cells(), group_rows = std::max<int64_t>(1, a.rows / g.groups);
+    const int64_t channels = a.cols / g.cells(),
+                  group_rows = std::max<int64_t>(1, a.rows / g.groups);
     for (int64_t r = 0; r < a.rows; ++r) {
       for (int64_t p = a.indptr[r]; p < a.indptr[r + 1]; ++p) {
         const int64_t c = r / group_rows * channels + a.col_indices[p] / g.cells();
@@ -110,9 +115,11 @@ struct ListImagePack {
       for (int64_t q = 0; q < chunks; ++q) {
         const int64_t end = std::min(rows, (q + 1) * kChunkRows);
         const size_t begin = piece.size();
-        for (int64_t r = q * kChunkRows; r < end; ++r) append(r, ptr[r + 1], (b + 1) * block, place, at, b == 0);
-        std::stable_sort(piece.begin() + begin, piece.end(),
-                         [](const ImagePiece& p, const ImagePiece& o) { return p.count > o.count; });
+        for (int64_t r = q * kChunkRows; r < end; ++r)
+          append(r, ptr[r + 1], (b + 1) * block, place, at, b == 0);
+        std::stable_sort(
+            piece.begin() + begin, piece.end(),
+            [](const ImagePiece& p, const ImagePiece& o) { return p.count > o.count; });
         piece_ptr.push_back(piece.size());
       }
     }
@@ -140,8 +147,9 @@ struct Domain {
 
   Domain(const Frame& f, int64_t rows)
       : height(f.images > 1 ? rows : 1),
-        width(f.images > 1 ? f.x.domain
-                           : divide_up(std::max<int64_t>(0, (rows - 1) * f.width + f.x.domain), kLanes)),
+        width(f.images > 1
+                  ? f.x.domain
+                  : divide_up(std::max<int64_t>(0, (rows - 1) * f.width + f.x.domain), kLanes)),
         row(f.width * f.images) {}
 
   // body(y, x, down, across) over tiles of at most `most` vectors, with at most `tallest` rows.
@@ -152,9 +160,8 @@ struct Domain {
     int64_t y = 0;
     for (int64_t rows = down; rows >= 1; rows /= 2) {
       for (; y + rows <= height; y += rows) {
-        for_parts(width, most / rows, [&](int64_t x, int across) {
-          body(y, x, static_cast<int>(rows), across);
-        });
+        for_parts(width, most / rows,
+                  [&](int64_t x, int across) { body(y, x, static_cast<int>(rows), across); });
       }
     }
   }
@@ -234,8 +241,8 @@ struct ListProduct {
     for_each(executor, tiles.size(), [&](int64_t i) {
       const int64_t at = tiles[i].y * domain.row + tiles[i].x * kLanes;
       bodies.list_images.multiply(
-          pack.view, {values, x + at, domain.row, static_cast<const T*>(p.bias.data), sum + at, plane,
-                      domain.row, tiles[i].down, tiles[i].across});
+          pack.view, {values, x + at, domain.row, static_cast<const T*>(p.bias.data), sum + at,
+                      plane, domain.row, tiles[i].down, tiles[i].across});
     });
   }
 
@@ -246,19 +253,20 @@ struct ListProduct {
     const auto across = static_cast<int64_t>(f.x.phases.size());
     const int64_t py = f.turned ? phase / across : 0, px = f.turned ? phase % across : 0;
     const int64_t down = f.turned ? g.y.stride : 1, step = f.turned ? g.x.stride : 1;
-    const int64_t height = f.turned ? std::min(unit.rows, count_of(g.y.size, down, py) - unit.row)
-                                    : unit.rows;
+    const int64_t height =
+        f.turned ? std::min(unit.rows, count_of(g.y.size, down, py) - unit.row) : unit.rows;
     const int64_t width = f.turned ? count_of(g.x.size, step, px) : g.x.out;
     const Planes<T>* planes = y.planes();
+    const int64_t numbers = divide_up(height * f.width * f.images, kLanes) * kLanes;
+    bodies.samples.activate(p.activation, sum, 0, static_cast<int>(numbers), nullptr, 1);
     for (int64_t i = 0; i < height; ++i) {
-      T* line = sum + i * f.width * f.images;
-      bodies.images.activate(p.activation, line, width * f.images);
+      const T* line = sum + i * f.width * f.images;
       const int64_t at =
           channel * planes[0].channel + ((unit.row + i) * down + py) * planes[0].row + px;
       if (f.images > 1) {
         separate(line, width, planes, unit.count, at, step);
       } else if (step == 1) {
-        bodies.images.copy(line, 1, width, planes[0].data + at, 0, width);
+        bodies.images.copy(line, 0, 1, 1, width, planes[0].data + at, 0, width);
       } else {
         for (int64_t k = 0; k < width; ++k) planes[0].data[at + k * step] = line[k];
       }
@@ -296,26 +304,25 @@ void for_sets(int64_t batch, const Body& body) {
   if (batch > whole) body(whole, batch - whole, int64_t{1});
 }
 
-std::shared_ptr<const ListImagePack> pack_of(const Plan& plan, const Geometry& g, bool turned,
-                                             int64_t images, int64_t bytes) {
+std::shared_ptr<const ListImagePack> pack_of(const Plan& plan, const RowLists& a, const Geometry& g,
+                                             bool turned, int64_t images, int64_t bytes) {
   const int64_t key = 2 * images + (turned ? 1 : 0);
-  return plan.shaped<ListImagePack>(g, key, [&] {
-    return std::make_shared<const ListImagePack>(plan.lists(), g, turned, images, bytes);
-  });
+  return plan.shaped<ListImagePack>(
+      g, key, [&] { return std::make_shared<const ListImagePack>(a, g, turned, images, bytes); });
 }
 
 template <class T>
-void multiply(const Bodies<T>& bodies, const Plan& plan, const Product& p,
+void multiply(const Bodies<T>& bodies, const Plan& plan, const RowLists& a, const Product& p,
               const Executor& executor) {
   const Geometry& g = *p.geometry;
   const bool turned = p.op == Op::spmm_t;
   for_sets(p.in.cols, [&](int64_t first, int64_t images, int64_t together) {
-    const auto pack = pack_of(plan, g, turned, together, sizeof(T));
+    const auto pack = pack_of(plan, a, g, turned, together, sizeof(T));
     const T* values = static_cast<const T*>(p.values.data);
     const Workspace ordered(sizeof(T) * (pack->source.size() + 1));
     T* to = ordered.template as<T>();
     for (size_t i = 0; i < pack->source.size(); ++i) to[i] = values[pack->source[i]];
-    const ListProduct<T> product{bodies, p, g, *pack, turned ? to : values};
+    const ListProduct<T> product{bodies, p, g, *pack, pack->source.empty() ? values : to};
     for_units(pack->frame, first, images, executor,
               [&](const Unit& unit, const Executor& inner) { product.unit(unit, inner); });
   });
@@ -325,7 +332,7 @@ void multiply(const Bodies<T>& bodies, const Plan& plan, const Product& p,
 // rows, which numbers of X behind a row then meet.
 template <class T>
 void add_gradient(const Bodies<T>& bodies, const Product& p, const ListImagePack& pack,
-                  const Unit& unit, const Executor& executor) {
+                  const Unit& unit, T* gradient, const Executor& executor) {
   const Geometry& g = *p.geometry;
   const Frame& f = pack.frame;
   const ListFrame<T> x(bodies.images, f, p.in2, g.x.size, unit, executor);
@@ -346,34 +353,73 @@ void add_gradient(const Bodies<T>& bodies, const Product& p, const ListImagePack
   const Domain domain(f, unit.rows);
   const auto chunk_gradient = [&](int64_t chunk) {
     for (int64_t block = 0; block < pack.view.blocks; ++block) {
-      domain.for_tiles(bodies.list_images.most_held, 4,
-                       [&](int64_t y, int64_t at, int down, int across) {
-                         const int64_t place = y * domain.row + at * kLanes;
-                         bodies.list_images.sample(
-                             pack.view,
-                             {x.data() + place, dy + place, domain.row, rows.channel * f.images,
-                              domain.row, static_cast<T*>(p.values.data), down, across},
-                             block, chunk);
-                       });
+      domain.for_tiles(
+          bodies.list_images.most_held, 4, [&](int64_t y, int64_t at, int down, int across) {
+            const int64_t place = y * domain.row + at * kLanes;
+            bodies.list_images.sample(pack.view,
+                                      {x.data() + place, dy + place, domain.row,
+                                       rows.channel * f.images, domain.row, gradient, down, across},
+                                      block, chunk);
+          });
     }
   };
   for_each(executor, pack.view.chunks, chunk_gradient);
 }
 
 template <class T>
-void sample(const Bodies<T>& bodies, const Plan& plan, const Product& p, const Executor& executor) {
+void sample(const Bodies<T>& bodies, const Plan& plan, const RowLists& a, const Product& p,
+            const Executor& executor) {
   const Geometry& g = *p.geometry;
-  std::fill_n(static_cast<T*>(p.values.data), plan.nnz(), T(0));
-  if (g.x.out == 0) return;
-  for_sets(p.in.cols, [&](int64_t first, int64_t images, int64_t together) {
-    const auto pack = pack_of(plan, g, false, together, sizeof(T));
+  T* values = static_cast<T*>(p.values.data);
+  const Workspace ordered(sizeof(T) * (a.source ? plan.nnz() + 1 : 1));
+  T* gradient = a.source ? ordered.template as<T>() : values;
+  std::fill_n(gradient, plan.nnz(), T(0));
+  const int64_t batch = g.x.out == 0 ? 0 : p.in.cols;
+  for_sets(batch, [&](int64_t first, int64_t images, int64_t together) {
+    const auto pack = pack_of(plan, a, g, false, together, sizeof(T));
     // Units one after the other, whatever the threads: they add to the same gradient.
     const Executor alone = serial_executor();
     for_units(pack->frame, first, images, alone, [&](const Unit& unit, const Executor&) {
-      add_gradient(bodies, p, *pack, unit, executor);
+      add_gradient(bodies, p, *pack, unit, gradient, executor);
     });
   });
+  for (int64_t i = 0; a.source && i < plan.nnz(); ++i) values[a.source[i]] = gradient[i];
 }
+
+}  // namespace
+
+template <class T>
+void run_row_lists(const Bodies<T>& bodies, const Plan& plan, const RowLists& a, const Product& p,
+                   const Executor& executor) {
+  p.op == Op::sddmm ? sample(bodies, plan, a, p, executor) : multiply(bodies, plan, a, p, executor);
+}
+template void run_row_lists(const Bodies<float>&, const Plan&, const RowLists&, const Product&,
+                            const Executor&);
+template void run_row_lists(const Bodies<double>&, const Plan&, const RowLists&, const Product&,
+                            const Executor&);
+
+Terms row_list_terms(const CostModel& model, const Summary& s, const Work& work) {
+  constexpr int64_t kTile = 4;  // vectors
+  const ImageCounts c = image_counts(s.rows, s.cols, work);
+  double images = 0, passes = 0, vectors = 0, tiles = 0;
+  for_sets(work.batch, [&](int64_t, int64_t count, int64_t together) {
+    const auto units = static_cast<double>(divide_up(count, together));
+    const bool side_by_side = together > 1;
+    const int64_t line = (c.height - 1) * c.row + c.width;
+    const int64_t height = side_by_side ? c.height : 1;
+    const int64_t width = side_by_side ? c.width : divide_up(line, kLanes);
+    images += units * static_cast<double>(together);
+    passes += units;
+    vectors += units * static_cast<double>(height * width);
+    tiles += units * static_cast<double>(divide_up(height * width, kTile));
+  });
+  const auto nnz = static_cast<double>(s.nnz);
+  // Values and offsets come from behind L2 once for every tile.
+  return terms_of(model, work, c.operands * images, nnz * passes, nnz * vectors,
+                  static_cast<double>(size_of(work.dtype) + sizeof(int32_t)) * nnz, tiles);
+}
+
+namespace {
 
 struct ListImages {
   template <class T>
@@ -383,27 +429,10 @@ struct ListImages {
   template <class T>
   static void run(const Bodies<T>& bodies, const Plan& plan, const Product& p,
                   const Executor& executor) {
-    p.op == Op::sddmm ? sample(bodies, plan, p, executor) : multiply(bodies, plan, p, executor);
+    run_row_lists(bodies, plan, {plan.lists(), nullptr}, p, executor);
   }
   static Terms terms(const CostModel& model, const Summary& s, const Work& work) {
-    constexpr int64_t kTile = 4;  // vectors
-    const ImageCounts c = image_counts(s.rows, s.cols, work);
-    double images = 0, passes = 0, vectors = 0, tiles = 0;
-    for_sets(work.batch, [&](int64_t, int64_t count, int64_t together) {
-      const auto units = static_cast<double>(divide_up(count, together));
-      const bool side_by_side = together > 1;
-      const int64_t line = (c.height - 1) * c.row + c.width;
-      const int64_t height = side_by_side ? c.height : 1;
-      const int64_t width = side_by_side ? c.width : divide_up(line, kLanes);
-      images += units * static_cast<double>(together);
-      passes += units;
-      vectors += units * static_cast<double>(height * width);
-      tiles += units * static_cast<double>(divide_up(height * width, kTile));
-    });
-    const auto nnz = static_cast<double>(s.nnz);
-    // Values and offsets come from behind L2 once for every tile.
-    return terms_of(model, work, c.operands * images, nnz * passes, nnz * vectors,
-                    static_cast<double>(size_of(work.dtype) + sizeof(int32_t)) * nnz, tiles);
+    return row_list_terms(model, s, work);
   }
 };
 

@@ -12,7 +12,8 @@ namespace spfmt {
 // the units of parallel work of the gradient. Inside a (block, chunk) the pieces of rows are sorted
 // by length, longest first, so that their loops end where the branch predictor expects.
 //
-//   block b, chunk q: pieces piece_ptr[b * chunks + q] .. piece_ptr[b * chunks + q + 1], one per row
+//   block b, chunk q: pieces piece_ptr[b * chunks + q] .. piece_ptr[b * chunks + q + 1], one per
+//   row
 //           with nonzeros there; in block 0 one for every row, so that each starts once
 //   a piece: `count` values from `start` on in the order of the lists, offsets from `first` on
 struct ImagePiece {
@@ -44,6 +45,12 @@ struct ListGradient {
   int64_t x_row, plane, dy_row;
   T* gradient;  // in the order of the lists
   int down, across;
+};
+
+// Lists, and the position of each value where they are another layout's; null: its own.
+struct RowLists {
+  Lists lists;
+  const int64_t* source;
 };
 
 template <class T>

@@ -22,12 +22,14 @@ struct KernelInfo;
 struct KernelContext;
 struct ShapeInferContext;
 struct TensorInfo;
+struct OpAttr;
 struct Value;
 
 enum class ErrorCode : int { fail = 1, invalid_argument = 2, runtime_exception = 6 };
 enum class ElementType : int { undefined = 0, f32 = 1, u16 = 4, i32 = 6, f64 = 11 };
 enum class Characteristic : int { required = 0 };
 enum class MemoryType : int { standard = 0 };
+enum class OpAttrType : int { ints = 2 };
 
 // OrtApi: the functions in use, each at its place in the table.
 struct Api {
@@ -58,17 +60,22 @@ struct Api {
   void (*ReleaseStatus)(Status*);
   void* unused_94[5];
   void (*ReleaseTensorTypeAndShapeInfo)(TensorInfo*);
-  void* unused_100[149];
+  void* unused_100[63];
+  Status* (*KernelInfoGetAttributeArray_int64)(const KernelInfo*, const char* name, int64_t* out,
+                                               size_t* count);
+  void* unused_164[85];
   Status* (*KernelInfoGetConstantInput_tensor)(const KernelInfo*, size_t index, int* is_constant,
                                                const Value** out);
   void* unused_250[18];
   Status* (*ShapeInferContext_GetInputTypeShape)(const ShapeInferContext*, size_t index,
                                                  TensorInfo** out);
-  void* unused_269;
+  Status* (*ShapeInferContext_GetAttribute)(const ShapeInferContext*, const char* name,
+                                            const OpAttr** out);
   Status* (*ShapeInferContext_SetOutputTypeShape)(const ShapeInferContext*, size_t index,
                                                   const TensorInfo*);
   Status* (*SetSymbolicDimensions)(TensorInfo*, const char** names, size_t count);
-  void* unused_272[2];
+  Status* (*ReadOpAttr)(const OpAttr*, OpAttrType, void* data, size_t bytes, size_t* out);
+  void* unused_273;
   Status* (*KernelContext_ParallelFor)(const KernelContext*, void (*fn)(void*, size_t),
                                        size_t total, size_t num_batch, void* user_data);
   // From here on for runtimes of kShapesVersion only.
@@ -132,10 +139,13 @@ struct CustomOp {
   X(KernelContext_GetOutput, 91)               \
   X(ReleaseStatus, 93)                         \
   X(ReleaseTensorTypeAndShapeInfo, 99)         \
+  X(KernelInfoGetAttributeArray_int64, 163)    \
   X(KernelInfoGetConstantInput_tensor, 249)    \
   X(ShapeInferContext_GetInputTypeShape, 268)  \
+  X(ShapeInferContext_GetAttribute, 269)       \
   X(ShapeInferContext_SetOutputTypeShape, 270) \
   X(SetSymbolicDimensions, 271)                \
+  X(ReadOpAttr, 272)                           \
   X(KernelContext_ParallelFor, 274)
 
 // Those that kShapesVersion added.

@@ -119,14 +119,14 @@ std::shared_ptr<const Plan> read_groups(const Constants& node) {
 
 }  // namespace
 
-const std::vector<Operator>& operators() {
-  static const std::vector<Operator> kOperators = {
-      {"ListsLinear", {"values", "indptr", "col_indices"}, read_lists},
-      {"GroupsLinear",
+const std::vector<Structure>& structures() {
+  static const std::vector<Structure> kStructures = {
+      {"Lists", {"values", "indptr", "col_indices"}, read_lists},
+      {"Groups",
        {"values", "row_perm", "row_ptr", "col_begin", "col_end", "col_indices"},
        read_groups},
   };
-  return kOperators;
+  return kStructures;
 }
 
 }  // namespace spfmt::ort

@@ -1,4 +1,4 @@
-// From an operator's constant inputs to a checked structure: the only place where numbers from a
+// From a node's constant inputs to a checked structure: the only place where numbers from a
 // file become addresses. It knows no functions of ONNX Runtime, so it can be tested without one.
 #pragma once
 
@@ -19,20 +19,20 @@ struct Tensor {
   const void* data;
 };
 
-// What a node holds besides X and bias, in the order that its Operator names.
+// What a node holds besides X and bias, in the order that its Structure names.
 struct Constants {
-  int64_t rows, cols;  // out_features, in_features
+  int64_t rows, cols;  // of the weight as a matrix
   std::vector<Tensor> inputs;
 };
 
-// One operator of the domain: its signature between X and bias, and how to read it.
-struct Operator {
-  const char* name;
+// One layout: its part of an operator's signature, between X and bias, and how to read it.
+struct Structure {
+  const char* name;                 // what operators begin with
   std::vector<const char*> inputs;  // values first, a vector in the order of the layout
   // Throws std::invalid_argument, naming what is wrong, for anything but a sound structure.
   std::shared_ptr<const Plan> (*read)(const Constants&);
 };
 
-const std::vector<Operator>& operators();
+const std::vector<Structure>& structures();
 
 }  // namespace spfmt::ort

@@ -26,7 +26,9 @@ struct Avx2Simd {
   static constexpr int kBandSamples = 6;
   static constexpr int kDotCols = 2;
   static constexpr int kLookupSamples = 2, kWidestWindow = 32;
-  static constexpr int kImageOutputs = 6, kTurnedOutputs = 8, kGradientColumns = 6;
+  static constexpr int kImageOutputs = 6, kTurnedOutputs = 8, kGradientColumns = 5;
+  static constexpr double kTileCost = 4.0;
+  static constexpr int64_t kImageColumns = 64;
   static constexpr int kImageVectors = 4, kHeldVectors = 4;
 
   static V zero() noexcept { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }

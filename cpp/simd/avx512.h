@@ -28,6 +28,8 @@ struct Avx512Simd {
   static constexpr int kDotCols = 4;
   static constexpr int kLookupSamples = 8, kWidestWindow = 64;
   static constexpr int kImageOutputs = 28, kTurnedOutputs = 16, kGradientColumns = 10;
+  static constexpr double kTileCost = 1.5;
+  static constexpr int64_t kImageColumns = 256;
   static constexpr int kImageVectors = 8, kHeldVectors = 16;
 
   static __mmask16 first(int n) noexcept { return static_cast<__mmask16>((1u << n) - 1u); }

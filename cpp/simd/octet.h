@@ -29,13 +29,22 @@ struct YmmSimd {
   static V load(const T* p) noexcept { return _mm256_loadu_ps(p); }
   static V load(const T* p, int n) noexcept { return _mm256_maskload_ps(p, first(n)); }
   static void store(T* p, V v) noexcept { _mm256_storeu_ps(p, v); }
-  // AMD stores under a mask in microcode, some twenty cycles.
-  static void store(T* p, V v, int n) noexcept {
-    if (n >= 8) {
-      store(p, v);
-    } else if (n > 0) {
-      _mm256_maskstore_ps(p, first(n), v);
+  // In pieces: AMD stores under a mask in microcode, some twenty cycles.
+  __attribute__((always_inline)) static void store(T* p, V v, int n) noexcept {
+    if (n >= 8) return store(p, v);
+    if (n <= 0) return;
+    __m128 rest = _mm256_castps256_ps128(v);
+    if (n & 4) {
+      _mm_storeu_ps(p, rest);
+      rest = _mm256_extractf128_ps(v, 1);
+      p += 4;
     }
+    if (n & 2) {
+      _mm_storel_pi(reinterpret_cast<__m64*>(p), rest);
+      rest = _mm_movehl_ps(rest, rest);
+      p += 2;
+    }
+    if (n & 1) _mm_store_ss(p, rest);
   }
   static V add(V a, V b) noexcept { return _mm256_add_ps(a, b); }
   static V fma(V a, V b, V c) noexcept { return _mm256_fmadd_ps(a, b, c); }

@@ -103,8 +103,10 @@ struct ScalarSimd : ScalarLanes<Real, kLanes> {
   // Of convolutions: accumulators of a tile of outputs next to a vector of weights, and of one of
   // dX; columns whose gradients fit next to a vector of dY; vectors of outputs of one list, and of
   // its dY, that are held while its columns pass by.
-  static constexpr int kImageOutputs = 4, kTurnedOutputs = 4, kGradientColumns = 4;
-  static constexpr int kImageVectors = 4, kHeldVectors = 4;
+  static constexpr int kImageOutputs = 4, kTurnedOutputs = 4, kGradientColumns = 2;
+  static constexpr double kTileCost = 1.0;
+  static constexpr int64_t kImageColumns = 64;
+  static constexpr int kImageVectors = 2, kHeldVectors = 2;
 
   // to(i, quad) for every lane i; quad(p) stores that lane of four vectors at p.
   template <class To>

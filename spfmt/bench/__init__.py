@@ -8,7 +8,17 @@ take part where they are installed, and the report says which are not.
 
 from __future__ import annotations
 
-from spfmt.bench.contenders import BATCH_FIRST, FEATURES_FIRST, LAYER, OPS, Case
+from spfmt.bench.contenders import (
+    BATCH_FIRST,
+    CHANNELS_FIRST,
+    CHANNELS_LAST,
+    CONVOLUTIONS,
+    FEATURES_FIRST,
+    LAYER,
+    OPS,
+    Case,
+    Geometry,
+)
 from spfmt.bench.exact import WrongResult
 from spfmt.bench.rows import Row
 from spfmt.bench.session import Session
@@ -16,10 +26,14 @@ from spfmt.bench.weights import Spec, parse_spec, random_weight
 
 __all__ = [
     "BATCH_FIRST",
+    "CHANNELS_FIRST",
+    "CHANNELS_LAST",
+    "CONVOLUTIONS",
     "FEATURES_FIRST",
     "LAYER",
     "OPS",
     "Case",
+    "Geometry",
     "Row",
     "Session",
     "Spec",

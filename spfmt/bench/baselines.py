@@ -28,6 +28,7 @@ __all__ = [
     "dense",
     "loaded",
     "quiet_options",
+    "require",
 ]
 
 Array = npt.NDArray[Any]
@@ -76,7 +77,8 @@ def absent() -> dict[str, str]:
     return {package: _load(package)[1] for package in _PACKAGES if not available(package)}
 
 
-def _require(package: str) -> Any:
+def require(package: str) -> Any:
+    """Return an optional package; raise `NotMeasured` where there is none."""
     module, reason = _load(package)
     if module is None:
         raise NotMeasured(f"no {package}: {reason}")
@@ -107,7 +109,7 @@ def _one_thread(setting: Setting) -> None:
 
 def torch_dense(setting: Setting) -> Contender:
     """Dense product in torch: ``F.linear`` and the two products of its backward pass."""
-    torch = _require("torch")
+    torch = require("torch")
     _only(setting, "spmm", "spmm_t", "sddmm")
     _fits(setting, 1)
     w, x, dy = (torch.from_numpy(a) for a in (setting.dense, setting.x, setting.dy))
@@ -122,8 +124,8 @@ def torch_dense(setting: Setting) -> Contender:
 
 def onnx_dense(setting: Setting) -> Contender:
     """Dense product in ONNX Runtime: one Gemm."""
-    _require("onnxruntime")
-    _require("onnx")
+    require("onnxruntime")
+    require("onnx")
     _only(setting, "spmm", "spmm_t")
     _fits(setting, 4)  # ours, the file's, the session's, and one packed for Gemm
     if setting.dense.nbytes > _MOST_PROTOBUF:
@@ -169,7 +171,7 @@ def onnx_dense_session(weight: Array, op: str, threads: int) -> Any:
 
 
 def _make_session(weight: Array, op: str, threads: int) -> Any:
-    ort = _require("onnxruntime")
+    ort = require("onnxruntime")
     model = dense_gemm(weight, transposed=op != "spmm")
     return ort.InferenceSession(model, quiet_options(threads))
 
@@ -181,7 +183,7 @@ def quiet_options(threads: int) -> Any:
     timed. Two milliseconds still find them awake from the untimed call to the timed one, as in a
     loop of the same call: ONNX Runtime's best time. Releases that lack the option stop at once.
     """
-    ort = _require("onnxruntime")
+    ort = require("onnxruntime")
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
@@ -197,7 +199,7 @@ def quiet_options(threads: int) -> Any:
 
 def torch_csr(setting: Setting, a: SparseTensor) -> Contender:
     """Product of torch's own CSR tensor, in the layout that it likes best."""
-    torch = _require("torch")
+    torch = require("torch")
     _only(setting, "spmm")
     csr = _as_csr(a)
     with warnings.catch_warnings():
@@ -223,7 +225,7 @@ def scipy_csr(setting: Setting, a: SparseTensor) -> Contender:
 
 def scipy_bsr(setting: Setting, a: SparseTensor) -> Contender:
     """Product of scipy's BSR array of 16 x 16 blocks at random places, as dense as `a`."""
-    sparse = _require("scipy")
+    sparse = require("scipy")
     _only(setting, "spmm")
     _one_thread(setting)
     side = 16
@@ -244,7 +246,7 @@ def scipy_bsr(setting: Setting, a: SparseTensor) -> Contender:
 
 def structured(setting: Setting, a: SparseTensor) -> Contender:
     """Dense layer with as many weights as `a`: all other rows are ablated, and removed."""
-    torch = _require("torch")
+    torch = require("torch")
     _only(setting, "spmm")
     kept = np.ascontiguousarray(setting.dense[: max(1, round(a.density * setting.case.shape[0]))])
     w, x = torch.from_numpy(kept), torch.from_numpy(setting.x)
@@ -254,7 +256,7 @@ def structured(setting: Setting, a: SparseTensor) -> Contender:
 
 def torch_gather(setting: Setting, a: SparseTensor) -> Contender:
     """Condensed product the straightforward way: gather, multiply, sum, in torch."""
-    torch = _require("torch")
+    torch = require("torch")
     _only(setting, "spmm")
     csr = _as_csr(a)
     counts = np.diff(csr.indptr)
@@ -270,7 +272,7 @@ def torch_gather(setting: Setting, a: SparseTensor) -> Contender:
 
 def mkl_csr(setting: Setting, a: SparseTensor) -> Contender:
     """Product of MKL's sparse BLAS through sparse_dot_mkl."""
-    mkl = _require("sparse_dot_mkl")
+    mkl = require("sparse_dot_mkl")
     _only(setting, "spmm")
     _one_thread(setting)
     w, x = _scipy_csr(a), setting.x_features
@@ -283,10 +285,14 @@ def mkl_csr(setting: Setting, a: SparseTensor) -> Contender:
 
 def sparseprop(setting: Setting, a: SparseTensor) -> Contender:
     """SparseProp's linear layer (Nikdan et al. 2023), forward or forward and backward."""
-    modules, torch = _require("sparseprop"), _require("torch")
-    _only(setting, "spmm", LAYER)
+    modules, torch = require("sparseprop"), require("torch")
+    _only(setting, "spmm", "conv2d", LAYER)
     _one_thread(setting)
     csr = _as_csr(a)
+    if setting.case.geometry is not None:
+        from spfmt.bench import conv
+
+        return conv.sparseprop(setting, csr)
     bias = torch.nn.Parameter(torch.zeros(setting.case.shape[0]))
     layer = modules.SparseLinear(torch.from_numpy(csr.to_dense()), bias)
     if setting.case.op == LAYER:
@@ -312,7 +318,7 @@ def _as_csr(a: SparseTensor) -> CSR:
 def _scipy_csr(a: SparseTensor) -> Any:
     csr = _as_csr(a)
     parts = csr.values.copy(), csr.col_indices.copy(), csr.indptr.copy()
-    return _require("scipy").csr_array(parts, shape=csr.matrix_shape)
+    return require("scipy").csr_array(parts, shape=csr.matrix_shape)
 
 
 # ------------------------------------------------------------------------------------- tables
@@ -342,13 +348,18 @@ def dense(setting: Setting) -> tuple[list[Contender], dict[str, str]]:
 
     numpy takes part only where neither torch nor ONNX Runtime does: its BLAS is the slowest.
     """
-    if setting.case.op == LAYER:
+    table = DENSE
+    if setting.case.geometry is not None:
+        from spfmt.bench import conv
+
+        table = conv.dense(setting.case)
+    elif setting.case.op == LAYER:
         from spfmt.bench.layer import dense_layer
 
         return [dense_layer(setting)], {}
     found: list[Contender] = []
     missing: dict[str, str] = {}
-    for name, make in DENSE.items():
+    for name, make in table.items():
         if name == "numpy" and found:
             break
         try:

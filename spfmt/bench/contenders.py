@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -16,13 +16,52 @@ from spfmt.bench.work import Work, dense_work, sparse_work
 from spfmt.formats import SparseTensor
 from spfmt.ops import sddmm, spmm, spmm_t
 
-__all__ = ["BATCH_FIRST", "FEATURES_FIRST", "LAYER", "OPS", "Case", "Contender", "Setting", "ours"]
+__all__ = [
+    "BATCH_FIRST",
+    "CHANNELS_FIRST",
+    "CHANNELS_LAST",
+    "CONVOLUTIONS",
+    "FEATURES_FIRST",
+    "LAYER",
+    "OPS",
+    "Case",
+    "Contender",
+    "Geometry",
+    "Setting",
+    "named",
+    "ours",
+]
 
 Array = npt.NDArray[np.float32]
 
 LAYER = "forward+backward"
 OPS = ("spmm", "spmm_t", "sddmm", LAYER)
+CONVOLUTIONS = ("conv2d", "conv2d_input", "conv2d_weight", LAYER)
 BATCH_FIRST, FEATURES_FIRST = "(B, C)", "(C, B)"
+CHANNELS_FIRST, CHANNELS_LAST = "NCHW", "NHWC"
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How a kernel moves over images.
+
+    Attributes
+    ----------
+    size : (int, int)
+        (H, W) of the maps of X.
+    stride, padding, groups : int
+        As ``nn.Conv2d`` has them, alike along both axes.
+    """
+
+    size: tuple[int, int]
+    stride: int = 1
+    padding: int = 0
+    groups: int = 1
+
+    def __str__(self) -> str:
+        stride = f", stride {self.stride}" if self.stride > 1 else ""
+        groups = f", {self.groups} groups" if self.groups > 1 else ""
+        return f"{self.size[0]}x{self.size[1]} maps{stride}{groups}"
 
 
 @dataclass(frozen=True)
@@ -31,30 +70,37 @@ class Case:
 
     Attributes
     ----------
-    shape : (int, int)
-        (R, C): a layer from C to R features.
+    shape : tuple of int
+        (R, C): a layer from C to R features; of a convolution (C_out, C_in / groups, Kh, Kw).
     density : float
         Share of stored weights.
     batch, threads : int
     op : str
-        One of `OPS`: a product through ``spfmt.spmm`` and so on, or a linear layer's forward and
-        backward pass through torch's autograd.
+        One of `OPS`, with a geometry one of `CONVOLUTIONS`: a product through ``spfmt.spmm`` and so
+        on, or a layer's forward and backward pass through torch's autograd.
     source : str
         Where the weights come from; "" is random.
+    geometry : Geometry, optional
+        Of a convolution.
     """
 
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     density: float
     batch: int
     threads: int = 1
     op: str = "spmm"
     source: str = ""
+    geometry: Geometry | None = None
 
     def __str__(self) -> str:
-        rows, cols = self.shape
+        rows, cols, *kernel = self.shape
+        layer = f"{cols} -> {rows}"
+        if self.geometry is not None:
+            layer = f"{cols * self.geometry.groups} -> {rows}, {'x'.join(map(str, kernel))}"
+            layer += f", {self.geometry}"
         threads = f"{self.threads} thread" + ("s" if self.threads > 1 else "")
         source = f"{self.source}: " if self.source else ""
-        return f"{source}{cols} -> {rows}, {self.op}, batch {self.batch}, {threads}"
+        return f"{source}{layer}, {self.op}, batch {self.batch}, {threads}"
 
 
 @dataclass(frozen=True)
@@ -70,13 +116,14 @@ class Contender:
         What is timed.
     results : callable
         Turns what `call` returned into arrays with samples first.
-    exact : sequence of Exact
-        What `results` must yield.
+    exact : callable
+        Gives what `results` must yield.
     work : Work
     nnz : int
         Weights that take part.
     layout : str
-        How the dense operands lie in memory, ``"(B, C)"`` or ``"(C, B)"``.
+        How the dense operands lie in memory, ``"(B, C)"`` or ``"(C, B)"``, images ``"NCHW"`` or
+        ``"NHWC"``.
     isa : str
         Instruction-set level where it is forced, else "".
     """
@@ -85,7 +132,7 @@ class Contender:
     kind: str
     call: Callable[[], Any]
     results: Callable[[Any], Sequence[Any]]
-    exact: Sequence[Exact]
+    exact: Callable[[], Sequence[Exact]]
     work: Work
     nnz: int
     layout: str = BATCH_FIRST
@@ -99,12 +146,12 @@ class Contender:
         WrongResult
         """
         got = self.results(self.call())
-        for exact, array in zip(self.exact, got, strict=True):
+        for exact, array in zip(self.exact(), got, strict=True):
             exact.require(f"{self.name}, {self.layout}", array)
 
 
 @functools.lru_cache(maxsize=1)  # cases of one shape follow each other
-def _dense_weight(shape: tuple[int, int]) -> Array:
+def _dense_weight(shape: tuple[int, ...]) -> Array:
     return np.random.default_rng(3).standard_normal(shape, dtype=np.float32)
 
 
@@ -115,20 +162,24 @@ class Setting:
     Attributes
     ----------
     case : Case
+    PASSES : tuple of str
+        Forward pass and both gradients: what a layer computes.
     """
 
+    PASSES: ClassVar[tuple[str, str, str]] = ("spmm", "spmm_t", "sddmm")
+
     case: Case
-    _exact: dict[tuple[int, str], tuple[Any, Exact]] = field(default_factory=dict, repr=False)
+    _exact: dict[str, tuple[Any, Exact]] = field(default_factory=dict, repr=False)
 
     @cached_property
     def x(self) -> Array:
         """(B, C)."""
-        return self._operand(1, self.case.shape[1])
+        return self._operand(1, self.case.batch, self.case.shape[1])
 
     @cached_property
     def dy(self) -> Array:
         """(B, R)."""
-        return self._operand(2, self.case.shape[0])
+        return self._operand(2, self.case.batch, self.case.shape[0])
 
     @cached_property
     def x_features(self) -> Array:
@@ -142,27 +193,38 @@ class Setting:
 
     @property
     def dense(self) -> Array:
-        """(R, C): the dense layer's weight."""
+        """The dense layer's weight, of the case's shape."""
         return _dense_weight(self.case.shape)
 
-    def _operand(self, seed: int, features: int) -> Array:
-        rng = np.random.default_rng(seed)
-        return rng.standard_normal((self.case.batch, features), dtype=np.float32)
+    def operands(self, layout: str) -> tuple[Array, Array]:
+        """Return X and dY as a layout has them."""
+        if layout == FEATURES_FIRST:
+            return self.x_features, self.dy_features
+        return self.x, self.dy
+
+    def _operand(self, seed: int, *shape: int) -> Array:
+        return np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
 
     def exact(self, weight: SparseTensor | Array, op: str | None = None) -> Exact:
-        """Float64 result of a product; computed once for each weight."""
+        """Float64 result of a product; computed once for contenders of one weight in a row."""
         op = op or self.case.op
-        key = id(weight), op
-        if key not in self._exact:  # the weight is kept, so that no other one gets its id
-            self._exact[key] = weight, product(op, weight, self.x, self.dy)
-        return self._exact[key][1]
+        if any(kept is not weight for kept, _ in self._exact.values()):
+            self._exact.clear()  # hundreds of megabytes, of images
+        if op not in self._exact:
+            self._exact[op] = weight, self._compute(op, weight)
+        return self._exact[op][1]
+
+    def _compute(self, op: str, weight: SparseTensor | Array) -> Exact:
+        return product(op, weight, self.x, self.dy)
 
     def work(self, weight: SparseTensor | Array) -> Work:
         """Work of the case with a weight."""
-        batch, passes = self.case.batch, 3 if self.case.op == LAYER else 1
+        return self._one_pass(weight).times(3 if self.case.op == LAYER else 1)
+
+    def _one_pass(self, weight: SparseTensor | Array) -> Work:
         if isinstance(weight, SparseTensor):
-            return sparse_work(weight, batch).times(passes)
-        return dense_work(weight.shape[0], weight.shape[1], batch).times(passes)
+            return sparse_work(weight, self.case.batch)
+        return dense_work(weight.shape[0], weight.shape[1], self.case.batch)
 
     def contender(
         self,
@@ -173,17 +235,18 @@ class Setting:
         *,
         layout: str = BATCH_FIRST,
         results: Callable[[Any], Sequence[Any]] | None = None,
-        exact: Sequence[Exact] | None = None,
+        exact: Callable[[], Sequence[Exact]] | None = None,
         isa: str = "",
     ) -> Contender:
         """Make a contender that multiplies with `weight`; by default it returns the one result."""
         turned = layout == FEATURES_FIRST and self.case.op != "sddmm"
+        exact = exact or (lambda: (self.exact(weight),))
         return Contender(
             name,
             kind,
             call,
             results or (lambda y: (np.asarray(y).T if turned else np.asarray(y),)),
-            (self.exact(weight),) if exact is None else exact,
+            exact,
             self.work(weight),
             weight.nnz if isinstance(weight, SparseTensor) else weight.size,
             layout,
@@ -205,14 +268,9 @@ def ours(
     backend : str
         As in :func:`spfmt.spmm`.
     """
-    first = layout == BATCH_FIRST
-    x = setting.x if first else setting.x_features
-    dy = setting.dy if first else setting.dy_features
-    options: dict[str, Any] = {"batch_first": first}
-    name, isa = a.label(), ""
-    if backend != "auto":
-        options["backend"] = isa = backend
-        name += f" [{backend}]"
+    x, dy = setting.operands(layout)
+    options: dict[str, Any] = {"batch_first": layout == BATCH_FIRST}
+    name, isa = named(a, backend, options)
     calls: dict[str, Callable[[], Any]] = {
         "spmm": lambda: spmm(a, x, **options),
         "spmm_t": lambda: spmm_t(a, dy, **options),
@@ -222,3 +280,11 @@ def ours(
     return setting.contender(
         name, "sparse", a, calls[setting.case.op], layout=layout, results=results, isa=isa
     )
+
+
+def named(a: SparseTensor, backend: str, options: dict[str, Any]) -> tuple[str, str]:
+    """Return a contender's name and forced level; add the level to its options."""
+    if backend == "auto":
+        return a.label(), ""
+    options["backend"] = backend
+    return f"{a.label()} [{backend}]", backend

@@ -1,4 +1,4 @@
-"""Figures of a benchmark's record: speed-up against sparsity, roofline, threads.
+"""Figures of a benchmark's record: speed-up against sparsity and block size, roofline, threads.
 
 Needs matplotlib. Each function takes results as a record holds them (`spfmt.bench.record`) and
 returns a matplotlib ``Figure``; `save` writes it as PNG, byte for byte the same each time.
@@ -14,9 +14,18 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from spfmt.bench.record import layer_name
 from spfmt.formats import FORMATS
 
-__all__ = ["draw_all", "draw_roofline", "draw_sparsity", "draw_threads", "save"]
+__all__ = [
+    "draw_all",
+    "draw_blocks",
+    "draw_layers",
+    "draw_roofline",
+    "draw_sparsity",
+    "draw_threads",
+    "save",
+]
 
 Row = Mapping[str, Any]
 
@@ -58,18 +67,18 @@ def draw_all(record: Mapping[str, Any], folder: Path) -> list[Path]:
     list of Path
         The PNG files.
     """
-    forward = [r for r in record["results"] if r["op"] == "spmm" and r["kind"] != "baseline"]
-    single = [r for r in forward if r["threads"] == 1 and r["layout"] == "(B, C)"]
+    products = [r for r in record["results"] if r["kind"] != "baseline"]
+    forward = [r for r in products if r["op"] in ("spmm", "conv2d")]
+    single = [r for r in forward if r["threads"] == 1 and r["layout"] in ("(B, C)", "NCHW")]
     ceilings = max(
         (c for c in record["ceilings"] if c["threads"] == 1),
         key=lambda c: c["gflops"],
         default=None,
     )
     paths = []
-    for shape in dict.fromkeys(tuple(r["shape"]) for r in forward):
-        name = f"{shape[0]}x{shape[1]}"
-        where = f"{shape[1]} → {shape[0]}, {record['machine']['cpu']}, {record['machine']['isa']}"
-        here = [r for r in single if tuple(r["shape"]) == shape]
+    for layer, name in {layer_name(r): _file_name(r) for r in forward}.items():
+        where = f"{layer}, {record['machine']['cpu']}, {record['machine']['isa']}"
+        here = [r for r in single if layer_name(r) == layer]
         if len({r["asked"] for r in here}) > 1:
             paths.append(save(draw_sparsity(here, where), folder / f"sparsity-{name}"))
         asked = [r for r in here if r["asked"] == here[0]["asked"]]
@@ -218,7 +227,7 @@ def draw_threads(rows: Sequence[Row], where: str) -> Figure:
     rows = [r for r in rows if r["kind"] == "sparse" or r["name"] == "onnxruntime dense"]
     single = {_thread_key(r): r["us"] for r in rows if r["threads"] == 1}
     counts = sorted({r["threads"] for r in rows} - {1})
-    cases = list(dict.fromkeys((tuple(r["shape"]), r["batch"]) for r in rows))
+    cases = list(dict.fromkeys((layer_name(r), r["batch"]) for r in rows))
     figure = _figure(9.2, 1.6 + 0.55 * len(cases))
     axes = figure.subplots()
     for n in counts:
@@ -230,7 +239,7 @@ def draw_threads(rows: Sequence[Row], where: str) -> Figure:
         if row["threads"] == 1 or _thread_key(row) not in single:
             continue
         family = _family(row)
-        place = cases.index((tuple(row["shape"]), row["batch"]))
+        place = cases.index((layer_name(row), row["batch"]))
         lift = 0.11 * (families.index(family) - (len(families) - 1) / 2)
         color, marker, text = style[family]
         small = row["threads"] != counts[-1]
@@ -239,7 +248,7 @@ def draw_threads(rows: Sequence[Row], where: str) -> Figure:
             markersize=5 if small else 8, alpha=0.55 if small else 0.95,
             markeredgecolor="white", markeredgewidth=0.7, linestyle="none",
         )  # fmt: skip
-    labels = [f"{s[1]} → {s[0]}, batch {b}" for s, b in cases]
+    labels = [f"{layer}, batch {batch}" for layer, batch in cases]
     axes.set_yticks(range(len(cases)), labels)
     axes.set_ylim(len(cases) - 0.5, -0.5)
     axes.set_xlim(left=min(0.8, axes.get_xlim()[0]))
@@ -249,8 +258,77 @@ def draw_threads(rows: Sequence[Row], where: str) -> Figure:
     return figure
 
 
+def draw_layers(rows: Sequence[Row], where: str) -> Figure:
+    """Draw the speed-up of every layer of a network, one bar per format (as HRBP, figure 7).
+
+    Parameters
+    ----------
+    rows : sequence of mapping
+        Results of one operation and batch size, in the order of the layers.
+    where : str
+    """
+    rows = [r for r in rows if r["kind"] == "sparse" and r["speedup"]]
+    layers = list(dict.fromkeys(layer_name(r) for r in rows))
+    style = _style()
+    families = [f for f in style if any(_family(r) == f for r in rows)]
+    figure = _figure(1.25 * len(layers) + 1.2, 4.6)
+    axes = figure.subplots()
+    width = 0.8 / max(1, len(families))
+    for number, family in enumerate(families):
+        own = [r for r in rows if _family(r) == family]
+        lift = width * (number - (len(families) - 1) / 2)
+        places = [layers.index(layer_name(r)) + lift for r in own]
+        color, _, text = style[family]
+        axes.bar(places, [r["speedup"] for r in own], 0.92 * width, color=color, label=text)
+    axes.axhline(1, color=_INK, linewidth=1)
+    axes.set_xticks(range(len(layers)), [layer.replace(", ", "\n") for layer in layers])
+    axes.set_ylabel("times as fast as dense", fontsize=10, color=_INK)
+    _bare(axes)
+    axes.grid(axis="x", visible=False)
+    _finish(figure, axes, where)
+    return figure
+
+
+def draw_blocks(rows: Sequence[Row], where: str) -> Figure:
+    """Draw the speed-up against sparsity, one line per block size (as DSB, figure 10).
+
+    Parameters
+    ----------
+    rows : sequence of mapping
+        Results of shuffled blocks of several shapes at several densities; one panel per operation.
+    where : str
+    """
+    rows = [r for r in rows if r["kind"] == "sparse" and r["speedup"]]
+    ops = list(dict.fromkeys((r["op"], r["batch"]) for r in rows))
+    figure = _figure(4.6 * len(ops) + 1, 4.3)
+    panels = np.atleast_1d(figure.subplots(1, len(ops), sharey=True))
+    sizes = list(dict.fromkeys(str(r["name"]).split()[1] for r in rows))
+    for axes, (op, batch) in zip(panels, ops, strict=True):
+        here = [r for r in rows if (r["op"], r["batch"]) == (op, batch)]
+        for size, (color, marker) in zip(sizes, itertools.cycle(_LOOKS), strict=False):
+            own = sorted(
+                (r for r in here if str(r["name"]).split()[1] == size), key=lambda r: -r["asked"]
+            )
+            points = [1 / r["asked"] for r in own], [r["speedup"] for r in own]
+            _marked(axes, (color, marker, f"blocks of {size}"), *points)
+        _sparsity_axes(axes, rows)  # all panels share one scale
+        axes.set_title(f"{op}, batch {batch}", loc="left", fontsize=11, color=_INK)
+    panels[0].set_ylabel("times as fast as dense", fontsize=10, color=_INK)
+    _finish(figure, panels[0], where)
+    return figure
+
+
+def _file_name(row: Row) -> str:
+    geometry = row.get("geometry")
+    name = "x".join(map(str, row["shape"]))
+    if geometry is None:
+        return name
+    numbers = [*geometry["size"], geometry["stride"], geometry["padding"], geometry["groups"]]
+    return f"{name}-{'x'.join(map(str, numbers))}"
+
+
 def _thread_key(row: Row) -> tuple[Any, ...]:
-    return row["name"], row["layout"], tuple(row["shape"]), row["batch"], row["asked"]
+    return row["name"], row["layout"], layer_name(row), row["op"], row["batch"], row["asked"]
 
 
 def _by_batch(row: Row) -> int:
@@ -270,7 +348,11 @@ def _series(rows: Sequence[Row], along: str) -> Iterator[tuple[str, list[Row]]]:
 
 
 def _line(axes: Any, family: str, x: Sequence[float], y: Sequence[float]) -> None:
-    color, marker, text = _style()[family]
+    _marked(axes, _style()[family], x, y)
+
+
+def _marked(axes: Any, look: tuple[str, str, str], x: Sequence[float], y: Sequence[float]) -> None:
+    color, marker, text = look
     axes.plot(
         x, y, color=color, marker=marker, label=text, linewidth=1.8, markersize=6,
         markeredgecolor="white", markeredgewidth=0.7, zorder=3,

@@ -1,4 +1,4 @@
-"""Forward and backward pass of one linear layer through torch's autograd."""
+"""Forward and backward pass of one layer through torch's autograd."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from spfmt.bench.contenders import Contender, Setting
+from spfmt.bench.contenders import BATCH_FIRST, Contender, Setting
 from spfmt.bench.exact import Exact
 from spfmt.formats import SparseTensor
 
@@ -28,14 +28,15 @@ def dense_layer(setting: Setting) -> Contender:
     return layer_contender(setting, "torch nn.Linear", "dense", setting.dense, layer, layer.weight)
 
 
-def sparse_layer(setting: Setting, a: SparseTensor) -> Contender:
+def sparse_layer(setting: Setting, a: SparseTensor, layout: str = BATCH_FIRST) -> Contender:
     """Return `SparseLinear` with a weight."""
     import torch
 
     from spfmt.torch import SparseLinear
 
     layer = SparseLinear.from_tensor(a, torch.zeros(a.matrix_shape[0]))
-    return layer_contender(setting, f"{a.label()} SparseLinear", "sparse", a, layer, layer.values)
+    name = f"{a.label()} SparseLinear"
+    return layer_contender(setting, name, "sparse", a, layer, layer.values, layout)
 
 
 def layer_contender(
@@ -45,6 +46,7 @@ def layer_contender(
     weight: Any,
     layer: torch.nn.Module,
     parameter: torch.nn.Parameter,
+    layout: str = BATCH_FIRST,
 ) -> Contender:
     """Return a layer's forward and backward pass.
 
@@ -55,14 +57,15 @@ def layer_contender(
     weight : SparseTensor or ndarray
         What the layer multiplies with; its bias is zero.
     layer : nn.Module
-        (B, C) to (B, R).
+        X to Y.
     parameter : nn.Parameter
-        Whose gradient is the weight's: (R, C), or (nnz,) in the order of the values.
+        Whose gradient is the weight's: of its shape, or (nnz,) in the order of the values.
+    layout : str
     """
     import torch
 
-    x = torch.from_numpy(setting.x.copy()).requires_grad_()
-    dy = torch.from_numpy(setting.dy)
+    images, dy = (torch.from_numpy(a) for a in setting.operands(layout))
+    x = images.clone().requires_grad_()
     parameters = list(layer.parameters())
 
     def call() -> torch.Tensor:
@@ -77,13 +80,15 @@ def layer_contender(
         gradients = [x.grad, parameter.grad, getattr(layer, "bias").grad]  # noqa: B009
         return [t.detach().numpy() for t in (y, *gradients) if t is not None]
 
-    exact = [setting.exact(weight, op) for op in ("spmm", "spmm_t", "sddmm")]
-    exact.append(_bias_gradient(setting))
-    return setting.contender(name, kind, weight, call, results=results, exact=exact)
+    def exact() -> Sequence[Exact]:
+        return [*(setting.exact(weight, op) for op in setting.PASSES), _bias_gradient(setting)]
+
+    return setting.contender(name, kind, weight, call, layout=layout, results=results, exact=exact)
 
 
 def _bias_gradient(setting: Setting) -> Exact:
-    """The bias adds every sample's gradient."""
-    factor = (setting.case.batch + 2) * float(np.finfo(np.float32).eps)
-    bound = factor * np.abs(setting.dy.astype(np.float64)).sum(0)
-    return Exact(setting.dy.sum(0, dtype=np.float64), bound)
+    """The bias adds every sample's gradient, of images every pixel's."""
+    dy = setting.dy.astype(np.float64)
+    axes = tuple(axis for axis in range(dy.ndim) if axis != 1)
+    factor = (dy.size // dy.shape[1] + 2) * float(np.finfo(np.float32).eps)
+    return Exact(dy.sum(axes), factor * np.abs(dy).sum(axes))

@@ -17,7 +17,15 @@ from spfmt.bench.session import Session
 from spfmt.ceilings import Ceilings
 from spfmt.errors import FormatError, format_error
 
-__all__ = ["SCHEMA", "check_target", "make_record", "read_record", "select", "write_record"]
+__all__ = [
+    "SCHEMA",
+    "check_target",
+    "layer_name",
+    "make_record",
+    "read_record",
+    "select",
+    "write_record",
+]
 
 SCHEMA = 1
 _KEYS = ("schema", "date", "machine", "versions", "absent", "ceilings", "results", "skipped")
@@ -119,3 +127,15 @@ def _foreign(path: Path, reason: str) -> FormatError:
 def select(rows: Sequence[Mapping[str, Any]], **fields: Any) -> list[Mapping[str, Any]]:
     """Return the results whose fields equal what is given."""
     return [row for row in rows if all(row.get(k) == v for k, v in fields.items())]
+
+
+def layer_name(row: Mapping[str, Any]) -> str:
+    """Say which layer a result is of: ``768 → 3072``, ``64 → 128, 3x3, 32x32, stride 2``."""
+    rows, cols, *kernel = row["shape"]
+    geometry = row.get("geometry")
+    if geometry is None:
+        return f"{cols} → {rows}"
+    size, stride, groups = (geometry[key] for key in ("size", "stride", "groups"))
+    text = f"{cols * groups} → {rows}, {kernel[0]}x{kernel[1]}, {size[0]}x{size[1]}"
+    text += f", stride {stride}" if stride > 1 else ""
+    return text + (f", {groups} groups" if groups > 1 else "")

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from spfmt.bench.contenders import Case, Contender
+from spfmt.bench.contenders import Case, Contender, Geometry
 from spfmt.bench.machine import highest_level
 from spfmt.bench.timing import Timing
 from spfmt.ceilings import Ceilings
 from spfmt.dispatch import active_isa
 
-__all__ = ["Row", "make_rows", "table"]
+__all__ = ["Row", "make_rows", "rounded", "table"]
 
 _BUSY = 0.1  # share of waiting that is worth a word
 
@@ -30,9 +31,11 @@ class Row:
     source : str
         Where the weights come from; "" is random.
     shape : tuple of int
-        (R, C).
+        (R, C), or (C_out, C_in / groups, Kh, Kw).
+    geometry : Geometry or None
+        Of a convolution.
     asked, density : float
-        Density of the case, and of this contender: weights that take part, over R C.
+        Density of the case, and of this contender: weights that take part, over all.
     batch, threads : int
     op, isa : str
         Product; instruction-set level whose ceilings are the roof.
@@ -57,7 +60,8 @@ class Row:
     kind: str
     layout: str
     source: str
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
+    geometry: Geometry | None
     asked: float
     density: float
     batch: int
@@ -79,10 +83,11 @@ class Row:
 
     def as_json(self) -> dict[str, Any]:
         """Return the fields, rounded to what a timing can mean."""
-        return {k: _rounded(v) for k, v in asdict(self).items()}
+        return {k: rounded(v) for k, v in asdict(self).items()}
 
 
-def _rounded(value: Any) -> Any:
+def rounded(value: Any) -> Any:
+    """Return a number with four digits; what else there is stays as it is."""
     return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
@@ -124,8 +129,9 @@ def _row(
         layout=c.layout,
         source=case.source,
         shape=case.shape,
+        geometry=case.geometry,
         asked=case.density,
-        density=c.nnz / (case.shape[0] * case.shape[1]),
+        density=c.nnz / math.prod(case.shape),
         batch=case.batch,
         threads=case.threads,
         op=case.op,
@@ -148,6 +154,7 @@ def _row(
 
 def table(case: Case, rows: Sequence[Row]) -> Iterator[str]:
     """Yield one case's rows as lines of text."""
+    scale, unit = (1e3, "ms") if max((r.us for r in rows), default=0.0) > 1e5 else (1.0, "us")
     yield f"\n{case}"
     yield (
         f"  {'':<42}{'density':>8}{'median':>12}{'10 to 90 %':>20}{'x dense':>9}"
@@ -156,8 +163,8 @@ def table(case: Case, rows: Sequence[Row]) -> Iterator[str]:
     for r in rows:
         ratio = "" if r.speedup is None else f"{r.speedup:.2f}"
         yield (
-            f"  {f'{r.name}, {r.layout}':<42}{100 * r.density:>6.1f} %{r.us:>9.1f} us"
-            f"{f'{r.low:.1f} to {r.high:.1f}':>20}{ratio:>9}"
+            f"  {f'{r.name}, {r.layout}':<42}{100 * r.density:>6.1f} %{r.us / scale:>9.1f} {unit}"
+            f"{f'{r.low / scale:.1f} to {r.high / scale:.1f}':>20}{ratio:>9}"
             f"{r.gflops:>9.1f}{r.gbytes:>7.1f}{100 * r.roof:>7.0f} %"
         )
     shared = max((r.shared for r in rows), default=0.0)

@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import spfmt.threads
-from spfmt.bench import baselines
+from spfmt.bench import baselines, conv
 from spfmt.bench.baselines import BASELINES, NotMeasured
 from spfmt.bench.contenders import (
     BATCH_FIRST,
+    CHANNELS_FIRST,
     FEATURES_FIRST,
     LAYER,
     Case,
@@ -19,6 +20,7 @@ from spfmt.bench.contenders import (
     Setting,
     ours,
 )
+from spfmt.bench.conv import ImageSetting
 from spfmt.bench.machine import describe
 from spfmt.bench.rows import Row, make_rows, table
 from spfmt.bench.timing import Timing, interleave
@@ -27,7 +29,7 @@ from spfmt.ceilings import Ceilings, measure_ceilings
 from spfmt.errors import MissingDependency
 from spfmt.formats import SparseTensor
 
-__all__ = ["Session"]
+__all__ = ["Session", "threads_restored", "use_threads"]
 
 
 class Session:
@@ -39,6 +41,8 @@ class Session:
         Time for each case.
     say : callable, optional
         Receives each line of the tables as they grow; None is silent.
+    only : str
+        Cases whose description (``str(case)``) lacks this text are passed over.
 
     Attributes
     ----------
@@ -49,8 +53,11 @@ class Session:
         Where, and on which commit, the session began.
     """
 
-    def __init__(self, seconds: float, say: Callable[[str], None] | None = None) -> None:
+    def __init__(
+        self, seconds: float, say: Callable[[str], None] | None = None, only: str = ""
+    ) -> None:
         self.seconds = seconds
+        self.only = only
         self.say = say or (lambda line: None)
         self.rows: list[Row] = []
         self.skipped: dict[str, str] = {}
@@ -71,7 +78,7 @@ class Session:
             self.say(f"ceilings, {self._ceilings[key]}")
         return self._ceilings[key]
 
-    def weight(self, spec: Spec, shape: tuple[int, int], density: float) -> SparseTensor:
+    def weight(self, spec: Spec, shape: tuple[int, ...], density: float) -> SparseTensor:
         """Random weight; those of one shape are kept, because cases differ mostly in the batch."""
         key = spec.format, tuple(spec.params.items()), shape, density
         if key not in self._weights:
@@ -86,7 +93,7 @@ class Session:
         *,
         weights: Sequence[SparseTensor] = (),
         suite: str = "",
-        layouts: Sequence[str] = (BATCH_FIRST, FEATURES_FIRST),
+        layouts: Sequence[str] | None = None,
         backends: Sequence[str] = ("auto",),
         compare: Sequence[str] = (),
         dense: bool = True,
@@ -105,7 +112,8 @@ class Session:
         suite : str
             Noted in the rows.
         layouts, backends : sequence of str
-            Of our products; one sample lies in memory the same way in either layout.
+            Of our products; both layouts of matrices by default, and NCHW of images. One sample of
+            features lies in memory the same way in either layout.
         compare : sequence of str
             Names of `BASELINES`.
         dense : bool
@@ -126,10 +134,11 @@ class Session:
             Where a case needs torch and there is none.
         """
         cases = [cases] if isinstance(cases, Case) else cases
+        cases = [case for case in cases if self.only in str(case)]
         found: list[tuple[Case, Contender]] = []
         for case in cases:
             _check_torch(case)
-            setting = Setting(case)
+            setting = Setting(case) if case.geometry is None else ImageSetting(case)
             tensors = [*(self.weight(s, case.shape, case.density) for s in specs), *weights]
             contenders = self._dense(setting) if dense else []
             contenders += _ours(setting, tensors, layouts, backends)
@@ -148,14 +157,14 @@ class Session:
         return measured
 
     def _time(self, found: Sequence[tuple[Case, Contender]]) -> list[Timing]:
-        with _threads_restored():
+        with threads_restored():
             for case, contender in found:
-                _use_threads(case.threads)
+                use_threads(case.threads)
                 contender.check()
             return interleave(
                 [contender.call for _, contender in found],
                 self.seconds,
-                before=[functools.partial(_use_threads, case.threads) for case, _ in found],
+                before=[functools.partial(use_threads, case.threads) for case, _ in found],
             )
 
     def _dense(self, setting: Setting) -> list[Contender]:
@@ -193,18 +202,25 @@ def _check_torch(case: Case) -> None:
 def _ours(
     setting: Setting,
     tensors: Sequence[SparseTensor],
-    layouts: Sequence[str],
+    layouts: Sequence[str] | None,
     backends: Sequence[str],
 ) -> list[Contender]:
-    if setting.case.op == LAYER:
+    case = setting.case
+    if isinstance(setting, ImageSetting):
+        layouts, make = (CHANNELS_FIRST,) if layouts is None else layouts, conv.ours
+    else:
+        layouts, make = (BATCH_FIRST, FEATURES_FIRST) if layouts is None else layouts, ours
+        if case.batch == 1 or case.op == LAYER:  # one sample lies both ways; layers take (B, C)
+            layouts = layouts[:1]
+    if case.op == LAYER:
         from spfmt.bench.layer import sparse_layer
 
-        return [sparse_layer(setting, a) for a in tensors]
-    layouts = layouts[:1] if setting.case.batch == 1 else layouts  # one sample lies both ways
-    return [ours(setting, a, lay, be) for a in tensors for lay in layouts for be in backends]
+        layer = sparse_layer if case.geometry is None else conv.sparse_layer
+        return [layer(setting, a, layout) for a in tensors for layout in layouts]
+    return [make(setting, a, lay, be) for a in tensors for lay in layouts for be in backends]
 
 
-def _use_threads(threads: int) -> None:
+def use_threads(threads: int) -> None:
     """Give spfmt, and torch where it takes part, a number of threads."""
     if spfmt.threads._override != threads:
         spfmt.threads.set_num_threads(threads)
@@ -214,7 +230,7 @@ def _use_threads(threads: int) -> None:
 
 
 @contextlib.contextmanager
-def _threads_restored() -> Iterator[None]:
+def threads_restored() -> Iterator[None]:
     """Leave the numbers of threads as they were."""
     torch = baselines.loaded("torch")
     own, theirs = spfmt.threads._override, torch.get_num_threads() if torch else 0

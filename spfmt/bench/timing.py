@@ -21,6 +21,8 @@ _MOST_ROUNDS = 1000
 # Threads of the contender before, which spin after their last work (libgomp: 300,000 rounds of
 # `pause`) and hold cores that this one's own pool needs, are asleep by then too.
 _WARM_SECONDS = 5e-3
+# A call this long warms itself: what it finds cold, or busy, takes a small part of it.
+_LONG_SECONDS = 0.2
 # A clock cannot see a call of a few microseconds: samples are repeated up to this length.
 _SAMPLE_SECONDS = 30e-6
 
@@ -67,7 +69,8 @@ def interleave(
     ----------
     calls : sequence of callable
         Each is called untimed for some milliseconds before every sample, so that it finds its data
-        as warm as in a loop of its own.
+        as warm as in a loop of its own; one that takes longer than a fifth of a second only before
+        its first sample.
     seconds : float
         In all. Calls of many seconds take longer: five rounds are the least a median needs.
     before : sequence of callable, optional
@@ -89,8 +92,9 @@ def interleave(
             for i, call in enumerate(calls):
                 if before is not None:
                     before[i]()
-                warm = _warm(call)
-                repeats[i] = repeats[i] or max(1, min(100, round(_SAMPLE_SECONDS / warm)))
+                if not samples[i] or samples[i][-1].wall < 1e6 * _LONG_SECONDS:
+                    warm = _warm(call)
+                    repeats[i] = repeats[i] or max(1, min(100, round(_SAMPLE_SECONDS / warm)))
                 samples[i].append(_sample(call, repeats[i], core))
             if round_ + 1 >= _LEAST_ROUNDS and time.perf_counter() > stop:
                 break

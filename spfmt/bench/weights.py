@@ -59,15 +59,15 @@ def parse_spec(text: str) -> Spec:
 
 
 def random_weight(
-    spec: Spec, shape: tuple[int, int], density: float, seed: int = 0
+    spec: Spec, shape: tuple[int, ...], density: float, seed: int = 0
 ) -> SparseTensor:
     """Return a float32 weight with random structure and standard normal values.
 
     Parameters
     ----------
     spec : Spec
-    shape : (int, int)
-        (R, C).
+    shape : tuple of int
+        (R, C) or (C_out, C_in, Kh, Kw).
     density : float
         Share of stored weights; the format's nearest legal budget is taken.
     seed : int

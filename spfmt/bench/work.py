@@ -13,11 +13,14 @@ written), so a kernel can only look slower by doing more. An index takes
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
+
+import numpy.typing as npt
 
 from spfmt.formats import SparseTensor
 from spfmt.formats._layout import Lists
 
-__all__ = ["Work", "dense_work", "index_bytes", "sparse_work"]
+__all__ = ["Work", "dense_work", "image_work", "index_bytes", "sparse_work"]
 
 _FLOAT = 4
 
@@ -63,3 +66,22 @@ def dense_work(rows: int, cols: int, batch: int) -> Work:
     """Return the work of the same product with a dense weight (R, C)."""
     nbytes = _FLOAT * (rows * cols + (rows + cols) * batch)
     return Work(2.0 * rows * cols * batch, float(nbytes))
+
+
+def image_work(weight: SparseTensor | npt.NDArray[Any], pixels: int, cells: int) -> Work:
+    """Return the work of any one of the three products of a convolution with a weight.
+
+    Parameters
+    ----------
+    weight : SparseTensor or ndarray
+        (C_out, C_in / groups, Kh, Kw).
+    pixels : int
+        Of all maps of Y together: 2 nnz operations for each, those on padding included.
+    cells : int
+        Numbers in X and dY together.
+    """
+    if isinstance(weight, SparseTensor):
+        nnz, index = weight.nnz, index_bytes(weight)
+    else:
+        nnz, index = weight.size, 0
+    return Work(2.0 * nnz * pixels, float(_FLOAT * (nnz + cells) + index))

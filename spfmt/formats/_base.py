@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import numpy as np
@@ -137,7 +137,7 @@ class SparseTensor(ABC):
     @classmethod
     def random(
         cls: type[Self],
-        shape: tuple[int, ...],
+        shape: Sequence[int],
         density: float,
         rng: np.random.Generator,
         **params: Any,
@@ -146,8 +146,8 @@ class SparseTensor(ABC):
 
         Parameters
         ----------
-        shape : tuple of int
-            (R, C) or (C_out, C_in / groups, Kh, Kw).
+        shape : sequence of int
+            (R, C) or (C_out, C_in, Kh, Kw).
         density : float
             Share of stored weights; the nearest legal budget is taken, or the one that `params`
             fix.

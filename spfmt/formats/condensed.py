@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -181,7 +181,7 @@ class Condensed(SparseTensor):
 
     @classmethod
     def random(
-        cls, shape: tuple[int, ...], density: float, rng: np.random.Generator, **params: Any
+        cls, shape: Sequence[int], density: float, rng: np.random.Generator, **params: Any
     ) -> Condensed:
         """Draw a tensor row by row, in memory for its nonzeros only; see `SparseTensor.random`."""
         from spfmt.structure.fan_in import random_columns

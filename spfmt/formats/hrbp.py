@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -259,21 +260,22 @@ class HRBP(SparseTensor):
 
     @classmethod
     def random(
-        cls, shape: tuple[int, ...], density: float, rng: np.random.Generator, **params: Any
+        cls, shape: Sequence[int], density: float, rng: np.random.Generator, **params: Any
     ) -> HRBP:
         """Draw a tensor group by group, in memory for its nonzeros; see `SparseTensor.random`."""
         from spfmt.structure.fan_in import random_columns
+        from spfmt.structure.hrbp import hrbp_block_density
 
-        if len(shape) > 2:
-            order = rng.permutation(shape[0])
-            return super().random(shape, density, rng, **{"row_perm": order, **params})
-        rows, cols = shape
+        rows, cols, cells = shape[0], shape[1], math.prod(shape[2:])
         groups = params.get("groups", max(1, min(8, rows // 8)))
-        channels = random_columns(rng, groups, cols, max(1, round(density * cols)))
-        pattern = np.zeros((groups, 1), np.int64)
+        share = hrbp_block_density(density, shape, params.get("block_density"))
+        channels = random_columns(rng, groups, cols, max(1, round(density / share * cols)))
         starts = np.linspace(0, rows, groups + 1).astype(np.int64)
-        values = rng.standard_normal(rows * channels.shape[1], dtype=np.float32)
-        return cls(shape, rng.permutation(rows), starts, channels, pattern, values)
+        kept = round(share * cells)
+        values = rng.standard_normal(rows * channels.shape[1] * kept, dtype=np.float32)
+        order = rng.permutation(rows)
+        pattern = random_columns(rng, groups, cells, kept)
+        return cls(shape, order, starts, channels, pattern, values)
 
     def caption(self) -> str:
         """How many rows a group has."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -232,7 +232,7 @@ class NM(SparseTensor):
 
     @classmethod
     def random(
-        cls, shape: tuple[int, ...], density: float, rng: np.random.Generator, **params: Any
+        cls, shape: Sequence[int], density: float, rng: np.random.Generator, **params: Any
     ) -> NM:
         """Draw n of every m, n the nearest to the density; see `SparseTensor.random`."""
         m = params.get("m", 32)

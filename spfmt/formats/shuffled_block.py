@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -285,7 +285,7 @@ class ShuffledBlock(SparseTensor):
 
     @classmethod
     def random(
-        cls, shape: tuple[int, ...], density: float, rng: np.random.Generator, **params: Any
+        cls, shape: Sequence[int], density: float, rng: np.random.Generator, **params: Any
     ) -> ShuffledBlock:
         """Draw blocks on shuffled rows, which are not searched; see `SparseTensor.random`."""
         scores = rng.random(shape, dtype=np.float32)

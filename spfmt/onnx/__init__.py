@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from spfmt.onnx.export import ExportError, export
 from spfmt.onnx.functions import (
+    CONVOLUTIONS,
     DOMAIN,
     MIN_OPSET,
     OP_TYPES,
@@ -32,6 +33,7 @@ from spfmt.onnx.session import (
 )
 
 __all__ = [
+    "CONVOLUTIONS",
     "DOMAIN",
     "MIN_OPSET",
     "OPERATORS",

@@ -1,8 +1,8 @@
 """Activations behind sparse products: into the product's node where nothing else reads it.
 
-During the translation every ReLU, GELU and SiLU of a model is a placeholder that still has torch's
-name for it; afterwards it either becomes an attribute of a product's placeholder or is written out
-in standard operators.
+Products are linear layers and convolutions. During the translation every ReLU, GELU and SiLU of a
+model is a placeholder that still has torch's name for it; afterwards it either becomes an attribute
+of a product's placeholder or is written out in standard operators.
 """
 
 from __future__ import annotations
@@ -17,40 +17,74 @@ from spfmt.onnx.functions import DOMAIN, VERSION, activation_function
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["ACTIVATION", "PRODUCT", "fuse_activations", "nodes_of", "translations"]
+__all__ = [
+    "ACTIVATION",
+    "CONVOLUTION",
+    "PRODUCT",
+    "bypass",
+    "fuse_activations",
+    "graphs_of",
+    "is_product",
+    "nodes_of",
+    "readers_of",
+    "text_of",
+    "translations",
+]
 
 PRODUCT = "SparseProduct"
+CONVOLUTION = "SparseConvolution"
 ACTIVATION = "Activation"
+# What moves elements and changes none; a sequence is convolved as an image of one row.
+_MOVES = ("Reshape", "Squeeze", "Unsqueeze", "Flatten", "Transpose")
 _FLOATS = ("float", "double", "float16", "bfloat16")  # narrow products are refused when lowered
 
 
 def translations() -> dict[Any, Any]:
     """Torch's operators and what they become: placeholders with the operators' own arguments."""
     torch = require("torch")
-    product = _operator(
-        PRODUCT,
-        {"values": "T", "structure": "tensor(int32)", "x": "T", "bias": "T"},
-        ("activation",),
+    inputs = {"values": "T", "structure": "tensor(int32)", "x": "T", "bias": "T"}
+    product = _operator(PRODUCT, inputs, {"activation": "STRING"})
+    numbers = dict.fromkeys(("shape", "stride", "padding", "dilation"), "INTS")
+    convolution = _operator(
+        CONVOLUTION, inputs, {"activation": "STRING", "groups": "INT", **numbers}
     )
-    activation = _operator(ACTIVATION, {"z": "T"}, ("kind",))
+    activation = _operator(ACTIVATION, {"z": "T"}, {"kind": "STRING"})
 
     def spmm(
         values: Any, structure: Any, x: Any, bias: Any, shape: Any, activation: str | None = None
     ) -> Any:
         return product(values, structure, x, bias, activation=activation or "")
 
+    def conv2d(
+        values: Any,
+        structure: Any,
+        x: Any,
+        bias: Any,
+        shape: Any,
+        stride: Any,
+        padding: Any,
+        dilation: Any,
+        groups: int,
+        activation: str | None = None,
+    ) -> Any:
+        how = {"shape": shape, "stride": stride, "padding": padding, "dilation": dilation}
+        how = {key: [int(n) for n in value] for key, value in how.items()}
+        kind = activation or ""
+        return convolution(values, structure, x, bias, activation=kind, groups=groups, **how)
+
     def gelu(z: Any, approximate: str = "none") -> Any:
         return activation(z, kind="gelu" if approximate == "none" else "gelu_tanh")
 
     return {
         torch.ops.spfmt.spmm.default: spmm,
+        torch.ops.spfmt.conv2d.default: conv2d,
         torch.ops.aten.relu.default: lambda z: activation(z, kind="relu"),
         torch.ops.aten.gelu.default: gelu,
         torch.ops.aten.silu.default: lambda z: activation(z, kind="silu"),
     }
 
 
-def _operator(name: str, inputs: dict[str, str], attributes: tuple[str, ...]) -> Any:
+def _operator(name: str, inputs: dict[str, str], attributes: dict[str, str]) -> Any:
     schema = require("onnx").defs.OpSchema
     values = require("onnxscript").values
     option = schema.FormalParameterOption
@@ -70,41 +104,57 @@ def _operator(name: str, inputs: dict[str, str], attributes: tuple[str, ...]) ->
         inputs=formal,
         outputs=[schema.FormalParameter("y", "T")],
         type_constraints=[("T", types, "numbers")],
-        attributes=[schema.Attribute(key, schema.AttrType.STRING) for key in attributes],
+        attributes=[
+            schema.Attribute(key, getattr(schema.AttrType, kind))
+            for key, kind in attributes.items()
+        ],
     )
     return values.Op(values.Opset(DOMAIN, VERSION), name, described)
 
 
 def nodes_of(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
     """All nodes of a graph and of the graphs in its attributes."""
-    for inner in _graphs(graph):
+    for inner in graphs_of(graph):
         yield from inner.node
 
 
-def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+def graphs_of(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+    """A graph and the graphs in its attributes."""
     yield graph
     for node in graph.node:
         for attribute in node.attribute:
             for inner in (attribute.g, *attribute.graphs):
-                yield from _graphs(inner)
+                yield from graphs_of(inner)
+
+
+def readers_of(graph: onnx.GraphProto) -> Counter[str]:
+    """How often each value is read, or handed out."""
+    readers = Counter(name for node in nodes_of(graph) for name in node.input)
+    for inner in graphs_of(graph):
+        readers.update(output.name for output in inner.output)
+    return readers
+
+
+def is_product(node: onnx.NodeProto) -> bool:
+    """Whether a node is the placeholder of a sparse layer."""
+    return node.domain == DOMAIN and node.op_type in (PRODUCT, CONVOLUTION)
 
 
 def fuse_activations(proto: onnx.ModelProto, opset: int) -> onnx.ModelProto:
     """Fuse what can be fused and write out every other placeholder of an activation."""
-    readers = Counter(name for node in nodes_of(proto.graph) for name in node.input)
-    for graph in _graphs(proto.graph):
-        readers.update(output.name for output in graph.output)
-    for graph in _graphs(proto.graph):
+    readers = readers_of(proto.graph)
+    for graph in graphs_of(proto.graph):
         producers = {name: node for node in graph.node for name in node.output}
         for node in [n for n in graph.node if (n.domain, n.op_type) == (DOMAIN, ACTIVATION)]:
             product = _only_source(node, producers, readers)
             if product is not None:
-                _text(product, "activation").s = _text(node, "kind").s
-                _bypass(graph, node, producers)
+                text_of(product, "activation").s = text_of(node, "kind").s
+                bypass(graph, node, producers)
     return _written_out(proto, opset)
 
 
-def _text(node: onnx.NodeProto, name: str) -> onnx.AttributeProto:
+def text_of(node: onnx.NodeProto, name: str) -> onnx.AttributeProto:
+    """Return the attribute of a placeholder that is text."""
     found: onnx.AttributeProto = next(a for a in node.attribute if a.name == name)
     return found
 
@@ -112,19 +162,19 @@ def _text(node: onnx.NodeProto, name: str) -> onnx.AttributeProto:
 def _only_source(
     node: onnx.NodeProto, producers: dict[str, onnx.NodeProto], readers: Counter[str]
 ) -> onnx.NodeProto | None:
-    """Return the product that an activation alone reads, maybe through reshapes, or None."""
+    """Return the product that an activation alone reads, maybe moved about, or None."""
     name = node.input[0]
     while name in producers and readers[name] == 1:
         source = producers[name]
-        if (source.domain, source.op_type) == (DOMAIN, PRODUCT):
-            return None if _text(source, "activation").s else source
-        if source.op_type != "Reshape":
+        if is_product(source):
+            return None if text_of(source, "activation").s else source
+        if source.domain or source.op_type not in _MOVES:
             return None
         name = source.input[0]
     return None
 
 
-def _bypass(
+def bypass(
     graph: onnx.GraphProto, node: onnx.NodeProto, producers: dict[str, onnx.NodeProto]
 ) -> None:
     """Take a node out: what produced its input produces its output."""
@@ -143,7 +193,7 @@ def _written_out(proto: onnx.ModelProto, opset: int) -> onnx.ModelProto:
     kinds = set()
     for node in nodes_of(proto.graph):
         if (node.domain, node.op_type) == (DOMAIN, ACTIVATION):
-            kind = _text(node, "kind").s.decode()
+            kind = text_of(node, "kind").s.decode()
             del node.attribute[:]
             if kind == "relu":
                 node.op_type, node.domain = "Relu", ""

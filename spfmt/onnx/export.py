@@ -1,9 +1,9 @@
 """torch model to ONNX file: sparse layers become nodes of the domain ``spfmt``.
 
 The model goes through ``torch.onnx.export``, where every sparse product becomes a placeholder that
-still holds capacity and structure words. An activation that alone reads a product joins it. Then
-each placeholder is replaced by its layout's operator with just the arrays that it needs (see
-`spfmt.onnx.functions`).
+still holds capacity and structure words. A batch norm beside a sparse convolution is folded into
+it, and an activation that alone reads a product joins it. Then each placeholder is replaced by its
+layout's operator with just the arrays that it needs (see `spfmt.onnx.functions`).
 """
 
 from __future__ import annotations
@@ -21,19 +21,27 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from spfmt._files import replace_file
+from spfmt.convolution import Convolution
 from spfmt.errors import SpfmtError, format_error
 from spfmt.formats import decode_structure
 from spfmt.onnx._deps import require
-from spfmt.onnx._fusion import PRODUCT, fuse_activations, nodes_of, translations
+from spfmt.onnx._folding import fold_batch_norms
+from spfmt.onnx._fusion import (
+    CONVOLUTION,
+    fuse_activations,
+    is_product,
+    nodes_of,
+    text_of,
+    translations,
+)
 from spfmt.onnx.functions import (
     DOMAIN,
     MIN_OPSET,
-    OPERATORS,
     SPARSE_NODES,
     VERSION,
     function,
     make_node,
-    op_type,
+    node_of,
 )
 
 if TYPE_CHECKING:
@@ -64,11 +72,15 @@ def export(
     opset: int = MIN_OPSET,
     inline: bool = False,
 ) -> Path:
-    """Write a model of `SparseLinear` and ordinary layers as one ONNX file.
+    """Write a model of sparse and ordinary layers as one ONNX file.
 
     The file runs in any ONNX Runtime from 1.16 on, at dense speed; where our library is registered
     (`spfmt.onnx.session`), from 1.17 on, the sparse kernels run. The model is exported in
     evaluation mode; its own mode is left as it is. The file appears whole or not at all.
+
+    Batch norms beside sparse convolutions become part of their values and biases. Where one must
+    stay, because the convolution pads what it returns or somebody else reads what lies between, the
+    logger ``spfmt.onnx`` says which and why.
 
     Parameters
     ----------
@@ -131,6 +143,7 @@ def export(
     )
     _check_names("input_names", input_names, proto.graph.input)
     _check_names("output_names", output_names, proto.graph.output)
+    fold_batch_norms(proto)
     proto = fuse_activations(proto, opset)
     _replace_placeholders(proto, opset)
     replace_file(os.path.realpath(path), _finish(proto, inline).SerializeToString())
@@ -245,7 +258,7 @@ def _way_out(error: Exception) -> str:
             "({0: 'batch'}, None) for instance), or dynamic_batch=False"
         )
     return (
-        "expected SparseLinear and ordinary layers; rewrite or leave out the layer that is named, "
+        "expected sparse and ordinary layers; rewrite or leave out the layer that is named, "
         "or export it apart"
     )
 
@@ -287,10 +300,9 @@ def _quiet() -> Iterator[None]:
 
 def _replace_placeholders(proto: onnx.ModelProto, opset: int) -> None:
     """Turn placeholders into the layouts' operators and add those operators' functions."""
-    nodes = list(nodes_of(proto.graph))
     replace = _Replacer(proto.graph)
-    for node in nodes:
-        if node.domain == DOMAIN and node.op_type == PRODUCT:
+    for node in list(nodes_of(proto.graph)):
+        if is_product(node):
             replace(node)
     if any(node.domain == DOMAIN for f in proto.functions for node in f.node):
         raise ExportError(
@@ -299,9 +311,9 @@ def _replace_placeholders(proto: onnx.ModelProto, opset: int) -> None:
         )
     replace.drop_unused()
     # A function with an activation calls the one without.
-    plain = {(layout, "") for layout, _ in replace.used}
-    for layout, activation in sorted(plain | replace.used):
-        proto.functions.append(function(layout, opset, activation or None))
+    plain = {(convolution, layout, "") for convolution, layout, _ in replace.used}
+    for convolution, layout, activation in sorted(plain | replace.used):
+        proto.functions.append(function(layout, opset, activation or None, convolution=convolution))
 
 
 class _Replacer:
@@ -311,26 +323,23 @@ class _Replacer:
         self.graph = graph
         self.initializers = {tensor.name: tensor for tensor in graph.initializer}
         self.taken = set(self.initializers)
-        self.lowered: dict[tuple[str, str], onnx.NodeProto] = {}
+        self.lowered: dict[tuple[str, str], tuple[SparseTensor, str, list[str]]] = {}
         self.zeros: dict[tuple[int, int], str] = {}
-        self.used: set[tuple[str, str]] = set()  # layouts and activations
+        self.used: set[tuple[bool, str, str]] = set()  # of convolutions, layouts, activations
 
     def __call__(self, node: onnx.NodeProto) -> None:
         values, structure, x, *rest = node.input
         if (values, structure) not in self.lowered:
             tensor = self._tensor(values, structure, node.name)
-            self.lowered[values, structure] = self._lower(tensor, structure)
-        template = self.lowered[values, structure]
-        layout = next(key for key, op in OPERATORS.items() if op.op_type == template.op_type)
-        activation = next(a.s.decode() for a in node.attribute if a.name == "activation")
-        self.used.add((layout, activation))
-        bias = rest[0] if rest and rest[0] else self._zero_bias(values, template)
-        layer = template.name.removesuffix(".sparse")
+            self.lowered[values, structure] = tensor, *self._lower(tensor, structure)
+        tensor, layer, names = self.lowered[values, structure]
+        activation = text_of(node, "activation").s.decode()
+        shape, how = _convolution(node) if node.op_type == CONVOLUTION else (tensor.shape, None)
+        self.used.add((how is not None, tensor.layout().name, activation))
+        bias = rest[0] if rest and rest[0] else self._zero_bias(values, tensor)
         name, output = f"{layer}/{node.name}", node.output[0]
-        node.CopyFrom(template)
-        node.name = name
-        node.op_type = op_type(layout, activation or None)
-        node.input[0], node.input[-1], node.output[0] = x, bias, output
+        kind = activation or None
+        node.CopyFrom(node_of(tensor, [x, *names, bias], output, name, kind, shape, how))
 
     def _array(self, name: str, node: str) -> Any:
         if name not in self.initializers:
@@ -346,19 +355,20 @@ class _Replacer:
         used = self._array(values, node)[: found.nnz]
         return found.tensor(used)
 
-    def _lower(self, tensor: SparseTensor, structure: str) -> onnx.NodeProto:
+    def _lower(self, tensor: SparseTensor, structure: str) -> tuple[str, list[str]]:
+        """Store a weight; return the layer's name and those of the initializers."""
         prefix = structure.removesuffix(".structure").removesuffix("structure") or "sparse"
         name, number = prefix, 1
         while any(taken.startswith(f"{name}.sparse.") for taken in self.taken):
             number += 1
             name = f"{prefix}_{number}"
-        node, tensors = make_node(tensor, "", "", "", name=f"{name}.sparse")
+        _, tensors = make_node(tensor, "", "", "", name=f"{name}.sparse")
         self.graph.initializer.extend(tensors)
         self.taken.update(tensor.name for tensor in tensors)
-        return node
+        return name, [tensor.name for tensor in tensors]
 
-    def _zero_bias(self, values: str, node: onnx.NodeProto) -> str:
-        rows = next(a.i for a in node.attribute if a.name == "out_features")
+    def _zero_bias(self, values: str, tensor: SparseTensor) -> str:
+        rows = tensor.matrix_shape[0]
         dtype = self.initializers[values].data_type
         if (rows, dtype) not in self.zeros:
             onnx = require("onnx")
@@ -377,6 +387,15 @@ class _Replacer:
             kept = [item for item in field if item.name in used or item.name not in replaced]
             del field[:]
             field.extend(kept)
+
+
+def _convolution(node: onnx.NodeProto) -> tuple[list[int], Convolution]:
+    """Return the weight's shape and the geometry that a placeholder of a convolution tells."""
+    ints = {a.name: list(a.ints) for a in node.attribute}
+    groups = next(a.i for a in node.attribute if a.name == "groups")
+    shape = ints["shape"]
+    rest = (ints["stride"], ints["padding"], ints["dilation"], groups)
+    return shape, Convolution.of(shape, *rest)
 
 
 def _finish(proto: onnx.ModelProto, inline: bool) -> onnx.ModelProto:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from spfmt.errors import MissingDependency, SpfmtError
 from spfmt.onnx._deps import require
-from spfmt.onnx.functions import OPERATORS, SPARSE_NODES
+from spfmt.onnx.functions import BASE_TYPES, SPARSE_NODES
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -163,15 +163,15 @@ def _way_out(error: str) -> str:
     return "expected a sound ONNX file; export it again with spfmt.onnx.export"
 
 
-# A node's op_type in a serialized model: field 4, a length, one of our names.
-_OURS = re.compile(rb"\x22.(?:%s)" % "|".join(o.op_type for o in OPERATORS.values()).encode())
+# A node's op_type in a serialized model: field 4, a length (any byte, a line feed too), our name.
+_OURS = re.compile(rb"(?s:\x22.)(?:%s)" % "|".join(BASE_TYPES).encode())
 
 
 def _warn_if_dense(opened: Any, source: str | bytes, name: str) -> None:
     """Warn of a file that was exported with sparse nodes and has lost them since."""
     count = opened.get_modelmeta().custom_metadata_map.get(SPARSE_NODES, "0")
     data = source if isinstance(source, bytes) else Path(source).read_bytes()
-    inlined = any(f"_inlfunc_{o.op_type}".encode() in data for o in OPERATORS.values())
+    inlined = any(f"_inlfunc_{name}".encode() in data for name in BASE_TYPES)
     if (count != "0" or inlined) and not _OURS.search(data):
         warnings.warn(
             f"{name} was exported with {count if count != '0' else 'some'} sparse layers and has "

@@ -80,7 +80,19 @@ class _SparseConv(SparseLayer):
     def _take(self, dense: Any) -> None:
         for name in _OPTIONS:
             setattr(self, name, getattr(dense, name))
-        self._around = list(dense._reversed_padding_repeated_twice)
+        dims = len(self._kernel_of((1, 1)))
+        for name in ("kernel_size", "stride", "padding", "dilation"):
+            given = getattr(self, name)
+            if len(given) == 1 and name != "kernel_size":  # which torch repeats at every call
+                setattr(self, name, given * dims)
+            elif len(given) != dims and not isinstance(given, str):
+                raise format_error(
+                    f"{name}={given} for maps of {dims} dimensions",
+                    "a number for each of them",
+                    f"pass {name}={(1,) * dims}",
+                )
+        around = list(dense._reversed_padding_repeated_twice)
+        self._around = around * (2 * dims // len(around))
 
     def _install(self, tensor: SparseTensor, *args: Any) -> None:
         wanted = self._flat_shape(self._dense_shape())
@@ -167,9 +179,12 @@ class _SparseConv(SparseLayer):
         return self.to_dense()
 
     def _blank(self) -> Any:
-        make: Any = self.DENSE
-        return make(*(getattr(self, name) for name in _OPTIONS[:-1]), False, self.padding_mode,
-                    device="meta")  # fmt: skip
+        # Without initial values: vmap refuses whatever draws random numbers, even on meta.
+        make: Any = type("", (self.DENSE,), {"reset_parameters": lambda dense: None})
+        dense = make(*(getattr(self, name) for name in _OPTIONS[:-1]), False, self.padding_mode,
+                     device="meta")  # fmt: skip
+        dense.__class__ = self.DENSE
+        return dense
 
     # --------------------------------------------------------------------------------- forward
 
@@ -178,12 +193,12 @@ class _SparseConv(SparseLayer):
     ) -> Tensor:
         dims = len(self.kernel_size)
         if x.dim() not in (dims + 1, dims + 2):
-            self._explain_error(x)
+            self._explain_error(x, values, bias)
         batched = x if x.dim() == dims + 2 else x.unsqueeze(0)
         try:
             y = self._convolve(batched, values, structure, bias, activation)
         except FormatError:
-            self._explain_error(x)
+            self._explain_error(x, values, bias)
             raise
         return y if x.dim() == dims + 2 else y.squeeze(0)
 
@@ -208,15 +223,19 @@ class _SparseConv(SparseLayer):
         )
         return y.squeeze(2) if lost else y
 
-    def _explain_error(self, x: Tensor) -> None:
+    def _explain_error(self, x: Tensor, values: Tensor, bias: Tensor | None) -> None:
         """Raise the error of the dense layer, where it has one."""
         if torch.compiler.is_compiling():
             return
-        weight = torch.zeros((), dtype=self._held("values").dtype).expand(self.dense_shape)
-        like = torch.zeros((), dtype=x.dtype).expand(x.shape)  # of no memory
-        convolve = functional.conv2d if len(self.kernel_size) == 2 else functional.conv1d
-        rest: Any = (self.stride, self.padding, self.dilation, self.groups)
-        convolve(like, weight, None, *rest)
+
+        def zeros(dtype: torch.dtype, *shape: int) -> Tensor:  # of no memory
+            return torch.zeros((), dtype=dtype).expand(shape)
+
+        dense = self._blank()
+        dense.weight = nn.Parameter(zeros(values.dtype, *self.dense_shape), False)
+        if bias is not None:
+            dense.bias = nn.Parameter(zeros(bias.dtype, *bias.shape), False)
+        dense(zeros(x.dtype, *x.shape))
 
     def samples(self, x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
         """Return what a call multiplied, as matrices: one row per output pixel.

@@ -15,12 +15,12 @@ compiles call these operators through torch's dispatcher, a small part of a conv
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 from torch.utils.flop_counter import register_flop_formula
@@ -34,21 +34,6 @@ from spfmt.torch import ops as products
 __all__ = ["conv2d", "conv2d_input", "conv2d_weight"]
 
 _Ints = Sequence[int]
-
-
-@functools.lru_cache(maxsize=256)
-def _read(
-    shape: tuple[int, ...],
-    stride: tuple[int, ...],
-    padding: tuple[int, ...],
-    dilation: tuple[int, ...],
-    groups: int,
-) -> Convolution:
-    return Convolution.of(shape, stride, padding, dilation, groups)
-
-
-def _how(shape: _Ints, stride: _Ints, padding: _Ints, dilation: _Ints, groups: int) -> Convolution:
-    return _read(tuple(shape), tuple(stride), tuple(padding), tuple(dilation), groups)
 
 
 # ----------------------------------------------------------------------------- checks and fakes
@@ -87,7 +72,7 @@ def conv2d_fake(
 ) -> Tensor:
     """Check the operands of ``conv2d`` and return an empty result."""
     activation_code(activation)
-    how = _how(shape, stride, padding, dilation, groups)
+    how = Convolution.of(shape, stride, padding, dilation, groups)
     cpu.check_weight(values, structure)
     _check_images("x", x, shape[1] * groups, values)
     cpu.check_bias(bias, shape[0], values)
@@ -107,7 +92,7 @@ def conv2d_input_fake(
     groups: int,
 ) -> Tensor:
     """Check the operands of ``conv2d_input`` and return an empty result."""
-    how = _how(shape, stride, padding, dilation, groups)
+    how = Convolution.of(shape, stride, padding, dilation, groups)
     cpu.check_weight(values, structure)
     _check_images("dy", dy, shape[0], values)
     _check_maps(how, dy, size)
@@ -127,7 +112,7 @@ def conv2d_weight_fake(
     groups: int,
 ) -> Tensor:
     """Check the operands of ``conv2d_weight`` and return an empty result."""
-    how = _how(shape, stride, padding, dilation, groups)
+    how = Convolution.of(shape, stride, padding, dilation, groups)
     _check_images("dy", dy, shape[0], x)
     _check_images("x", x, shape[1] * groups, dy)
     if dy.shape[0] != x.shape[0]:
@@ -154,6 +139,12 @@ def _check_maps(how: Convolution, dy: Tensor, size: _Ints) -> None:
 # ------------------------------------------------------------------------------------- the CPU
 
 
+def _array(t: Tensor) -> NDArray[Any]:
+    """Return a tensor as an array: on the same memory, unless elements lie at odd addresses."""
+    array = cpu.array(t)
+    return array if array.flags.aligned else array.copy("K")
+
+
 def conv2d_cpu(
     values: Tensor,
     structure: Tensor,
@@ -170,9 +161,9 @@ def conv2d_cpu(
     rest = (shape, stride, padding, dilation, groups)
     y = conv2d_fake(values, structure, x, bias, *rest, activation)
     plan = cpu.plan_of(values, structure, shape, x, bias)
-    offset = None if bias is None else cpu.array(bias.contiguous())
-    flat = cpu.array(values.contiguous())
-    convolve(plan, _how(*rest), flat, cpu.array(x), offset, activation, y.numpy())
+    offset = None if bias is None else _array(bias.contiguous())
+    flat = _array(values.contiguous())
+    convolve(plan, Convolution.of(*rest), flat, _array(x), offset, activation, y.numpy())
     return y
 
 
@@ -190,8 +181,11 @@ def conv2d_input_cpu(
     """Compute ``conv2d_input``."""
     dx = conv2d_input_fake(values, structure, dy, shape, size, stride, padding, dilation, groups)
     plan = cpu.plan_of(values, structure, shape, dy)
-    how, flat = _how(shape, stride, padding, dilation, groups), cpu.array(values.contiguous())
-    convolve(plan, how, flat, cpu.array(dy), None, None, dx.numpy(), turned=True)
+    how, flat = (
+        Convolution.of(shape, stride, padding, dilation, groups),
+        _array(values.contiguous()),
+    )
+    convolve(plan, how, flat, _array(dy), None, None, dx.numpy(), turned=True)
     return dx
 
 
@@ -210,7 +204,7 @@ def conv2d_weight_cpu(
     rest = (stride, padding, dilation, groups)
     gradient = conv2d_weight_fake(structure, dy, x, shape, capacity, *rest)
     plan = cpu.plan_of(gradient, structure, shape, dy, x)
-    convolve_sampled(plan, _how(shape, *rest), cpu.array(dy), cpu.array(x), gradient.numpy())
+    convolve_sampled(plan, Convolution.of(shape, *rest), _array(dy), _array(x), gradient.numpy())
     return gradient
 
 

@@ -253,8 +253,8 @@ def why_kept(entry: Found, found: Sequence[Found]) -> str:
     module = entry.module
     if not isinstance(module, nn.Conv1d | nn.Conv2d):
         return ""
-    first = next(f for f in found if isinstance(f.module, nn.Conv1d | nn.Conv2d))
-    if entry is first:
+    kinds = nn.Conv1d | nn.Conv2d | SparseConv1d | SparseConv2d
+    if entry is next(f for f in found if isinstance(f.module, kinds)):
         return "the first convolution stays dense unless `include` or `density` names it"
     if module.groups > 1 and module.groups == module.in_channels:
         return "depthwise: stays dense unless `include` or `density` names it"
