@@ -2,7 +2,7 @@
 
 Every variant that could compute a product is timed, the best of several runs as the model predicts
 it. The regret of a choice is its time over that of the fastest variant; it is what hangs on the
-model's coefficients.
+model's coefficients. Convolutions have one variant each: they show how far off predictions are.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import onnxruntime
 import torch
 
 import spfmt
+from benchmarks import fit
 from spfmt import cost, dispatch
 from spfmt.bench.baselines import dense_gemm
 
@@ -66,6 +67,20 @@ def measure_dense(weight: np.ndarray, batch: int, seconds: float) -> float:
     return min(layer, best_time(lambda: session.run(None, {"x": x}), seconds))
 
 
+def convolution_errors(isa: str, seconds: float) -> dict[str, list[float]]:
+    """Return predicted over measured times of convolutions, by layout, and of dense ones."""
+    units = cost.cost_model().coefficients
+    found: dict[str, list[float]] = {}
+    for layer, batch in itertools.product(fit.LAYERS, fit.BATCHES[:2]):
+        best = cost._kernels.best_level()
+        for point in (*fit.sparse_points(layer, batch, isa), *fit.dense_points(layer, batch, best)):
+            point.measure(seconds)
+            row = [units[f"{point.row}.{term}"] for term in fit.TERMS]
+            ratio = float(np.dot(row, point.terms)) / point.seconds
+            found.setdefault(f"conv {point.row.split('.')[1]}", []).append(ratio)
+    return found
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -90,13 +105,14 @@ def main() -> None:
         for batch in (1, 8, 64):
             predicted = cost._kernels.dense_seconds(*shape, batch, 1)
             error.setdefault("dense", []).append(predicted / measure_dense(scores, batch, seconds))
+    error |= convolution_errors(isa, seconds)
     print(f"{isa}, one thread")
-    print(f"{'':<8}{'cases':>6}{'regret':>9}{'worst':>8}{'predicted / measured':>24}")
+    print(f"{'':<12}{'cases':>6}{'regret':>9}{'worst':>8}{'predicted / measured':>24}")
     for name, ratios in error.items():
         lost = regret.get(name, [1.0])
         low, mid, high = np.percentile(ratios, [10, 50, 90])
         print(
-            f"{name:<8}{len(ratios):>6}{np.exp(np.mean(np.log(lost))):>9.3f}{max(lost):>8.2f}"
+            f"{name:<12}{len(ratios):>6}{np.exp(np.mean(np.log(lost))):>9.3f}{max(lost):>8.2f}"
             f"{low:>10.2f}{mid:>7.2f}{high:>7.2f}"
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,9 @@ import spfmt._kernels as _kernels
 
 from . import cost
 from .convert import convert
-from .dispatch import active_isa, check_workload
+from .convolution import Convolution
+from .cost import CONVOLUTIONS, OPS, Geometry, check_workload
+from .dispatch import active_isa
 from .errors import FormatError, MissingDependency, SpfmtError, format_error
 from .formats import CSR, FORMATS, SparseTensor
 
@@ -21,6 +24,7 @@ __all__ = ["Advice", "Candidate", "advise"]
 _BLOCK = 16  # rows of a band
 _SAMPLE_ROWS = 128
 _SAMPLE_CELLS = 2**20
+_MOST_CELLS = _SAMPLE_CELLS // _BLOCK  # of a convolution's kernel
 
 
 @dataclass(frozen=True)
@@ -34,13 +38,13 @@ class Candidate:
     description : str
         The parameters that were assumed, or how a given weight gets there.
     variant : str
-        Name of the kernel variant; for dense the empty string.
+        Name of the kernel variant, of several in training joined by +; for dense the empty string.
     threads : int
         How many would be used.
     density : float
         Share of stored positions, padding of the format included.
     seconds : float
-        Predicted time of one product, values packed already.
+        Predicted time of the product, or of all three in training, values packed already.
     speedup : float
         Dense time over this.
     """
@@ -71,20 +75,23 @@ class Advice:
     excluded : tuple of (str, str)
         Formats that cannot hold the weight, and why.
     shape : tuple of int
-        (R, C).
+        (R, C), or (C_out, C_in / groups, Kh, Kw).
     op : str
     batch, threads : int
     isa : str
         Instruction-set level of the kernels.
+    geometry : Geometry or None
+        Of a convolution.
     """
 
     candidates: tuple[Candidate, ...]
     excluded: tuple[tuple[str, str], ...]
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     op: str
     batch: int
     threads: int
     isa: str
+    geometry: Geometry | None = None
 
     @property
     def best(self) -> Candidate:
@@ -112,14 +119,16 @@ class Advice:
         return self.best.speedup
 
     def __str__(self) -> str:
-        rows, cols = self.shape
+        maps = ""
+        if self.geometry is not None:
+            maps = f" on maps of {self.geometry.y[0]} x {self.geometry.x[0]}"
         lines = [
-            f"{self.op} with a {rows} x {cols} weight, batch {self.batch}, "
-            f"{self.threads} thread(s), {self.isa}: {self.format}",
-            f"{'format':<16}{'kernel':<9}{'density':>8}{'time':>10}{'speed-up':>10}  as",
+            f"{self.op} with a {' x '.join(map(str, self.shape))} weight{maps}, "
+            f"batch {self.batch}, {self.threads} thread(s), {self.isa}: {self.format}",
+            f"{'format':<16}{'kernel':<12}{'density':>8}{'time':>10}{'speed-up':>10}  as",
         ]
         lines += [
-            f"{c.format:<16}{c.variant or '-':<9}{c.density:>8.3g}{cost.duration(c.seconds):>10}"
+            f"{c.format:<16}{c.variant or '-':<12}{c.density:>8.3g}{cost.duration(c.seconds):>10}"
             f"{c.speedup:>9.2f}x  {c.description}"
             for c in self.candidates
         ]
@@ -129,23 +138,39 @@ class Advice:
 
 @dataclass(frozen=True)
 class _Workload:
-    op: str
+    ops: tuple[str, ...]
     batch: int
     threads: int
     isa: str
+    geometry: Geometry | None
+
+    @property
+    def summary_op(self) -> str:
+        """The product whose orientation of the structure counts: images are turned elsewhere."""
+        return self.ops[0] if self.geometry is None else "spmm"
+
+    def dense(self, shape: tuple[int, int]) -> float:
+        if self.geometry is None:
+            return float(_kernels.dense_seconds(*shape, self.batch, self.threads))
+        given = shape, self.batch, self.threads, self.geometry
+        return sum(cost.dense_image_seconds(op, *given) for op in self.ops)
 
     def candidate(
         self, name: str, description: str, summary: Any, stored: float, dense: float
     ) -> Candidate:
-        choice = cost.choose(self.isa, self.op, summary, self.batch, self.threads)
+        choices = [
+            cost.choose(self.isa, op, summary, self.batch, self.threads, geometry=self.geometry)
+            for op in self.ops
+        ]
+        seconds = sum(choice.seconds for choice in choices)
         return Candidate(
             name,
             description,
-            choice.variant,
-            choice.threads,
+            "+".join(dict.fromkeys(choice.variant for choice in choices)),
+            max(choice.threads for choice in choices),
             stored,
-            choice.seconds,
-            dense / choice.seconds if choice.seconds else float("inf"),
+            seconds,
+            dense / seconds if seconds else float("inf"),
         )
 
 
@@ -156,7 +181,12 @@ def advise(
     batch: int = 1,
     threads: int | None = None,
     formats: Iterable[str] | None = None,
-    op: str = "spmm",
+    op: str | None = None,
+    size: int | tuple[int, int] | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
 ) -> Advice:
     """Predict which format and kernel are fastest for a weight on this machine.
 
@@ -165,17 +195,24 @@ def advise(
     weight : (R, C), SparseTensor, or dense array of shape (R, C)
         A shape, or a dense weight, with `density`: what each format would bring if the weight were
         pruned to it. A sparse tensor: its own kernels, and what a conversion would bring. A dense
-        weight without `density`: its nonzeros as they are.
+        weight without `density`: its nonzeros as they are. The weight of a convolution is
+        (C_out, C_in / groups, Kh, Kw).
     density : float, optional
         Share of positions to keep, in (0, 1].
     batch : int
-        Samples per product.
+        Samples per product, or images.
     threads : int, optional
         Threads that may be used; :func:`spfmt.get_num_threads` by default.
     formats : iterable of str, optional
         Formats to compare; all by default. Dense always takes part.
-    op : {"spmm", "spmm_t", "sddmm"}
-        The forward product, or one of the two of the backward pass.
+    op : str, optional
+        "spmm", the forward product and default, or "spmm_t" or "sddmm" of the backward pass. Of a
+        convolution "conv2d", the default, "conv2d_input" or "conv2d_weight", or "training" for all
+        three together.
+    size : int or (int, int), optional
+        (H, W) of the maps of X: asks about a convolution.
+    stride, padding, dilation, groups
+        Of the convolution; as for :func:`spfmt.conv2d`.
 
     Returns
     -------
@@ -189,9 +226,10 @@ def advise(
 
     Notes
     -----
-    float32; times are those of calls from numpy with (batch, features) operands, with values that
-    were packed before. Nothing is measured and nothing is written: predictions are those of the
-    cost model. See docs/advise.md for the model and for how far off it is.
+    float32; times are those of calls from numpy with (batch, features) operands or (N, C, H, W)
+    images, with values that were packed before. Nothing is measured and nothing is written:
+    predictions are those of the cost model. See docs/advise.md for the model and for how far off it
+    is.
 
     Examples
     --------
@@ -199,13 +237,26 @@ def advise(
     >>> advice = spfmt.advise((3072, 768), density=0.1, batch=256)
     >>> advice.format in spfmt.formats.FORMATS and advice.speedup > 1
     True
+    >>> conv = spfmt.advise((64, 64, 3, 3), 0.1, batch=64, size=32, padding=1, op="training")
+    >>> conv.format in spfmt.formats.FORMATS and conv.variant
+    'images'
     """
-    batch, used = check_workload(batch, threads, op)
+    if size is None and (stride, padding, dilation, groups) != (1, 0, 1, 1):
+        raise format_error(
+            "options of a convolution without a size", "size=(H, W), of the maps of X", "pass both"
+        )
+    op = ("spmm" if size is None else "conv2d") if op is None else op
+    ops = OPS if size is None else (*CONVOLUTIONS, "training")
+    batch, used = check_workload(batch, threads, op, ops)
     names = _checked_formats(formats)
-    shape, tensor = _read_weight(weight, density)
+    shape, tensor = _read_weight(weight, density, images=size is not None)
+    geometry = None
+    if size is not None:
+        how = Convolution.of(shape, stride, padding, dilation, groups)
+        geometry = how.geometry(*_pair_of(size))
     isa = active_isa()
-    work = _Workload(op, batch, used, isa)
-    dense = _kernels.dense_seconds(*shape, batch, used)
+    work = _Workload(CONVOLUTIONS if op == "training" else (op,), batch, used, isa, geometry)
+    dense = work.dense((shape[0], math.prod(shape[1:])))
     found = [Candidate("dense", "", "", used, 1.0, dense, 1.0)]
     excluded: list[tuple[str, str]] = []
     if tensor is None:
@@ -218,7 +269,7 @@ def advise(
             else:
                 excluded.append((name, candidate))
     found.sort(key=lambda c: c.seconds)
-    return Advice(tuple(found), tuple(excluded), shape, op, batch, used, isa)
+    return Advice(tuple(found), tuple(excluded), shape, op, batch, used, isa, geometry)
 
 
 # ------------------------------------------------------------------------------------ arguments
@@ -236,6 +287,15 @@ def _checked_formats(formats: Iterable[str] | None) -> tuple[str, ...]:
     return tuple(dict.fromkeys(names))
 
 
+def _pair_of(size: Any) -> tuple[Any, Any]:
+    if np.ndim(size) == 0:
+        return size, size
+    if len(size) != 2:
+        raise format_error(f"size={size!r}", "an int or (H, W)", "pass the size of the maps of X")
+    height, width = size
+    return height, width
+
+
 def _checked_density(density: float | None) -> float:
     if isinstance(density, (int, float, np.number)) and 0.0 < float(density) <= 1.0:
         return float(density)
@@ -246,21 +306,23 @@ def _checked_density(density: float | None) -> float:
     )
 
 
-def _read_weight(weight: Any, density: float | None) -> tuple[tuple[int, int], SparseTensor | None]:
-    """Return the matrix shape, and the tensor where the weight's own pattern is what counts."""
+def _read_weight(
+    weight: Any, density: float | None, images: bool
+) -> tuple[tuple[int, ...], SparseTensor | None]:
+    """Return the shape, and the tensor where the weight's own pattern is what counts."""
     if isinstance(weight, SparseTensor):
         if density is not None:
             raise format_error(
                 f"density={density} beside a sparse tensor",
                 "one of them: the tensor has its own",
-                "pass tensor.matrix_shape and a density to ask about another",
+                "pass tensor.shape and a density to ask about another",
             )
-        return weight.matrix_shape, weight
+        return _checked_shape(weight.shape, images), weight
     if isinstance(weight, (tuple, list)):
-        return _checked_shape(tuple(weight)), None
+        return _checked_shape(tuple(weight), images), None
     shape = tuple(getattr(weight, "shape", ()))
     if density is not None:
-        return _checked_shape(shape), None
+        return _checked_shape(shape, images), None
     try:
         tensor = convert(weight, CSR)
     except SpfmtError as error:
@@ -269,18 +331,27 @@ def _read_weight(weight: Any, density: float | None) -> tuple[tuple[int, int], S
             "a shape (R, C), a sparse tensor or a dense weight",
             str(error),
         ) from None
-    return tensor.matrix_shape, tensor
+    return _checked_shape(tensor.shape, images), tensor
 
 
-def _checked_shape(shape: tuple[Any, ...]) -> tuple[int, int]:
+def _checked_shape(shape: tuple[Any, ...], images: bool) -> tuple[int, ...]:
     whole = all(isinstance(n, (int, np.integer)) and not isinstance(n, bool) for n in shape)
-    if len(shape) != 2 or not whole or not all(1 <= n < 2**31 for n in shape):
+    sizes = (*shape[:1], math.prod(shape[1:])) if whole else ()
+    legal = bool(sizes) and all(n >= 1 for n in shape) and all(n < 2**31 for n in sizes)
+    if images and (len(shape) != 4 or not legal or math.prod(shape[2:]) > _MOST_CELLS):
+        raise format_error(
+            f"a weight of shape {shape} with a size of maps",
+            "(C_out, C_in / groups, Kh, Kw), positive sizes with at most "
+            f"{_MOST_CELLS} cells of a kernel",
+            "leave size out for a linear layer",
+        )
+    if not images and (len(shape) != 2 or not legal):
         raise format_error(
             f"a weight of shape {shape}",
             "(R, C), two positive sizes below 2**31",
-            "a convolution's weight counts as (out_channels, in_channels * kernel cells)",
+            "pass size=(H, W), of the maps of X, where it is a convolution's",
         )
-    return int(shape[0]), int(shape[1])
+    return tuple(int(n) for n in shape)
 
 
 # ----------------------------------------------------------------------------------- candidates
@@ -295,7 +366,7 @@ def _converted(
         held = tensor if own else convert(tensor, name)
     except (FormatError, MissingDependency) as error:
         return str(error)
-    summary = _kernels.summary(held.plan.compiled, work.op)
+    summary = _kernels.summary(held.plan.compiled, work.summary_op)
     padding = held.nnz - tensor.nnz
     text = "as it is" if own else "converted"
     if padding:
@@ -304,23 +375,24 @@ def _converted(
 
 
 def _for_shape(
-    work: _Workload, shape: tuple[int, int], density: float, names: tuple[str, ...], dense: float
+    work: _Workload, shape: tuple[int, ...], density: float, names: tuple[str, ...], dense: float
 ) -> Iterator[Candidate]:
     """Predict random structures of every format, of which a sample is made."""
     for name in names:
-        sample, summary = _expected(FORMATS[name], shape, density, work.op)
-        stored = summary.nnz / (shape[0] * shape[1])
+        sample, summary = _expected(FORMATS[name], shape, density, work.summary_op)
+        stored = summary.nnz / math.prod(shape)
         yield work.candidate(name, sample.caption(), summary, stored, dense)
 
 
 def _expected(
-    cls: type[SparseTensor], shape: tuple[int, int], density: float, op: str
+    cls: type[SparseTensor], shape: tuple[int, ...], density: float, op: str
 ) -> tuple[SparseTensor, Any]:
     """A sample of a random structure's rows, and the summary that the whole would have."""
-    rows, cols = shape
-    width = min(cols, _SAMPLE_CELLS // _BLOCK)
+    rows, channels, *kernel = shape
+    cells = math.prod(kernel)
+    cols, width = channels * cells, min(channels, _SAMPLE_CELLS // _BLOCK // cells) * cells
     height = min(rows, _SAMPLE_ROWS, max(_BLOCK, _SAMPLE_CELLS // width // _BLOCK * _BLOCK))
-    sample = _sample(cls, (height, width), density)
+    sample = _sample(cls, (height, width // cells, *kernel), density)
     nnz = round(sample.nnz * (rows / height) * (cols / width))
     found = _kernels.summary(sample.plan.compiled, "spmm")
     if op == "spmm_t" and found.layout == "lists":
@@ -338,5 +410,5 @@ def _expected(
     )  # fmt: skip
 
 
-def _sample(cls: type[SparseTensor], shape: tuple[int, int], density: float) -> SparseTensor:
+def _sample(cls: type[SparseTensor], shape: tuple[int, ...], density: float) -> SparseTensor:
     return cls.random(shape, density, np.random.default_rng(0), **cls.parse_spec("") or {})

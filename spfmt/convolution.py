@@ -30,6 +30,7 @@ from spfmt import _kernels, threads
 from spfmt._memory import empty_aligned
 
 from .activations import activation_code, apply_activation
+from .cost import Geometry
 from .dispatch import Plan, _dtype_name, active_isa, logger, select
 from .errors import format_error
 from .formats import SparseTensor
@@ -135,6 +136,30 @@ class Convolution:
             )
         y, x = ((n - r) // s + 1 for n, r, s in zip(padded, reach, self.stride, strict=True))
         return y, x
+
+    def geometry(self, height: int, width: int) -> Geometry:
+        """Return what the cost model and `Plan.explain` ask for: this on maps of one size.
+
+        Raises
+        ------
+        FormatError
+            Where a size is no positive int, or the kernel does not fit the padded maps.
+
+        Examples
+        --------
+        >>> import spfmt
+        >>> a = spfmt.CSR.from_dense(np.ones((8, 4, 3, 3), "float32"))
+        >>> text = a.plan.explain(16, 1, geometry=Convolution.of(a.shape).geometry(32, 32))
+        >>> text.partition(",")[0]
+        'conv2d lists float32'
+        """
+        size = _pair("size", (height, width), 1)
+        out = self.sizes(*size)
+        y, x = (
+            (size[i], out[i], self.kernel[i], self.stride[i], self.padding[i], self.dilation[i])
+            for i in range(2)
+        )
+        return Geometry(y, x, self.groups)
 
     def parameters(self) -> tuple[int, ...]:
         """Return the numbers that the compiled kernels take."""

@@ -11,9 +11,17 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
+
 import spfmt._kernels as _kernels
 
-__all__ = ["VARIANTS", "Choice", "CostModel", "cost_model", "duration"]
+from . import threads as _threads
+from .errors import format_error
+
+__all__ = ["VARIANTS", "Choice", "CostModel", "Geometry", "cost_model", "duration"]
+
+OPS = ("spmm", "spmm_t", "sddmm")
+CONVOLUTIONS = ("conv2d", "conv2d_input", "conv2d_weight")
 
 VARIANTS: dict[str, list[tuple[str, tuple[str, ...], int]]] = {"lists": [], "groups": []}
 """The kernel variants of each layout: name, products, and the largest batch that it takes."""
@@ -28,8 +36,9 @@ class Choice(NamedTuple):
     ----------
     variant : str
         Of lists ``"lookup"`` (lanes over rows), ``"octets"`` (over eight samples) or ``"panels"``
-        (over up to 64); of groups ``"bands"`` (over rows) or ``"panels"``. It never depends on the
-        number of threads.
+        (over up to 64); of groups ``"bands"`` (over rows) or ``"panels"``; of both ``"images"``
+        where they convolve, of groups also ``"rows"``, as lists do. It never depends on the number
+        of threads.
     threads : int
         1 where waking others costs more than it saves.
     seconds : float
@@ -39,6 +48,26 @@ class Choice(NamedTuple):
     variant: str
     threads: int
     seconds: float
+
+
+class Geometry(NamedTuple):
+    """A convolution on maps of one size; `spfmt.convolution.Convolution.geometry` makes it.
+
+    Attributes
+    ----------
+    y, x : tuple of int
+        Along each axis: size of the maps of X, size of those of Y, kernel, stride, padding in
+        front, dilation.
+    groups : int
+    """
+
+    y: tuple[int, int, int, int, int, int]
+    x: tuple[int, int, int, int, int, int]
+    groups: int
+
+    def numbers(self) -> tuple[int, ...]:
+        """Return what the compiled model takes."""
+        return (*self.y, *self.x, self.groups)
 
 
 @dataclass(frozen=True)
@@ -87,10 +116,57 @@ def forced(variant: str | None) -> Iterator[None]:
 
 
 def choose(
-    isa: str, op: str, summary: Any, batch: int, threads: int, dtype: str = "float32"
+    isa: str,
+    op: str,
+    summary: Any,
+    batch: int,
+    threads: int,
+    dtype: str = "float32",
+    geometry: Geometry | None = None,
 ) -> Choice:
-    """Return how a product would run under the model in use."""
-    return Choice(*_kernels.choose(isa, op, summary, batch, dtype, threads))
+    """Return how a product would run under the model in use; with a geometry one of images."""
+    numbers = None if geometry is None else geometry.numbers()
+    return Choice(*_kernels.choose(isa, op, summary, batch, dtype, threads, numbers))
+
+
+def dense_image_seconds(
+    op: str, shape: tuple[int, int], batch: int, threads: int, geometry: Geometry
+) -> float:
+    """Return the time of a dense convolution's product at this CPU's best level, forced or not."""
+    isa = _kernels.best_level()
+    numbers = geometry.numbers()
+    return float(_kernels.dense_image_seconds(isa, op, *shape, batch, numbers, threads))
+
+
+def check_geometry(geometry: Any, shape: tuple[int, int]) -> None:
+    """Raise FormatError where a matrix of this shape is no weight of the convolution."""
+    if not isinstance(geometry, Geometry):
+        raise format_error(
+            f"a geometry of type {type(geometry).__name__}",
+            "a spfmt.cost.Geometry",
+            "call geometry(height, width) of a Convolution",
+        )
+    cells = geometry.y[2] * geometry.x[2]
+    if shape[0] % geometry.groups or shape[1] % cells:
+        raise format_error(
+            f"a geometry of {geometry.groups} group(s) and {cells} cells for a weight of {shape}",
+            "rows that the groups divide, and columns that the cells divide",
+            "make the geometry of the weight's own shape",
+        )
+
+
+def check_workload(
+    batch: int, threads: int | None, op: str, ops: tuple[str, ...] = OPS
+) -> tuple[int, int]:
+    """Check what a prediction is asked for; return the batch and the threads that it means."""
+    used = _threads.get_num_threads() if threads is None else threads
+    for name, value, most in (("batch", batch, 2**31 - 1), ("threads", used, 1024)):
+        whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+        if not whole or not 1 <= value <= most:
+            raise format_error(f"{name}={value!r}", f"an int from 1 to {most}", f"pass {name}=1")
+    if op not in ops:
+        raise format_error(f"op {op!r}", f"one of {ops}", f"{ops[0]} is the forward product")
+    return int(batch), int(used)
 
 
 def duration(seconds: float) -> str:

@@ -26,8 +26,7 @@ from .formats._layout import Groups, Lists
 Array = npt.NDArray[Any]
 Layout = Lists | Groups
 
-OPS = ("spmm", "spmm_t", "sddmm")
-CONVOLUTIONS = ("conv2d", "conv2d_input", "conv2d_weight")
+OPS, CONVOLUTIONS = cost.OPS, cost.CONVOLUTIONS
 LEVELS = ("scalar", "avx2", "avx512")
 EMULATED = tuple(_kernels.emulated_levels())  # right but slow; none but in a build for tests
 logger = logging.getLogger("spfmt")
@@ -251,19 +250,28 @@ class Plan:
             self._compiled = _compile(self.layout)
         return self._compiled
 
-    def choice(self, op: str, kernel: Kernel, batch: int, threads: int) -> cost.Choice:
+    def choice(
+        self,
+        op: str,
+        kernel: Kernel,
+        batch: int,
+        threads: int,
+        geometry: cost.Geometry | None = None,
+    ) -> cost.Choice:
         """Return how a kernel would run a product; :meth:`explain` says it in words."""
-        summary = _kernels.summary(self.compiled, op)
-        return cost.choose(kernel.isa, op, summary, batch, threads, kernel.dtype)
+        # Images are turned as they are packed: no other structure stands for the transpose.
+        summary = _kernels.summary(self.compiled, op if geometry is None else "spmm")
+        return cost.choose(kernel.isa, op, summary, batch, threads, kernel.dtype, geometry)
 
     def explain(
         self,
         batch: int,
         threads: int | None = None,
-        op: str = "spmm",
+        op: str | None = None,
         *,
         dtype: str = "float32",
         backend: str = "auto",
+        geometry: cost.Geometry | None = None,
     ) -> str:
         """Say in one line which variant of which kernel would run, and the time predicted for it.
 
@@ -273,22 +281,32 @@ class Plan:
             Number of samples, at least 1.
         threads : int, optional
             Threads that may be used; :func:`spfmt.get_num_threads` by default.
-        op : {"spmm", "spmm_t", "sddmm"}
+        op : str, optional
+            "spmm" (the default), "spmm_t" or "sddmm"; with a geometry "conv2d" (the default),
+            "conv2d_input" or "conv2d_weight".
         dtype, backend : str
             As in :func:`select`.
+        geometry : Geometry, optional
+            Of a convolution: ``Convolution.of(a.shape, stride, padding).geometry(height, width)``
+            (`spfmt.convolution`); layers know theirs.
 
         Raises
         ------
         FormatError
-            If `batch` or `threads` is no positive int, or `op` no product.
+            If `batch` or `threads` is no positive int, or `op` no product of this kind.
         KernelNotFound
             If no kernel would run.
         """
-        batch, used = check_workload(batch, threads, op)
+        ops = OPS if geometry is None else CONVOLUTIONS
+        op = ops[0] if op is None else op
+        batch, used = cost.check_workload(batch, threads, op, ops)
         kernel = select(op, self.layout.name, dtype, backend)
-        choice = self.choice(op, kernel, batch, used)
+        if geometry is not None:
+            cost.check_geometry(geometry, self.shape)
+        choice = self.choice(op, kernel, batch, used, geometry)
+        maps = "" if geometry is None else f" of {geometry.y[0]} x {geometry.x[0]} maps"
         return (
-            f"{op} {self.layout.name} {dtype}, batch {batch}: kernel {kernel.isa}, "
+            f"{op} {self.layout.name} {dtype}, batch {batch}{maps}: kernel {kernel.isa}, "
             f"{choice.variant}, {choice.threads} of {used} threads, "
             f"{cost.duration(choice.seconds)} predicted"
         )
@@ -493,18 +511,6 @@ class Plan:
     def _reference_sddmm(self, dy: Array, x: Array) -> Array:
         full = dy.astype(np.float64) @ x.astype(np.float64).T
         return aligned(full[self.layout.coordinates()], dy.dtype)
-
-
-def check_workload(batch: int, threads_: int | None, op: str) -> tuple[int, int]:
-    """Check what a prediction is asked for; return the batch and the threads that it means."""
-    used = threads.get_num_threads() if threads_ is None else threads_
-    for name, value, most in (("batch", batch, 2**31 - 1), ("threads", used, 1024)):
-        whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-        if not whole or not 1 <= value <= most:
-            raise format_error(f"{name}={value!r}", f"an int from 1 to {most}", f"pass {name}=1")
-    if op not in OPS:
-        raise format_error(f"op {op!r}", f"one of {OPS}", "spmm is the forward product")
-    return int(batch), int(used)
 
 
 def _compile(layout: Layout) -> Any:

@@ -175,16 +175,9 @@ LAYOUTS = {"lists": "csr", "groups": "shuffled_block"}
 """Of each layout that kernels see, the format whose random tensors are the least regular."""
 
 
-IMAGES = ("images", "rows")
-"""The variants that take convolutions, and nothing else."""
-
-
 def variants(layout: str, op: str, batch: int) -> list[str]:
     """All ways to compute one product: a machine's cost model may choose any of them."""
-    images = op in CONVOLUTIONS
-    product = OPS[CONVOLUTIONS.index(op)] if images else op
-    rows = [row for row in cost.VARIANTS[layout] if (row[0] in IMAGES) == images]
-    return [name for name, ops, most in rows if product in ops and batch <= most]
+    return [name for name, ops, most in cost.VARIANTS[layout] if op in ops and batch <= most]
 
 
 _OF_DENSE: dict[str, dict[str, Any]] = {

@@ -171,6 +171,11 @@ def test_demo_prints_one_table(run: tuple[Path, str, str]) -> None:
     assert "1 thread" in out
     assert str(folder) in out
     assert "give the same answers" in err
+    assert "sparse convolutions give the answers of dense ones" in err
+    from spfmt.cli import _cnn
+
+    said = "Exported to ONNX too" if _cnn.exports() else "Sparse convolutions are not exported"
+    assert said in out
     assert "Traceback" not in err
 
 
@@ -181,10 +186,12 @@ def test_demo_keeps_models(run: tuple[Path, str, str]) -> None:
     for name in FORMATS:
         onnx.checker.check_model(onnx.load(folder / f"{name}.onnx"), full_check=True)
     for name in FORMATS[1:]:
-        for layer in ("hidden1", "hidden2"):
+        for layer in ("hidden1", "hidden2", "conv.conv1", "conv.conv2"):
             tensor = spfmt.load(folder / f"{name}.{layer}.safetensors")
             assert tensor.format == name
-            assert tensor.density == pytest.approx(0.2, abs=0.03)
+            conv = layer.startswith("conv")
+            assert len(tensor.shape) == (4 if conv else 2)
+            assert tensor.density == pytest.approx(0.2, abs=0.06 if conv else 0.03)
     assert (folder / "demo.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
@@ -205,6 +212,47 @@ def test_demo_writes_json(run: tuple[Path, str, str]) -> None:
             assert 0 < latency["low"] <= latency["median"] <= latency["high"]
             ratio = dense["latency"][batch]["median"] / latency["median"]
             assert row["speed_up"][batch] == pytest.approx(ratio)
+
+
+def test_demo_trains_convolutions(run: tuple[Path, str, str]) -> None:
+    content = json.loads((run[0] / "results.json").read_text())
+    rows = content["convolutions"]
+    assert [row["format"] for row in rows] == FORMATS
+    assert content["sparse_convolutions"] == ["conv1", "conv2"]
+    for row in rows:
+        assert 0 < row["accuracy"] <= 1
+        assert row["difference"] < 1e-4
+        assert row["train_seconds"] > 0
+        assert row["milliseconds"] > 0
+        assert (row["weights_bytes"] > 0) == (row["format"] != "dense")
+    for name, key in (("train", "train_seconds"), ("answer", "milliseconds")):
+        slower = any(rows[0][key] / row[key] < 0.95 for row in rows[1:])
+        assert (f"Dense convolutions {name} faster at this size" in run[1]) == slower
+
+
+def test_convolutions_are_compared_with_dense_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = pytest.importorskip("torch")
+    for module in NEEDS:
+        pytest.importorskip(module)
+    from spfmt.bench.timing import Timing
+    from spfmt.cli import _cnn
+    from spfmt.cli._deploy import Deployed, Mismatch
+    from spfmt.cli._network import Digits, Settings
+
+    model = _cnn.build(Settings(channels=8), "csr").eval()
+    x, y = torch.rand(4, 64), torch.zeros(4, dtype=torch.int64)
+    given = Deployed(model, None, (), ()), 1.0, Timing(5e3, 1, 1, 1, 0, False, 0)
+    data = Digits(x, y, x, y)
+    row = _cnn._row("csr", *given, data)
+    assert row.milliseconds == 5
+    assert row.kernels == {}
+
+    def wrong(twin: torch.nn.Module) -> None:
+        twin.conv1 = torch.nn.Conv2d(4, 8, 3, padding=1)
+
+    monkeypatch.setattr(_cnn, "densify", wrong)
+    with pytest.raises(Mismatch, match="csr: got logits of convolutions"):
+        _cnn._row("csr", *given, data)
 
 
 def test_table_says_where_dense_is_faster(run: tuple[Path, str, str]) -> None:

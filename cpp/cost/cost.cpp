@@ -56,9 +56,9 @@ int index_of(const Variant& variant) {
   return i;
 }
 
-// spmm_t of lists is spmm of the transposed lists.
+// spmm_t of lists is spmm of the transposed lists; of images it is a product of its own.
 bool transposes(const Variant& variant, Op op) {
-  return variant.layout == Layout::lists && op == Op::spmm_t;
+  return variant.layout == Layout::lists && op == Op::spmm_t && !variant.geometry;
 }
 const Terms& coefficients_of(const CostModel& model, Isa isa, const Variant& variant, Op op) {
   if (transposes(variant, op)) op = Op::spmm;
@@ -70,6 +70,16 @@ int serving_level(const Variant& variant, Isa isa, DType dtype) {
   int level = static_cast<int>(isa);
   while (level >= 0 && !variant.exists(static_cast<Isa>(level), dtype)) --level;
   return level;
+}
+
+// Positions from the first cell of a kernel to its last.
+int64_t reach(const Axis& a) { return (a.kernel - 1) * a.dilation; }
+
+// The level at which dense libraries were seen to compute by Winograd's way, and what they do so.
+constexpr Isa kWinograd = Isa::avx512;
+bool takes_winograd(const Geometry& g) {
+  const auto fits = [](const Axis& a) { return a.kernel == 3 && a.stride == 1 && a.dilation == 1; };
+  return fits(g.y) && fits(g.x) && g.groups == 1;
 }
 
 thread_local std::string forced_variant;
@@ -155,21 +165,35 @@ Terms panel_terms(const CostModel& model, const Summary& s, const Work& work, do
                   static_cast<double>(divide_up(work.batch, kPanel)));
 }
 
-Terms image_terms(const CostModel& model, const Summary& s, const Work& work, double vectors) {
-  const Geometry& g = *work.geometry;
-  const auto batch = static_cast<double>(work.batch);
-  const double outputs = static_cast<double>(g.y.out) * g.x.out * batch;
-  const double inputs = static_cast<double>(g.y.size) * g.x.size * batch;
-  const double channels = static_cast<double>(g.groups) * (s.cols / g.cells());
-  const double bytes = static_cast<double>(size_of(work.dtype)) * s.nnz;
-  return terms_of(model, work, channels * inputs + s.rows * outputs, vectors * batch,
-                  vectors * outputs, bytes, batch);
-}
-
 Terms dense_terms(const CostModel& model, int64_t rows, int64_t cols, int64_t batch) {
   const double weights = static_cast<double>(rows) * cols;
   return terms_of(model, {Op::spmm, batch}, static_cast<double>(rows + cols) * batch,
                   weights / kLanes, weights / kLanes * batch, 4 * weights, 1);
+}
+
+ImageCounts image_counts(int64_t rows, int64_t cols, const Work& work) {
+  const Geometry& g = *work.geometry;
+  const bool turned = work.op == Op::spmm_t;
+  const auto domain = [&](const Axis& a) { return turned ? divide_up(a.size, a.stride) : a.out; };
+  const auto padded = [](const Axis& a) {
+    return static_cast<double>(std::max(a.size, (a.out - 1) * a.stride + reach(a) + 1));
+  };
+  // Numbers of dX that a stride parts are written one by one.
+  const double channels =
+      static_cast<double>(g.groups) * (cols / g.cells()) * (turned ? g.x.stride : 1);
+  return {domain(g.y), domain(g.x), domain(g.x) + divide_up(reach(g.x), g.x.stride),
+          channels * padded(g.y) * padded(g.x) + static_cast<double>(rows) * g.y.out * g.x.out};
+}
+
+Terms dense_image_terms(const CostModel& model, int64_t rows, int64_t cols, const Work& work,
+                        bool winograd) {
+  const Geometry& g = *work.geometry;
+  const double weights = static_cast<double>(rows) * cols, batch = static_cast<double>(work.batch);
+  const double saved = winograd ? 2.25 : 1.0;  // 16 products for 36
+  const double outputs = static_cast<double>(g.y.out) * g.x.out * batch;
+  return terms_of(model, work, image_counts(rows, cols, work).operands * batch, weights / kLanes,
+                  weights / kLanes * outputs / saved,
+                  static_cast<double>(size_of(work.dtype)) * weights, 1);
 }
 
 double kernel_seconds(const CostModel& model, Isa isa, const Variant& variant,
@@ -185,6 +209,19 @@ double dense_seconds(const CostModel& model, int64_t rows, int64_t cols, int64_t
   const double shared =
       with_threads(model, serial, model.dense[0], model.dense_efficiency, threads);
   return std::min(serial, shared);
+}
+
+double dense_image_seconds(const CostModel& model, Isa isa, int64_t rows, int64_t cols,
+                           const Work& work, int threads) {
+  const auto seconds = [&](const Terms& unit, bool winograd) {
+    const double serial = dot(unit, dense_image_terms(model, rows, cols, work, winograd));
+    return std::min(serial, with_threads(model, serial, unit[0], model.dense_efficiency, threads));
+  };
+  const Terms& direct = model.dense_images[static_cast<int>(isa)][static_cast<int>(work.op)];
+  const double plain = seconds(direct, false);
+  return isa == kWinograd && takes_winograd(*work.geometry)
+             ? std::min(plain, seconds(model.winograd, true))
+             : plain;
 }
 
 Choice choose(const CostModel& model, Isa isa, const Summary& summary, const Work& work,
@@ -240,13 +277,17 @@ std::vector<std::pair<std::string, double*>> coefficients(CostModel& model) {
     for (int i = 0; i < kTerms; ++i) out.emplace_back(prefix + "." + kTermNames[i], &terms[i]);
   };
   add("dense", model.dense);
+  add(std::string(name_of(kWinograd)) + ".dense.winograd", model.winograd);
   for (int isa = 0; isa < kIsas; ++isa) {
+    const std::string level = name_of(static_cast<Isa>(isa));
+    for (const Op op : {Op::spmm, Op::spmm_t, Op::sddmm}) {
+      add(level + ".dense." + name_of(op, true), model.dense_images[isa][static_cast<int>(op)]);
+    }
     for (size_t i = 0; i < std::size(kVariants); ++i) {
       const Variant& v = *kVariants[i];
       for (const Op op : {Op::spmm, Op::spmm_t, Op::sddmm}) {
         if (transposes(v, op) || !v.does(op)) continue;
-        add(std::string(name_of(static_cast<Isa>(isa))) + "." + name_of(v.layout) + "." +
-                name_of(op) + "." + v.name,
+        add(level + "." + name_of(v.layout) + "." + name_of(op, v.geometry) + "." + v.name,
             model.kernels[isa][i][static_cast<int>(op)]);
       }
     }

@@ -51,7 +51,7 @@ struct Work {
 };
 
 // The terms of a cost in order: `call` is 1; the others count, in vectors of 16 elements or bytes,
-//   operands    elements of X and Y, with samples that only fill a vector
+//   operands    elements of X and Y, with samples that only fill a vector; of images with padding
 //   stream      weight vectors loaded; where lanes run over samples, weights or vectors of X
 //   multiply    multiply-adds
 //   beyond_l2   bytes of weights that come from behind the L2 cache; beyond_l3 likewise
@@ -63,8 +63,10 @@ struct CostModel {
   // Seconds per unit of each term: [isa][variant][op]. spmm_t of lists is spmm of the transposed
   // lists, and not every variant takes every op; the entries in between stay zero.
   Terms kernels[kIsas][kMostVariants][kOps];
-  // The dense layer that spfmt is compared with.
+  // The dense layers that spfmt is compared with. Convolutions by the CPU's level: [isa][op].
   Terms dense;
+  Terms dense_images[kIsas][kOps];
+  Terms winograd;  // the dense convolution's other way, at the level that has it
   double l2_bytes, l3_bytes;
   double wake_seconds;  // handing work to threads and waiting for the last
   // Share of each further thread that is won: t threads do 1 + (t - 1) * efficiency.
@@ -86,13 +88,26 @@ Terms terms_of(const CostModel&, const Work&, double operands, double stream, do
 Terms row_terms(const CostModel&, const Summary&, const Work&);
 // Lanes over panels of samples; `stream` differs.
 Terms panel_terms(const CostModel&, const Summary&, const Work&, double stream);
-// Tiles of outputs of images, of which each takes `vectors` multiply-adds.
-Terms image_terms(const CostModel&, const Summary&, const Work&, double vectors);
 Terms dense_terms(const CostModel&, int64_t rows, int64_t cols, int64_t batch);
+
+// What kernels count of one image of a work's geometry.
+struct ImageCounts {
+  int64_t height, width;  // outputs that one place of the weight adds to; of dX those of a phase
+  int64_t row;            // numbers of a frame from one row of outputs to the next
+  double operands;        // numbers of the maps of X, padded, and of Y
+};
+ImageCounts image_counts(int64_t rows, int64_t cols, const Work&);
+// Images that are multiplied row by row of lists; lists/images.cpp.
+Terms row_list_terms(const CostModel&, const Summary&, const Work&);
+// Of a dense convolution, computed directly or by Winograd's F(2x2, 3x3).
+Terms dense_image_terms(const CostModel&, int64_t rows, int64_t cols, const Work&, bool winograd);
 
 double kernel_seconds(const CostModel&, Isa, const Variant&, const Summary&, const Work&,
                       int threads);
 double dense_seconds(const CostModel&, int64_t rows, int64_t cols, int64_t batch, int threads);
+// The faster way of a dense convolution on a CPU whose best level is `isa`.
+double dense_image_seconds(const CostModel&, Isa isa, int64_t rows, int64_t cols, const Work&,
+                           int threads);
 
 // The fastest variant at a level, and all of `threads` threads or one.
 Choice choose(const CostModel&, Isa, const Summary&, const Work&, int threads);

@@ -596,7 +596,15 @@ struct GroupImages {
     sample(bodies, plan, p, executor);
   }
   static Terms terms(const CostModel& model, const Summary& s, const Work& work) {
-    return image_terms(model, s, work, static_cast<double>(s.vectors));
+    const ImageCounts c = image_counts(s.rows, s.cols, work);
+    // Rows of a band that lie in several groups of the convolution are visited once for each.
+    const double rows = static_cast<double>(s.nnz) / std::max<int64_t>(1, s.vectors);
+    const double visits = std::clamp<double>(work.geometry->groups, 1.0, std::max(1.0, rows));
+    const double vectors = static_cast<double>(s.vectors) * visits;
+    const auto batch = static_cast<double>(work.batch);
+    const double outputs = static_cast<double>(c.height) * c.width;
+    return terms_of(model, work, c.operands * batch, vectors * batch, vectors * outputs * batch,
+                    static_cast<double>(size_of(work.dtype)) * s.nnz, batch);
   }
 };
 

@@ -73,7 +73,7 @@ struct GroupRows {
     run_band_rows(bodies, plan, p, executor);
   }
   static Terms terms(const CostModel& model, const Summary& s, const Work& work) {
-    return image_terms(model, s, work, static_cast<double>(s.nnz) / kLanes);
+    return row_list_terms(model, s, work);
   }
 };
 

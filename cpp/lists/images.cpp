@@ -430,6 +430,27 @@ template void run_row_lists(const Bodies<float>&, const Plan&, const RowLists&, 
 template void run_row_lists(const Bodies<double>&, const Plan&, const RowLists&, const Product&,
                             const Executor&);
 
+Terms row_list_terms(const CostModel& model, const Summary& s, const Work& work) {
+  constexpr int64_t kTile = 4;  // vectors
+  const ImageCounts c = image_counts(s.rows, s.cols, work);
+  double images = 0, passes = 0, vectors = 0, tiles = 0;
+  for_sets(work.batch, [&](int64_t, int64_t count, int64_t together) {
+    const auto units = static_cast<double>(divide_up(count, together));
+    const bool side_by_side = together > 1;
+    const int64_t line = (c.height - 1) * c.row + c.width;
+    const int64_t height = side_by_side ? c.height : 1;
+    const int64_t width = side_by_side ? c.width : divide_up(line, kLanes);
+    images += units * static_cast<double>(together);
+    passes += units;
+    vectors += units * static_cast<double>(height * width);
+    tiles += units * static_cast<double>(divide_up(height * width, kTile));
+  });
+  const auto nnz = static_cast<double>(s.nnz);
+  // Values and offsets come from behind L2 once for every tile.
+  return terms_of(model, work, c.operands * images, nnz * passes, nnz * vectors,
+                  static_cast<double>(size_of(work.dtype) + sizeof(int32_t)) * nnz, tiles);
+}
+
 namespace {
 
 struct ListImages {
@@ -443,7 +464,7 @@ struct ListImages {
     run_row_lists(bodies, plan, {plan.lists(), nullptr}, p, executor);
   }
   static Terms terms(const CostModel& model, const Summary& s, const Work& work) {
-    return image_terms(model, s, work, static_cast<double>(s.nnz) / kLanes);
+    return row_list_terms(model, s, work);
   }
 };
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,12 +10,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from spfmt.cli._network import HIDDEN
+from spfmt.cli._network import HIDDEN, PIXELS
 from spfmt.convert import convert
 from spfmt.errors import SpfmtError
 from spfmt.formats import SparseTensor, load
 from spfmt.onnx import export
-from spfmt.torch import SparseLinear
+from spfmt.torch import SparseConv2d, SparseLinear
 
 __all__ = ["Deployed", "Mismatch", "deploy"]
 
@@ -33,7 +34,8 @@ class Deployed:
     ----------
     model : nn.Sequential
         As it was exported: its sparse weights come from the saved files.
-    onnx : Path
+    onnx : Path or None
+        None where it was not exported.
     weights : tuple of Path
         One safetensors file per sparse layer; none of the dense network.
     tensors : tuple of SparseTensor
@@ -41,7 +43,7 @@ class Deployed:
     """
 
     model: nn.Sequential
-    onnx: Path
+    onnx: Path | None
     weights: tuple[Path, ...]
     tensors: tuple[SparseTensor, ...]
 
@@ -54,7 +56,14 @@ class Deployed:
         return sum(tensor.nnz for tensor in self.tensors) / sum(sizes)
 
 
-def deploy(model: nn.Sequential, name: str, folder: Path) -> Deployed:
+def deploy(
+    model: nn.Sequential,
+    name: str,
+    folder: Path,
+    layers: Sequence[str] = HIDDEN,
+    *,
+    onnx: bool = True,
+) -> Deployed:
     """Take every sparse weight through conversion and a file, then export the network.
 
     Parameters
@@ -64,6 +73,10 @@ def deploy(model: nn.Sequential, name: str, folder: Path) -> Deployed:
     name : str
         Stem of the files.
     folder : Path
+    layers : sequence of str
+        Those that may be sparse.
+    onnx : bool
+        Whether to export.
 
     Raises
     ------
@@ -71,21 +84,31 @@ def deploy(model: nn.Sequential, name: str, folder: Path) -> Deployed:
         Where a weight is not the same after its way.
     """
     paths, tensors = [], []
-    for layer_name in HIDDEN:
+    for layer_name in layers:
         layer = model.get_submodule(layer_name)
-        if isinstance(layer, SparseLinear):
+        if isinstance(layer, SparseLinear | SparseConv2d):
             path = folder / f"{name}.{layer_name}.safetensors"
             tensor = _through_file(_through_csr(layer), path)
-            setattr(model, layer_name, SparseLinear.from_tensor(tensor, layer.bias))
+            setattr(model, layer_name, _layer_of(tensor, layer))
             paths.append(path)
             tensors.append(tensor)
-    example = torch.zeros(2, next(model.parameters()).shape[1])
-    target = folder / f"{name}.onnx"
-    export(model, (example,), target, input_names=[INPUT], output_names=[OUTPUT])
+    target = folder / f"{name}.onnx" if onnx else None
+    if target is not None:
+        example = torch.zeros(2, PIXELS)
+        export(model, (example,), target, input_names=[INPUT], output_names=[OUTPUT])
     return Deployed(model, target, tuple(paths), tuple(tensors))
 
 
-def _through_csr(layer: SparseLinear) -> SparseTensor:
+def _layer_of(tensor: SparseTensor, like: SparseLinear | SparseConv2d) -> nn.Module:
+    if isinstance(like, SparseLinear):
+        return SparseLinear.from_tensor(tensor, like.bias)
+    return SparseConv2d.from_tensor(
+        tensor, like.bias, stride=like.stride, padding=like.padding, dilation=like.dilation,
+        groups=like.groups,
+    )  # fmt: skip
+
+
+def _through_csr(layer: SparseLinear | SparseConv2d) -> SparseTensor:
     """Return the layer's weight after the way to CSR and back to its format."""
     tensor = layer.tensor()
     back: SparseTensor = convert(convert(tensor, "csr"), layer.format, **layer.format_params)

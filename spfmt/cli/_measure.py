@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 
 from spfmt.cli._deploy import INPUT, Deployed, Mismatch
 from spfmt.onnx import OPERATORS, kernels_run, session
+from spfmt.onnx.functions import Operator
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -59,8 +61,15 @@ def open_sessions(models: Mapping[str, Deployed]) -> dict[Key, onnxruntime.Infer
     opened = {}
     for name, model in models.items():
         for library in (True, False) if model.tensors else (False,):
-            opened[name, library] = session(model.onnx, threads=THREADS, library=library)
+            opened[name, library] = session(file_of(model), threads=THREADS, library=library)
     return opened
+
+
+def file_of(model: Deployed) -> Path:
+    """Return the ONNX file of a network that has one."""
+    if model.onnx is None:
+        raise RuntimeError("got a network that was not exported; please report it")
+    return model.onnx
 
 
 def answers(
@@ -90,8 +99,17 @@ def answers(
     return logits, worst
 
 
-def kernels(model: Deployed, name: str, x: Array) -> dict[str, int]:
+def kernels(
+    model: Deployed, name: str, x: Array, operators: Mapping[str, Operator] = OPERATORS
+) -> dict[str, int]:
     """Count the kernels that a network ran, from ONNX Runtime's own profile.
+
+    Parameters
+    ----------
+    model, name, x
+        A network that was exported, and its input.
+    operators : mapping
+        Those of its sparse layers, by layout.
 
     Returns
     -------
@@ -103,12 +121,12 @@ def kernels(model: Deployed, name: str, x: Array) -> dict[str, int]:
     Mismatch
         Where a sparse layer ran anything but our kernel.
     """
-    runs = kernels_run(model.onnx, {INPUT: x}, threads=THREADS)
+    runs = kernels_run(file_of(model), {INPUT: x}, threads=THREADS)
     counts = Counter(run.op_type for run in runs)
     if not model.tensors:
         return dict(counts)
     # The plain operator, and those with an activation fused into them, which begin with its name.
-    plain = OPERATORS[model.tensors[0].layout().name].op_type
+    plain = operators[model.tensors[0].layout().name].op_type
     ours = {op: runs for op, runs in counts.items() if op.startswith(plain)}
     if sum(ours.values()) != len(model.tensors):
         raise Mismatch(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,10 +11,20 @@ import torch
 from torch import Tensor, nn
 
 from spfmt.formats import FORMATS
-from spfmt.torch import SparseLinear, sparsify
+from spfmt.torch import SparseModule, sparsify
 from spfmt.train import SET
 
-__all__ = ["HIDDEN", "PARAMS", "Digits", "Settings", "build", "load_digits", "train"]
+__all__ = [
+    "HIDDEN",
+    "PARAMS",
+    "PIXELS",
+    "Digits",
+    "Settings",
+    "build",
+    "load_digits",
+    "prune",
+    "train",
+]
 
 PARAMS: Mapping[str, Mapping[str, Any]] = {
     name: found.parse_spec("") or {} for name, found in FORMATS.items()
@@ -24,7 +34,7 @@ PARAMS: Mapping[str, Mapping[str, Any]] = {
 HIDDEN = ("hidden1", "hidden2")
 """The layers that become sparse."""
 
-_PIXELS, _CLASSES = 64, 10
+PIXELS, _CLASSES = 64, 10
 # Noise on the pixels makes 1437 images enough for a network this wide, dense or sparse.
 _NOISE = 0.2
 
@@ -45,19 +55,23 @@ class Settings:
         Of the training.
     rounds : int
         Of the latency measurement.
+    channels, conv_epochs : int
+        Of the network of convolutions.
     """
 
     density: float = 0.1
     seed: int = 0
     width: int = 1024
-    epochs: int = 25
+    epochs: int = 18
     batch_size: int = 64
     rounds: int = 60
+    channels: int = 64
+    conv_epochs: int = 6
 
     @property
     def layers(self) -> tuple[int, ...]:
         """Sizes of the network's layers, from the pixels to the classes."""
-        return (_PIXELS, *(self.width,) * (len(HIDDEN) + 1), _CLASSES)
+        return (PIXELS, *(self.width,) * (len(HIDDEN) + 1), _CLASSES)
 
 
 @dataclass(frozen=True)
@@ -99,16 +113,21 @@ def build(settings: Settings, format: str | None) -> nn.Sequential:
             modules[f"{name}_relu"] = nn.ReLU()
     model = nn.Sequential(modules)
     if format is not None:
-        sparsify(
-            model,
-            format,
-            density=dict.fromkeys(HIDDEN, settings.density),
-            scores="random",
-            reset=True,
-            generator=torch.Generator().manual_seed(settings.seed),
-            **PARAMS[format],
-        )
+        prune(model, format, HIDDEN, settings)
     return model
+
+
+def prune(model: nn.Module, format: str, layers: Sequence[str], settings: Settings) -> None:
+    """Make layers sparse: random structures, new values."""
+    sparsify(
+        model,
+        format,
+        density=dict.fromkeys(layers, settings.density),
+        scores="random",
+        reset=True,
+        generator=torch.Generator().manual_seed(settings.seed),
+        **PARAMS[format],
+    )
 
 
 def train(
@@ -120,13 +139,13 @@ def train(
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=steps)
     method = None
-    if any(isinstance(module, SparseLinear) for module in model):
+    if any(isinstance(module, SparseModule) for module in model):
         method = SET(model, optimizer, delta_t=20, total_steps=steps, seed=settings.seed)
     generator = torch.Generator().manual_seed(settings.seed)
     for epoch in range(settings.epochs):
         order = torch.randperm(len(data.x), generator=generator)
         for chosen in torch.split(order, settings.batch_size):
-            noise = torch.randn((len(chosen), _PIXELS), generator=generator)
+            noise = torch.randn((len(chosen), PIXELS), generator=generator)
             optimizer.zero_grad()
             outputs = model(data.x[chosen] + _NOISE * noise)
             loss = nn.functional.cross_entropy(outputs, data.y[chosen])

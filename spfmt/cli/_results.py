@@ -18,6 +18,7 @@ from rich.table import Table
 
 import spfmt
 from spfmt.bench.machine import cpu_name
+from spfmt.cli import _cnn
 from spfmt.cli._measure import BATCHES, THREADS, Latency
 from spfmt.cli._network import HIDDEN, Settings
 from spfmt.dispatch import timed_isa
@@ -78,6 +79,7 @@ class Results:
     test_images: int
     seconds: float
     rows: tuple[Row, ...]
+    convolutions: tuple[_cnn.ConvRow, ...]
 
     def speed_up(self, row: Row, batch: int, plain: bool = False) -> float:
         """Return the dense network's latency over a row's."""
@@ -133,6 +135,8 @@ def write_json(results: Results, path: Path) -> None:
         "machine": machine(),
         "versions": versions(),
         "rows": rows,
+        "sparse_convolutions": _cnn.CONVOLUTIONS,
+        "convolutions": [asdict(row) for row in results.convolutions],
     }
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
@@ -142,13 +146,16 @@ def show(results: Results) -> None:
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = _TABLE_WIDTH
-    console.print(_table(results, console.width))
+    gap = 1 if console.width >= _ROOMY else 0
+    console.print(_table(results, gap))
     for note in _notes(results):
+        console.print(note, markup=False)
+    console.print(_cnn.table(results.convolutions, gap))
+    for note in _cnn.notes(results.convolutions, results.settings):
         console.print(note, markup=False)
 
 
-def _table(results: Results, width: int) -> Table:
-    gap = 1 if width >= _ROOMY else 0
+def _table(results: Results, gap: int) -> Table:
     table = Table(box=SIMPLE_HEAD, padding=(0, gap, 0, 0), pad_edge=False)
     table.add_column("format", min_width=12)
     for head in ("density", "test\nacc.", "file\nMB", "batch 1\nµs", "batch 256\nms"):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from spfmt.cli import _cnn
 from spfmt.cli import _measure as onnx
 from spfmt.cli._deploy import Deployed, deploy
 from spfmt.cli._figures import draw
@@ -20,19 +21,20 @@ from spfmt.dispatch import timed_isa
 __all__ = ["run"]
 
 # Shares of the progress bar, in epochs of training.
-_DEPLOY, _OPEN, _MEASURE, _DRAW = 3.0, 2.0, 20.0, 3.0
+_DEPLOY, _OPEN, _MEASURE, _DRAW, _CONVOLUTIONS = 3.0, 2.0, 20.0, 3.0, 12.0
 
 
 def run(settings: Settings, folder: Path, keep: bool) -> Results:
     """Run the demo in a folder; `keep` also draws and writes the table there."""
     timed_isa()  # or the end of it refuses
     names = ("dense", *PARAMS)
-    total = len(names) * (settings.epochs + _DEPLOY) + _OPEN + _MEASURE + _DRAW
+    total = len(names) * (settings.epochs + _DEPLOY + _CONVOLUTIONS) + _OPEN + _MEASURE + _DRAW
     with Reporter(total) as reporter, _one_thread():
         data = load_digits(settings.seed)
         made = {name: _make(name, data, settings, folder, reporter) for name in names}
         rows = _measure(made, data, settings, reporter)
-        results = Results(settings, len(data.x_test), reporter.seconds, rows)
+        convolutions = _cnn.run(data, settings, folder, reporter, _CONVOLUTIONS)
+        results = Results(settings, len(data.x_test), reporter.seconds, rows, convolutions)
         if keep:
             reporter.doing("drawing")
             write_json(results, folder / "results.json")
@@ -95,7 +97,7 @@ def _measure(
             label=label(name, model.tensors),
             density=model.density,
             accuracy=float((checked[name][0].argmax(1) == y).mean()),
-            onnx_bytes=model.onnx.stat().st_size,
+            onnx_bytes=onnx.file_of(model).stat().st_size,
             weights_bytes=sum(path.stat().st_size for path in model.weights),
             train_seconds=made[name][1],
             difference=checked[name][1],

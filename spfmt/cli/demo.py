@@ -49,7 +49,7 @@ def demo(out: Path | None, *, density: float = 0.1, seed: int = 0, quick: bool =
 
         settings = Settings(density=density, seed=seed)
         if quick:
-            settings = replace(settings, width=128, epochs=2, rounds=3)
+            settings = replace(settings, width=128, epochs=2, rounds=3, channels=32, conv_epochs=2)
         results = run(settings, folder, keep=out is not None)
         show(results)
     if out is not None:

@@ -6,10 +6,14 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.grad import conv2d_weight
 
+from spfmt.convolution import Convolution
+from spfmt.cost import Geometry
 from spfmt.errors import FormatError, format_error
 from spfmt.formats import SparseTensor
 from spfmt.torch.convolution import conv2d
@@ -245,23 +249,70 @@ class _SparseConv(SparseLayer):
         """
         if self.groups != 1:
             raise format_error(
-                f"samples of a convolution in {self.groups} groups", "one group", "use the norms"
+                f"samples of a convolution in {self.groups} groups",
+                "one group",
+                "use square_sums or dense_gradient",
             )
-        if any(self._around):
-            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
-            x = functional.pad(x, self._around, mode=mode)
         x, dy = self._as_images(x), self._as_images(dy)
-        kernel, stride, dilation = (
-            (1,) * (2 - len(n)) + tuple(n) for n in (self.kernel_size, self.stride, self.dilation)
-        )
-        columns = functional.unfold(x, kernel, dilation=dilation, stride=stride)
         return (
-            columns.transpose(1, 2).reshape(-1, math.prod(self.shape[1:])),
+            self._unfolded(x).transpose(1, 2).reshape(-1, math.prod(self.shape[1:])),
             dy.flatten(2).transpose(1, 2).reshape(-1, self.out_channels),
         )
 
+    def square_sums(self, x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the sums of squares over a call's pixels: per column, and per channel of Y.
+
+        Columns are those of all groups, C_in times the cells of the kernel. Takes the memory of one
+        unfolded image, whatever the batch.
+        """
+        x, dy = self._as_images(x), self._as_images(dy)
+        total = x.float().square().sum(0, keepdim=True)
+        return self._unfolded(total).sum(2)[0], dy.float().square().sum((0, 2, 3))
+
+    def dense_gradient(self, x: Tensor, dy: Tensor) -> Tensor:
+        """Return the gradient that a call gives the dense weight, as the matrix that it is."""
+        x, dy = self._as_images(x), self._as_images(dy)
+        gradient: Tensor = conv2d_weight(  # type: ignore[no-untyped-call]
+            self._padded(x.to(dy.dtype)), self.shape, dy, self._both(self.stride), 0,
+            self._both(self.dilation), self.groups,
+        )  # fmt: skip
+        return gradient.flatten(1)
+
     def _as_images(self, x: Tensor) -> Tensor:
         return x if x.dim() == 4 else x.unsqueeze(0)
+
+    def _padded(self, x: Tensor) -> Tensor:
+        if not any(self._around) or self.padding_mode == "zeros":
+            return functional.pad(x, self._around)
+        if len(self.kernel_size) == 1:  # torch pads so many dimensions as the mode asks for
+            return functional.pad(x.squeeze(2), self._around, self.padding_mode).unsqueeze(2)
+        return functional.pad(x, self._around, self.padding_mode)
+
+    def _unfolded(self, x: Tensor) -> Tensor:
+        kernel, stride, dilation = map(self._both, (self.kernel_size, self.stride, self.dilation))
+        return functional.unfold(self._padded(x), kernel, dilation=dilation, stride=stride)
+
+    @staticmethod
+    def _both(option: tuple[int, ...]) -> tuple[int, ...]:
+        """Return an option along y and x: a sequence is an image of one row."""
+        return (1,) * (2 - len(option)) + option
+
+    def _geometry(self, size: Any) -> Geometry:
+        dims = len(self.kernel_size)
+        given = (size,) * dims if np.ndim(size) == 0 and size is not None else tuple(size or ())
+        if len(given) != dims or not all(isinstance(n, int | np.integer) for n in given):
+            raise format_error(
+                f"size={size!r}", f"{dims} size(s) of the maps of X", "pass those of your images"
+            )
+        ends = _ends(self._around)
+        if self.padding_mode != "zeros":  # the kernels then see maps that were padded before
+            across = ends[::2], ends[1::2]
+            given = tuple(n + sum(e) for n, e in zip(given, across[-dims:], strict=True))
+            ends = (0, 0, 0, 0)
+        stride, dilation = self._both(self.stride), self._both(self.dilation)
+        how = Convolution.of(self.shape, stride, ends, dilation, self.groups)
+        height, width = (1,) * (2 - dims) + given
+        return how.geometry(height, width)
 
     def extra_repr(self) -> str:
         """Describe the layer as it is printed inside a model."""

@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from spfmt.cost import Geometry
 from spfmt.errors import FormatError, format_error
 from spfmt.formats import SparseTensor, Structure, decode_structure, encode, words_capacity
 from spfmt.torch.convert import to_numpy, to_torch_values, whole, write_whole
@@ -391,14 +392,31 @@ class SparseModule(nn.Module):
         """Return what a call multiplied, as matrices: inputs (B, C), output gradients (B, R)."""
         raise NotImplementedError
 
-    def explain(self, batch: int, threads: int | None = None, op: str = "spmm") -> str:
+    def square_sums(self, x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the sums of squares over a call's samples: per input (C,), per output (R,)."""
+        x, dy = self.samples(x, dy)
+        return x.float().square().sum(0), dy.float().square().sum(0)
+
+    def dense_gradient(self, x: Tensor, dy: Tensor) -> Tensor:
+        """Return the gradient that a call gives the dense weight, as a matrix (R, C)."""
+        x, dy = self.samples(x, dy)
+        return dy.T @ x.to(dy.dtype)
+
+    def explain(
+        self, batch: int, threads: int | None = None, op: str | None = None, *, size: Any = None
+    ) -> str:
         """Say which kernel would run a batch, and the time predicted for it.
 
         Parameters are those of :meth:`spfmt.dispatch.Plan.explain`; `batch` is the product of all
-        leading dimensions.
+        leading dimensions; `size`, that of the maps, an int or (H, W), is what convolutions need.
         """
-        dtype = str(self.values.dtype).removeprefix("torch.")
-        return self._decoded().plan.explain(batch, threads, op, dtype=dtype)
+        dtype, geometry = str(self.values.dtype).removeprefix("torch."), self._geometry(size)
+        return self._decoded().plan.explain(batch, threads, op, dtype=dtype, geometry=geometry)
+
+    def _geometry(self, size: Any) -> Geometry | None:
+        if size is None:
+            return None
+        raise format_error(f"size={size!r}", "none: these layers have no maps", "leave it out")
 
     def _held(self, name: str) -> Tensor:
         """Return a tensor of this module; nn.Module finds it only after an attribute was missed."""

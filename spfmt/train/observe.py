@@ -24,17 +24,18 @@ class Observation:
     and every rank must ask for them; batches are the rank's own.
     """
 
-    def __init__(self, kind: Observe, group: Any = None) -> None:
+    def __init__(self, kind: Observe, layer: SparseModule, group: Any = None) -> None:
         self.kind, self.group = kind, group
-        self._batches: list[tuple[Tensor, Tensor]] = []
+        self._layer = layer
+        self._batches: list[tuple[Tensor, Tensor]] = []  # as the layer saw them
         self._squares: tuple[Tensor, Tensor] | None = None
 
     def record(self, x: Tensor, dy: Tensor) -> None:
-        """Add a call: inputs (B, C) and output gradients (B, R)."""
+        """Add a call of the layer: its input, and the gradient of its output."""
         if self.kind == "batches":
             self._batches.append((x, dy))
             return
-        squares = x.float().square().sum(0), dy.float().square().sum(0)
+        squares = self._layer.square_sums(x, dy)
         old = self._squares
         self._squares = squares if old is None else (old[0] + squares[0], old[1] + squares[1])
 
@@ -45,13 +46,13 @@ class Observation:
 
     @property
     def inputs(self) -> Tensor:
-        """Inputs, (samples, C), of all calls."""
-        return torch.cat([x for x, _ in self._whole()])
+        """Inputs, (samples, C), of all calls; of a convolution, unfolded."""
+        return torch.cat([self._layer.samples(*call)[0] for call in self._whole()])
 
     @property
     def output_grads(self) -> Tensor:
         """Gradients of the outputs, (samples, R), of all calls."""
-        return torch.cat([dy for _, dy in self._whole()])
+        return torch.cat([self._layer.samples(*call)[1] for call in self._whole()])
 
     @property
     def input_norms(self) -> Tensor:
@@ -65,15 +66,15 @@ class Observation:
 
     def weight_grad(self) -> Tensor:
         """Compute the dense gradient of the weight, ``dY.T @ X``, (R, C); mean over the ranks."""
-        products = [dy.T @ x.to(dy.dtype) for x, dy in self._whole()]
+        products = [self._layer.dense_gradient(*call) for call in self._whole()]
         return self._over_ranks(torch.stack(products).sum(0)) / world_size(self.group)
 
     def _norms(self, which: int) -> Tensor:
         squares = self._squares
         if squares is not None:
             return self._over_ranks(squares[which].clone()).sqrt()
-        recorded = torch.cat([call[which] for call in self._whole()])
-        return self._over_ranks(recorded.float().square().sum(0)).sqrt()
+        sums = [self._layer.square_sums(*call)[which] for call in self._whole()]
+        return self._over_ranks(torch.stack(sums).sum(0)).sqrt()
 
     def _over_ranks(self, total: Tensor) -> Tensor:
         """Add what the ranks found."""
@@ -108,7 +109,7 @@ class Observer:
             return
         if kind not in ("norms", "batches"):
             raise format_error(f"observes {kind!r}", "'norms', 'batches' or None", "use one")
-        found = self._found[id(layer)] = Observation(kind, self._group)
+        found = self._found[id(layer)] = Observation(kind, layer, self._group)
         self._hooks.append(layer.register_forward_hook(_recorder(found)))
 
     def stop(self) -> None:
@@ -138,7 +139,7 @@ def _recorder(found: Observation) -> Callable[..., None]:
         x = args[0].detach()
 
         def record(dy: Tensor) -> None:
-            found.record(*layer.samples(x, dy.detach()))
+            found.record(x, dy.detach())
 
         y.register_hook(record)  # type: ignore[no-untyped-call]
 
