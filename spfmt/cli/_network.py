@@ -62,11 +62,11 @@ class Settings:
     density: float = 0.1
     seed: int = 0
     width: int = 1024
-    epochs: int = 18
+    epochs: int = 15
     batch_size: int = 64
-    rounds: int = 60
+    rounds: int = 40
     channels: int = 64
-    conv_epochs: int = 6
+    conv_epochs: int = 5
 
     @property
     def layers(self) -> tuple[int, ...]:
