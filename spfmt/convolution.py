@@ -183,9 +183,12 @@ def _remembered(*given: Any) -> Convolution:
     return Convolution._read(*given)
 
 
+def _several(value: Any) -> bool:
+    return isinstance(value, list | tuple) or (isinstance(value, np.ndarray) and value.ndim == 1)
+
+
 def _ints(name: str, value: Any, count: int, least: int) -> tuple[int, ...]:
-    several = isinstance(value, list | tuple | np.ndarray) and not isinstance(value, np.generic)
-    given = tuple(value) if several else (value,) * count
+    given = tuple(value) if _several(value) else (value,) * count
     whole = all(isinstance(n, int | np.integer) and not isinstance(n, bool) for n in given)
     if len(given) != count or not whole or not all(least <= n <= _MOST for n in given):
         wanted = "an int" if count == 1 else f"an int or {count} of them"
@@ -213,7 +216,7 @@ def _padding(
         ]
         y, x = total  # of an odd number the end gets one more, as in torch
         return y // 2, x // 2, y - y // 2, x - x // 2
-    if isinstance(padding, list | tuple | np.ndarray) and len(padding) == 4:
+    if _several(padding) and len(padding) == 4:
         top, left, bottom, right = _ints("padding", padding, 4, 0)
         return top, left, bottom, right
     y, x = _pair("padding", padding, 0)

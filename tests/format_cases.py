@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from spfmt import cost
-from spfmt.dispatch import CONVOLUTIONS, OPS
 from spfmt.formats import CSR, FORMATS, HRBP, NM, Condensed, ShuffledBlock, SparseTensor
 
 Rng = np.random.Generator

@@ -277,7 +277,7 @@ def test_convolutions_have_variants_of_their_own(layout: str) -> None:
 def test_convolutions_have_coefficients_at_every_level() -> None:
     for isa, layout in product_of(spfmt.dispatch.LEVELS, LAYOUTS):
         for name in variants(layout, "conv2d", 1):
-            for op in ("spmm", "sddmm"):
+            for op in spfmt.dispatch.CONVOLUTIONS:
                 assert f"{isa}.{layout}.{op}.{name}.multiply" in NAMES
 
 
