@@ -31,7 +31,7 @@ from spfmt._memory import empty_aligned
 
 from .activations import activation_code, apply_activation
 from .cost import Geometry
-from .dispatch import Plan, active_isa, logger, select
+from .dispatch import Plan, _dtype_name, active_isa, logger, select
 from .errors import format_error
 from .formats import SparseTensor
 
@@ -104,6 +104,10 @@ class Convolution:
         rows, _, *kernel = (int(n) for n in shape)
         steps, spread = _pair("stride", stride, 1), _pair("dilation", dilation, 1)
         size = kernel[0], kernel[1]
+        if min(size) < 1:
+            raise format_error(
+                f"a kernel of {size[0]} x {size[1]}", "one cell or more", "use another weight"
+            )
         ends = _padding(padding, size, steps, spread)
         (count,) = _ints("groups", groups, 1, 1)
         if rows % count:
@@ -180,7 +184,8 @@ def _remembered(*given: Any) -> Convolution:
 
 
 def _ints(name: str, value: Any, count: int, least: int) -> tuple[int, ...]:
-    given = (value,) * count if np.ndim(value) == 0 else tuple(value)
+    several = isinstance(value, list | tuple | np.ndarray) and not isinstance(value, np.generic)
+    given = tuple(value) if several else (value,) * count
     whole = all(isinstance(n, int | np.integer) and not isinstance(n, bool) for n in given)
     if len(given) != count or not whole or not all(least <= n <= _MOST for n in given):
         wanted = "an int" if count == 1 else f"an int or {count} of them"
@@ -208,7 +213,7 @@ def _padding(
         ]
         y, x = total  # of an odd number the end gets one more, as in torch
         return y // 2, x // 2, y - y // 2, x - x // 2
-    if np.ndim(padding) == 1 and len(padding) == 4:
+    if isinstance(padding, list | tuple | np.ndarray) and len(padding) == 4:
         top, left, bottom, right = _ints("padding", padding, 4, 0)
         return top, left, bottom, right
     y, x = _pair("padding", padding, 0)
@@ -279,7 +284,7 @@ def _level(plan: Plan, op: str, like: Array, backend: str) -> str | None:
     if backend == "auto" and plain and not logger.isEnabledFor(logging.DEBUG):
         active_isa()  # raises where SPFMT_ISA is invalid
         return None
-    kernel = select(op, plan.layout.name, like.dtype.name, backend)
+    kernel = select(op, plan.layout.name, _dtype_name(like.dtype), backend)
     logger.debug("%s %s %s: kernel %s", op, plan.layout.name, kernel.dtype, kernel.isa)
     return kernel.isa
 
@@ -413,7 +418,7 @@ def conv2d(
     size = how.sizes(x.shape[2], x.shape[3])
     activation_code(activation)
     if bias is not None:
-        bias = np.ascontiguousarray(bias)
+        bias = np.require(bias, requirements=["C", "ALIGNED"])
         if bias.shape != (a.shape[0],) or bias.dtype != a.values.dtype:
             raise format_error(
                 f"a bias of shape {bias.shape} and {bias.dtype}",
@@ -560,10 +565,7 @@ def _check_maps(how: Convolution, dy: Array, size: tuple[int, int]) -> None:
 
 def _result(shape: tuple[int, ...], like: Array, out: Array | None, *operands: Array) -> Array:
     if out is None:
-        n, channels, height, width = shape
-        if is_channels_last(like):
-            return empty_aligned((n, height, width, channels), like.dtype).transpose(0, 3, 1, 2)
-        return empty_aligned(shape, like.dtype)
+        return _empty(shape, like)
     fits = isinstance(out, np.ndarray) and out.shape == shape and out.dtype == like.dtype
     if not fits or not out.flags.writeable or not out.flags.aligned:
         raise format_error(
@@ -580,6 +582,16 @@ def _result(shape: tuple[int, ...], like: Array, out: Array | None, *operands: A
             "let it be allocated",
         )
     return out
+
+
+def _empty(shape: tuple[int, ...], like: Array) -> Array:
+    n, channels, height, width = shape
+    try:
+        if is_channels_last(like):
+            return empty_aligned((n, height, width, channels), like.dtype).transpose(0, 3, 1, 2)
+        return empty_aligned(shape, like.dtype)
+    except ValueError:  # numpy cannot even count the elements
+        raise MemoryError(f"no memory for images of shape {shape}") from None
 
 
 def is_channels_last(x: Array) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterator
+from itertools import product as product_of
 
 import numpy as np
 import pytest
@@ -254,6 +255,30 @@ def test_many_samples_always_run_in_panels() -> None:
     cost.use(model(panels__call=1.0, octets__call=1.0))
     a = spfmt.CSR.from_dense(np.eye(20, dtype="float32"))
     assert [explained(a, b) for b in (1, 16, 17, 300)] == ["lookup", "lookup", "panels", "panels"]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_convolutions_have_variants_of_their_own(layout: str) -> None:
+    """They take every product of images of any batch, and none of matrices."""
+    a = MAKERS[LAYOUTS[layout]]((40, 20), np.random.default_rng(3)).astype("float32")
+    names = variants(layout, "conv2d", 1)
+    assert "images" in names
+    for op, convolution in zip(spfmt.dispatch.OPS, spfmt.dispatch.CONVOLUTIONS, strict=True):
+        assert variants(layout, convolution, 2**40) == names
+        matrices = variants(layout, op, 5)
+        assert not set(names) & set(matrices)
+        cost.use(model(call=1.0, **{f"{name}__call": 0.0 for name in names}))
+        assert explained(a, 5, op=op) in matrices
+        for name in names:
+            with cost.forced(name):
+                assert explained(a, 5, op=op) in matrices
+
+
+def test_convolutions_have_coefficients_at_every_level() -> None:
+    for isa, layout in product_of(spfmt.dispatch.LEVELS, LAYOUTS):
+        for name in variants(layout, "conv2d", 1):
+            for op in spfmt.dispatch.CONVOLUTIONS:
+                assert f"{isa}.{layout}.{op}.{name}.multiply" in NAMES
 
 
 @pytest.mark.parametrize("op", ["spmm", "spmm_t"])

@@ -38,6 +38,10 @@ class Plan;
 template <class T>
 void run_row_lists(const Bodies<T>&, const Plan&, const RowLists&, const Product&, const Executor&);
 
+// The same with the rows of a plan's bands (groups/rows.cpp).
+template <class T>
+void run_band_rows(const Bodies<T>&, const Plan&, const Product&, const Executor&);
+
 // Null where a level has none for the dtype.
 template <class T>
 const Bodies<T>* bodies_at(Isa isa);

@@ -140,11 +140,11 @@ template <class T>
 void fill_frame(const ImageBodies<T>&, const Frame&, const Planes<const T>* images, const Unit&,
                 T* to, int64_t begin, int64_t end);
 
-// A band as a convolution visits it: once for every group of the convolution that it has rows of.
+// A band as a convolution visits it.
 struct BandVisit {
   int64_t band;
-  int64_t group;
-  int32_t row[kBandRows];  // of each lane, -1 where it belongs to no row or to another group
+  int64_t group;           // of the convolution, to which all of its rows belong
+  int32_t row[kBandRows];  // of each lane, -1 where it has none
 };
 
 // Fills bands [begin, end) of a frame whose positions hold the rows of a band.

@@ -19,45 +19,42 @@ int64_t images_together(int64_t height, int64_t width, int64_t batch) {
   return small && batch >= kTogether / 2 ? kTogether : 1;
 }
 
-// The bands as a convolution visits them.
-struct Visits {
-  std::vector<BandVisit> visit;
-  bool whole;  // whether each band belongs to one group of the convolution
+// Rows of the structure in one group of the convolution.
+int64_t rows_of_group(const Groups& a, const Geometry& g) {
+  return std::max<int64_t>(1, a.rows / g.groups);
+}
 
-  Visits(const Groups& a, int64_t groups) {
-    const int64_t rows_of_group = std::max<int64_t>(1, a.rows / groups);
-    for (int64_t t = 0; t < a.bands; ++t) {
-      std::vector<int64_t> seen;
-      for (int64_t i = a.row_ptr[t]; i < a.row_ptr[t + 1]; ++i) {
-        const int64_t group = a.row_perm[i] / rows_of_group;
-        if (std::find(seen.begin(), seen.end(), group) == seen.end()) seen.push_back(group);
-      }
-      for (const int64_t group : seen) visit.push_back(make(a, t, group, rows_of_group));
-    }
-    whole = static_cast<int64_t>(visit.size()) == a.bands;
-  }
-  int64_t count() const { return static_cast<int64_t>(visit.size()); }
-
- private:
-  static BandVisit make(const Groups& a, int64_t t, int64_t group, int64_t rows_of_group) {
-    BandVisit v{t, group, {}};
-    std::fill_n(v.row, kBandRows, -1);
+// Whether the rows of a band belong to several groups of the convolution, which see other channels.
+bool spans_groups(const Groups& a, const Geometry& g) {
+  const int64_t rows = rows_of_group(a, g);
+  for (int64_t t = 0; g.groups > 1 && t < a.bands; ++t) {
     for (int64_t i = a.row_ptr[t]; i < a.row_ptr[t + 1]; ++i) {
-      const int32_t row = a.row_perm[i];
-      if (row / rows_of_group == group) v.row[i - a.row_ptr[t]] = row;
+      if (a.row_perm[i] / rows != a.row_perm[a.row_ptr[t]] / rows) return true;
     }
-    return v;
   }
-};
+  return false;
+}
+
+// The bands as a convolution visits them.
+std::vector<BandVisit> visits_of(const Groups& a, const Geometry& g) {
+  std::vector<BandVisit> visits;
+  for (int64_t t = 0; t < a.bands; ++t) {
+    BandVisit v{t, a.row_perm[a.row_ptr[t]] / rows_of_group(a, g), {}};
+    std::fill_n(v.row, kBandRows, -1);
+    std::copy(a.row_perm + a.row_ptr[t], a.row_perm + a.row_ptr[t + 1], v.row);
+    visits.push_back(v);
+  }
+  return visits;
+}
 
 // A geometry made ready for products with X.
 struct ForwardPack {
-  Visits visits;
+  std::vector<BandVisit> visits;
   Frame frame;
   std::vector<int32_t> offset;  // (col_count)
 
   ForwardPack(const Groups& a, const Geometry& g, int64_t images, int64_t bytes)
-      : visits(a, g.groups),
+      : visits(visits_of(a, g)),
         frame(g, false, g.groups * (a.cols / g.cells()), 1, images, bytes, kFrameBytes),
         offset(a.col_count) {
     for (int64_t j = 0; j < a.col_count; ++j) {
@@ -70,19 +67,19 @@ struct ForwardPack {
     return group * (frame.channels / g.groups) * frame.channel * frame.images;
   }
   int64_t nbytes() const {
-    return static_cast<int64_t>(sizeof(BandVisit) * visits.visit.size() + 4 * offset.size());
+    return static_cast<int64_t>(sizeof(BandVisit) * visits.size() + 4 * offset.size());
   }
 };
 
 // A geometry made ready for dX: what every number of it is the sum of, by channel and phase.
 struct TurnedPack {
-  Visits visits;
+  std::vector<BandVisit> visits;
   Frame frame;
   std::vector<int64_t> ptr;
   std::vector<TurnedEntry> entry;
 
   TurnedPack(const Groups& a, const Geometry& g, int64_t images, int64_t bytes)
-      : visits(a, g.groups), frame(g, true, visits.count(), kBandRows, images, bytes, kFrameBytes) {
+      : visits(visits_of(a, g)), frame(g, true, a.bands, kBandRows, images, bytes, kFrameBytes) {
     const int64_t outputs = g.groups * (a.cols / g.cells()) * phases();
     ptr.assign(outputs + 1, 0);
     for_entries(a, g, [&](int64_t output, const TurnedEntry&) { ++ptr[output + 1]; });
@@ -95,7 +92,7 @@ struct TurnedPack {
     return static_cast<int64_t>(frame.y.phases.size() * frame.x.phases.size());
   }
   int64_t nbytes() const {
-    return static_cast<int64_t>(sizeof(BandVisit) * visits.visit.size() + 8 * ptr.size() +
+    return static_cast<int64_t>(sizeof(BandVisit) * visits.size() + 8 * ptr.size() +
                                 sizeof(TurnedEntry) * entry.size());
   }
 
@@ -104,9 +101,9 @@ struct TurnedPack {
   void for_entries(const Groups& a, const Geometry& g, const Body& body) const {
     const auto down = static_cast<int64_t>(frame.y.phases.size());
     const auto across = static_cast<int64_t>(frame.x.phases.size());
-    for (int64_t v = 0; v < visits.count(); ++v) {
-      const int64_t t = visits.visit[v].band, rows = a.row_ptr[t + 1] - a.row_ptr[t];
-      const int64_t first = visits.visit[v].group * (a.cols / g.cells());
+    for (int64_t v = 0; v < a.bands; ++v) {
+      const int64_t t = visits[v].band, rows = a.row_ptr[t + 1] - a.row_ptr[t];
+      const int64_t first = visits[v].group * (a.cols / g.cells());
       for (int64_t j = a.col_begin[t]; j < a.col_end[t]; ++j) {
         const int64_t c = a.col_indices[j] / g.cells(), cell = a.col_indices[j] % g.cells();
         const int64_t ky = cell / g.x.kernel, kx = cell % g.x.kernel;
@@ -245,13 +242,13 @@ struct Forward {
     const FilledFrame<T> x(bodies.images, f, in, unit, width, executor);
     const Block block(best_tile(*bodies.group_images.multiply, height, width, x.in_place()), height,
                       width, x.in_place());
-    const int64_t items = pack.visits.count() * block.count;
+    const int64_t items = a.bands * block.count;
     for_ranges(executor, items, range_step(executor, items), [&](int64_t begin, int64_t end) {
       const Workspace sums(sizeof(T) * block.tall * block.wide * kBandRows);
       for (int64_t i = begin; i < end; ++i) {
         const int64_t row = i % block.count * block.tall;
-        rows(block, x, y, pack.visits.visit[i / block.count], row,
-             std::min(block.tall, height - row), sums.template as<T>());
+        rows(block, x, y, pack.visits[i / block.count], row, std::min(block.tall, height - row),
+             sums.template as<T>());
       }
     });
     y.done(a.rows, executor);
@@ -373,7 +370,7 @@ struct Backward {
     T* dy = frame.template as<T>();
     for_ranges(
         executor, f.channels, range_step(executor, f.channels), [&](int64_t begin, int64_t end) {
-          fill_bands(bodies.images, f, pack.visits.visit.data(), in.planes(), unit, dy, begin, end);
+          fill_bands(bodies.images, f, pack.visits.data(), in.planes(), unit, dy, begin, end);
         });
     // Strips are counted in outputs of a phase; rows of dX are `stride` times as many.
     const int64_t last = std::min(g.y.size, (unit.row + unit.rows) * g.y.stride);
@@ -386,39 +383,48 @@ struct Backward {
     dx.done(channels, executor);
   }
 
-  // All outputs of one phase. A tile passes over all channels while L1 holds its part of dY.
+  // Outputs of one phase.
+  struct Tiles {
+    const Tile<TurnedOutputs<T>>& tile;
+    int64_t phase, py, px, height, width;
+    int64_t across;  // tiles in a row
+
+    int64_t count() const { return divide_up(height, tile.rows) * across; }
+  };
+
+  // All outputs of one phase. A few tiles, some lines of dX, pass over all channels while L1 holds
+  // their part of dY.
   void outputs(const Unit& unit, int64_t phase, const T* dy, const Results<T>& dx, int64_t channels,
                const Executor& executor) const {
     const Frame& f = pack.frame;
-    const auto across = static_cast<int64_t>(f.x.phases.size());
-    const int64_t py = phase / across, px = phase % across;
+    const auto phases = static_cast<int64_t>(f.x.phases.size());
+    const int64_t py = phase / phases, px = phase % phases;
     const int64_t height = std::min(unit.rows, count_of(g.y.size, g.y.stride, py) - unit.row);
     const int64_t width = count_of(g.x.size, g.x.stride, px) * f.images;
     if (height <= 0 || width <= 0) return;
     const auto& tile = best_tile(*bodies.group_images.multiply_t, height, width, false);
-    const int64_t row = divide_up(width, tile.width), tiles = divide_up(height, tile.rows) * row;
-    for_ranges(executor, tiles, range_step(executor, tiles), [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t y = i / row * tile.rows, x = i % row * tile.width;
-        TurnedOutputs<T> o{static_cast<const T*>(p.values.data),
-                           nullptr,
-                           nullptr,
-                           dy + (y * f.width * f.images + x) * kBandRows,
-                           f.width * f.images * kBandRows,
-                           nullptr,
-                           dx.row() * g.y.stride,
-                           g.x.stride,
-                           static_cast<int>(std::min<int64_t>(tile.rows, height - y)),
-                           static_cast<int>(std::min<int64_t>(tile.width, width - x))};
-        for (int64_t c = 0; c < channels; ++c) {
-          const int64_t* ptr = pack.ptr.data() + c * pack.phases() + phase;
-          o.entry = pack.entry.data() + ptr[0];
-          o.end = pack.entry.data() + ptr[1];
-          o.out = dx.at(c, y * g.y.stride + py) + px + x * g.x.stride;
-          tile.run(o);
-        }
+    const Tiles tiles{tile, phase, py, px, height, width, divide_up(width, tile.width)};
+    constexpr int64_t kOutputs = 128;
+    const int64_t few = std::max<int64_t>(1, kOutputs / (tile.rows * tile.width));
+    for_ranges(executor, tiles.count(), few, [&](int64_t begin, int64_t end) {
+      for (int64_t c = 0; c < channels; ++c) {
+        for (int64_t i = begin; i < end; ++i) channel_tile(tiles, i, dy, dx, c);
       }
     });
+  }
+
+  void channel_tile(const Tiles& tiles, int64_t i, const T* dy, const Results<T>& dx,
+                    int64_t c) const {
+    const Frame& f = pack.frame;
+    const int64_t* ptr = pack.ptr.data() + c * pack.phases() + tiles.phase;
+    const int64_t y = i / tiles.across * tiles.tile.rows, x = i % tiles.across * tiles.tile.width;
+    tiles.tile.run({static_cast<const T*>(p.values.data), pack.entry.data() + ptr[0],
+                    pack.entry.data() + ptr[1], dy + (y * f.width * f.images + x) * kBandRows,
+                    f.width * f.images * kBandRows,
+                    dx.at(c, y * g.y.stride + tiles.py) + tiles.px + x * g.x.stride,
+                    dx.row() * g.y.stride, g.x.stride,
+                    static_cast<int>(std::min<int64_t>(tiles.tile.rows, tiles.height - y)),
+                    static_cast<int>(std::min<int64_t>(tiles.tile.width, tiles.width - x))});
   }
 };
 
@@ -471,8 +477,8 @@ struct Gradient {
   // Strips like those of X.
   static Frame dense(const Geometry& g, const ForwardPack& forward) {
     const Axis down{forward.frame.rows, forward.frame.rows}, across{g.x.out, g.x.out};
-    Frame f({down, across, 1}, true, forward.visits.count(), kBandRows, forward.frame.images,
-            sizeof(T), INT64_MAX);
+    Frame f({down, across, 1}, true, static_cast<int64_t>(forward.visits.size()), kBandRows,
+            forward.frame.images, sizeof(T), INT64_MAX);
     f.y.source = g.y.out;
     return f;
   }
@@ -491,8 +497,8 @@ struct Gradient {
     T* bands = dy.template as<T>() + place * rows.numbers();
     for_ranges(executor, rows.channels, range_step(executor, rows.channels),
                [&](int64_t begin, int64_t end) {
-                 fill_bands(bodies.images, rows, pack.visits.visit.data(), images_of_dy.planes(),
-                            unit, bands, begin, end);
+                 fill_bands(bodies.images, rows, pack.visits.data(), images_of_dy.planes(), unit,
+                            bands, begin, end);
                });
   }
 
@@ -500,7 +506,7 @@ struct Gradient {
   void add(int64_t v, int64_t begin, int64_t end, int count, int64_t height) const {
     constexpr int64_t kOutputs = 256;
     const Frame& f = pack.frame;
-    const BandVisit& visit = pack.visits.visit[v];
+    const BandVisit& visit = pack.visits[v];
     const int64_t t = visit.band, n = a.row_ptr[t + 1] - a.row_ptr[t];
     const int64_t width = g.x.out * f.images, step = std::max<int64_t>(1, kOutputs / width);
     BandGradient<T> o{nullptr,
@@ -515,7 +521,6 @@ struct Gradient {
                       pack.offset.data() + a.col_begin[t] + begin,
                       end - begin,
                       static_cast<int>(n),
-                      pack.visits.whole ? nullptr : visit.row,
                       static_cast<T*>(p.values.data) + a.value_ptr[t] + begin * n};
     for (int64_t y = 0; y < height; y += step) {
       o.height = std::min(step, height - y);
@@ -534,10 +539,10 @@ struct Gradient {
     constexpr int64_t kColumns = 80;
     const int64_t longest = longest_band(),
                   parts = std::max<int64_t>(1, divide_up(longest, kColumns));
-    const int64_t items = pack.visits.count() * parts;
+    const int64_t items = a.bands * parts;
     for_ranges(executor, items, range_step(executor, items), [&](int64_t first, int64_t last) {
       for (int64_t i = first; i < last; ++i) {
-        const int64_t t = pack.visits.visit[i / parts].band, cols = a.col_end[t] - a.col_begin[t];
+        const int64_t t = pack.visits[i / parts].band, cols = a.col_end[t] - a.col_begin[t];
         const int64_t begin = cols * (i % parts) / parts, end = cols * (i % parts + 1) / parts;
         if (begin == end) continue;
         add(i / parts, begin, end, static_cast<int>(units.size()), units[0].rows);
@@ -583,13 +588,17 @@ struct GroupImages {
   template <class T>
   static void run(const Bodies<T>& bodies, const Plan& plan, const Product& p,
                   const Executor& executor) {
+    if (spans_groups(plan.groups(), *p.geometry)) {
+      return run_band_rows(bodies, plan, p, executor);
+    }
     if (p.op == Op::spmm) return multiply(bodies, plan, p, executor);
     if (p.op == Op::spmm_t) return multiply_t(bodies, plan, p, executor);
     sample(bodies, plan, p, executor);
   }
   static Terms terms(const CostModel& model, const Summary& s, const Work& work) {
     const ImageCounts c = image_counts(s.rows, s.cols, work);
-    // Rows of a band that lie in several groups of the convolution are visited once for each.
+    // Bands that span groups of the convolution run row by row. Of a grouped one all are taken to:
+    // a search for likeness puts rows of any group together, and the variant of rows then wins.
     const double rows = static_cast<double>(s.nnz) / std::max<int64_t>(1, s.vectors);
     const double visits = std::clamp<double>(work.geometry->groups, 1.0, std::max(1.0, rows));
     const double vectors = static_cast<double>(s.vectors) * visits;

@@ -51,8 +51,7 @@ struct BandGradient {
   const int32_t* offset;
   int64_t cols;
   int rows;
-  const int32_t* lanes;  // negative where a lane is not wanted; null: the first `rows` are
-  T* gradient;           // (cols, rows)
+  T* gradient;  // (cols, rows)
 };
 
 template <class Outputs>

@@ -48,6 +48,20 @@ struct BandRows {
   }
 };
 
+}  // namespace
+
+template <class T>
+void run_band_rows(const Bodies<T>& bodies, const Plan& plan, const Product& p,
+                   const Executor& executor) {
+  const BandRows& rows =
+      plan.made<BandRows>([&] { return std::make_shared<const BandRows>(plan.groups()); });
+  run_row_lists(bodies, plan, rows.view, p, executor);
+}
+template void run_band_rows(const Bodies<float>&, const Plan&, const Product&, const Executor&);
+template void run_band_rows(const Bodies<double>&, const Plan&, const Product&, const Executor&);
+
+namespace {
+
 struct GroupRows {
   template <class T>
   static bool exists(const Bodies<T>& bodies) {
@@ -56,9 +70,7 @@ struct GroupRows {
   template <class T>
   static void run(const Bodies<T>& bodies, const Plan& plan, const Product& p,
                   const Executor& executor) {
-    const BandRows& rows =
-        plan.made<BandRows>([&] { return std::make_shared<const BandRows>(plan.groups()); });
-    run_row_lists(bodies, plan, rows.view, p, executor);
+    run_band_rows(bodies, plan, p, executor);
   }
   static Terms terms(const CostModel& model, const Summary& s, const Work& work) {
     return row_list_terms(model, s, work);

@@ -105,16 +105,7 @@ inline void gradient_columns(const BandGradient<T>& g, int64_t first) noexcept {
   }
   for (int k = 0; k < K; ++k) {
     T* to = g.gradient + (first + k) * g.rows;
-    const auto sum = S::add(acc[k], S::load(to, g.rows));
-    if (g.lanes == nullptr) {
-      S::store(to, sum, g.rows);
-      continue;
-    }
-    T lane[kLanes];
-    S::store(lane, sum);
-    for (int i = 0; i < g.rows; ++i) {
-      if (g.lanes[i] >= 0) to[i] = lane[i];
-    }
+    S::store(to, S::add(acc[k], S::load(to, g.rows)), g.rows);
   }
 }
 

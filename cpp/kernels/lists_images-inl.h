@@ -82,10 +82,11 @@ void image_block(const ImagePieces& a, const ImagePiece* piece, const ImagePiece
 
 template <class S, int R, int W, class T = typename S::T>
 __attribute__((noinline)) void image_tile(const ImagePieces& a, const ListOutputs<T>& o) noexcept {
-  const auto begin = [&](int64_t block) { return a.piece + a.piece_ptr[block * a.chunks]; };
-  image_block<S, R, W, true>(a, begin(0), begin(1), o);
-  for (int64_t b = 1; b < a.blocks; ++b) {
-    image_block<S, R, W, false>(a, begin(b), begin(b + 1), o);
+  // One (block, chunk) after the other: only inside of one do lengths never rise.
+  for (int64_t k = 0; k < a.blocks * a.chunks; ++k) {
+    const ImagePiece *piece = a.piece + a.piece_ptr[k], *end = a.piece + a.piece_ptr[k + 1];
+    k < a.chunks ? image_block<S, R, W, true>(a, piece, end, o)
+                 : image_block<S, R, W, false>(a, piece, end, o);
   }
 }
 

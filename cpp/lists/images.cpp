@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <climits>
+#include <cmath>
+#include <limits>
 #include <stdexcept>
 #include <vector>
 
@@ -366,6 +368,37 @@ void add_gradient(const Bodies<T>& bodies, const Product& p, const ListImagePack
   for_each(executor, pack.view.chunks, chunk_gradient);
 }
 
+// Whether an image holds finite numbers only.
+template <class T>
+bool finite(const View& v, int64_t image, int64_t height, int64_t width) {
+  for (int64_t c = 0; c < v.rows; ++c) {
+    for (int64_t y = 0; y < height; ++y) {
+      const T* row =
+          static_cast<const T*>(v.data) + image * v.col_stride + c * v.row_stride + y * v.y_stride;
+      bool whole = true;
+      for (int64_t x = 0; x < width; ++x) {
+        whole &= std::fabs(row[x * v.x_stride]) <= std::numeric_limits<T>::max();
+      }
+      if (!whole) return false;
+    }
+  }
+  return true;
+}
+
+// body(first, images, together) for the gradient. Of a single image, numbers of X behind a row meet
+// zeros of dY: what is not finite would make NaN of them. Such an image is taken as if it were one
+// of kTogether, whose outputs are vectors of their own.
+template <class T, class Body>
+void for_gradient_sets(const Product& p, const Body& body) {
+  const Geometry& g = *p.geometry;
+  for_sets(g.x.out == 0 ? 0 : p.in.cols, [&](int64_t first, int64_t images, int64_t together) {
+    if (together > 1) return body(first, images, together);
+    for (int64_t i = first; i < first + images; ++i) {
+      body(i, 1, finite<T>(p.in2, i, g.y.size, g.x.size) ? 1 : int64_t{kTogether});
+    }
+  });
+}
+
 template <class T>
 void sample(const Bodies<T>& bodies, const Plan& plan, const RowLists& a, const Product& p,
             const Executor& executor) {
@@ -374,8 +407,7 @@ void sample(const Bodies<T>& bodies, const Plan& plan, const RowLists& a, const 
   const Workspace ordered(sizeof(T) * (a.source ? plan.nnz() + 1 : 1));
   T* gradient = a.source ? ordered.template as<T>() : values;
   std::fill_n(gradient, plan.nnz(), T(0));
-  const int64_t batch = g.x.out == 0 ? 0 : p.in.cols;
-  for_sets(batch, [&](int64_t first, int64_t images, int64_t together) {
+  for_gradient_sets<T>(p, [&](int64_t first, int64_t images, int64_t together) {
     const auto pack = pack_of(plan, a, g, false, together, sizeof(T));
     // Units one after the other, whatever the threads: they add to the same gradient.
     const Executor alone = serial_executor();
