@@ -597,7 +597,8 @@ struct GroupImages {
   }
   static Terms terms(const CostModel& model, const Summary& s, const Work& work) {
     const ImageCounts c = image_counts(s.rows, s.cols, work);
-    // Rows of a band that lie in several groups of the convolution are visited once for each.
+    // Bands that span groups of the convolution run row by row. Of a grouped one all are taken to:
+    // a search for likeness puts rows of any group together, and the variant of rows then wins.
     const double rows = static_cast<double>(s.nnz) / std::max<int64_t>(1, s.vectors);
     const double visits = std::clamp<double>(work.geometry->groups, 1.0, std::max(1.0, rows));
     const double vectors = static_cast<double>(s.vectors) * visits;
