@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import re
 from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -320,10 +323,17 @@ def test_layers_explain_themselves() -> None:
 # ------------------------------------------------------------------------------------ the fit
 
 
-def test_the_fit_finds_what_made_the_times(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def fit(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     pytest.importorskip("torch")
     pytest.importorskip("scipy")
-    from benchmarks import fit
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[1]))
+    return importlib.import_module("benchmarks.fit")
+
+
+def test_the_fit_finds_what_made_the_times(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fit: ModuleType
+) -> None:
 
     true = np.array([2e-5, 1e-8, 2e-9, 3e-10, 0.0, 0.0])
     rng = np.random.default_rng(0)
@@ -347,11 +357,7 @@ def test_the_fit_finds_what_made_the_times(tmp_path, monkeypatch: pytest.MonkeyP
         fit.write({"avx2.none": units})
 
 
-def test_the_fit_measures_every_row_that_it_writes() -> None:
-    pytest.importorskip("torch")
-    pytest.importorskip("scipy")
-    from benchmarks import fit
-
+def test_the_fit_measures_every_row_that_it_writes(fit: ModuleType) -> None:
     layer = fit.Layer(4, 8, 5, 3)
     found = [*fit.sparse_points(layer, 2, "scalar"), *fit.dense_points(layer, 2, "scalar")]
     rows = {row.rpartition(".")[0] for row in kernels.default_cost_model()}
