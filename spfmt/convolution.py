@@ -31,7 +31,16 @@ from spfmt._memory import empty_aligned
 
 from .activations import activation_code, apply_activation
 from .cost import Geometry
-from .dispatch import Plan, _dtype_name, active_isa, logger, select
+from .dispatch import (
+    Plan,
+    active_isa,
+    check_own_memory,
+    dtype_name,
+    logger,
+    same_dtype,
+    select,
+    splits_elements,
+)
 from .errors import format_error
 from .formats import SparseTensor
 
@@ -287,7 +296,7 @@ def _level(plan: Plan, op: str, like: Array, backend: str) -> str | None:
     if backend == "auto" and plain and not logger.isEnabledFor(logging.DEBUG):
         active_isa()  # raises where SPFMT_ISA is invalid
         return None
-    kernel = select(op, plan.layout.name, _dtype_name(like.dtype), backend)
+    kernel = select(op, plan.layout.name, dtype_name(like.dtype), backend)
     logger.debug("%s %s %s: kernel %s", op, plan.layout.name, kernel.dtype, kernel.isa)
     return kernel.isa
 
@@ -421,13 +430,7 @@ def conv2d(
     size = how.sizes(x.shape[2], x.shape[3])
     activation_code(activation)
     if bias is not None:
-        bias = np.require(bias, requirements=["C", "ALIGNED"])
-        if bias.shape != (a.shape[0],) or bias.dtype != a.values.dtype:
-            raise format_error(
-                f"a bias of shape {bias.shape} and {bias.dtype}",
-                f"({a.shape[0]},) and {a.values.dtype}",
-                "pass one number per channel of Y",
-            )
+        bias = a._structure.plan.bias_like(bias, a.values.dtype)
     shape = x.shape[0], a.shape[0], *size
     y = _result(shape, x, out, a._values, *(() if bias is None else (bias,)))
     values = a._values.reshape(-1)
@@ -546,14 +549,8 @@ def _images(name: str, x: Any, channels: int, dtype: np.dtype[Any]) -> Array:
             f"(N, {channels}, H, W)",
             "pass images of that many channels",
         )
-    if x.dtype != dtype:
-        raise format_error(
-            f"{name} of dtype {x.dtype} beside {dtype}",
-            "one dtype for all operands",
-            f"convert with astype({str(dtype)!r})",
-        )
-    split = not x.flags.aligned or any(s % x.itemsize for s in x.strides)
-    return np.array(x, order="C") if split else x
+    same_dtype(x.dtype, dtype, name, "the other operands")
+    return np.array(x, order="C") if splits_elements(x) else x
 
 
 def _check_maps(how: Convolution, dy: Array, size: tuple[int, int]) -> None:
@@ -569,21 +566,10 @@ def _check_maps(how: Convolution, dy: Array, size: tuple[int, int]) -> None:
 def _result(shape: tuple[int, ...], like: Array, out: Array | None, *operands: Array) -> Array:
     if out is None:
         return _empty(shape, like)
-    fits = isinstance(out, np.ndarray) and out.shape == shape and out.dtype == like.dtype
-    if not fits or not out.flags.writeable or not out.flags.aligned:
-        raise format_error(
-            f"out of shape {getattr(out, 'shape', None)}",
-            f"a writable array of shape {shape} and dtype {like.dtype}",
-            "let it be allocated",
-        )
-    limit: Any = 10_000  # numpy's stubs know of 0 and -1 only
-    shared = any(np.may_share_memory(out, a, max_work=limit) for a in (like, *operands))
-    if shared or any(s % out.itemsize for s in out.strides):
-        raise format_error(
-            "an out that shares memory with an operand, or splits elements",
-            "memory of its own",
-            "let it be allocated",
-        )
+    check_own_memory(out, like, *operands)
+    if out.shape != shape:
+        raise format_error(f"out of shape {out.shape}", f"{shape}", "let it be allocated")
+    same_dtype(out.dtype, like.dtype, "out", "the operands")
     return out
 
 

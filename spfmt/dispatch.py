@@ -332,7 +332,7 @@ class Plan:
             if y is not None:
                 return y
         if bias is not None:
-            bias = self._bias(bias, np.asarray(values).dtype)
+            bias = self.bias_like(bias, np.asarray(values).dtype)
         return self._multiply(
             "spmm", values, x, bias, batch_first, out, backend, constant, activation
         )
@@ -382,7 +382,7 @@ class Plan:
                 "the same number",
                 "pass the X of the forward pass and the gradient of its result",
             )
-        _same_dtype(dy.dtype, x.dtype, "dY", "X")
+        same_dtype(dy.dtype, x.dtype, "dY", "X")
         if out is not None:
             self._check_gradient_out(out, dy, x)
         if backend == "reference":
@@ -420,10 +420,10 @@ class Plan:
         x = np.asarray(x)
         n_in, n_out = (self.shape[1], self.shape[0]) if op == "spmm" else self.shape
         flat = self._flat_values(values)
-        _same_dtype(x.dtype, flat.dtype, "X" if op == "spmm" else "dY", "A")
+        same_dtype(x.dtype, flat.dtype, "X" if op == "spmm" else "dY", "A")
         operand = _features_first(x, n_in, batch_first, "X" if op == "spmm" else "dY")
         if out is not None:
-            _check_own_memory(out, x, flat, *(() if bias is None else (bias,)))
+            check_own_memory(out, x, flat, *(() if bias is None else (bias,)))
             _check_result(out, x, n_out, batch_first)
         batched = batch_first and x.ndim == 2
         if backend == "reference":
@@ -446,7 +446,7 @@ class Plan:
 
     def _level(self, op: str, backend: str, dtype: np.dtype[Any], batch: int) -> int:
         """Return the number of the level that runs, or raise; say so in the log."""
-        kernel = select(op, self.layout.name, _dtype_name(dtype), backend)
+        kernel = select(op, self.layout.name, dtype_name(dtype), backend)
         if logger.isEnabledFor(logging.DEBUG):
             choice = self.choice(op, kernel, batch, threads.get_num_threads())
             logger.debug(
@@ -473,7 +473,8 @@ class Plan:
             )
         return _plain(values).reshape(-1)
 
-    def _bias(self, bias: Array, dtype: np.dtype[Any]) -> Array:
+    def bias_like(self, bias: Array, dtype: np.dtype[Any]) -> Array:
+        """Return a bias as the kernels take it; it has one element per row, of this dtype."""
         bias = np.asarray(bias)
         if bias.shape != (self.shape[0],):
             raise format_error(
@@ -481,7 +482,7 @@ class Plan:
                 f"({self.shape[0]},)",
                 "pass one element per row of A",
             )
-        _same_dtype(bias.dtype, dtype, "bias", "values")
+        same_dtype(bias.dtype, dtype, "bias", "values")
         return _plain(bias)
 
     def _check_gradient_out(self, out: Array, dy: Array, x: Array) -> None:
@@ -491,8 +492,8 @@ class Plan:
                 f"a contiguous vector of at least {self.nnz} elements",
                 "make it as long as the values",
             )
-        _same_dtype(out.dtype, dy.dtype, "out", "dY")
-        _check_own_memory(out, dy, x)
+        same_dtype(out.dtype, dy.dtype, "out", "dY")
+        check_own_memory(out, dy, x)
 
     def _dense(self, values: Array) -> npt.NDArray[np.float64]:
         dense = np.zeros(self.shape)
@@ -528,7 +529,8 @@ def _compile(layout: Layout) -> Any:
     )
 
 
-def _same_dtype(got: np.dtype[Any], want: np.dtype[Any], name: str, other: str) -> None:
+def same_dtype(got: np.dtype[Any], want: np.dtype[Any], name: str, other: str) -> None:
+    """Raise FormatError where two operands differ in dtype."""
     if got != want:
         raise format_error(
             f"{name} of dtype {got} beside {other} of {want}",
@@ -538,7 +540,7 @@ def _same_dtype(got: np.dtype[Any], want: np.dtype[Any], name: str, other: str) 
 
 
 @functools.cache  # numpy builds the name at every call: a tenth of a small product's time
-def _dtype_name(dtype: np.dtype[Any]) -> str:
+def dtype_name(dtype: np.dtype[Any]) -> str:
     """Return the name in the kernel table, which means the machine's byte order."""
     return dtype.name if dtype.isnative else dtype.str
 
@@ -548,12 +550,12 @@ def _plain(a: Array) -> Array:
     return a if a.flags.c_contiguous and a.flags.aligned else np.array(a, order="C")
 
 
-def _splits_elements(a: Array) -> bool:
+def splits_elements(a: Array) -> bool:
     """Tell whether pointer arithmetic in elements would miss some, as in a packed record."""
     return not a.flags.aligned or any(s % a.itemsize for s in a.strides)
 
 
-def _check_own_memory(out: Array, *operands: Array) -> None:
+def check_own_memory(out: Array, *operands: Array) -> None:
     """Refuse an `out` that cannot be written, or whose writing would change an operand."""
     if not isinstance(out, np.ndarray):
         raise format_error(f"out of type {type(out).__name__}", "an array", "pass a numpy array")
@@ -562,7 +564,7 @@ def _check_own_memory(out: Array, *operands: Array) -> None:
     # Bounds alone would refuse neighbouring columns of one buffer; the exact test has its limit.
     limit: Any = 10_000  # numpy's stubs know of 0 and -1 only
     shared = any(np.may_share_memory(out, a, max_work=limit) for a in operands)
-    if shared or _splits_elements(out):
+    if shared or splits_elements(out):
         raise format_error(
             "an out that shares memory with an operand, or splits elements",
             "memory of its own",
@@ -587,7 +589,7 @@ def _features_first(x: Array, features: int, batch_first: bool, name: str) -> Ar
             f"{layout} with {features} features",
             f"pass batch_first={not batch_first} if samples run along the other axis",
         )
-    return np.array(view, order="C") if _splits_elements(view) else view
+    return np.array(view, order="C") if splits_elements(view) else view
 
 
 def _check_result(out: Array, x: Array, features: int, batch_first: bool) -> None:
@@ -597,4 +599,4 @@ def _check_result(out: Array, x: Array, features: int, batch_first: bool) -> Non
         shape = (x.shape[0], features) if batch_first else (features, x.shape[1])
     if out.shape != shape:
         raise format_error(f"out of shape {out.shape}", f"{shape}", "let it be allocated")
-    _same_dtype(out.dtype, x.dtype, "out", "the operand")
+    same_dtype(out.dtype, x.dtype, "out", "the operand")

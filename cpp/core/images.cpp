@@ -15,8 +15,8 @@ FrameAxis::FrameAxis(const Axis& axis, bool turned)
     : source(turned ? axis.out : axis.size),
       step(turned ? 1 : axis.stride),
       domain(turned ? count_of(axis.size, axis.stride, 0) : axis.out),
-      before(0),
-      after(0) {
+      before(INT64_MIN),
+      after(INT64_MIN) {
   for (int64_t k = 0; k < axis.kernel; ++k) {
     const int64_t at = k * axis.dilation - axis.padding, whole = floor_div(at, axis.stride);
     const int64_t far = turned ? -whole : whole;
@@ -37,8 +37,20 @@ FrameAxis::FrameAxis(const Axis& axis, bool turned)
   }
 }
 
-int64_t FrameAxis::used() const {
-  return std::min(count_of(source, step, step == 1 ? 0 : phases.front()), domain + after);
+int64_t FrameAxis::width() const {
+  const int64_t first = step == 1 ? 0 : phases.front();
+  const int64_t held = std::min(count_of(source, step, first), domain + after);
+  // What is read behind the end of a line are the zeros in front of the next one. Results lie in
+  // lines as long.
+  const int64_t read = domain + after + std::min<int64_t>(before, 0);
+  return std::max({int64_t{1}, domain, before + held, read});
+}
+
+FrameAxis::Line FrameAxis::line(int64_t width, int64_t phase) const {
+  const int64_t zeros = std::clamp<int64_t>(before, 0, width),
+                first = std::max<int64_t>(-before, 0);
+  const int64_t held = count_of(source, step, phase) - first;
+  return {zeros, first, std::clamp<int64_t>(held, 0, width - zeros)};
 }
 
 Frame::Frame(const Geometry& g, bool turn, int64_t channel_count, int64_t element_count,
@@ -50,8 +62,7 @@ Frame::Frame(const Geometry& g, bool turn, int64_t channel_count, int64_t elemen
       element(element_count),
       images(image_count),
       rows(y.domain) {
-  // Rows share the zeros between them.
-  width = std::max({int64_t{1}, x.before + x.used(), x.domain + x.after});
+  width = x.width();
   // In floating point: sizes that do not fit must not overflow before they are refused.
   const double least = static_cast<double>(channels) * maps() * images * element * width *
                        (y.before + y.after + 1.0);
@@ -60,12 +71,12 @@ Frame::Frame(const Geometry& g, bool turn, int64_t channel_count, int64_t elemen
   if (!pointwise() && rows > 1) {
     const int64_t fitting = budget / std::max<int64_t>(1, numbers_of_row * bytes);
     rows = std::clamp<int64_t>(fitting - y.before - y.after, 1, rows);
-    rows = divide(y.domain, divide(y.domain, rows));
+    rows = divide_up(y.domain, divide_up(y.domain, rows));
   }
   height = rows + y.before + y.after;
-  map = height * width + x.before;
+  map = height * width + std::max<int64_t>(x.before, 0);
   // Channels a power of two apart would meet in one cache set.
-  if (!pointwise() && map * images * element % 64 == 0) map += divide(16, images * element);
+  if (!pointwise() && map * images * element % 64 == 0) map += divide_up(16, images * element);
   channel = maps() * map;
   if (channels * channel > INT32_MAX / (images * element)) {
     throw std::length_error("images too large for offsets of 32 bits");
@@ -91,6 +102,18 @@ int64_t Frame::offset(int64_t c, int64_t ky, int64_t kx) const {
   const int64_t place = turned ? 0 : y.phase[ky] * across + x.phase[kx];
   const int64_t position = (y.shift[ky] + y.before) * width + x.shift[kx] + x.before;
   return (c * channel + place * map + position) * images * element;
+}
+
+Frame Frame::of_outputs(const Geometry& g, int64_t channel_count, int64_t element_count) const {
+  Frame f = *this;
+  f.y = FrameAxis({g.y.out, g.y.out}, true);
+  f.x = FrameAxis({g.x.out, g.x.out}, true);
+  f.turned = true;
+  f.channels = channel_count;
+  f.element = element_count;
+  f.height = rows;
+  f.channel = f.map = rows * width + divide_up(kLanes, images) + 1;  // vectors end behind a map
+  return f;
 }
 
 Rows source_rows(const Frame& f, const Unit& unit) {
@@ -164,25 +187,39 @@ void from_planes(const ImageBodies<T>& bodies, const View& v, const T* from, int
   });
 }
 
+// The planes of a unit's images: where the caller keeps them, or in a copy of these rows.
+template <class P, class T>
+std::vector<P> planes_of(const View& v, T* data, T* copy, int64_t width, Rows rows, int count) {
+  const int64_t plane = (rows.end - rows.begin) * width;
+  std::vector<P> planes;
+  for (int i = 0; i < count; ++i) {
+    if (copy == nullptr) {
+      planes.push_back({data + i * v.col_stride, v.row_stride, v.y_stride});
+    } else {
+      planes.push_back({copy + i * v.rows * plane - rows.begin * width, plane, width});
+    }
+  }
+  return planes;
+}
+
+// Room for that copy where the caller's memory is not planar.
+template <class T>
+std::unique_ptr<Workspace> room_for(const View& v, int64_t width, Rows rows, int count) {
+  if (planar(v, width)) return nullptr;
+  return std::make_unique<Workspace>(sizeof(T) * count * v.rows * (rows.end - rows.begin) * width);
+}
+
 }  // namespace
 
 template <class T>
 PlanarImages<T>::PlanarImages(const ImageBodies<T>& bodies, const View& v, int64_t width, Rows rows,
-                              const Unit& unit, const Executor& executor) {
+                              const Unit& unit, const Executor& executor)
+    : copy_(room_for<T>(v, width, rows, unit.count)) {
   const T* data = static_cast<const T*>(v.data) + unit.image * v.col_stride;
+  T* to = copy_ ? copy_->template as<T>() : nullptr;
+  planes_ = planes_of<Planes<const T>, const T>(v, data, to, width, rows, unit.count);
+  if (!copy_) return;
   const int64_t plane = (rows.end - rows.begin) * width;
-  const bool direct = planar(v, width);
-  if (!direct) copy_ = std::make_unique<Workspace>(sizeof(T) * unit.count * v.rows * plane);
-  for (int i = 0; i < unit.count; ++i) {
-    if (direct) {
-      planes_.push_back({data + i * v.col_stride, v.row_stride, v.y_stride});
-    } else {
-      const T* copy = copy_->template as<T>() + i * v.rows * plane;
-      planes_.push_back({copy - rows.begin * width, plane, width});
-    }
-  }
-  if (direct) return;
-  T* to = copy_->template as<T>();
   for_each(executor, unit.count, [&](int64_t i) {
     to_planes(bodies, v, data + i * v.col_stride, width, rows, to + i * v.rows * plane, plane);
   });
@@ -190,19 +227,14 @@ PlanarImages<T>::PlanarImages(const ImageBodies<T>& bodies, const View& v, int64
 
 template <class T>
 PlanarResult<T>::PlanarResult(const View& v, int64_t width, Rows rows, const Unit& unit)
-    : view_(v), width_(width), rows_(rows), image_(unit.image) {
+    : view_(v),
+      width_(width),
+      rows_(rows),
+      image_(unit.image),
+      copy_(room_for<T>(v, width, rows, unit.count)) {
   T* data = static_cast<T*>(v.data) + unit.image * v.col_stride;
-  const int64_t plane = (rows.end - rows.begin) * width;
-  const bool direct = planar(v, width);
-  if (!direct) copy_ = std::make_unique<Workspace>(sizeof(T) * unit.count * v.rows * plane);
-  for (int i = 0; i < unit.count; ++i) {
-    if (direct) {
-      planes_.push_back({data + i * v.col_stride, v.row_stride, v.y_stride});
-    } else {
-      T* copy = copy_->template as<T>() + i * v.rows * plane;
-      planes_.push_back({copy - rows.begin * width, plane, width});
-    }
-  }
+  T* copy = copy_ ? copy_->template as<T>() : nullptr;
+  planes_ = planes_of<Planes<T>, T>(v, data, copy, width, rows, unit.count);
 }
 
 template <class T>
@@ -221,23 +253,26 @@ void PlanarResult<T>::done(const ImageBodies<T>& bodies, const Executor& executo
 
 namespace {
 
-// One row of a map of kTogether images: numbers of all of them side by side.
+// One line of a map of kTogether images: numbers of all of them side by side.
 template <class T>
 void fill_together(const ImageBodies<T>& bodies, const T* const* rows, const FrameAxis& axis,
                    int64_t width, int64_t phase, T* to) {
-  const int64_t count = std::min(count_of(axis.source, axis.step, phase), width - axis.before);
-  T* begin = to + axis.before * kTogether;
+  const FrameAxis::Line line = axis.line(width, phase);
+  T *begin = to + line.zeros * kTogether, *end = begin + line.count * kTogether;
+  const int64_t first = phase + line.first * axis.step;
   std::fill(to, begin, T(0));
   if (axis.step == 1) {
-    bodies.transpose(rows, count, begin, kTogether, kTogether);
+    const T* from[kTogether] = {};
+    for (int i = 0; i < kTogether; ++i) from[i] = rows[i] ? rows[i] + first : nullptr;
+    bodies.transpose(from, line.count, begin, kTogether, kTogether);
   } else {
-    for (int64_t k = 0; k < count; ++k) {
+    for (int64_t k = 0; k < line.count; ++k) {
       for (int i = 0; i < kTogether; ++i) {
-        begin[k * kTogether + i] = rows[i] ? rows[i][phase + k * axis.step] : T(0);
+        begin[k * kTogether + i] = rows[i] ? rows[i][first + k * axis.step] : T(0);
       }
     }
   }
-  std::fill(begin + count * kTogether, to + width * kTogether, T(0));
+  std::fill(end, to + width * kTogether, T(0));
 }
 
 // One map of one channel and phase, whose rows that lie in the images are [begin, end).
@@ -245,20 +280,21 @@ template <class T>
 void fill_map(const ImageBodies<T>& bodies, const Frame& f, const Planes<const T>* images,
               const Unit& unit, int64_t c, int64_t first, int64_t begin, int64_t end, int64_t phase,
               T* to) {
-  const int64_t line = f.width * f.images;
+  const int64_t numbers = f.width * f.images;
   const Planes<const T>& p = images[0];
   if (f.images == 1) {
-    const int64_t count = std::min(count_of(f.x.source, f.x.step, phase), f.width - f.x.before);
-    const T* from = p.data + c * p.channel + (first + begin * f.y.step) * p.row + phase;
-    return bodies.copy(from, p.row * f.y.step, end - begin, f.x.step, count, to + begin * line,
-                       f.x.before, f.width);
+    const FrameAxis::Line line = f.x.line(f.width, phase);
+    const T* from =
+        p.data + c * p.channel + (first + begin * f.y.step) * p.row + phase + line.first * f.x.step;
+    return bodies.copy(from, p.row * f.y.step, end - begin, f.x.step, line.count,
+                       to + begin * numbers, line.zeros, f.width);
   }
   for (int64_t m = begin; m < end; ++m) {
     const T* row[kTogether] = {};
     for (int i = 0; i < unit.count; ++i) {
       row[i] = images[i].data + c * images[i].channel + (first + m * f.y.step) * images[i].row;
     }
-    fill_together(bodies, row, f.x, f.width, phase, to + m * line);
+    fill_together(bodies, row, f.x, f.width, phase, to + m * numbers);
   }
 }
 
@@ -276,9 +312,9 @@ void fill_frame(const ImageBodies<T>& bodies, const Frame& f, const Planes<const
     T* map = to + c * f.channel * f.images;
     for (const int py : down) {
       const int64_t first = f.y.step * (unit.row - f.y.before) + py;  // row of the source
-      const int64_t top = std::clamp<int64_t>(Frame::divide(-first, f.y.step), 0, rows);
+      const int64_t top = std::clamp<int64_t>(divide_up(-first, f.y.step), 0, rows);
       const int64_t bottom =
-          std::clamp<int64_t>(Frame::divide(f.y.source - first, f.y.step), top, rows);
+          std::clamp<int64_t>(divide_up(f.y.source - first, f.y.step), top, rows);
       for (const int px : across) {
         std::fill_n(map, top * line, T(0));
         fill_map(bodies, f, images, unit, c, first, top, bottom, px, map);
@@ -290,7 +326,7 @@ void fill_frame(const ImageBodies<T>& bodies, const Frame& f, const Planes<const
 }
 
 template <class T>
-void fill_bands(const ImageBodies<T>& bodies, const Frame& f, const BandVisit* visits,
+void fill_bands(const ImageBodies<T>& bodies, const Frame& f, const BandLanes* bands,
                 const Planes<const T>* images, const Unit& unit, T* to, int64_t begin,
                 int64_t end) {
   const int64_t step = f.images * kBandRows, row_numbers = f.width * step;
@@ -303,23 +339,70 @@ void fill_bands(const ImageBodies<T>& bodies, const Frame& f, const BandVisit* v
         std::fill_n(row, row_numbers, T(0));
         continue;
       }
-      const int64_t count = std::min(f.x.source, f.width - f.x.before);
-      std::fill_n(row, f.x.before * step, T(0));
+      const FrameAxis::Line line = f.x.line(f.width, 0);
+      std::fill_n(row, line.zeros * step, T(0));
       for (int64_t g = 0; g < f.images; ++g) {
         const T* from[kBandRows] = {};
         for (int i = 0; g < unit.count && i < kBandRows; ++i) {
-          if (visits[v].row[i] < 0) continue;
-          from[i] = images[g].data + visits[v].row[i] * images[g].channel + source * images[g].row;
+          if (bands[v].row[i] < 0) continue;
+          from[i] = images[g].data + bands[v].row[i] * images[g].channel + source * images[g].row +
+                    line.first;
         }
-        bodies.transpose(from, count, row + (f.x.before * f.images + g) * kBandRows, step,
+        bodies.transpose(from, line.count, row + (line.zeros * f.images + g) * kBandRows, step,
                          kBandRows);
       }
-      std::fill(row + (f.x.before + count) * step, row + row_numbers, T(0));
+      std::fill(row + (line.zeros + line.count) * step, row + row_numbers, T(0));
     }
     std::fill(map + (unit.rows + f.y.before + f.y.after) * row_numbers, map + f.map * step, T(0));
   }
 }
 
+template <class T>
+FilledFrame<T>::FilledFrame(const ImageBodies<T>& bodies, const Frame& f,
+                            const Planes<const T>* images, const Unit& unit, bool in_place,
+                            const Executor& executor) {
+  const Planes<const T>& p = images[0];
+  const bool dense = p.channel == f.map && (p.row == f.width || f.y.source == 1);
+  if (in_place && f.pointwise() && dense) {
+    data_ = p.data;
+    return;
+  }
+  copy_ = std::make_unique<Workspace>(sizeof(T) * f.numbers());
+  T* to = copy_->template as<T>();
+  data_ = to;
+  for_ranges(
+      executor, f.channels, range_step(executor, f.channels),
+      [&](int64_t begin, int64_t end) { fill_frame(bodies, f, images, unit, to, begin, end); });
+  std::fill(to + f.channels * f.channel * f.images, to + f.numbers(), T(0));
+}
+
+template <class T>
+void separate(const ImageBodies<T>& bodies, const T* line, int64_t width, const Planes<T>* planes,
+              int images, int64_t at, int64_t step) {
+  const int64_t image = images > 1 ? planes[1].data - planes[0].data : 0;
+  for (int64_t k = 0; k < width; k += kTogether) {
+    const int lanes = static_cast<int>(std::min<int64_t>(kTogether, width - k));
+    const T* pixel[kTogether] = {};
+    for (int i = 0; i < lanes; ++i) pixel[i] = line + (k + i) * kTogether;
+    if (step == 1) {
+      bodies.transpose(pixel, images, planes[0].data + at + k, image, lanes);
+      continue;
+    }
+    T turned[kTogether * kTogether];
+    bodies.transpose(pixel, images, turned, kTogether, lanes);
+    for (int m = 0; m < images; ++m) {
+      T* to = planes[m].data + at + k * step;
+      for (int i = 0; i < lanes; ++i) to[i * step] = turned[m * kTogether + i];
+    }
+  }
+}
+
+template class FilledFrame<float>;
+template class FilledFrame<double>;
+template void separate(const ImageBodies<float>&, const float*, int64_t, const Planes<float>*, int,
+                       int64_t, int64_t);
+template void separate(const ImageBodies<double>&, const double*, int64_t, const Planes<double>*,
+                       int, int64_t, int64_t);
 template class PlanarImages<float>;
 template class PlanarImages<double>;
 template class PlanarResult<float>;
@@ -328,9 +411,9 @@ template void fill_frame(const ImageBodies<float>&, const Frame&, const Planes<c
                          const Unit&, float*, int64_t, int64_t);
 template void fill_frame(const ImageBodies<double>&, const Frame&, const Planes<const double>*,
                          const Unit&, double*, int64_t, int64_t);
-template void fill_bands(const ImageBodies<float>&, const Frame&, const BandVisit*,
+template void fill_bands(const ImageBodies<float>&, const Frame&, const BandLanes*,
                          const Planes<const float>*, const Unit&, float*, int64_t, int64_t);
-template void fill_bands(const ImageBodies<double>&, const Frame&, const BandVisit*,
+template void fill_bands(const ImageBodies<double>&, const Frame&, const BandLanes*,
                          const Planes<const double>*, const Unit&, double*, int64_t, int64_t);
 
 }  // namespace spfmt

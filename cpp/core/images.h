@@ -14,8 +14,10 @@
 #pragma once
 
 #include <algorithm>
+#include <memory>
 #include <vector>
 
+#include "../cost/cost.h"
 #include "samples.h"
 #include "threads.h"
 #include "workspace.h"
@@ -45,17 +47,26 @@ struct ImageBodies {
 
 // One axis of a frame.
 struct FrameAxis {
-  int64_t source;           // numbers of the maps that it is filled from
-  int64_t step;             // distance there of neighbouring positions
-  int64_t domain;           // outputs; of the first phase, where they have phases
-  int64_t before, after;    // positions in front of the first output's own, and behind the last's
+  int64_t source;  // numbers of the maps that it is filled from
+  int64_t step;    // distance there of neighbouring positions
+  int64_t domain;  // outputs; of the first phase, where they have phases
+  // Positions in front of the first output's own, and behind the last's; negative where the nearest
+  // cell of the kernel is farther off.
+  int64_t before, after;
   std::vector<int> phases;  // of the maps of the frame; turned, of the outputs
   // Of every cell of the kernel: the place of its phase, and how far its position is from the
   // output's own.
   std::vector<int> phase, shift;
 
   FrameAxis(const Axis& axis, bool turned);
-  int64_t used() const;  // positions that hold numbers and are read
+  // Positions from one line of a map to the next. Lines share the zeros between them.
+  int64_t width() const;
+  // A line of `width` positions begins with `zeros`; `count` numbers of a phase follow, the first
+  // of them its `first`; all others are zeros.
+  struct Line {
+    int64_t zeros, first, count;
+  };
+  Line line(int64_t width, int64_t phase) const;
 };
 
 // How a unit of work sees its images: a strip of outputs of one image or of kTogether, whose
@@ -79,11 +90,13 @@ struct Frame {
   int64_t maps() const {
     return turned ? 1 : static_cast<int64_t>(y.phases.size() * x.phases.size());
   }
-  int64_t strips() const { return y.domain > 0 ? divide(y.domain, rows) : 0; }
+  int64_t strips() const { return y.domain > 0 ? divide_up(y.domain, rows) : 0; }
   int64_t numbers() const;  // with room for vectors that start at the last output
   // Of cell (ky, kx) of a channel's map, from the first output's own place.
   int64_t offset(int64_t c, int64_t ky, int64_t kx) const;
-  static int64_t divide(int64_t n, int64_t by) { return (n + by - 1) / by; }
+  // Of Y in the strips of this one of X, and in lines as long: without padding, but with zeros
+  // behind each line where this one has more positions than there are outputs.
+  Frame of_outputs(const Geometry&, int64_t channels, int64_t element) const;
 };
 
 // How many of `size` numbers, `step` apart, begin at `phase`.
@@ -140,31 +153,44 @@ template <class T>
 void fill_frame(const ImageBodies<T>&, const Frame&, const Planes<const T>* images, const Unit&,
                 T* to, int64_t begin, int64_t end);
 
-// A band as a convolution visits it.
-struct BandVisit {
-  int64_t band;
+// A band as a convolution sees it.
+struct BandLanes {
   int64_t group;           // of the convolution, to which all of its rows belong
   int32_t row[kBandRows];  // of each lane, -1 where it has none
 };
 
 // Fills bands [begin, end) of a frame whose positions hold the rows of a band.
 template <class T>
-void fill_bands(const ImageBodies<T>&, const Frame&, const BandVisit*,
+void fill_bands(const ImageBodies<T>&, const Frame&, const BandLanes*,
                 const Planes<const T>* images, const Unit&, T* to, int64_t begin, int64_t end);
 
-// Zeros behind the last position of a frame.
+// The numbers of a unit in a frame, zeros behind the last position; or, where `in_place` allows it
+// and a pointwise frame's maps are dense as the caller keeps them, as they lie.
 template <class T>
-void clear_tail(const Frame& frame, T* to) {
-  const int64_t used = frame.channels * frame.channel * frame.images * frame.element;
-  std::fill(to + used, to + frame.numbers(), T(0));
-}
+class FilledFrame {
+ public:
+  FilledFrame(const ImageBodies<T>&, const Frame&, const Planes<const T>* images, const Unit&,
+              bool in_place, const Executor&);
+  const T* data() const { return data_; }
+  bool in_place() const { return copy_ == nullptr; }
+
+ private:
+  std::unique_ptr<Workspace> copy_;
+  const T* data_;
+};
+
+// `width` numbers of kTogether images side by side, to the row of each image that begins at `at` of
+// its first plane, `step` apart.
+template <class T>
+void separate(const ImageBodies<T>&, const T* line, int64_t width, const Planes<T>* planes,
+              int images, int64_t at, int64_t step);
 
 // body(unit, executor) over the images and strips of a batch. With a unit for every thread each is
 // one thread's; with fewer the threads share each unit's work.
 template <class Body>
 void for_units(const Frame& frame, int64_t first, int64_t images, const Executor& executor,
                const Body& body) {
-  const int64_t strips = frame.strips(), sets = Frame::divide(images, frame.images);
+  const int64_t strips = frame.strips(), sets = divide_up(images, frame.images);
   const auto unit = [&](int64_t i) {
     const int64_t image = i / strips * frame.images, row = i % strips * frame.rows;
     return Unit{first + image, static_cast<int>(std::min(frame.images, images - image)), row,

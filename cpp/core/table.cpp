@@ -55,6 +55,15 @@ void run_serially(void*, int64_t n, void (*body)(void*, int64_t), void* arg) {
   for (int64_t i = 0; i < n; ++i) body(arg, i);
 }
 
+// Whether a result has no elements.
+bool is_empty(const Plan& plan, const Product& p) {
+  if (p.op == Op::sddmm) return plan.nnz() == 0;
+  if (p.out.rows == 0 || p.out.cols == 0) return true;
+  if (p.geometry == nullptr) return false;
+  const Axis &y = p.geometry->y, &x = p.geometry->x;
+  return p.op == Op::spmm ? y.out == 0 || x.out == 0 : y.size == 0 || x.size == 0;
+}
+
 }  // namespace
 
 Executor serial_executor() { return {1, nullptr, run_serially}; }
@@ -122,9 +131,7 @@ double plan_padding(const Plan& plan) {
 }
 
 void run(Isa isa, const Plan& plan, const Product& p, const Executor& executor) {
-  if (p.op != Op::sddmm && (p.out.rows == 0 || p.out.cols == 0)) return;
-  if (p.op == Op::spmm && p.geometry && p.geometry->y.out * p.geometry->x.out == 0) return;
-  if (p.op == Op::spmm_t && p.geometry && p.geometry->y.size * p.geometry->x.size == 0) return;
+  if (is_empty(plan, p)) return;
   const Work work{p.op, p.in.cols, p.values.dtype, p.constant != kWritten, p.geometry};
   const Choice choice = choose(isa, plan, work, executor.threads);
   choice.variant->run(choice.isa, plan, p, choice.threads > 1 ? executor : serial_executor());

@@ -35,26 +35,25 @@ bool spans_groups(const Groups& a, const Geometry& g) {
   return false;
 }
 
-// The bands as a convolution visits them.
-std::vector<BandVisit> visits_of(const Groups& a, const Geometry& g) {
-  std::vector<BandVisit> visits;
+std::vector<BandLanes> lanes_of(const Groups& a, const Geometry& g) {
+  std::vector<BandLanes> bands;
   for (int64_t t = 0; t < a.bands; ++t) {
-    BandVisit v{t, a.row_perm[a.row_ptr[t]] / rows_of_group(a, g), {}};
-    std::fill_n(v.row, kBandRows, -1);
-    std::copy(a.row_perm + a.row_ptr[t], a.row_perm + a.row_ptr[t + 1], v.row);
-    visits.push_back(v);
+    BandLanes lanes{a.row_perm[a.row_ptr[t]] / rows_of_group(a, g), {}};
+    std::fill_n(lanes.row, kBandRows, -1);
+    std::copy(a.row_perm + a.row_ptr[t], a.row_perm + a.row_ptr[t + 1], lanes.row);
+    bands.push_back(lanes);
   }
-  return visits;
+  return bands;
 }
 
 // A geometry made ready for products with X.
 struct ForwardPack {
-  std::vector<BandVisit> visits;
+  std::vector<BandLanes> bands;
   Frame frame;
   std::vector<int32_t> offset;  // (col_count)
 
   ForwardPack(const Groups& a, const Geometry& g, int64_t images, int64_t bytes)
-      : visits(visits_of(a, g)),
+      : bands(lanes_of(a, g)),
         frame(g, false, g.groups * (a.cols / g.cells()), 1, images, bytes, kFrameBytes),
         offset(a.col_count) {
     for (int64_t j = 0; j < a.col_count; ++j) {
@@ -67,19 +66,19 @@ struct ForwardPack {
     return group * (frame.channels / g.groups) * frame.channel * frame.images;
   }
   int64_t nbytes() const {
-    return static_cast<int64_t>(sizeof(BandVisit) * visits.size() + 4 * offset.size());
+    return static_cast<int64_t>(sizeof(BandLanes) * bands.size() + 4 * offset.size());
   }
 };
 
 // A geometry made ready for dX: what every number of it is the sum of, by channel and phase.
 struct TurnedPack {
-  std::vector<BandVisit> visits;
+  std::vector<BandLanes> bands;
   Frame frame;
   std::vector<int64_t> ptr;
   std::vector<TurnedEntry> entry;
 
   TurnedPack(const Groups& a, const Geometry& g, int64_t images, int64_t bytes)
-      : visits(visits_of(a, g)), frame(g, true, a.bands, kBandRows, images, bytes, kFrameBytes) {
+      : bands(lanes_of(a, g)), frame(g, true, a.bands, kBandRows, images, bytes, kFrameBytes) {
     const int64_t outputs = g.groups * (a.cols / g.cells()) * phases();
     ptr.assign(outputs + 1, 0);
     for_entries(a, g, [&](int64_t output, const TurnedEntry&) { ++ptr[output + 1]; });
@@ -92,7 +91,7 @@ struct TurnedPack {
     return static_cast<int64_t>(frame.y.phases.size() * frame.x.phases.size());
   }
   int64_t nbytes() const {
-    return static_cast<int64_t>(sizeof(BandVisit) * visits.size() + 8 * ptr.size() +
+    return static_cast<int64_t>(sizeof(BandLanes) * bands.size() + 8 * ptr.size() +
                                 sizeof(TurnedEntry) * entry.size());
   }
 
@@ -101,9 +100,9 @@ struct TurnedPack {
   void for_entries(const Groups& a, const Geometry& g, const Body& body) const {
     const auto down = static_cast<int64_t>(frame.y.phases.size());
     const auto across = static_cast<int64_t>(frame.x.phases.size());
-    for (int64_t v = 0; v < a.bands; ++v) {
-      const int64_t t = visits[v].band, rows = a.row_ptr[t + 1] - a.row_ptr[t];
-      const int64_t first = visits[v].group * (a.cols / g.cells());
+    for (int64_t t = 0; t < a.bands; ++t) {
+      const int64_t rows = a.row_ptr[t + 1] - a.row_ptr[t];
+      const int64_t first = bands[t].group * (a.cols / g.cells());
       for (int64_t j = a.col_begin[t]; j < a.col_end[t]; ++j) {
         const int64_t c = a.col_indices[j] / g.cells(), cell = a.col_indices[j] % g.cells();
         const int64_t ky = cell / g.x.kernel, kx = cell % g.x.kernel;
@@ -111,7 +110,7 @@ struct TurnedPack {
         const int64_t phase = frame.y.phase[ky] * across + frame.x.phase[kx];
         body((first + c) * down * across + phase,
              {a.value_ptr[t] + (j - a.col_begin[t]) * rows,
-              static_cast<int32_t>(frame.offset(v, ky, kx)), static_cast<int32_t>(rows)});
+              static_cast<int32_t>(frame.offset(t, ky, kx)), static_cast<int32_t>(rows)});
       }
     }
   }
@@ -171,13 +170,9 @@ class Results {
  private:
   void hand_out(int64_t channel) const {
     const Planes<T>* planes = planar_.planes();
-    const int64_t image = unit_.count > 1 ? planes[1].data - planes[0].data : 0;
     for (int64_t y = 0; y < unit_.rows; ++y) {
-      const T* from = at(channel, y);
-      T* to = planes[0].data + channel * planes[0].channel + (unit_.row + y) * planes[0].row;
-      const T* pixel[kTogether] = {};
-      for (int64_t x = 0; x < width_; ++x) pixel[x] = from + x * kTogether;
-      bodies_.transpose(pixel, unit_.count, to, image, static_cast<int>(width_));
+      const int64_t to = channel * planes[0].channel + (unit_.row + y) * planes[0].row;
+      separate(bodies_, at(channel, y), width_, planes, unit_.count, to, 1);
     }
   }
 
@@ -188,39 +183,6 @@ class Results {
   Rows rows_;
   PlanarResult<T> planar_;
   std::unique_ptr<Workspace> aside_;
-};
-
-// X of a unit in a frame; where the caller's maps are one already, as they lie.
-template <class T>
-class FilledFrame {
- public:
-  // `width`: outputs in a row.
-  FilledFrame(const ImageBodies<T>& bodies, const Frame& f, const PlanarImages<T>& images,
-              const Unit& unit, int64_t width, const Executor& executor) {
-    const Planes<const T>& p = images.planes()[0];
-    const bool dense = p.channel == f.map && (p.row == f.width || f.y.source == 1);
-    in_place_ = f.pointwise() && dense && width >= kSmallestTile;
-    if (in_place_) {
-      data_ = p.data;
-      return;
-    }
-    copy_ = std::make_unique<Workspace>(sizeof(T) * f.numbers());
-    T* to = copy_->template as<T>();
-    data_ = to;
-    for_ranges(executor, f.channels, range_step(executor, f.channels),
-               [&](int64_t begin, int64_t end) {
-                 fill_frame(bodies, f, images.planes(), unit, to, begin, end);
-               });
-    clear_tail(f, to);
-  }
-  const T* data() const { return data_; }
-  bool in_place() const { return in_place_; }
-
- private:
-  static constexpr int64_t kSmallestTile = 4;
-  bool in_place_;
-  const T* data_;
-  std::unique_ptr<Workspace> copy_;
 };
 
 template <class T>
@@ -239,7 +201,8 @@ struct Forward {
     const bool flat = f.pointwise() && y.row() == y.width();
     const int64_t height = flat ? 1 : unit.rows;
     const int64_t width = flat ? unit.rows * y.width() : y.width();
-    const FilledFrame<T> x(bodies.images, f, in, unit, width, executor);
+    constexpr int64_t kSmallestTile = 4;
+    const FilledFrame<T> x(bodies.images, f, in.planes(), unit, width >= kSmallestTile, executor);
     const Block block(best_tile(*bodies.group_images.multiply, height, width, x.in_place()), height,
                       width, x.in_place());
     const int64_t items = a.bands * block.count;
@@ -247,7 +210,7 @@ struct Forward {
       const Workspace sums(sizeof(T) * block.tall * block.wide * kBandRows);
       for (int64_t i = begin; i < end; ++i) {
         const int64_t row = i % block.count * block.tall;
-        rows(block, x, y, pack.visits[i / block.count], row, std::min(block.tall, height - row),
+        rows(block, x, y, i / block.count, row, std::min(block.tall, height - row),
              sums.template as<T>());
       }
     });
@@ -277,13 +240,14 @@ struct Forward {
     }
   };
 
-  void rows(const Block& block, const FilledFrame<T>& x, const Results<T>& y,
-            const BandVisit& visit, int64_t row, int64_t height, T* sums) const {
-    const int64_t t = visit.band, stride = pack.frame.width * pack.frame.images;
+  void rows(const Block& block, const FilledFrame<T>& x, const Results<T>& y, int64_t t,
+            int64_t row, int64_t height, T* sums) const {
+    const BandLanes& band = pack.bands[t];
+    const int64_t stride = pack.frame.width * pack.frame.images;
     const T* bias = static_cast<const T*>(p.bias.data);
     T start[kBandRows] = {};
     for (int i = 0; bias && i < kBandRows; ++i) {
-      if (visit.row[i] >= 0) start[i] = bias[visit.row[i]];
+      if (band.row[i] >= 0) start[i] = bias[band.row[i]];
     }
     BandOutputs<T> o{static_cast<const T*>(p.values.data) + a.value_ptr[t],
                      static_cast<int>(a.row_ptr[t + 1] - a.row_ptr[t]),
@@ -294,7 +258,7 @@ struct Forward {
                      start,
                      nullptr,
                      block.wide * kBandRows};
-    const T* base = x.data() + pack.group_offset(visit.group, g) + row * stride;
+    const T* base = x.data() + pack.group_offset(band.group, g) + row * stride;
     // Columns in parts, so that every tile of the block finds their weights in L1.
     const int64_t rows = o.rows, most = std::max<int64_t>(1, o.cols);
     for_parts(most, bodies.group_images.columns, [&](int64_t, int n) {
@@ -310,11 +274,11 @@ struct Forward {
       o.offset += o.cols;
       o.start = nullptr;
     });
-    hand_out(block, y, visit, row, height, sums);
+    hand_out(block, y, band, row, height, sums);
   }
 
   // Sixteen outputs at a time, over the ends of rows where these follow each other in memory.
-  void hand_out(const Block& block, const Results<T>& y, const BandVisit& visit, int64_t row,
+  void hand_out(const Block& block, const Results<T>& y, const BandLanes& band, int64_t row,
                 int64_t height, T* sums) const {
     const auto numbers = static_cast<int>(height * block.wide * kBandRows);
     bodies.samples.activate(p.activation, sums, 0, numbers, nullptr, 1);
@@ -323,7 +287,7 @@ struct Forward {
     const int64_t run = joined ? height * block.width : block.width;
     for (int64_t r = 0; r < (joined ? 1 : height); ++r) {
       for (int i = 0; i < kBandRows; ++i) {
-        if (visit.row[i] >= 0) to[i] = y.at(visit.row[i], row + r);
+        if (band.row[i] >= 0) to[i] = y.at(band.row[i], row + r);
       }
       for (int64_t k = 0; k < run; k += kLanes) {
         const int n = static_cast<int>(std::min<int64_t>(kLanes, run - k));
@@ -368,10 +332,10 @@ struct Backward {
     const PlanarImages<T> in(bodies.images, p.in, g.x.out, source_rows(f, unit), unit, executor);
     const Workspace frame(sizeof(T) * f.numbers());
     T* dy = frame.template as<T>();
-    for_ranges(
-        executor, f.channels, range_step(executor, f.channels), [&](int64_t begin, int64_t end) {
-          fill_bands(bodies.images, f, pack.visits.data(), in.planes(), unit, dy, begin, end);
-        });
+    for_ranges(executor, f.channels, range_step(executor, f.channels),
+               [&](int64_t begin, int64_t end) {
+                 fill_bands(bodies.images, f, pack.bands.data(), in.planes(), unit, dy, begin, end);
+               });
     // Strips are counted in outputs of a phase; rows of dX are `stride` times as many.
     const int64_t last = std::min(g.y.size, (unit.row + unit.rows) * g.y.stride);
     const Unit lines{unit.image, unit.count, unit.row * g.y.stride, last - unit.row * g.y.stride};
@@ -459,7 +423,7 @@ struct Gradient {
   const Geometry& g;
   const ForwardPack& pack;
   const Frame rows;  // of dY, without padding
-  const int64_t images;
+  const int64_t images, parts;
   const Workspace x, dy;
 
   Gradient(const Bodies<T>& b, const Groups& groups, const Product& product,
@@ -469,19 +433,11 @@ struct Gradient {
         p(product),
         g(*product.geometry),
         pack(forward),
-        rows(dense(*product.geometry, forward)),
+        rows(forward.frame.of_outputs(*product.geometry, groups.bands, kBandRows)),
         images(images_per_pass(forward.frame)),
+        parts(parts_of(groups)),
         x(sizeof(T) * images * forward.frame.numbers()),
         dy(sizeof(T) * images * rows.numbers()) {}
-
-  // Strips like those of X.
-  static Frame dense(const Geometry& g, const ForwardPack& forward) {
-    const Axis down{forward.frame.rows, forward.frame.rows}, across{g.x.out, g.x.out};
-    Frame f({down, across, 1}, true, static_cast<int64_t>(forward.visits.size()), kBandRows,
-            forward.frame.images, sizeof(T), INT64_MAX);
-    f.y.source = g.y.out;
-    return f;
-  }
 
   void fill(const Unit& unit, int64_t place, const Executor& executor) const {
     const Frame& f = pack.frame;
@@ -497,17 +453,16 @@ struct Gradient {
     T* bands = dy.template as<T>() + place * rows.numbers();
     for_ranges(executor, rows.channels, range_step(executor, rows.channels),
                [&](int64_t begin, int64_t end) {
-                 fill_bands(bodies.images, rows, pack.visits.data(), images_of_dy.planes(), unit,
+                 fill_bands(bodies.images, rows, pack.bands.data(), images_of_dy.planes(), unit,
                             bands, begin, end);
                });
   }
 
-  // Columns [begin, end) of a visited band, over `count` images in rows that L1 holds of dY.
-  void add(int64_t v, int64_t begin, int64_t end, int count, int64_t height) const {
+  // Columns [begin, end) of a band, over `count` images in rows that L1 holds of dY.
+  void add(int64_t t, int64_t begin, int64_t end, int count, int64_t height) const {
     constexpr int64_t kOutputs = 256;
     const Frame& f = pack.frame;
-    const BandVisit& visit = pack.visits[v];
-    const int64_t t = visit.band, n = a.row_ptr[t + 1] - a.row_ptr[t];
+    const int64_t n = a.row_ptr[t + 1] - a.row_ptr[t];
     const int64_t width = g.x.out * f.images, step = std::max<int64_t>(1, kOutputs / width);
     BandGradient<T> o{nullptr,
                       nullptr,
@@ -524,8 +479,8 @@ struct Gradient {
                       static_cast<T*>(p.values.data) + a.value_ptr[t] + begin * n};
     for (int64_t y = 0; y < height; y += step) {
       o.height = std::min(step, height - y);
-      o.dy = dy.template as<T>() + v * rows.channel * rows.images * kBandRows + y * o.dy_row;
-      o.x = x.template as<T>() + pack.group_offset(visit.group, g) + y * o.x_row;
+      o.dy = dy.template as<T>() + t * rows.channel * rows.images * kBandRows + y * o.dy_row;
+      o.x = x.template as<T>() + pack.group_offset(pack.bands[t].group, g) + y * o.x_row;
       bodies.group_images.sample(o);
     }
   }
@@ -536,24 +491,26 @@ struct Gradient {
     } else {
       fill(units[0], 0, executor);
     }
-    constexpr int64_t kColumns = 80;
-    const int64_t longest = longest_band(),
-                  parts = std::max<int64_t>(1, divide_up(longest, kColumns));
     const int64_t items = a.bands * parts;
     for_ranges(executor, items, range_step(executor, items), [&](int64_t first, int64_t last) {
       for (int64_t i = first; i < last; ++i) {
-        const int64_t t = pack.visits[i / parts].band, cols = a.col_end[t] - a.col_begin[t];
+        const int64_t t = i / parts, cols = a.col_end[t] - a.col_begin[t];
         const int64_t begin = cols * (i % parts) / parts, end = cols * (i % parts + 1) / parts;
-        if (begin == end) continue;
-        add(i / parts, begin, end, static_cast<int>(units.size()), units[0].rows);
+        if (begin < end) {
+          add(t, begin, end, static_cast<int>(units.size()), units[0].rows);
+        }
       }
     });
   }
-  int64_t longest_band() const {
-    int64_t longest = 0;
-    for (int64_t t = 0; t < a.bands; ++t)
+
+  // Parts of every band's columns that threads share.
+  static int64_t parts_of(const Groups& a) {
+    constexpr int64_t kColumns = 80;
+    int64_t longest = 1;
+    for (int64_t t = 0; t < a.bands; ++t) {
       longest = std::max(longest, a.col_end[t] - a.col_begin[t]);
-    return longest;
+    }
+    return divide_up(longest, kColumns);
   }
 };
 

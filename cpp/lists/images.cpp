@@ -34,20 +34,17 @@ struct ListImagePack {
   std::vector<int32_t> offset;
   ImagePieces view;
 
-  ListImagePack(const RowLists& rows_of, const Geometry& g, bool turned, int64_t images,
-                int64_t bytes)
-      : ListImagePack(rows_of.lists, rows_of.source, g, turned, images, bytes) {}
-  ListImagePack(const Lists& a, const int64_t* position, const Geometry& g, bool turned,
-                int64_t images, int64_t bytes)
-      : frame(g, turned, turned ? a.rows : g.groups * (a.cols / g.cells()), 1, images, bytes,
+  ListImagePack(const RowLists& of, const Geometry& g, bool turned, int64_t images, int64_t bytes)
+      : frame(g, turned, turned ? of.lists.rows : channels_of(of.lists, g), 1, images, bytes,
               kFrameBytes),
-        rows(turned ? g.groups * (a.cols / g.cells()) * phases() : a.rows) {
+        rows(turned ? channels_of(of.lists, g) * phases() : of.lists.rows) {
+    const Lists& a = of.lists;
     std::vector<int64_t> ptr;
     std::vector<Place> place;
     if (a.indptr[a.rows] > INT32_MAX) throw std::length_error("too many values for a convolution");
     turned ? gather_turned(a, g, ptr, place) : gather(a, g, ptr, place);
-    if (turned || position) {
-      for (const Place& p : place) source.push_back(position ? position[p.source] : p.source);
+    if (turned || of.source) {
+      for (const Place& p : place) source.push_back(of.source ? of.source[p.source] : p.source);
     }
     cut(ptr, place);
   }
@@ -60,6 +57,10 @@ struct ListImagePack {
   }
 
  private:
+  static int64_t channels_of(const Lists& a, const Geometry& g) {
+    return g.groups * (a.cols / g.cells());
+  }
+
   // body(row, position, channel of X, cell) of every nonzero.
   template <class Body>
   static void for_nonzeros(const Lists& a, const Geometry& g, const Body& body) {
@@ -169,36 +170,9 @@ struct Domain {
   }
 };
 
-// X, or dY in turned lists, of a unit in a frame; a map that is one as it lies is not copied.
-template <class T>
-class ListFrame {
- public:
-  ListFrame(const ImageBodies<T>& bodies, const Frame& f, const View& view, int64_t width,
-            const Unit& unit, const Executor& executor)
-      : images_(bodies, view, width, source_rows(f, unit), unit, executor) {
-    const Planes<const T>& p = images_.planes()[0];
-    const bool dense = p.channel == f.map && (p.row == f.width || f.y.source == 1);
-    // Whole vectors are read: behind the last number there would be others' memory.
-    if (f.pointwise() && dense && f.map % kLanes == 0) {
-      data_ = p.data;
-      return;
-    }
-    copy_ = std::make_unique<Workspace>(sizeof(T) * f.numbers());
-    T* to = copy_->template as<T>();
-    data_ = to;
-    for_ranges(executor, f.channels, range_step(executor, f.channels),
-               [&](int64_t begin, int64_t end) {
-                 fill_frame(bodies, f, images_.planes(), unit, to, begin, end);
-               });
-    clear_tail(f, to);
-  }
-  const T* data() const { return data_; }
-
- private:
-  PlanarImages<T> images_;
-  std::unique_ptr<Workspace> copy_;
-  const T* data_;
-};
+// Whether a pointwise frame may be read as it lies: whole vectors are, and behind the last number
+// there would be others' memory.
+bool whole_vectors(const Frame& f) { return f.map % kLanes == 0; }
 
 // Y or dX: sums of products of lists with frames.
 template <class T>
@@ -211,7 +185,8 @@ struct ListProduct {
 
   void unit(const Unit& unit, const Executor& executor) const {
     const Frame& f = pack.frame;
-    const ListFrame<T> x(bodies.images, f, p.in, f.turned ? g.x.out : g.x.size, unit, executor);
+    const PlanarImages<T> in(bodies.images, p.in, f.x.source, source_rows(f, unit), unit, executor);
+    const FilledFrame<T> x(bodies.images, f, in.planes(), unit, whole_vectors(f), executor);
     const int64_t step = f.turned ? g.y.stride : 1, width = f.turned ? g.x.size : g.x.out;
     const int64_t size = f.turned ? g.y.size : g.y.out;
     const PlanarResult<T> y(p.out, width,
@@ -266,31 +241,11 @@ struct ListProduct {
       const int64_t at =
           channel * planes[0].channel + ((unit.row + i) * down + py) * planes[0].row + px;
       if (f.images > 1) {
-        separate(line, width, planes, unit.count, at, step);
+        separate(bodies.images, line, width, planes, unit.count, at, step);
       } else if (step == 1) {
         bodies.images.copy(line, 0, 1, 1, width, planes[0].data + at, 0, width);
       } else {
         for (int64_t k = 0; k < width; ++k) planes[0].data[at + k * step] = line[k];
-      }
-    }
-  }
-
-  void separate(const T* line, int64_t width, const Planes<T>* planes, int count, int64_t at,
-                int64_t step) const {
-    const int64_t image = count > 1 ? planes[1].data - planes[0].data : 0;
-    for (int64_t k = 0; k < width; k += kTogether) {
-      const int lanes = static_cast<int>(std::min<int64_t>(kTogether, width - k));
-      const T* pixel[kTogether] = {};
-      for (int i = 0; i < lanes; ++i) pixel[i] = line + (k + i) * kTogether;
-      if (step == 1) {
-        bodies.images.transpose(pixel, count, planes[0].data + at + k, image, lanes);
-        continue;
-      }
-      T turned[kTogether * kTogether];
-      bodies.images.transpose(pixel, count, turned, kTogether, lanes);
-      for (int m = 0; m < count; ++m) {
-        T* to = planes[m].data + at + k * step;
-        for (int i = 0; i < lanes; ++i) to[i * step] = turned[m * kTogether + i];
       }
     }
   }
@@ -337,21 +292,11 @@ void add_gradient(const Bodies<T>& bodies, const Product& p, const ListImagePack
                   const Unit& unit, T* gradient, const Executor& executor) {
   const Geometry& g = *p.geometry;
   const Frame& f = pack.frame;
-  const ListFrame<T> x(bodies.images, f, p.in2, g.x.size, unit, executor);
-  Frame rows({{f.rows, f.rows}, {g.x.out, g.x.out}, 1}, true, pack.rows, 1, f.images, sizeof(T),
-             INT64_MAX);
-  rows.y.source = g.y.out;
-  rows.width = f.width;
-  rows.height = f.rows;
-  rows.channel = rows.map = f.rows * f.width + divide_up(kLanes, f.images) + 1;
-  const PlanarImages<T> images(bodies.images, p.in, g.x.out, {unit.row, unit.row + unit.rows}, unit,
-                               executor);
-  const Workspace frame(sizeof(T) * rows.numbers());
-  T* dy = frame.template as<T>();
-  for_ranges(executor, pack.rows, range_step(executor, pack.rows), [&](int64_t begin, int64_t end) {
-    fill_frame(bodies.images, rows, images.planes(), unit, dy, begin, end);
-  });
-  clear_tail(rows, dy);
+  const PlanarImages<T> in2(bodies.images, p.in2, g.x.size, source_rows(f, unit), unit, executor);
+  const FilledFrame<T> x(bodies.images, f, in2.planes(), unit, whole_vectors(f), executor);
+  const Frame rows = f.of_outputs(g, pack.rows, 1);
+  const PlanarImages<T> in(bodies.images, p.in, g.x.out, source_rows(rows, unit), unit, executor);
+  const FilledFrame<T> dy(bodies.images, rows, in.planes(), unit, false, executor);
   const Domain domain(f, unit.rows);
   const auto chunk_gradient = [&](int64_t chunk) {
     for (int64_t block = 0; block < pack.view.blocks; ++block) {
@@ -359,7 +304,7 @@ void add_gradient(const Bodies<T>& bodies, const Product& p, const ListImagePack
           bodies.list_images.most_held, 4, [&](int64_t y, int64_t at, int down, int across) {
             const int64_t place = y * domain.row + at * kLanes;
             bodies.list_images.sample(pack.view,
-                                      {x.data() + place, dy + place, domain.row,
+                                      {x.data() + place, dy.data() + place, domain.row,
                                        rows.channel * f.images, domain.row, gradient, down, across},
                                       block, chunk);
           });

@@ -20,10 +20,9 @@ from spfmt.cli import _measure as onnx
 from spfmt.cli._deploy import Deployed, Mismatch, deploy
 from spfmt.cli._network import PARAMS, Digits, Settings, prune, train
 from spfmt.cli._progress import Reporter
-from spfmt.onnx.functions import Operator
 from spfmt.torch import densify
 
-__all__ = ["BATCH", "CONVOLUTIONS", "ConvRow", "build", "exports", "notes", "run", "table"]
+__all__ = ["BATCH", "CONVOLUTIONS", "ConvRow", "build", "notes", "run", "table"]
 
 CONVOLUTIONS = ("conv1", "conv2")
 """The layers that become sparse."""
@@ -52,10 +51,10 @@ class ConvRow:
     milliseconds : float
         Median of one pass of `BATCH` images through the network in torch, on one thread.
     difference : float
-        Largest difference between its logits and those of the same weights in dense layers (and in
-        ONNX Runtime, where convolutions can be exported), over the largest logit.
+        Largest difference between its logits and those of the same weights in dense layers and
+        in ONNX Runtime, over the largest logit.
     kernels : dict of str to int
-        Kernels of the convolutions by ONNX Runtime's profile; empty where they are not exported.
+        Kernels of the convolutions by ONNX Runtime's profile.
     """
 
     format: str
@@ -67,15 +66,6 @@ class ConvRow:
     milliseconds: float
     difference: float
     kernels: dict[str, int]
-
-
-def exports() -> bool:
-    """Tell whether this version writes sparse convolutions to ONNX."""
-    return bool(_operators())
-
-
-def _operators() -> Mapping[str, Operator]:
-    return getattr(spfmt.onnx, "CONVOLUTIONS", {})
 
 
 def build(settings: Settings, format: str | None) -> nn.Sequential:
@@ -113,7 +103,7 @@ def run(
         train(model, data, settings, lambda _: reporter.step(share / settings.epochs))
         seconds = time.perf_counter() - started
         stem = f"{name}.conv"
-        made[name] = deploy(model, stem, folder, CONVOLUTIONS, onnx=exports()), seconds
+        made[name] = deploy(model, stem, folder, CONVOLUTIONS), seconds
         reporter.done(f"convolutions, {name}: trained in {seconds:.1f} s, converted, saved")
     reporter.doing("checking and timing the convolutions")
     times = _times(made, data)
@@ -141,12 +131,10 @@ def _row(name: str, deployed: Deployed, seconds: float, timing: Timing, data: Di
             f"{name}: got logits of convolutions that differ by {difference:.1e} of the largest "
             f"from those of dense layers; expected at most {_TOLERANCE:.0e}; please report this"
         )
-    kernels: dict[str, int] = {}
-    if deployed.onnx is not None:
-        x = data.x_test.numpy()
-        sessions = onnx.open_sessions({name: deployed})
-        difference = max(difference, onnx.answers(deployed, sessions, name, x)[1])
-        kernels = onnx.kernels(deployed, name, x, _operators())
+    x = data.x_test.numpy()
+    sessions = onnx.open_sessions({name: deployed})
+    difference = max(difference, onnx.answers(deployed, sessions, name, x)[1])
+    kernels = onnx.kernels(deployed, name, x, spfmt.onnx.CONVOLUTIONS)
     return ConvRow(
         format=name,
         label=deployed.tensors[0].label() if deployed.tensors else name,
@@ -205,8 +193,5 @@ def notes(rows: tuple[ConvRow, ...], settings: Settings) -> Iterator[str]:
     slower = [r.label for r in rows[1:] if dense.milliseconds / r.milliseconds < _EVEN]
     if slower:
         yield f"Dense convolutions answer faster at this size than {', '.join(slower)}."
-    if exports():
-        ran = sorted({name for row in rows[1:] for name in row.kernels})
-        yield f"Exported to ONNX too, with equal answers; ONNX Runtime ran {', '.join(ran)}."
-    else:
-        yield "Sparse convolutions are not exported: spfmt.onnx has no operator for them yet."
+    ran = sorted({name for row in rows[1:] for name in row.kernels})
+    yield f"Exported to ONNX too, with equal answers; ONNX Runtime ran {', '.join(ran)}."

@@ -15,7 +15,7 @@ from spfmt.convert import convert
 from spfmt.errors import SpfmtError
 from spfmt.formats import SparseTensor, load
 from spfmt.onnx import export
-from spfmt.torch import SparseConv2d, SparseLinear
+from spfmt.torch import SparseModule
 
 __all__ = ["Deployed", "Mismatch", "deploy"]
 
@@ -34,8 +34,7 @@ class Deployed:
     ----------
     model : nn.Sequential
         As it was exported: its sparse weights come from the saved files.
-    onnx : Path or None
-        None where it was not exported.
+    onnx : Path
     weights : tuple of Path
         One safetensors file per sparse layer; none of the dense network.
     tensors : tuple of SparseTensor
@@ -43,7 +42,7 @@ class Deployed:
     """
 
     model: nn.Sequential
-    onnx: Path | None
+    onnx: Path
     weights: tuple[Path, ...]
     tensors: tuple[SparseTensor, ...]
 
@@ -57,26 +56,19 @@ class Deployed:
 
 
 def deploy(
-    model: nn.Sequential,
-    name: str,
-    folder: Path,
-    layers: Sequence[str] = HIDDEN,
-    *,
-    onnx: bool = True,
+    model: nn.Sequential, name: str, folder: Path, layers: Sequence[str] = HIDDEN
 ) -> Deployed:
     """Take every sparse weight through conversion and a file, then export the network.
 
     Parameters
     ----------
     model : nn.Sequential
-        Trained; its sparse layers are replaced by ones made of the files.
+        Trained; its sparse layers take structure and values from the files.
     name : str
         Stem of the files.
     folder : Path
     layers : sequence of str
         Those that may be sparse.
-    onnx : bool
-        Whether to export.
 
     Raises
     ------
@@ -86,29 +78,19 @@ def deploy(
     paths, tensors = [], []
     for layer_name in layers:
         layer = model.get_submodule(layer_name)
-        if isinstance(layer, SparseLinear | SparseConv2d):
+        if isinstance(layer, SparseModule):
             path = folder / f"{name}.{layer_name}.safetensors"
             tensor = _through_file(_through_csr(layer), path)
-            setattr(model, layer_name, _layer_of(tensor, layer))
+            layer.set_structure(tensor, take_values=True)
             paths.append(path)
             tensors.append(tensor)
-    target = folder / f"{name}.onnx" if onnx else None
-    if target is not None:
-        example = torch.zeros(2, PIXELS)
-        export(model, (example,), target, input_names=[INPUT], output_names=[OUTPUT])
+    target = folder / f"{name}.onnx"
+    example = torch.zeros(2, PIXELS)
+    export(model, (example,), target, input_names=[INPUT], output_names=[OUTPUT])
     return Deployed(model, target, tuple(paths), tuple(tensors))
 
 
-def _layer_of(tensor: SparseTensor, like: SparseLinear | SparseConv2d) -> nn.Module:
-    if isinstance(like, SparseLinear):
-        return SparseLinear.from_tensor(tensor, like.bias)
-    return SparseConv2d.from_tensor(
-        tensor, like.bias, stride=like.stride, padding=like.padding, dilation=like.dilation,
-        groups=like.groups,
-    )  # fmt: skip
-
-
-def _through_csr(layer: SparseLinear | SparseConv2d) -> SparseTensor:
+def _through_csr(layer: SparseModule) -> SparseTensor:
     """Return the layer's weight after the way to CSR and back to its format."""
     tensor = layer.tensor()
     back: SparseTensor = convert(convert(tensor, "csr"), layer.format, **layer.format_params)

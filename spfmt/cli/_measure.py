@@ -6,7 +6,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -61,15 +60,8 @@ def open_sessions(models: Mapping[str, Deployed]) -> dict[Key, onnxruntime.Infer
     opened = {}
     for name, model in models.items():
         for library in (True, False) if model.tensors else (False,):
-            opened[name, library] = session(file_of(model), threads=THREADS, library=library)
+            opened[name, library] = session(model.onnx, threads=THREADS, library=library)
     return opened
-
-
-def file_of(model: Deployed) -> Path:
-    """Return the ONNX file of a network that has one."""
-    if model.onnx is None:
-        raise RuntimeError("got a network that was not exported; please report it")
-    return model.onnx
 
 
 def answers(
@@ -121,7 +113,7 @@ def kernels(
     Mismatch
         Where a sparse layer ran anything but our kernel.
     """
-    runs = kernels_run(file_of(model), {INPUT: x}, threads=THREADS)
+    runs = kernels_run(model.onnx, {INPUT: x}, threads=THREADS)
     counts = Counter(run.op_type for run in runs)
     if not model.tensors:
         return dict(counts)

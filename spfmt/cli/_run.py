@@ -97,7 +97,7 @@ def _measure(
             label=label(name, model.tensors),
             density=model.density,
             accuracy=float((checked[name][0].argmax(1) == y).mean()),
-            onnx_bytes=onnx.file_of(model).stat().st_size,
+            onnx_bytes=model.onnx.stat().st_size,
             weights_bytes=sum(path.stat().st_size for path in model.weights),
             train_seconds=made[name][1],
             difference=checked[name][1],

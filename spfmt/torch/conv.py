@@ -95,7 +95,7 @@ class _SparseConv(SparseLayer):
         self._around = around * (2 * dims // len(around))
 
     def _install(self, tensor: SparseTensor, *args: Any) -> None:
-        wanted = self._flat_shape(self._dense_shape())
+        wanted = self._flat_shape(self.dense_shape)
         if tensor.shape != wanted:
             raise format_error(
                 f"a weight of shape {tensor.shape}",
@@ -104,13 +104,10 @@ class _SparseConv(SparseLayer):
             )
         super()._install(tensor, *args)
 
-    def _dense_shape(self) -> tuple[int, ...]:
-        return self.out_channels, self.in_channels // self.groups, *self.kernel_size
-
     @property
     def dense_shape(self) -> tuple[int, ...]:
         """Shape of the weight of the dense layer that this one stands for."""
-        return self._dense_shape()
+        return self.out_channels, self.in_channels // self.groups, *self.kernel_size
 
     @classmethod
     def from_conv(cls: type[Self], conv: Any, **options: Any) -> Self:
@@ -205,23 +202,23 @@ class _SparseConv(SparseLayer):
     def _convolve(
         self, x: Tensor, values: Tensor, structure: Tensor, bias: Tensor | None, activation: Any
     ) -> Tensor:
-        padding = _ends(self._around)
+        flat = x.dim() == 3  # a sequence is an image of one row
+        images, padding = x.unsqueeze(2) if flat else x, _ends(self._around)
         if self.padding_mode != "zeros":
-            x, padding = functional.pad(x, self._around, mode=self.padding_mode), (0, 0, 0, 0)
-        lost = 2 - len(self.kernel_size)  # a sequence is an image of one row
+            images, padding = self._padded(images), (0, 0, 0, 0)
         y = conv2d(
             values,
             structure,
-            x.unsqueeze(2) if lost else x,
+            images,
             bias,
             shape=self.shape,
-            stride=(1,) * lost + self.stride,
+            stride=self._both(self.stride),
             padding=padding,
-            dilation=(1,) * lost + self.dilation,
+            dilation=self._both(self.dilation),
             groups=self.groups,
             activation=activation,
         )
-        return y.squeeze(2) if lost else y
+        return y.squeeze(2) if flat else y
 
     def _explain_error(self, x: Tensor, values: Tensor, bias: Tensor | None) -> None:
         """Raise the error of the dense layer, where it has one."""
@@ -282,7 +279,7 @@ class _SparseConv(SparseLayer):
         return x if x.dim() == 4 else x.unsqueeze(0)
 
     def _padded(self, x: Tensor) -> Tensor:
-        if not any(self._around) or self.padding_mode == "zeros":
+        if self.padding_mode == "zeros" or not any(self._around):
             return functional.pad(x, self._around)
         if len(self.kernel_size) == 1:  # torch pads so many dimensions as the mode asks for
             return functional.pad(x.squeeze(2), self._around, self.padding_mode).unsqueeze(2)
