@@ -9,8 +9,8 @@ conv2d_weight  d(values) from dY and X         gradient of the weight, at the st
 A weight of shape (C_out, C_in / groups, Kh, Kw) is the matrix (C_out, C_in / groups · Kh · Kw), and
 a convolution is its product with images whose samples overlap. Images are (N, C, H, W) arrays of
 any strides: channels last is ``x.transpose(0, 3, 1, 2)`` of an (N, H, W, C) array. Nothing is
-unfolded: the kernels keep one padded image per thread, or 16 small ones, in strips of some
-megabytes at most, whatever the batch.
+unfolded: the kernels keep one padded image per thread, or 16 of a batch, in strips of some
+megabytes, or of what a single row of outputs takes, whatever the batch.
 """
 
 from __future__ import annotations

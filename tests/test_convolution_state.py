@@ -73,14 +73,17 @@ def test_what_is_kept_is_counted_and_bounded(layout: str) -> None:
 def test_one_geometry_is_kept_once(layout: str) -> None:
     found = make_operands(LAYOUTS[layout], of_size((5, 5), 3))
     plan = found.weight.plan.compiled
-    for _ in range(3):
-        found.by("conv2d", "float32")
-        found.by("conv2d", "float32", x=found.x[:1])
-    assert plan.shapes == 1
-    found.by("conv2d_weight", "float32")  # meets the same frames of X
-    assert plan.shapes == 1
-    found.by("conv2d_input", "float32")
-    assert plan.shapes == 2
+    with forced("images"):
+        for _ in range(3):
+            found.by("conv2d", "float32")
+            found.by("conv2d", "float32", x=found.x[:1])
+        assert plan.shapes == 1
+        found.by("conv2d_weight", "float32")  # meets the same frames of X
+        assert plan.shapes == 1
+        found.by("conv2d_input", "float32")
+        assert plan.shapes == 2
+        found.by("conv2d", "float64")  # whose strips are others
+        assert plan.shapes == 3
 
 
 def test_geometries_that_differ_in_one_number_are_told_apart() -> None:
@@ -101,11 +104,12 @@ def test_geometries_that_differ_in_one_number_are_told_apart() -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_dtypes_of_one_geometry_do_not_meet(layout: str) -> None:
-    """A strip has fewer rows of float64 than of float32."""
-    case = Case("", 3, 30, (3, 3), (20, 500), 1, padding=1)
+    """A strip has fewer rows of float64 than of float32, whichever is first."""
+    case = Case("", 3, 30, (3, 3), (60, 500), 1, padding=1)
     found = make_operands(LAYOUTS[layout], case)
     plan = found.weight.plan
     how = Convolution.of(case.shape, **case.how)
+    gradients: list[Any] = []
     for dtype in ("float32", "float64", "float32"):
         x, values = found.x.astype(dtype), found.weight.values.reshape(-1).astype(dtype)
         out = np.full(case.y_shape, np.nan, dtype)
@@ -114,6 +118,13 @@ def test_dtypes_of_one_geometry_do_not_meet(layout: str) -> None:
         gradient = np.full(plan.nnz, np.nan, dtype)
         convolve_sampled(plan, how, found.dy.astype(dtype), x, gradient)
         check(gradient.reshape(found.weight.values.shape), found.wanted("conv2d_weight"))
+        gradients.append(gradient)
+    alone = make_operands(LAYOUTS[layout], case).weight.plan
+    assert alone is not plan
+    first = np.full(plan.nnz, np.nan)
+    convolve_sampled(alone, how, found.dy.astype("float64"), found.x.astype("float64"), first)
+    assert np.array_equal(first, gradients[1])
+    assert np.array_equal(gradients[0], gradients[2])
 
 
 @pytest.mark.parametrize("name", ["3x3", "3x3-of-2x2-together"])

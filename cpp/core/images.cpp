@@ -2,6 +2,7 @@
 
 #include <climits>
 #include <memory>
+#include <numeric>
 #include <stdexcept>
 
 namespace spfmt {
@@ -25,15 +26,15 @@ FrameAxis::FrameAxis(const Axis& axis, bool turned)
     before = std::max(before, -far);
     after = std::max(after, far);
   }
-  if (turned) {
-    for (int64_t r = 0; r < std::min(axis.stride, axis.size); ++r) phases.push_back(r);
-    return;
-  }
   phases = phase;
   std::sort(phases.begin(), phases.end());
   phases.erase(std::unique(phases.begin(), phases.end()), phases.end());
+  // Turned, a phase is one of outputs, of which a small map may have none.
+  const auto none = std::lower_bound(phases.begin(), phases.end(), axis.size);
+  if (turned) phases.erase(none, phases.end());
   for (int& r : phase) {
-    r = static_cast<int>(std::lower_bound(phases.begin(), phases.end(), r) - phases.begin());
+    const auto place = std::lower_bound(phases.begin(), phases.end(), r);
+    r = place == phases.end() ? -1 : static_cast<int>(place - phases.begin());
   }
 }
 
@@ -53,34 +54,50 @@ FrameAxis::Line FrameAxis::line(int64_t width, int64_t phase) const {
   return {zeros, first, std::clamp<int64_t>(held, 0, width - zeros)};
 }
 
+static bool has_all(const FrameAxis& axis, const Axis& of) {
+  return static_cast<int64_t>(axis.phases.size()) == std::min(of.stride, of.size);
+}
+
 Frame::Frame(const Geometry& g, bool turn, int64_t channel_count, int64_t element_count,
-             int64_t image_count, int64_t bytes, int64_t budget)
+             int64_t image_count, const FrameRoom& room)
     : y(g.y, turn),
       x(g.x, turn),
       turned(turn),
       channels(channel_count),
       element(element_count),
       images(image_count),
-      rows(y.domain) {
-  width = x.width();
+      rows(y.domain),
+      width(x.width()),
+      in_place(room.in_place && pointwise() &&
+               channels <= INT32_MAX / std::max<int64_t>(1, y.source * x.source)),
+      whole(!turned || (has_all(y, g.y) && has_all(x, g.x))) {
   // In floating point: sizes that do not fit must not overflow before they are refused.
   const double least = static_cast<double>(channels) * maps() * images * element * width *
                        (y.before + y.after + 1.0);
   if (least > INT32_MAX / 2) throw std::length_error("images too large for offsets of 32 bits");
-  const int64_t numbers_of_row = channels * maps() * width * images * element;
-  if (!pointwise() && rows > 1) {
-    const int64_t fitting = budget / std::max<int64_t>(1, numbers_of_row * bytes);
-    rows = std::clamp<int64_t>(fitting - y.before - y.after, 1, rows);
-    rows = divide_up(y.domain, divide_up(y.domain, rows));
-  }
-  height = rows + y.before + y.after;
-  map = height * width + std::max<int64_t>(x.before, 0);
+  const int64_t numbers_of_row = (channels * maps() * element + room.beside) * width * images;
+  const int64_t fitting = room.budget / std::max<int64_t>(1, numbers_of_row * room.bytes);
+  cut(fitting);
+  map = (rows + y.before + y.after) * width + std::max<int64_t>(x.before, 0);
   // Channels a power of two apart would meet in one cache set.
-  if (!pointwise() && map * images * element % 64 == 0) map += divide_up(16, images * element);
+  if (map * images * element % 64 == 0) map += divide_up(16, images * element);
+  if (in_place) map = y.source * x.source;
   channel = maps() * map;
   if (channels * channel > INT32_MAX / (images * element)) {
     throw std::length_error("images too large for offsets of 32 bits");
   }
+}
+
+// Into strips of about `fitting` positions down, all alike. Few rows with many zeros or neighbours
+// around them would be filled over and over.
+void Frame::cut(int64_t fitting) {
+  if (rows < 2) return;
+  const int64_t around = y.before + y.after, least = std::clamp<int64_t>(around, 1, rows);
+  rows = std::clamp<int64_t>(fitting - around, least, rows);
+  rows = divide_up(y.domain, divide_up(y.domain, rows));
+  // Where maps are whole vectors their strips are, too.
+  const int64_t whole = kLanes / std::gcd<int64_t>(kLanes, width);
+  if (in_place) rows = std::min(y.domain, divide_up(rows, whole) * whole);
 }
 
 bool Frame::pointwise() const {
@@ -111,7 +128,7 @@ Frame Frame::of_outputs(const Geometry& g, int64_t channel_count, int64_t elemen
   f.turned = true;
   f.channels = channel_count;
   f.element = element_count;
-  f.height = rows;
+  f.in_place = false;
   f.channel = f.map = rows * width + divide_up(kLanes, images) + 1;  // vectors end behind a map
   return f;
 }
@@ -126,6 +143,19 @@ Rows source_rows(const Frame& f, const Unit& unit) {
 namespace {
 
 bool planar(const View& v, int64_t width) { return v.x_stride == 1 || width <= 1; }
+
+}  // namespace
+
+bool is_readable(const View& v, const Geometry& g, bool turned) {
+  const auto plain = [&](const Axis& a) {
+    return a.kernel == 1 && a.padding == 0 && (turned || a.stride == 1);
+  };
+  const int64_t height = turned ? g.y.out : g.y.size, width = turned ? g.x.out : g.x.size;
+  return plain(g.y) && plain(g.x) && planar(v, width) && (v.y_stride == width || height <= 1) &&
+         (v.row_stride == height * width || v.rows <= 1);
+}
+
+namespace {
 
 // body(first, pixels, from) over runs of pixels of the rows that lie `x_stride` apart: all rows in
 // one where they follow each other.
@@ -220,8 +250,13 @@ PlanarImages<T>::PlanarImages(const ImageBodies<T>& bodies, const View& v, int64
   planes_ = planes_of<Planes<const T>, const T>(v, data, to, width, rows, unit.count);
   if (!copy_) return;
   const int64_t plane = (rows.end - rows.begin) * width;
-  for_each(executor, unit.count, [&](int64_t i) {
-    to_planes(bodies, v, data + i * v.col_stride, width, rows, to + i * v.rows * plane, plane);
+  const int64_t height = rows.end - rows.begin;
+  const int64_t parts = std::clamp<int64_t>(executor.threads / unit.count, 1, height);
+  for_each(executor, unit.count * parts, [&](int64_t i) {
+    const int64_t image = i / parts, part = i % parts, first = height * part / parts;
+    const Rows some{rows.begin + first, rows.begin + height * (part + 1) / parts};
+    to_planes(bodies, v, data + image * v.col_stride, width, some,
+              to + image * v.rows * plane + first * width, plane);
   });
 }
 
@@ -235,6 +270,19 @@ PlanarResult<T>::PlanarResult(const View& v, int64_t width, Rows rows, const Uni
   T* data = static_cast<T*>(v.data) + unit.image * v.col_stride;
   T* copy = copy_ ? copy_->template as<T>() : nullptr;
   planes_ = planes_of<Planes<T>, T>(v, data, copy, width, rows, unit.count);
+}
+
+template <class T>
+void PlanarResult<T>::clear(const Executor& executor) const {
+  for_ranges(executor, view_.rows, range_step(executor, view_.rows), [&](int64_t c, int64_t end) {
+    for (; c < end; ++c) {
+      for (const Planes<T>& p : planes_) {
+        for (int64_t y = rows_.begin; y < rows_.end; ++y) {
+          std::fill_n(p.data + c * p.channel + y * p.row, width_, T(0));
+        }
+      }
+    }
+  });
 }
 
 template <class T>
@@ -359,12 +407,10 @@ void fill_bands(const ImageBodies<T>& bodies, const Frame& f, const BandLanes* b
 
 template <class T>
 FilledFrame<T>::FilledFrame(const ImageBodies<T>& bodies, const Frame& f,
-                            const Planes<const T>* images, const Unit& unit, bool in_place,
+                            const Planes<const T>* images, const Unit& unit,
                             const Executor& executor) {
-  const Planes<const T>& p = images[0];
-  const bool dense = p.channel == f.map && (p.row == f.width || f.y.source == 1);
-  if (in_place && f.pointwise() && dense) {
-    data_ = p.data;
+  if (f.in_place) {
+    data_ = images[0].data + unit.row * f.width;
     return;
   }
   copy_ = std::make_unique<Workspace>(sizeof(T) * f.numbers());

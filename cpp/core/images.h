@@ -53,9 +53,9 @@ struct FrameAxis {
   // Positions in front of the first output's own, and behind the last's; negative where the nearest
   // cell of the kernel is farther off.
   int64_t before, after;
-  std::vector<int> phases;  // of the maps of the frame; turned, of the outputs
-  // Of every cell of the kernel: the place of its phase, and how far its position is from the
-  // output's own.
+  std::vector<int> phases;  // that cells meet: maps of the frame; turned, outputs
+  // Of every cell of the kernel: the place of its phase, -1 where it meets nothing, and how far its
+  // position is from the output's own.
   std::vector<int> phase, shift;
 
   FrameAxis(const Axis& axis, bool turned);
@@ -69,23 +69,38 @@ struct FrameAxis {
   Line line(int64_t width, int64_t phase) const;
 };
 
+// What a frame may take.
+struct FrameRoom {
+  int64_t bytes;   // of a number
+  int64_t budget;  // bytes of a strip, unless some rows of outputs need more
+  int64_t beside;  // numbers per position and image that are held beside those of the frame
+  bool in_place;   // whether the caller's maps are dense, and may be read where they lie
+
+  // Tells apart frames that are made of one geometry, and of one structure.
+  int64_t choice(int64_t images) const {
+    return (2 * images + (bytes == sizeof(double))) * 2 + in_place;
+  }
+};
+
 // How a unit of work sees its images: a strip of outputs of one image or of kTogether, whose
 // numbers then lie side by side.
 struct Frame {
   FrameAxis y, x;
   bool turned;
-  int64_t channels;       // of X, or bands of dY
-  int64_t element;        // numbers per position and image: 1, or the rows of a band
-  int64_t images;         // 1 or kTogether
-  int64_t rows;           // outputs along y in a strip
-  int64_t height, width;  // positions of a map
-  int64_t map, channel;   // positions between maps, and between channels
+  int64_t channels;      // of X, or bands of dY
+  int64_t element;       // numbers per position and image: 1, or the rows of a band
+  int64_t images;        // 1 or kTogether
+  int64_t rows;          // outputs along y in a strip
+  int64_t width;         // positions of a line
+  int64_t map, channel;  // positions between maps, and between channels
+  bool in_place;         // nothing is copied: a pointwise frame's maps as they lie
+  bool whole;            // false where phases of dX are left out, whose numbers are zeros
 
-  bool pointwise() const;  // a map is read as it lies, if the caller's are dense
-  // `budget`: bytes that a strip may take, unless one row of outputs needs more. Throws
-  // std::length_error where offsets do not fit 32 bits.
+  // Throws std::length_error where offsets do not fit 32 bits.
   Frame(const Geometry&, bool turned, int64_t channels, int64_t element, int64_t images,
-        int64_t bytes_per_number, int64_t budget);
+        const FrameRoom&);
+
+  bool pointwise() const;  // an output meets its own position only
 
   int64_t maps() const {
     return turned ? 1 : static_cast<int64_t>(y.phases.size() * x.phases.size());
@@ -97,7 +112,14 @@ struct Frame {
   // Of Y in the strips of this one of X, and in lines as long: without padding, but with zeros
   // behind each line where this one has more positions than there are outputs.
   Frame of_outputs(const Geometry&, int64_t channels, int64_t element) const;
+
+ private:
+  void cut(int64_t fitting);
 };
+
+// Whether a frame of the operand would be a copy of its maps, as 1x1 convolutions have them: each
+// map one line, one after the other.
+bool is_readable(const View&, const Geometry&, bool turned);
 
 // How many of `size` numbers, `step` apart, begin at `phase`.
 inline int64_t count_of(int64_t size, int64_t step, int64_t phase) {
@@ -137,6 +159,7 @@ class PlanarResult {
  public:
   PlanarResult(const View&, int64_t width, Rows, const Unit&);
   const Planes<T>* planes() const { return planes_.data(); }
+  void clear(const Executor&) const;
   void done(const ImageBodies<T>&, const Executor&) const;
 
  private:
@@ -164,15 +187,13 @@ template <class T>
 void fill_bands(const ImageBodies<T>&, const Frame&, const BandLanes*,
                 const Planes<const T>* images, const Unit&, T* to, int64_t begin, int64_t end);
 
-// The numbers of a unit in a frame, zeros behind the last position; or, where `in_place` allows it
-// and a pointwise frame's maps are dense as the caller keeps them, as they lie.
+// The numbers of a unit in a frame, zeros behind the last position; or as they lie.
 template <class T>
 class FilledFrame {
  public:
   FilledFrame(const ImageBodies<T>&, const Frame&, const Planes<const T>* images, const Unit&,
-              bool in_place, const Executor&);
+              const Executor&);
   const T* data() const { return data_; }
-  bool in_place() const { return copy_ == nullptr; }
 
  private:
   std::unique_ptr<Workspace> copy_;

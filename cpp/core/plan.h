@@ -84,6 +84,7 @@ class Plan {
     return pack;
   }
   size_t shapes() const {
+    const NoFork whole;
     const std::lock_guard<std::recursive_mutex> lock(mutex_);
     return shapes_.size();
   }

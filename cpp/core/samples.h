@@ -66,7 +66,7 @@ struct SampleBodies {
   void (*unpack)(const Panel<const T>& from, Strided<T> to, int64_t begin, int64_t end);
   // y[row * ldy + b], b < width (a multiple of 16), for n rows: those that `rows` names, or the
   // first n where it is null.
-  void (*activate)(Activation, T* y, int64_t ldy, int width, const int32_t* rows, int64_t n);
+  void (*activate)(Activation, T* y, int64_t ldy, int64_t width, const int32_t* rows, int64_t n);
 };
 
 template <class T>

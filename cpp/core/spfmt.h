@@ -43,8 +43,8 @@ constexpr int kBandRows = 16;
 // Bands of 1 .. kBandRows rows, each with one list of columns.
 //
 //   band b: rows    row_perm[row_ptr[b] .. row_ptr[b + 1]]           (n rows)
-//           columns col_indices[col_begin[b] .. col_end[b]]          (bands of a group share a
-//           list) values[value_ptr[b] + j * n + i]   is column j, row i: column after column
+//           columns col_indices[col_begin[b] .. col_end[b]]          (shared inside a group)
+//           values[value_ptr[b] + j * n + i]   is column j, row i: column after column
 //
 // Every row of the matrix is in exactly one band, so products write each output exactly once.
 struct Groups {
@@ -168,7 +168,8 @@ Executor serial_executor();
 
 // Computes a product that check() has nothing against, at level `isa` or the next lower one that
 // has a kernel. Throws std::bad_alloc when memory for workspace or a packed placement cannot be
-// had, and std::length_error where 256 rows hold 2^31 values or more; the executor never sees them.
+// had, and std::length_error where offsets of 32 bits do not suffice: 256 rows that hold 2^31
+// values or more, images too large, convolutions of as many values; the executor never sees them.
 void run(Isa isa, const Plan& plan, const Product& product, const Executor& executor);
 
 // ----------------------------------------------------------------------------------------- table

@@ -39,7 +39,6 @@ std::string check_band(const Groups& v, int64_t t, std::vector<int64_t>& seen) {
     return at("wrong number of values in band", t);
   for (int64_t j = v.col_begin[t]; j < v.col_end[t]; ++j) {
     const int32_t c = v.col_indices[j];
-    if (c < 0 || c >= v.cols) return at("column index out of range", j);
     if (seen[c] == t + 1) return at("duplicate column in one band", j);
     seen[c] = t + 1;
   }
@@ -74,6 +73,11 @@ std::string validate(const Groups& v) {
     if (r < 0 || r >= v.rows || used[r]) return at("row_perm is not a permutation", i);
     used[r] = true;
   }
+  // Those that no band names, too: a convolution turns all of them into offsets.
+  for (int64_t j = 0; j < v.col_count; ++j) {
+    const int32_t c = v.col_indices[j];
+    if (c < 0 || c >= v.cols) return at("column index out of range", j);
+  }
   std::vector<int64_t> seen(v.cols);
   for (int64_t t = 0; t < v.bands && error.empty(); ++t) error = check_band(v, t, seen);
   return error;
@@ -85,28 +89,31 @@ std::string size_text(const View& v) {
   return std::to_string(v.rows) + " x " + std::to_string(v.cols);
 }
 
-std::string check_operand(const char* name, const View& v, DType dtype, int64_t rows,
-                          int64_t cols) {
+// `depth`: numbers of every row and column, the pixels of an image.
+std::string check_operand(const char* name, const View& v, DType dtype, int64_t rows, int64_t cols,
+                          int64_t depth) {
   const std::string who = name;
   if (v.dtype != dtype) return who + " is not of the dtype of the values";
   if (v.rows != rows || v.cols != cols) {
     return who + " is " + size_text(v) + ", not " + std::to_string(rows) + " x " +
            std::to_string(cols);
   }
-  if (v.data == nullptr && rows > 0 && cols > 0) return who + " has no memory";
+  if (v.data == nullptr && rows > 0 && cols > 0 && depth > 0) return who + " has no memory";
   return "";
 }
 
 // Nothing is read outside of the maps, whatever the sizes say; but they must be numbers that can be
 // added up.
 std::string check_axis(const Axis& a) {
-  constexpr int64_t kMost = int64_t{1} << 30;
+  constexpr int64_t kMost = int64_t{1} << 30, kMostCells = int64_t{1} << 20;
   for (const int64_t n : {a.size, a.out, a.padding}) {
     if (n < 0 || n > kMost) return "sizes and padding of images are within [0, 2^30]";
   }
   for (const int64_t n : {a.kernel, a.stride, a.dilation}) {
     if (n < 1 || n > kMost) return "kernel, stride and dilation are within [1, 2^30]";
   }
+  // What is held for every cell must not depend on channels that there may be none of.
+  if (a.kernel > kMostCells) return "kernels are no larger than 2^20";
   if (a.kernel * a.dilation > kMost) return "a kernel reaches no further than 2^30";
   return "";
 }
@@ -136,13 +143,21 @@ std::string check(const Plan& plan, const Product& p) {
   if (!geometry.empty()) return geometry;
   if (p.values.rows < plan.nnz() || p.values.cols != 1) return "fewer values than positions";
   if (p.values.data == nullptr && plan.nnz() > 0) return "values have no memory";
-  std::string error = check_operand("the operand", p.in, dtype, forward ? cols : rows, n);
-  if (error.empty() && sampled) error = check_operand("X", p.in2, dtype, cols, n);
+  const int64_t x_depth = p.geometry ? p.geometry->y.size * p.geometry->x.size : 1;
+  const int64_t y_depth = p.geometry ? p.geometry->y.out * p.geometry->x.out : 1;
+  const auto check_x = [&](const char* name, const View& v) {
+    return check_operand(name, v, dtype, cols, n, x_depth);
+  };
+  const auto check_y = [&](const char* name, const View& v) {
+    return check_operand(name, v, dtype, rows, n, y_depth);
+  };
+  std::string error = forward ? check_x("the operand", p.in) : check_y("the operand", p.in);
+  if (error.empty() && sampled) error = check_x("X", p.in2);
   if (error.empty() && !sampled) {
-    error = check_operand("the result", p.out, dtype, forward ? rows : cols, n);
+    error = forward ? check_y("the result", p.out) : check_x("the result", p.out);
   }
   if (!error.empty()) return error;
-  if (forward) return p.bias.data ? check_operand("the bias", p.bias, dtype, rows, 1) : "";
+  if (forward) return p.bias.data ? check_operand("the bias", p.bias, dtype, rows, 1, 1) : "";
   if (p.bias.data != nullptr || p.activation != Activation::none) {
     return "only spmm has a bias and activations";
   }

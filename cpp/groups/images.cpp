@@ -10,8 +10,12 @@
 namespace spfmt {
 namespace {
 
-// One image of X, or rows of it, stays in L2 while all bands pass over it.
-constexpr int64_t kFrameBytes = 512 << 10;
+// Rows of one image of X, and of Y, that stay in L2 while all bands pass over them.
+constexpr int64_t kFrameBytes = 1 << 20;
+// Outputs of a band, or of a phase of dX, that L1 holds beside what they are made of.
+constexpr int64_t kOutputs = 128;
+// Tiles of the caller's own memory are no wider than its rows.
+constexpr int64_t kSmallestTile = 4;
 
 // Small maps fill no tile: the numbers of kTogether images then lie side by side.
 int64_t images_together(int64_t height, int64_t width, int64_t batch) {
@@ -52,9 +56,9 @@ struct ForwardPack {
   Frame frame;
   std::vector<int32_t> offset;  // (col_count)
 
-  ForwardPack(const Groups& a, const Geometry& g, int64_t images, int64_t bytes)
+  ForwardPack(const Groups& a, const Geometry& g, int64_t images, const FrameRoom& room)
       : bands(lanes_of(a, g)),
-        frame(g, false, g.groups * (a.cols / g.cells()), 1, images, bytes, kFrameBytes),
+        frame(g, false, g.groups * (a.cols / g.cells()), 1, images, room),
         offset(a.col_count) {
     for (int64_t j = 0; j < a.col_count; ++j) {
       const int64_t c = a.col_indices[j] / g.cells(), cell = a.col_indices[j] % g.cells();
@@ -77,8 +81,8 @@ struct TurnedPack {
   std::vector<int64_t> ptr;
   std::vector<TurnedEntry> entry;
 
-  TurnedPack(const Groups& a, const Geometry& g, int64_t images, int64_t bytes)
-      : bands(lanes_of(a, g)), frame(g, true, a.bands, kBandRows, images, bytes, kFrameBytes) {
+  TurnedPack(const Groups& a, const Geometry& g, int64_t images, const FrameRoom& room)
+      : bands(lanes_of(a, g)), frame(g, true, a.bands, kBandRows, images, room) {
     const int64_t outputs = g.groups * (a.cols / g.cells()) * phases();
     ptr.assign(outputs + 1, 0);
     for_entries(a, g, [&](int64_t output, const TurnedEntry&) { ++ptr[output + 1]; });
@@ -98,7 +102,6 @@ struct TurnedPack {
  private:
   template <class Body>
   void for_entries(const Groups& a, const Geometry& g, const Body& body) const {
-    const auto down = static_cast<int64_t>(frame.y.phases.size());
     const auto across = static_cast<int64_t>(frame.x.phases.size());
     for (int64_t t = 0; t < a.bands; ++t) {
       const int64_t rows = a.row_ptr[t + 1] - a.row_ptr[t];
@@ -106,9 +109,9 @@ struct TurnedPack {
       for (int64_t j = a.col_begin[t]; j < a.col_end[t]; ++j) {
         const int64_t c = a.col_indices[j] / g.cells(), cell = a.col_indices[j] % g.cells();
         const int64_t ky = cell / g.x.kernel, kx = cell % g.x.kernel;
-        if (frame.y.phase[ky] >= down || frame.x.phase[kx] >= across) continue;  // meets nothing
+        if (frame.y.phase[ky] < 0 || frame.x.phase[kx] < 0) continue;
         const int64_t phase = frame.y.phase[ky] * across + frame.x.phase[kx];
-        body((first + c) * down * across + phase,
+        body((first + c) * phases() + phase,
              {a.value_ptr[t] + (j - a.col_begin[t]) * rows,
               static_cast<int32_t>(frame.offset(t, ky, kx)), static_cast<int32_t>(rows)});
       }
@@ -130,6 +133,22 @@ const Tile<Outputs>& best_tile(const Tiles<Outputs>& tiles, int64_t height, int6
     if (best == nullptr || cost < least) best = &t, least = cost;
   }
   return *best;
+}
+
+template <class Pack>
+std::shared_ptr<const Pack> pack_of(const Plan& plan, const Geometry& g, int64_t images,
+                                    const FrameRoom& room) {
+  return plan.shaped<Pack>(g, room.choice(images), [&] {
+    return std::make_shared<const Pack>(plan.groups(), g, images, room);
+  });
+}
+
+template <class T>
+std::shared_ptr<const ForwardPack> forward_pack(const Plan& plan, const Geometry& g,
+                                                const View& x) {
+  const bool readable = g.x.size >= kSmallestTile && is_readable(x, g, false);
+  return pack_of<ForwardPack>(plan, g, images_together(g.y.out, g.x.out, x.cols),
+                              {sizeof(T), kFrameBytes, plan.rows(), readable});
 }
 
 // Where the results of a unit go while they are computed: planes of one image, or numbers of
@@ -158,6 +177,7 @@ class Results {
   }
   int64_t row() const { return aside_ ? width_ * kTogether : planar_.planes()[0].row; }
   int64_t width() const { return width_ * frame_.images; }
+  void clear(const Executor& executor) const { planar_.clear(executor); }
   void done(int64_t channels, const Executor& executor) const {
     if (aside_) {
       for_ranges(executor, channels, range_step(executor, channels), [&](int64_t c, int64_t end) {
@@ -197,51 +217,69 @@ struct Forward {
     const Frame& f = pack.frame;
     const PlanarImages<T> in(bodies.images, p.in, g.x.size, source_rows(f, unit), unit, executor);
     const Results<T> y(bodies.images, p.out, f, g, unit);
-    // Maps without padding are one long row.
-    const bool flat = f.pointwise() && y.row() == y.width();
-    const int64_t height = flat ? 1 : unit.rows;
-    const int64_t width = flat ? unit.rows * y.width() : y.width();
-    constexpr int64_t kSmallestTile = 4;
-    const FilledFrame<T> x(bodies.images, f, in.planes(), unit, width >= kSmallestTile, executor);
-    const Block block(best_tile(*bodies.group_images.multiply, height, width, x.in_place()), height,
-                      width, x.in_place());
-    const int64_t items = a.bands * block.count;
+    const FilledFrame<T> x(bodies.images, f, in.planes(), unit, executor);
+    const Cut cut(*bodies.group_images.multiply, f, unit.rows, y);
+    const int64_t items = a.bands * cut.count;
     for_ranges(executor, items, range_step(executor, items), [&](int64_t begin, int64_t end) {
-      const Workspace sums(sizeof(T) * block.tall * block.wide * kBandRows);
+      const Workspace sums(sizeof(T) * cut.numbers());
       for (int64_t i = begin; i < end; ++i) {
-        const int64_t row = i % block.count * block.tall;
-        rows(block, x, y, i / block.count, row, std::min(block.tall, height - row),
-             sums.template as<T>());
+        outputs(cut, cut.block(i % cut.count), x, y, i / cut.count, sums.template as<T>());
       }
     });
     y.done(a.rows, executor);
   }
 
-  // Rows of outputs of one band that are summed up in L1 before they are handed to their maps.
+  // Outputs of one band that are summed up in L1 before they are handed to their maps: some rows.
   struct Block {
-    const Tile<BandOutputs<T>>& tile;
-    int64_t width;
-    int64_t tall, wide;  // room for whole tiles
-    int64_t count;
+    int64_t x, y;  // its first output, from the unit's
+    int64_t height, width;
+    int64_t wide;  // room for whole tiles
     // In the caller's memory nothing may be read behind the last output: the tile that begins at
     // `last` sums up outputs that begin `shift` earlier, some of them in vain.
     int64_t last, shift;
+  };
 
-    Block(const Tile<BandOutputs<T>>& t, int64_t height, int64_t w, bool in_place)
-        : tile(t),
-          width(w),
-          wide(divide_up(w, t.width) * t.width),
-          last(wide - t.width),
-          shift(in_place ? wide - w : 0) {
-      constexpr int64_t kOutputs = 128;
-      tall = std::clamp<int64_t>(kOutputs / wide, 1, divide_up(height, t.rows) * t.rows);
-      tall = divide_up(tall, t.rows) * t.rows;
-      count = divide_up(height, tall);
+  // A unit cut into blocks. Maps without padding are one long row, which is cut anywhere.
+  struct Cut {
+    const Frame& frame;
+    const bool flat;
+    const int64_t height, width, y_row;
+    const Tile<BandOutputs<T>>& tile;
+    int64_t tall, count;
+
+    Cut(const Tiles<BandOutputs<T>>& tiles, const Frame& f, int64_t rows, const Results<T>& y)
+        : frame(f),
+          flat(f.pointwise() && y.row() == y.width()),
+          height(flat ? 1 : rows),
+          width(flat ? rows * y.width() : y.width()),
+          y_row(y.row()),
+          tile(best_tile(tiles, height, flat ? width / divide_up(width, kOutputs) : width,
+                         f.in_place)) {
+      tall =
+          std::clamp<int64_t>(kOutputs / wide(width), 1, divide_up(height, tile.rows) * tile.rows);
+      tall = divide_up(tall, tile.rows) * tile.rows;
+      count = flat ? divide_up(width, kOutputs) : divide_up(height, tall);
+    }
+    int64_t wide(int64_t n) const { return divide_up(n, tile.width) * tile.width; }
+    int64_t numbers() const {
+      return tall * wide(flat ? divide_up(width, count) : width) * kBandRows;
+    }
+    Block block(int64_t i) const {
+      const int64_t row = flat ? 0 : i * tall;
+      const int64_t begin = flat ? width * i / count : 0;
+      const int64_t n = (flat ? width * (i + 1) / count : width) - begin;
+      return {row * frame.width * frame.images + begin,
+              row * y_row + begin,
+              std::min(tall, height - row),
+              n,
+              wide(n),
+              wide(n) - tile.width,
+              frame.in_place ? wide(n) - n : 0};
     }
   };
 
-  void rows(const Block& block, const FilledFrame<T>& x, const Results<T>& y, int64_t t,
-            int64_t row, int64_t height, T* sums) const {
+  void outputs(const Cut& cut, const Block& block, const FilledFrame<T>& x, const Results<T>& y,
+               int64_t t, T* sums) const {
     const BandLanes& band = pack.bands[t];
     const int64_t stride = pack.frame.width * pack.frame.images;
     const T* bias = static_cast<const T*>(p.bias.data);
@@ -258,36 +296,35 @@ struct Forward {
                      start,
                      nullptr,
                      block.wide * kBandRows};
-    const T* base = x.data() + pack.group_offset(band.group, g) + row * stride;
+    const T* base = x.data() + pack.group_offset(band.group, g) + block.x;
     // Columns in parts, so that every tile of the block finds their weights in L1.
     const int64_t rows = o.rows, most = std::max<int64_t>(1, o.cols);
     for_parts(most, bodies.group_images.columns, [&](int64_t, int n) {
       o.cols = std::min<int64_t>(n, a.col_end[t] - a.col_begin[t]);
-      for (int64_t r = 0; r < height; r += block.tile.rows) {
-        for (int64_t c = 0; c < block.width; c += block.tile.width) {
+      for (int64_t r = 0; r < block.height; r += cut.tile.rows) {
+        for (int64_t c = 0; c < block.width; c += cut.tile.width) {
           o.x = base + r * stride + c - (c == block.last ? block.shift : 0);
           o.sums = sums + (r * block.wide + c) * kBandRows;
-          block.tile.run(o);
+          cut.tile.run(o);
         }
       }
       o.values += o.cols * rows;
       o.offset += o.cols;
       o.start = nullptr;
     });
-    hand_out(block, y, band, row, height, sums);
+    hand_out(block, y, band, sums);
   }
 
   // Sixteen outputs at a time, over the ends of rows where these follow each other in memory.
-  void hand_out(const Block& block, const Results<T>& y, const BandLanes& band, int64_t row,
-                int64_t height, T* sums) const {
-    const auto numbers = static_cast<int>(height * block.wide * kBandRows);
-    bodies.samples.activate(p.activation, sums, 0, numbers, nullptr, 1);
+  void hand_out(const Block& block, const Results<T>& y, const BandLanes& band, T* sums) const {
+    bodies.samples.activate(p.activation, sums, 0, block.height * block.wide * kBandRows, nullptr,
+                            1);
     T* to[kBandRows] = {};
     const bool joined = y.row() == block.width;
-    const int64_t run = joined ? height * block.width : block.width;
-    for (int64_t r = 0; r < (joined ? 1 : height); ++r) {
+    const int64_t run = joined ? block.height * block.width : block.width;
+    for (int64_t r = 0; r < (joined ? 1 : block.height); ++r) {
       for (int i = 0; i < kBandRows; ++i) {
-        if (band.row[i] >= 0) to[i] = y.at(band.row[i], row + r);
+        if (band.row[i] >= 0) to[i] = y.at(band.row[i], r) + block.y;
       }
       for (int64_t k = 0; k < run; k += kLanes) {
         const int n = static_cast<int>(std::min<int64_t>(kLanes, run - k));
@@ -311,11 +348,8 @@ template <class T>
 void multiply(const Bodies<T>& bodies, const Plan& plan, const Product& p,
               const Executor& executor) {
   const Geometry& g = *p.geometry;
-  const Groups& a = plan.groups();
-  const int64_t images = images_together(g.y.out, g.x.out, p.in.cols);
-  const auto pack = plan.shaped<ForwardPack>(
-      g, images, [&] { return std::make_shared<const ForwardPack>(a, g, images, sizeof(T)); });
-  const Forward<T> forward{bodies, a, p, g, *pack};
+  const auto pack = forward_pack<T>(plan, g, p.in);
+  const Forward<T> forward{bodies, plan.groups(), p, g, *pack};
   for_units(pack->frame, 0, p.in.cols, executor,
             [&](const Unit& unit, const Executor& inner) { forward.unit(unit, inner); });
 }
@@ -340,6 +374,7 @@ struct Backward {
     const int64_t last = std::min(g.y.size, (unit.row + unit.rows) * g.y.stride);
     const Unit lines{unit.image, unit.count, unit.row * g.y.stride, last - unit.row * g.y.stride};
     const Results<T> dx(bodies.images, p.out, f, g, lines);
+    if (!f.whole) dx.clear(executor);
     const int64_t channels = p.out.rows;
     for (int64_t phase = 0; phase < pack.phases(); ++phase) {
       outputs(unit, phase, dy, dx, channels, executor);
@@ -348,9 +383,9 @@ struct Backward {
   }
 
   // Outputs of one phase.
-  struct Tiles {
+  struct Phase {
     const Tile<TurnedOutputs<T>>& tile;
-    int64_t phase, py, px, height, width;
+    int64_t place, py, px, height, width;
     int64_t across;  // tiles in a row
 
     int64_t count() const { return divide_up(height, tile.rows) * across; }
@@ -358,29 +393,33 @@ struct Backward {
 
   // All outputs of one phase. A few tiles, some lines of dX, pass over all channels while L1 holds
   // their part of dY.
-  void outputs(const Unit& unit, int64_t phase, const T* dy, const Results<T>& dx, int64_t channels,
+  void outputs(const Unit& unit, int64_t place, const T* dy, const Results<T>& dx, int64_t channels,
                const Executor& executor) const {
     const Frame& f = pack.frame;
     const auto phases = static_cast<int64_t>(f.x.phases.size());
-    const int64_t py = phase / phases, px = phase % phases;
+    const int64_t py = f.y.phases[place / phases], px = f.x.phases[place % phases];
     const int64_t height = std::min(unit.rows, count_of(g.y.size, g.y.stride, py) - unit.row);
     const int64_t width = count_of(g.x.size, g.x.stride, px) * f.images;
-    if (height <= 0 || width <= 0) return;
+    if (height <= 0 || width <= 0 || channels == 0) return;
     const auto& tile = best_tile(*bodies.group_images.multiply_t, height, width, false);
-    const Tiles tiles{tile, phase, py, px, height, width, divide_up(width, tile.width)};
-    constexpr int64_t kOutputs = 128;
+    const Phase tiles{tile, place, py, px, height, width, divide_up(width, tile.width)};
     const int64_t few = std::max<int64_t>(1, kOutputs / (tile.rows * tile.width));
-    for_ranges(executor, tiles.count(), few, [&](int64_t begin, int64_t end) {
-      for (int64_t c = 0; c < channels; ++c) {
-        for (int64_t i = begin; i < end; ++i) channel_tile(tiles, i, dy, dx, c);
+    // Small maps have fewer such ranges than there are threads, which then share the channels.
+    const int64_t ranges = divide_up(tiles.count(), few);
+    const int64_t runs = std::clamp<int64_t>(executor.threads / ranges, 1, channels);
+    for_each(executor, ranges * runs, [&](int64_t i) {
+      const int64_t begin = i / runs * few, end = std::min(tiles.count(), begin + few);
+      const int64_t run = i % runs, last = channels * (run + 1) / runs;
+      for (int64_t c = channels * run / runs; c < last; ++c) {
+        for (int64_t k = begin; k < end; ++k) channel_tile(tiles, k, dy, dx, c);
       }
     });
   }
 
-  void channel_tile(const Tiles& tiles, int64_t i, const T* dy, const Results<T>& dx,
+  void channel_tile(const Phase& tiles, int64_t i, const T* dy, const Results<T>& dx,
                     int64_t c) const {
     const Frame& f = pack.frame;
-    const int64_t* ptr = pack.ptr.data() + c * pack.phases() + tiles.phase;
+    const int64_t* ptr = pack.ptr.data() + c * pack.phases() + tiles.place;
     const int64_t y = i / tiles.across * tiles.tile.rows, x = i % tiles.across * tiles.tile.width;
     tiles.tile.run({static_cast<const T*>(p.values.data), pack.entry.data() + ptr[0],
                     pack.entry.data() + ptr[1], dy + (y * f.width * f.images + x) * kBandRows,
@@ -398,9 +437,8 @@ void multiply_t(const Bodies<T>& bodies, const Plan& plan, const Product& p,
   const Geometry& g = *p.geometry;
   const bool strided = g.y.stride > 1 || g.x.stride > 1;
   const int64_t images = strided ? 1 : images_together(g.y.size, g.x.size, p.in.cols);
-  const auto pack = plan.shaped<TurnedPack>(g, images, [&] {
-    return std::make_shared<const TurnedPack>(plan.groups(), g, images, sizeof(T));
-  });
+  const FrameRoom room{sizeof(T), kFrameBytes, p.out.rows, false};
+  const auto pack = pack_of<TurnedPack>(plan, g, images, room);
   const Backward<T> backward{bodies, p, g, *pack};
   for_units(pack->frame, 0, p.in.cols, executor,
             [&](const Unit& unit, const Executor& inner) { backward.unit(unit, inner); });
@@ -409,9 +447,9 @@ void multiply_t(const Bodies<T>& bodies, const Plan& plan, const Product& p,
 // Images that one pass over the gradient takes, so that it is not loaded and stored for a few
 // outputs.
 int64_t images_per_pass(const Frame& f) {
-  constexpr int64_t kOutputs = 64, kMost = 8;
+  constexpr int64_t kWanted = 64, kMost = 8;
   const int64_t outputs = std::max<int64_t>(1, f.rows * f.x.domain * f.images);
-  return std::clamp<int64_t>(kOutputs / outputs, 1, kMost);
+  return std::clamp<int64_t>(kWanted / outputs, 1, kMost);
 }
 
 // X and dY of some images, and the gradient that they add.
@@ -436,18 +474,23 @@ struct Gradient {
         rows(forward.frame.of_outputs(*product.geometry, groups.bands, kBandRows)),
         images(images_per_pass(forward.frame)),
         parts(parts_of(groups)),
-        x(sizeof(T) * images * forward.frame.numbers()),
+        x(forward.frame.in_place ? 0 : sizeof(T) * images * forward.frame.numbers()),
         dy(sizeof(T) * images * rows.numbers()) {}
 
-  void fill(const Unit& unit, int64_t place, const Executor& executor) const {
+  // Numbers of X of the units of a pass, from the first to those of the next one.
+  struct Numbers {
+    const T* data;
+    int64_t image;
+  };
+  Numbers numbers(const Unit& first) const {
     const Frame& f = pack.frame;
-    const PlanarImages<T> images_of_x(bodies.images, p.in2, g.x.size, source_rows(f, unit), unit,
-                                      executor);
-    T* to = x.template as<T>() + place * f.numbers();
-    for_ranges(executor, f.channels, range_step(executor, f.channels),
-               [&](int64_t begin, int64_t end) {
-                 fill_frame(bodies.images, f, images_of_x.planes(), unit, to, begin, end);
-               });
+    if (!f.in_place) return {x.template as<T>(), f.numbers()};
+    const T* data = static_cast<const T*>(p.in2.data);
+    return {data + first.image * p.in2.col_stride + first.row * f.width, p.in2.col_stride};
+  }
+
+  void fill(const Unit& unit, int64_t place, const Executor& executor) const {
+    if (!pack.frame.in_place) fill_x(unit, place, executor);
     const PlanarImages<T> images_of_dy(bodies.images, p.in, g.x.out,
                                        {unit.row, unit.row + unit.rows}, unit, executor);
     T* bands = dy.template as<T>() + place * rows.numbers();
@@ -458,16 +501,28 @@ struct Gradient {
                });
   }
 
-  // Columns [begin, end) of a band, over `count` images in rows that L1 holds of dY.
-  void add(int64_t t, int64_t begin, int64_t end, int count, int64_t height) const {
-    constexpr int64_t kOutputs = 256;
+  void fill_x(const Unit& unit, int64_t place, const Executor& executor) const {
     const Frame& f = pack.frame;
+    const PlanarImages<T> of_x(bodies.images, p.in2, g.x.size, source_rows(f, unit), unit,
+                               executor);
+    T* to = x.template as<T>() + place * f.numbers();
+    for_ranges(executor, f.channels, range_step(executor, f.channels),
+               [&](int64_t begin, int64_t end) {
+                 fill_frame(bodies.images, f, of_x.planes(), unit, to, begin, end);
+               });
+  }
+
+  // Columns [begin, end) of a band, over `count` images in rows that L1 holds of dY.
+  void add(int64_t t, int64_t begin, int64_t end, int count, const Unit& first) const {
+    constexpr int64_t kHeld = 256;
+    const Frame& f = pack.frame;
+    const Numbers from = numbers(first);
     const int64_t n = a.row_ptr[t + 1] - a.row_ptr[t];
-    const int64_t width = g.x.out * f.images, step = std::max<int64_t>(1, kOutputs / width);
+    const int64_t width = g.x.out * f.images, step = std::max<int64_t>(1, kHeld / width);
     BandGradient<T> o{nullptr,
                       nullptr,
                       rows.numbers(),
-                      f.numbers(),
+                      from.image,
                       rows.width * f.images * kBandRows,
                       f.width * f.images,
                       count,
@@ -477,10 +532,10 @@ struct Gradient {
                       end - begin,
                       static_cast<int>(n),
                       static_cast<T*>(p.values.data) + a.value_ptr[t] + begin * n};
-    for (int64_t y = 0; y < height; y += step) {
-      o.height = std::min(step, height - y);
+    for (int64_t y = 0; y < first.rows; y += step) {
+      o.height = std::min(step, first.rows - y);
       o.dy = dy.template as<T>() + t * rows.channel * rows.images * kBandRows + y * o.dy_row;
-      o.x = x.template as<T>() + pack.group_offset(pack.bands[t].group, g) + y * o.x_row;
+      o.x = from.data + pack.group_offset(pack.bands[t].group, g) + y * o.x_row;
       bodies.group_images.sample(o);
     }
   }
@@ -497,7 +552,7 @@ struct Gradient {
         const int64_t t = i / parts, cols = a.col_end[t] - a.col_begin[t];
         const int64_t begin = cols * (i % parts) / parts, end = cols * (i % parts + 1) / parts;
         if (begin < end) {
-          add(t, begin, end, static_cast<int>(units.size()), units[0].rows);
+          add(t, begin, end, static_cast<int>(units.size()), units[0]);
         }
       }
     });
@@ -520,9 +575,7 @@ void sample(const Bodies<T>& bodies, const Plan& plan, const Product& p, const E
   const Groups& a = plan.groups();
   std::fill_n(static_cast<T*>(p.values.data), plan.nnz(), T(0));
   if (p.in.cols == 0 || g.y.out == 0 || g.x.out == 0) return;
-  const int64_t images = images_together(g.y.out, g.x.out, p.in.cols);
-  const auto pack = plan.shaped<ForwardPack>(
-      g, images, [&] { return std::make_shared<const ForwardPack>(a, g, images, sizeof(T)); });
+  const auto pack = forward_pack<T>(plan, g, p.in2);
   const Frame& f = pack->frame;
   const Gradient<T> gradient(bodies, a, p, *pack);
   for (int64_t row = 0; row < f.y.domain; row += f.rows) {

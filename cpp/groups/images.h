@@ -8,7 +8,7 @@
 
 namespace spfmt {
 
-// Outputs of one band: height x width of them.
+// Outputs of one band, as many as a tile has.
 template <class T>
 struct BandOutputs {
   const T* values;  // (cols, rows)

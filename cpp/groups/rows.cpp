@@ -27,6 +27,7 @@ struct BandRows {
     for (int64_t t = 0; t < a.bands; ++t) place(a, t);
     view = {{a.rows, a.cols, indptr.data(), cols.data()}, source.data()};
   }
+  BandRows(const BandRows&) = delete;  // `view` points into it
   int64_t nbytes() const {
     return static_cast<int64_t>(8 * (indptr.size() + source.size()) + 4 * cols.size());
   }

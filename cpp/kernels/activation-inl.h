@@ -133,17 +133,17 @@ inline V activation_of(V x) noexcept {
 
 // `rows` names the rows of y, null: 0 .. n - 1. `width` is a multiple of kLanes.
 template <class S, Activation kKind, class T = typename S::T>
-void activate_rows(T* y, int64_t ldy, int width, const int32_t* rows, int64_t n) noexcept {
+void activate_rows(T* y, int64_t ldy, int64_t width, const int32_t* rows, int64_t n) noexcept {
   for (int64_t i = 0; i < n; ++i) {
     T* row = y + (rows ? rows[i] : i) * ldy;
-    for (int b = 0; b < width; b += kLanes) {
+    for (int64_t b = 0; b < width; b += kLanes) {
       S::store(row + b, activation_of<S, kKind>(S::load(row + b)));
     }
   }
 }
 
 template <class S, class T = typename S::T>
-void activate(Activation kind, T* y, int64_t ldy, int width, const int32_t* rows,
+void activate(Activation kind, T* y, int64_t ldy, int64_t width, const int32_t* rows,
               int64_t n) noexcept {
   switch (kind) {
     case Activation::none:

@@ -83,10 +83,13 @@ void image_block(const ImagePieces& a, const ImagePiece* piece, const ImagePiece
 template <class S, int R, int W, class T = typename S::T>
 __attribute__((noinline)) void image_tile(const ImagePieces& a, const ListOutputs<T>& o) noexcept {
   // One (block, chunk) after the other: only inside of one do lengths never rise.
-  for (int64_t k = 0; k < a.blocks * a.chunks; ++k) {
-    const ImagePiece *piece = a.piece + a.piece_ptr[k], *end = a.piece + a.piece_ptr[k + 1];
-    k < a.chunks ? image_block<S, R, W, true>(a, piece, end, o)
+  for (int64_t block = 0; block < a.blocks; ++block) {
+    for (int64_t chunk = o.chunk; chunk < o.chunk_end; ++chunk) {
+      const int64_t* at = a.piece_ptr + block * a.chunks + chunk;
+      const ImagePiece *piece = a.piece + at[0], *end = a.piece + at[1];
+      block == 0 ? image_block<S, R, W, true>(a, piece, end, o)
                  : image_block<S, R, W, false>(a, piece, end, o);
+    }
   }
 }
 

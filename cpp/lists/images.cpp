@@ -13,7 +13,8 @@
 namespace spfmt {
 namespace {
 
-constexpr int64_t kFrameBytes = 2 << 20, kChunkRows = 32;
+// A strip's frame and its sums, or its part of dY.
+constexpr int64_t kFrameBytes = 4 << 20, kChunkRows = 32;
 // Shorter pieces than this spend their time on loading and storing Y.
 constexpr int64_t kLeastPerPiece = 15;
 
@@ -34,20 +35,23 @@ struct ListImagePack {
   std::vector<int32_t> offset;
   ImagePieces view;
 
-  ListImagePack(const RowLists& of, const Geometry& g, bool turned, int64_t images, int64_t bytes)
-      : frame(g, turned, turned ? of.lists.rows : channels_of(of.lists, g), 1, images, bytes,
-              kFrameBytes),
+  ListImagePack(const RowLists& of, const Geometry& g, bool turned, int64_t images,
+                const FrameRoom& room)
+      : frame(g, turned, turned ? of.lists.rows : channels_of(of.lists, g), 1, images, room),
         rows(turned ? channels_of(of.lists, g) * phases() : of.lists.rows) {
     const Lists& a = of.lists;
     std::vector<int64_t> ptr;
     std::vector<Place> place;
-    if (a.indptr[a.rows] > INT32_MAX) throw std::length_error("too many values for a convolution");
+    if (std::max(a.indptr[a.rows], rows) > INT32_MAX) {
+      throw std::length_error("too many values for a convolution");
+    }
     turned ? gather_turned(a, g, ptr, place) : gather(a, g, ptr, place);
     if (turned || of.source) {
       for (const Place& p : place) source.push_back(of.source ? of.source[p.source] : p.source);
     }
     cut(ptr, place);
   }
+  ListImagePack(const ListImagePack&) = delete;  // `view` points into it
   int64_t phases() const {
     return frame.turned ? static_cast<int64_t>(frame.y.phases.size() * frame.x.phases.size()) : 1;
   }
@@ -85,13 +89,12 @@ struct ListImagePack {
 
   void gather_turned(const Lists& a, const Geometry& g, std::vector<int64_t>& ptr,
                      std::vector<Place>& place) const {
-    const auto down = static_cast<int64_t>(frame.y.phases.size());
     const auto across = static_cast<int64_t>(frame.x.phases.size());
     const auto for_places = [&](const auto& body) {
       for_nonzeros(a, g, [&](int64_t r, int64_t p, int64_t c, int64_t cell) {
         const int64_t ky = cell / g.x.kernel, kx = cell % g.x.kernel;
-        if (frame.y.phase[ky] >= down || frame.x.phase[kx] >= across) return;  // meets nothing
-        const int64_t row = (c * down + frame.y.phase[ky]) * across + frame.x.phase[kx];
+        if (frame.y.phase[ky] < 0 || frame.x.phase[kx] < 0) return;
+        const int64_t row = c * phases() + frame.y.phase[ky] * across + frame.x.phase[kx];
         body(row, Place{r, static_cast<int32_t>(frame.offset(r, ky, kx)), p});
       });
     };
@@ -170,10 +173,6 @@ struct Domain {
   }
 };
 
-// Whether a pointwise frame may be read as it lies: whole vectors are, and behind the last number
-// there would be others' memory.
-bool whole_vectors(const Frame& f) { return f.map % kLanes == 0; }
-
 // Y or dX: sums of products of lists with frames.
 template <class T>
 struct ListProduct {
@@ -186,11 +185,12 @@ struct ListProduct {
   void unit(const Unit& unit, const Executor& executor) const {
     const Frame& f = pack.frame;
     const PlanarImages<T> in(bodies.images, p.in, f.x.source, source_rows(f, unit), unit, executor);
-    const FilledFrame<T> x(bodies.images, f, in.planes(), unit, whole_vectors(f), executor);
+    const FilledFrame<T> x(bodies.images, f, in.planes(), unit, executor);
     const int64_t step = f.turned ? g.y.stride : 1, width = f.turned ? g.x.size : g.x.out;
     const int64_t size = f.turned ? g.y.size : g.y.out;
     const PlanarResult<T> y(p.out, width,
                             {unit.row * step, std::min(size, (unit.row + unit.rows) * step)}, unit);
+    if (!f.whole) y.clear(executor);
     const Domain domain(f, unit.rows);
     // Planes a power of two apart would meet in one cache set.
     const int64_t plane = (unit.rows * domain.row + 2 * kLanes) / kLanes * kLanes + kLanes;
@@ -206,20 +206,27 @@ struct ListProduct {
 
   void multiply(const Domain& domain, const T* x, T* sum, int64_t plane,
                 const Executor& executor) const {
-    struct Place {
+    struct Tile {
       int64_t y, x;
       int down, across;
     };
-    std::vector<Place> tiles;
+    std::vector<Tile> tiles;
     domain.for_tiles(bodies.list_images.most_vectors, 2,
                      [&](int64_t y, int64_t at, int down, int across) {
                        tiles.push_back({y, at, down, across});
                      });
-    for_each(executor, tiles.size(), [&](int64_t i) {
-      const int64_t at = tiles[i].y * domain.row + tiles[i].x * kLanes;
+    if (tiles.empty()) return;
+    // Small maps have fewer tiles than there are threads, which then share the rows.
+    const auto count = static_cast<int64_t>(tiles.size()), chunks = pack.view.chunks;
+    const int64_t runs =
+        std::clamp<int64_t>(executor.threads / count, 1, std::max<int64_t>(1, chunks));
+    for_each(executor, count * runs, [&](int64_t i) {
+      const Tile& tile = tiles[i / runs];
+      const int64_t at = tile.y * domain.row + tile.x * kLanes, run = i % runs;
       bodies.list_images.multiply(
-          pack.view, {values, x + at, domain.row, static_cast<const T*>(p.bias.data), sum + at,
-                      plane, domain.row, tiles[i].down, tiles[i].across});
+          pack.view,
+          {values, x + at, domain.row, static_cast<const T*>(p.bias.data), sum + at, plane,
+           domain.row, tile.down, tile.across, chunks * run / runs, chunks * (run + 1) / runs});
     });
   }
 
@@ -228,14 +235,15 @@ struct ListProduct {
     const Frame& f = pack.frame;
     const int64_t channel = row / pack.phases(), phase = row % pack.phases();
     const auto across = static_cast<int64_t>(f.x.phases.size());
-    const int64_t py = f.turned ? phase / across : 0, px = f.turned ? phase % across : 0;
+    const int64_t py = f.turned ? f.y.phases[phase / across] : 0;
+    const int64_t px = f.turned ? f.x.phases[phase % across] : 0;
     const int64_t down = f.turned ? g.y.stride : 1, step = f.turned ? g.x.stride : 1;
     const int64_t height =
         f.turned ? std::min(unit.rows, count_of(g.y.size, down, py) - unit.row) : unit.rows;
     const int64_t width = f.turned ? count_of(g.x.size, step, px) : g.x.out;
     const Planes<T>* planes = y.planes();
     const int64_t numbers = divide_up(height * f.width * f.images, kLanes) * kLanes;
-    bodies.samples.activate(p.activation, sum, 0, static_cast<int>(numbers), nullptr, 1);
+    bodies.samples.activate(p.activation, sum, 0, numbers, nullptr, 1);
     for (int64_t i = 0; i < height; ++i) {
       const T* line = sum + i * f.width * f.images;
       const int64_t at =
@@ -261,20 +269,28 @@ void for_sets(int64_t batch, const Body& body) {
   if (batch > whole) body(whole, batch - whole, int64_t{1});
 }
 
-std::shared_ptr<const ListImagePack> pack_of(const Plan& plan, const RowLists& a, const Geometry& g,
-                                             bool turned, int64_t images, int64_t bytes) {
-  const int64_t key = 2 * images + (turned ? 1 : 0);
-  return plan.shaped<ListImagePack>(
-      g, key, [&] { return std::make_shared<const ListImagePack>(a, g, turned, images, bytes); });
+template <class T>
+std::shared_ptr<const ListImagePack> pack_of(const Plan& plan, const RowLists& a, const Product& p,
+                                             int64_t images) {
+  const Geometry& g = *p.geometry;
+  const bool turned = p.op == Op::spmm_t;
+  const View& from = p.op == Op::sddmm ? p.in2 : p.in;
+  // Whole vectors are read, and behind the last number there would be others' memory.
+  const bool whole = (turned ? g.y.out * g.x.out : g.y.size * g.x.size) % kLanes == 0;
+  const bool readable = whole && is_readable(from, g, turned);
+  const FrameRoom room{sizeof(T), kFrameBytes, turned ? a.lists.cols / g.cells() : a.lists.rows,
+                       readable};
+  return plan.shaped<ListImagePack>(g, 2 * room.choice(images) + turned, [&] {
+    return std::make_shared<const ListImagePack>(a, g, turned, images, room);
+  });
 }
 
 template <class T>
 void multiply(const Bodies<T>& bodies, const Plan& plan, const RowLists& a, const Product& p,
               const Executor& executor) {
   const Geometry& g = *p.geometry;
-  const bool turned = p.op == Op::spmm_t;
   for_sets(p.in.cols, [&](int64_t first, int64_t images, int64_t together) {
-    const auto pack = pack_of(plan, a, g, turned, together, sizeof(T));
+    const auto pack = pack_of<T>(plan, a, p, together);
     const T* values = static_cast<const T*>(p.values.data);
     const Workspace ordered(sizeof(T) * (pack->source.size() + 1));
     T* to = ordered.template as<T>();
@@ -293,24 +309,22 @@ void add_gradient(const Bodies<T>& bodies, const Product& p, const ListImagePack
   const Geometry& g = *p.geometry;
   const Frame& f = pack.frame;
   const PlanarImages<T> in2(bodies.images, p.in2, g.x.size, source_rows(f, unit), unit, executor);
-  const FilledFrame<T> x(bodies.images, f, in2.planes(), unit, whole_vectors(f), executor);
+  const FilledFrame<T> x(bodies.images, f, in2.planes(), unit, executor);
   const Frame rows = f.of_outputs(g, pack.rows, 1);
   const PlanarImages<T> in(bodies.images, p.in, g.x.out, source_rows(rows, unit), unit, executor);
-  const FilledFrame<T> dy(bodies.images, rows, in.planes(), unit, false, executor);
+  const FilledFrame<T> dy(bodies.images, rows, in.planes(), unit, executor);
   const Domain domain(f, unit.rows);
-  const auto chunk_gradient = [&](int64_t chunk) {
-    for (int64_t block = 0; block < pack.view.blocks; ++block) {
-      domain.for_tiles(
-          bodies.list_images.most_held, 4, [&](int64_t y, int64_t at, int down, int across) {
-            const int64_t place = y * domain.row + at * kLanes;
-            bodies.list_images.sample(pack.view,
-                                      {x.data() + place, dy.data() + place, domain.row,
-                                       rows.channel * f.images, domain.row, gradient, down, across},
-                                      block, chunk);
-          });
-    }
-  };
-  for_each(executor, pack.view.chunks, chunk_gradient);
+  const int64_t blocks = pack.view.blocks;
+  for_each(executor, pack.view.chunks * blocks, [&](int64_t i) {
+    domain.for_tiles(
+        bodies.list_images.most_held, 4, [&](int64_t y, int64_t at, int down, int across) {
+          const int64_t place = y * domain.row + at * kLanes;
+          bodies.list_images.sample(pack.view,
+                                    {x.data() + place, dy.data() + place, domain.row,
+                                     rows.channel * f.images, domain.row, gradient, down, across},
+                                    i % blocks, i / blocks);
+        });
+  });
 }
 
 // Whether an image holds finite numbers only.
@@ -347,13 +361,12 @@ void for_gradient_sets(const Product& p, const Body& body) {
 template <class T>
 void sample(const Bodies<T>& bodies, const Plan& plan, const RowLists& a, const Product& p,
             const Executor& executor) {
-  const Geometry& g = *p.geometry;
   T* values = static_cast<T*>(p.values.data);
   const Workspace ordered(sizeof(T) * (a.source ? plan.nnz() + 1 : 1));
   T* gradient = a.source ? ordered.template as<T>() : values;
   std::fill_n(gradient, plan.nnz(), T(0));
   for_gradient_sets<T>(p, [&](int64_t first, int64_t images, int64_t together) {
-    const auto pack = pack_of(plan, a, g, false, together, sizeof(T));
+    const auto pack = pack_of<T>(plan, a, p, together);
     // Units one after the other, whatever the threads: they add to the same gradient.
     const Executor alone = serial_executor();
     for_units(pack->frame, first, images, alone, [&](const Unit& unit, const Executor&) {

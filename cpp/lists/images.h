@@ -12,10 +12,10 @@ namespace spfmt {
 // the units of parallel work of the gradient. Inside a (block, chunk) the pieces of rows are sorted
 // by length, longest first, so that their loops end where the branch predictor expects.
 //
-//   block b, chunk q: pieces piece_ptr[b * chunks + q] .. piece_ptr[b * chunks + q + 1], one per
-//   row
-//           with nonzeros there; in block 0 one for every row, so that each starts once
-//   a piece: `count` values from `start` on in the order of the lists, offsets from `first` on
+//   block b, chunk q   pieces piece_ptr[b * chunks + q] .. piece_ptr[b * chunks + q + 1]: of every
+//                      row with nonzeros there; in block 0 of all, so that each starts once
+//   a piece            `count` values from `start` on in the order of the lists, offsets from
+//                      `first` on
 struct ImagePiece {
   int64_t start;
   int32_t first, row, count;
@@ -36,6 +36,7 @@ struct ListOutputs {
   T* y;  // of row 0, rows of the structure `plane` apart, those of the tile `y_row`
   int64_t plane, y_row;
   int down, across;
+  int64_t chunk, chunk_end;  // of rows
 };
 
 // The same tile of dY, and its share in the gradient of one chunk.
