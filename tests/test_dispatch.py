@@ -144,6 +144,7 @@ def test_bindings_check_groups() -> None:
         "duplicate column": {"col_indices": [2, 2]},
         "column index out of range": {"col_indices": [3, 0]},
         "column range out of bounds": {"col_end": [3]},
+        "column index out of range at 2": {"col_indices": [2, 0, -1]},  # no band names it
         "wrong number of values": {"value_ptr": [0, 5]},
         "does not start at 0": {"value_ptr": [1, 5]},
     }.items():
