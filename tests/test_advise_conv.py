@@ -303,7 +303,7 @@ def test_layers_explain_themselves() -> None:
     assert "14 x 20 maps" in layer.explain(8, 1, "conv2d_weight", size=(14, 20))
     assert "float64" in layer.to(torch.float64).explain(1, op="conv2d_input", size=[9, 9])
     same = SparseConv2d(4, 4, (3, 2), padding="same", format="csr", density=0.5)
-    for size in ((1, 1), (5, 9)):
+    for size in ((1, 1), (5, 9), np.array([32, 32]), torch.Size([4, 4])):
         same.explain(1, size=size)
     for mode in ("circular", "replicate"):  # torch pads first: the kernel sees larger maps
         padded = SparseConv2d(4, 4, 3, padding=(1, 2), padding_mode=mode, format="csr", density=0.5)

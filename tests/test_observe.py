@@ -122,6 +122,17 @@ def test_nothing_recorded_is_an_error():
         make(Wrong, delta_t=1)
 
 
+def test_calls_by_keyword_are_recorded_and_fused_activations_refused():
+    model, _, method = make(delta_t=1)
+    x = torch.randn(8, 32)
+    model[0](x=x).sum().backward()
+    assert torch.equal(method.observed(model[0]).inputs, x)
+    with pytest.raises(FormatError, match="activation='relu'"):
+        model[0](x, activation="relu")
+    with torch.no_grad():
+        model[0](x, activation="relu")  # nothing to record
+
+
 def test_a_resumed_trainer_observes_its_next_step():
     _, _, method = make()
     method.step()

@@ -19,7 +19,9 @@ from test_onnx_conv import conv, exported, settled  # noqa: E402
 from torch import nn  # noqa: E402
 
 import spfmt.onnx as sonnx  # noqa: E402
+from spfmt.onnx import _folding  # noqa: E402
 from spfmt.onnx._folding import fold_batch_norms  # noqa: E402
+from spfmt.onnx._fusion import graphs_of  # noqa: E402
 
 
 def warned(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -77,9 +79,12 @@ def test_batch_norms_that_must_stay(tmp_path: Path, caplog: pytest.LogCaptureFix
 def test_no_batch_norm_is_folded_into_nonsense(caplog: pytest.LogCaptureFixture) -> None:
     layer = conv(4, 4, 3, bias=False)
     arrays = {name: value.detach().numpy() for name, value in layer.state_dict().items()}
-    arrays["ones"], arrays["zeros"] = np.ones(4, np.float32), np.zeros(4, np.float32)
+    for name, count, number in (
+        ("ones", 4, 1), ("zeros", 4, 0), ("huge", 4, 1e38), ("tiny", 4, 1e-40), ("five", 5, 1)
+    ):  # fmt: skip
+        arrays[name] = np.full(count, number, np.float32)
 
-    def model(variance: str, training: int = 0) -> Any:
+    def model(names: str, training: int = 0) -> Any:
         numbers = {"stride": [1, 1], "padding": [0, 0, 0, 0], "dilation": [1, 1]}
         nodes = [
             helper.make_node(
@@ -87,7 +92,7 @@ def test_no_batch_norm_is_folded_into_nonsense(caplog: pytest.LogCaptureFixture)
                 activation="", groups=1, shape=[4, 4, 3, 3], **numbers,
             ),
             helper.make_node(
-                "BatchNormalization", ["z", "ones", "ones", "zeros", variance], ["y"],
+                "BatchNormalization", ["z", *names.split()], ["y"],
                 epsilon=0.0, training_mode=training,
             ),
         ]  # fmt: skip
@@ -96,14 +101,48 @@ def test_no_batch_norm_is_folded_into_nonsense(caplog: pytest.LogCaptureFixture)
         stored = [numpy_helper.from_array(array, name) for name, array in arrays.items()]
         return helper.make_model(helper.make_graph(nodes, "g", ends[:1], ends[1:], stored))
 
-    for proto, reason in (
-        (model("zeros"), "not be finite"),
-        (model("x"), "computed by the graph"),
-        (model("ones", training=1), "statistics of the batch"),
-    ):
+    refused = (
+        (model("ones ones zeros zeros"), "not be finite"),
+        (model("huge ones zeros tiny"), "not be finite"),  # but in float64
+        (model("ones ones zeros x"), "computed by the graph"),
+        (model("ones ones zeros ones", training=1), "statistics of the batch"),
+        (model("five five five five"), "5 channels, and the convolution 4"),
+    )
+    for proto, reason in refused:
         fold_batch_norms(proto)
         assert reason in warned(caplog)[-1]
         assert len(proto.graph.node) == 2
-    fold_batch_norms(sound := model("ones"))
+    fold_batch_norms(sound := model("ones ones zeros ones"))
     assert [node.op_type for node in sound.graph.node] == ["SparseConvolution"]
-    assert len(warned(caplog)) == 3
+    assert len(warned(caplog)) == len(refused)
+
+
+class Columns(nn.Module):
+    """Batch norms of the columns of an image, on both sides of its convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(nn.BatchNorm1d(5) for _ in range(2))
+        self.conv = conv(1, 1, 1, density=1.0)
+
+    def forward(self, x: Any) -> Any:
+        image = self.norms[0](x).unsqueeze(-2).unsqueeze(2)
+        return self.norms[1](self.conv(image).squeeze(2).squeeze(-2))
+
+
+def test_batch_norms_of_other_axes_stay(tmp_path: Path) -> None:
+    model = settled(Columns(), 4, 5)
+    ops = exported(model, torch.randn(2, 5), tmp_path / "net.onnx")
+    assert ops.count("BatchNormalization") == 2
+
+
+def test_attributes_without_a_graph_are_no_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They were searched for batch norms, each as long as the whole model."""
+    outputs = [helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, None)]
+    branch = helper.make_graph([helper.make_node("Elu", ["x"], ["y"], alpha=1.0)], "b", [], outputs)
+    branches = {"then_branch": branch, "else_branch": branch}
+    nodes = [helper.make_node("If", ["c"], ["x"], **branches), *branch.node]
+    graph = helper.make_graph(nodes, "g", [], outputs)
+    assert [inner.name for inner in graphs_of(graph)] == ["g", "b", "b"]
+    monkeypatch.setattr(_folding, "_Folder", None)
+    fold_batch_norms(helper.make_model(graph))

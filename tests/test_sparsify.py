@@ -203,6 +203,23 @@ def test_pruning_hooks_and_parametrizations_are_reported():
     assert sparsify(model, "csr", density="keep", include="0")["0"].density == 0.5
 
 
+def test_layers_with_more_than_a_weight_and_a_bias_are_reported():
+    model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(6)))
+    prune.l1_unstructured(model[0], "bias", 0.5)
+    model[1].register_parameter("gain", nn.Parameter(torch.ones(8)))
+    model[2].register_buffer("mask", torch.ones(8))
+    model[3].adapter = nn.Linear(8, 8)
+    model[4].forward = model[5].forward
+    report = sparsify(model, "csr", density=0.5, include="[0-9]")
+    assert "its bias is computed" in report["0"].reason
+    for name, lost in ("1", "gain"), ("2", "mask"), ("3", "adapter"), ("4", "forward"):
+        assert report[name].reason == f"it has {lost} of its own, which a sparse layer would lose"
+    assert [row.name for row in report.taken] == ["5"]
+    model(torch.zeros(1, 8))
+    prune.remove(model[0], "bias")
+    assert sparsify(model, "csr", density=0.5, include="0").taken
+
+
 class Subclass(nn.Linear):
     pass
 
@@ -262,6 +279,19 @@ def test_hooks_keep_working_and_can_be_removed(full):
     assert calls == []
 
 
+def test_hooks_of_states_come_along():
+    model, calls = nn.Sequential(nn.Linear(8, 8)), []
+    first = model[0]
+    first.register_state_dict_pre_hook(lambda *_: calls.append("before saving"))
+    first.register_state_dict_post_hook(lambda *_: calls.append("saved"))
+    first.register_load_state_dict_pre_hook(lambda module, *_: calls.append(module))
+    first.register_load_state_dict_post_hook(lambda *_: calls.append("loaded"))
+    sparsify(model, "csr", density=0.5)
+    del first
+    model.load_state_dict(model.state_dict())
+    assert calls == ["before saving", "saved", model[0], "loaded"]
+
+
 def test_hooks_dtype_mode_and_bias_come_along():
     model = mlp().eval().bfloat16()
     calls = []
@@ -315,11 +345,14 @@ def test_a_distribution_needs_one_density_for_all():
 
 def test_an_error_leaves_the_model_as_it_was():
     model = mlp()
+    before = copy.deepcopy(model.state_dict())
     with pytest.raises(ZeroDivisionError):
         sparsify(
-            model, "csr", density=0.5, scores=lambda name, _: 1 / 0 if name == "3" else _.weight
-        )
+            model, "csr", density=0.5, reset=True,
+            scores=lambda name, _: 1 / 0 if name == "3" else _.weight,
+        )  # fmt: skip
     assert all(not isinstance(m, SparseLinear) for m in model.modules())
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
 
 
 def test_a_bare_linear_is_reported():

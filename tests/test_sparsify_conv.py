@@ -154,6 +154,8 @@ def test_convolutions_of_other_kinds_are_reported() -> None:
     for kind in ("ConvTranspose2d", "ConvTranspose1d", "Conv3d"):
         assert reasons[kind] == f"{kind} has no sparse layer"
     assert "call the model once" in reasons["LazyConv2d"]
+    model[0]._conv_forward = model[1]._conv_forward
+    assert "_conv_forward" in sparsify(model, "csr", density=0.5, include="0")["0"].reason
     bare = sparsify(nn.Conv2d(4, 4, 1), "csr", density=0.5, include="*")
     assert "the model itself: use from_dense" in bare.left[0].reason
 

@@ -350,10 +350,12 @@ def test_the_next_product_after_an_error_is_right() -> None:
 def test_inductor_is_not_imported_before_anybody_compiles() -> None:
     code = (
         "import sys, torch\n"
-        "from spfmt.torch import SparseLinear\n"
+        "from spfmt.torch import SparseConv2d, SparseLinear\n"
+        "SparseConv2d(4, 4, 3, density=0.5)(torch.zeros(1, 4, 5, 5)).sum().backward()\n"
         "layer = SparseLinear(8, 8, density=0.5)\n"
         "layer(torch.zeros(1, 8)).sum().backward()\n"
         "assert 'spfmt.torch._lowerings' not in sys.modules\n"
+        "assert 'torch._dynamo' not in sys.modules\n"
         "assert 'torch._inductor.lowering' not in sys.modules\n"
     )
     result = run_python(code)

@@ -477,6 +477,14 @@ def test_a_compiled_layer_sees_values_and_structures(layout: str) -> None:
 
 
 @pytest.mark.usefixtures("fresh_graphs")
+def test_a_compiled_layer_sees_options_written_later() -> None:
+    layer, x = make(), torch.randn(2, C, 9, 8)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    for layer.padding in ((0, 0), (2, 1), "same"):
+        agree(compiled, layer, x)
+
+
+@pytest.mark.usefixtures("fresh_graphs")
 def test_wrong_images_of_a_compiled_layer() -> None:
     compiled = torch.compile(make(), backend="aot_eager", fullgraph=True)
     for shape in ((2, C + 1, 5, 6), (C, 5), (2, C, 2, 2)):

@@ -67,6 +67,17 @@ def test_autocast_returns_the_dtype_of_dense_layers(dims: int) -> None:
         assert layer.values.grad.dtype == torch.float32
 
 
+@pytest.mark.parametrize("dims", [1, 2])
+def test_autocast_leaves_doubles(dims: int) -> None:
+    layer = make(dims=dims, dtype=torch.float64)
+    dense, x = layer.to_conv(), torch.randn(3, C, *(9, 8)[-dims:], dtype=torch.float64)
+    want = layer(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = layer(x)
+        assert got.dtype == dense(x).dtype == torch.float64
+    assert torch.equal(got, want)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_low_precision_has_no_kernel(dtype: torch.dtype) -> None:
     x = torch.randn(2, C, 5, 6).to(dtype)
@@ -201,13 +212,18 @@ def test_wrong_dtypes_raise_as_in_dense_layers(dtype: torch.dtype, bias: bool) -
         )
 
 
-def test_what_dense_layers_cannot_explain() -> None:
-    layer, x = make("csr"), torch.zeros(2, C, 6, 7)
+@pytest.mark.parametrize("bias", [True, False])
+def test_what_dense_layers_cannot_explain(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are not even asked, for they would compute."""
+    monkeypatch.delattr(nn.Conv2d, "forward")
+    layer, x = make("csr", bias=bias), torch.zeros(2, C, 6, 7)
     with pytest.raises(FormatError, match="one device"):
         layer(x.to("meta"))
     layer.structure.fill_(3)
     with pytest.raises(FormatError, match="magic"):
         layer(x)
+    with torch.autocast("cpu"), pytest.raises(FormatError, match="magic"):
+        layer(x.bfloat16())
     with pytest.raises(AttributeError, match="missing"):
         _ = layer.missing
 
@@ -226,6 +242,7 @@ def test_errors_of_operators_are_clear() -> None:
         (lambda: conv2d(values, structure.long(), x, **how), "int64"),
         (lambda: conv2d(values, torch.zeros(40, dtype=torch.int32), x, **how), "magic"),
         (lambda: conv2d(values, structure, x, shape=(R, C, 2, 2)), "a structure of shape"),
+        (lambda: conv2d(values, structure, x, shape=(R, C, 1, 9), padding=4), r"\(12, 8, 3, 3\)"),
         (lambda: conv2d(values, structure, x, shape=(R, C)), "4|Kh"),
         (lambda: conv2d(values, structure, x, stride=(0, 1), **how), "stride"),
         (lambda: conv2d(values, structure, x, padding=(1, 1, 1, -1), **how), "padding"),
@@ -241,6 +258,32 @@ def test_errors_of_operators_are_clear() -> None:
     ):
         with pytest.raises(FormatError, match=message):
             call()
+
+
+@pytest.mark.parametrize(
+    "how", [{"stride": 2, "padding": 1}, {"padding": "same", "dilation": 2}, {"padding": (1, 2)}],
+    ids=str,
+)  # fmt: skip
+def test_operators_read_numbers_alike_whoever_looks(how: dict[str, Any]) -> None:
+    layer = make("csr")
+    values, structure, x = layer.values.detach(), layer.structure, torch.randn(2, C, 6, 7)
+    options = {"shape": list(layer.shape), **how}
+
+    def all_three() -> list[Any]:
+        y = conv2d(values, structure, x, **options)
+        capacity = layer.capacity
+        return [
+            y,
+            conv2d_input(values, structure, y, (6, 7), **options),
+            conv2d_weight(structure, y, x, capacity=capacity, **options),
+        ]
+
+    want = all_three()
+    torch.testing.assert_close(want[0], nn.functional.conv2d(x, layer.to_conv().weight, **how))
+    with torch.profiler.profile():
+        assert all(map(torch.equal, all_three(), want))
+    compiled = torch.compile(all_three, backend="eager", fullgraph=True)
+    assert all(map(torch.equal, compiled(), want))
 
 
 @pytest.mark.parametrize("freed", ["values", "structure", "x", "bias"])
@@ -349,6 +392,50 @@ def test_from_tensor_and_back(format: str, dims: int) -> None:
         kind.from_tensor(tensor, torch.ones(3))
     with pytest.raises(ValueError, match="divisible by groups"):
         kind.from_tensor(tensor, groups=5)
+
+
+class Standardized(nn.Conv2d):
+    """Convolves with another weight than the one it holds."""
+
+
+@pytest.mark.parametrize("kind", [SparseConv1d, SparseConv2d])
+def test_layers_that_compute_something_else_are_refused(kind: Any) -> None:
+    others = [nn.ConvTranspose2d, nn.ConvTranspose1d, Standardized, nn.Conv3d]
+    for other in (*others, {SparseConv1d: nn.Conv2d, SparseConv2d: nn.Conv1d}[kind]):
+        with pytest.raises(FormatError, match=f"got a {other.__name__}.*{kind.DENSE.__name__}"):
+            kind.from_conv(other(8, 8, 3, padding=1), density=0.5)
+
+
+@pytest.mark.parametrize("dims", [1, 2])
+def test_from_dense_takes_the_parameters_of_the_format(dims: int) -> None:
+    dense = (nn.Conv1d, nn.Conv2d)[dims - 1](C, R, 3)
+    kind, how = type(make(dims=dims)), {"format": "hrbp", "density": 0.3}
+    got = kind.from_dense(dense, format_params=OPTIONS["hrbp"], **how)
+    assert got.tensor() == kind.from_conv(dense, **OPTIONS["hrbp"], **how).tensor()
+
+
+@pytest.mark.parametrize("dims", [1, 2])
+def test_options_written_later_count_where_they_do_in_dense_layers(dims: int) -> None:
+    """Networks with dilated kernels are often made so of others."""
+    kind = (nn.Conv1d, nn.Conv2d)[dims - 1]
+    x = torch.randn(2, C, *(9, 8)[-dims:])
+    for mode in ("zeros", "circular"):
+        dense = kind(C, R, 3, padding=1, padding_mode=mode)
+        dense.dilation = dense.padding = (2,) * dims
+        layer = type(make(dims=dims)).from_conv(dense, density=1.0)
+        for padding in ((2,) * dims, (0,) * dims, (1,), 3, "same"):
+            layer.padding = dense.padding = padding
+            for stride in ((1,) * dims, 2) if padding != "same" else (1,):
+                layer.stride = dense.stride = stride
+                y = dense(x)
+                torch.testing.assert_close(layer(x), y)
+                check(layer, x)
+                (want,) = torch.autograd.grad(y.sum(), dense.weight)
+                got = layer.dense_gradient(x, torch.ones_like(y))
+                torch.testing.assert_close(got, want.flatten(1))
+                inputs, outputs = layer.samples(x, torch.ones_like(y))
+                torch.testing.assert_close(outputs.T @ inputs, want.flatten(1))
+                assert layer.explain(2, size=x.shape[2:]).startswith("conv2d")
 
 
 def test_tensors_that_are_no_kernels_are_refused() -> None:

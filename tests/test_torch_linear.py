@@ -155,6 +155,16 @@ def test_from_linear_keeps_the_largest(format):
     assert torch.equal(mask, torch.from_numpy(expected))
 
 
+class Scaled(nn.Linear):
+    """Multiplies with another weight than the one it holds."""
+
+
+def test_layers_that_compute_something_else_are_refused():
+    for other in (Scaled(8, 8), nn.Embedding(8, 8), nn.Conv1d(8, 8, 1)):
+        with pytest.raises(FormatError, match="Linear itself"):
+            SparseLinear.from_linear(other, density=0.5)
+
+
 def test_scores_of_another_shape_are_refused():
     with pytest.raises(FormatError, match=r"scores of shape \(4, 4\)"):
         SparseLinear.from_linear(nn.Linear(16, 12), density=0.5, scores=torch.rand(4, 4))

@@ -400,6 +400,17 @@ def test_autocast_computes_in_float32_and_returns_its_own_dtype():
     assert values.grad.dtype == torch.float32
 
 
+def test_autocast_leaves_doubles():
+    values, structure, dense = make("csr", dtype=torch.float64)
+    x = torch.randn(3, C, dtype=torch.float64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = spmm(values, structure, x, shape=(R, C))
+        assert y.dtype == torch.nn.functional.linear(x, dense).dtype == torch.float64
+        with pytest.raises(FormatError, match="float64"):
+            spmm(values, structure, x.float(), shape=(R, C))
+    torch.testing.assert_close(y, x @ dense.T)
+
+
 def test_flops_are_counted():
     from torch.utils.flop_counter import FlopCounterMode
 

@@ -38,9 +38,11 @@ def fold_batch_norms(proto: onnx.ModelProto) -> None:
     Logger ``spfmt.onnx``, INFO: what was folded; WARNING: what was not, and why.
     """
     for graph in graphs_of(proto.graph):
-        fold = _Folder(proto.graph, graph)
-        for node in [n for n in graph.node if (n.domain, n.op_type) == ("", "BatchNormalization")]:
-            fold(node)
+        norms = [n for n in graph.node if (n.domain, n.op_type) == ("", "BatchNormalization")]
+        if norms:
+            fold = _Folder(proto.graph, graph)
+            for norm in norms:
+                fold(norm)
     _drop_unread(proto.graph)
 
 
@@ -112,7 +114,8 @@ class _Folder:
         axes = self.constants.get(node.input[1], self.initializers.get(node.input[1]))
         if axes is None:
             return False
-        return require("onnx.numpy_helper").to_array(axes).reshape(-1).tolist() in ([2], [-2])
+        # Counted from the front: from the back the same number may mean the channels.
+        return bool(require("onnx.numpy_helper").to_array(axes).reshape(-1).tolist() == [2])
 
     # --------------------------------------------------------------------------------- folding
 
@@ -139,6 +142,10 @@ class _Folder:
             raise _Kept("another node reads what lies between them")
         if behind and text_of(conv, "activation").s:
             raise _Kept("the convolution applies an activation first")
+        rows_of_y, per_group, *_ = _ints(conv, "shape")
+        channels = rows_of_y if behind else per_group * _groups(conv)
+        if scale.size != channels:
+            raise _Kept(f"it has {scale.size} channels, and the convolution {channels} there")
         values = self._array(conv.input[0], "the weight")
         structure = decode_structure(self._array(conv.input[1], "the structure"))
         tensor = structure.tensor(values[: structure.nnz])
@@ -155,9 +162,10 @@ class _Folder:
             folded = wide * scale[channel]
             moved = np.bincount(rows, wide * shift[channel], minlength=tensor.matrix_shape[0])
             offset = old + moved
+        folded, offset = folded.astype(values.dtype), offset.astype(values.dtype)
         if not (np.isfinite(folded).all() and np.isfinite(offset).all()):
             raise _Kept("the result would not be finite")
-        self._put(conv, folded.astype(values.dtype), offset.astype(values.dtype))
+        self._put(conv, folded, offset)
         self._take_out(norm, conv, behind)
 
     def _put(self, conv: onnx.NodeProto, values: Array, bias: Array) -> None:
@@ -193,11 +201,14 @@ def _ints(conv: onnx.NodeProto, name: str) -> list[int]:
     return next(list(a.ints) for a in conv.attribute if a.name == name)
 
 
+def _groups(conv: onnx.NodeProto) -> int:
+    return next(int(a.i) for a in conv.attribute if a.name == "groups")
+
+
 def _channels(conv: onnx.NodeProto, rows: Array, cols: Array) -> Array:
     """Return the channel of X that each value of a weight multiplies."""
     shape = _ints(conv, "shape")
-    groups = next(int(a.i) for a in conv.attribute if a.name == "groups")
-    group = rows // (shape[0] // groups)
+    group = rows // (shape[0] // _groups(conv))
     found: Array = group * shape[1] + cols // (shape[2] * shape[3])
     return found
 

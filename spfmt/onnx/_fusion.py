@@ -123,7 +123,9 @@ def graphs_of(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
     yield graph
     for node in graph.node:
         for attribute in node.attribute:
-            for inner in (attribute.g, *attribute.graphs):
+            if attribute.HasField("g"):  # else reading it would make an empty one
+                yield from graphs_of(attribute.g)
+            for inner in attribute.graphs:
                 yield from graphs_of(inner)
 
 

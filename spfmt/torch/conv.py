@@ -40,7 +40,7 @@ class _SparseConv(SparseLayer):
     dilation: tuple[int, ...]
     groups: int
     padding_mode: str
-    _around: list[int]  # zeros as torch's pad takes them: of the last dimension first
+    _around: list[int]  # what modes other than zeros pad, of the last dimension first, as in torch
 
     def __init__(
         self,
@@ -83,15 +83,14 @@ class _SparseConv(SparseLayer):
         dims = len(self._kernel_of((1, 1)))
         for name in ("kernel_size", "stride", "padding", "dilation"):
             given = getattr(self, name)
-            if len(given) == 1 and name != "kernel_size":  # which torch repeats at every call
-                setattr(self, name, given * dims)
-            elif len(given) != dims and not isinstance(given, str):
+            counts = (dims,) if name == "kernel_size" else (1, dims)
+            if isinstance(given, tuple) and len(given) not in counts:
                 raise format_error(
                     f"{name}={given} for maps of {dims} dimensions",
                     "a number for each of them",
                     f"pass {name}={(1,) * dims}",
                 )
-        around = list(dense._reversed_padding_repeated_twice)
+        around = list(dense._reversed_padding_repeated_twice)  # made with the layer, and then kept
         self._around = around * (2 * dims // len(around))
 
     def _install(self, tensor: SparseTensor, *args: Any) -> None:
@@ -108,6 +107,26 @@ class _SparseConv(SparseLayer):
     def dense_shape(self) -> tuple[int, ...]:
         """Shape of the weight of the dense layer that this one stands for."""
         return self.out_channels, self.in_channels // self.groups, *self.kernel_size
+
+    @classmethod
+    def from_dense(
+        cls: type[Self],
+        dense: Any,
+        *,
+        format_params: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> Self:
+        """Prune a dense convolution; see `SparseLinear.from_dense`.
+
+        Parameters
+        ----------
+        dense : nn.Conv2d or nn.Conv1d
+        format_params : mapping, optional
+            As for the class.
+        **options
+            As for `SparseLinear.from_dense`.
+        """
+        return super().from_dense(dense, **{**options, **(format_params or {})})
 
     @classmethod
     def from_conv(cls: type[Self], conv: Any, **options: Any) -> Self:
@@ -181,6 +200,7 @@ class _SparseConv(SparseLayer):
         dense = make(*(getattr(self, name) for name in _OPTIONS[:-1]), False, self.padding_mode,
                      device="meta")  # fmt: skip
         dense.__class__ = self.DENSE
+        dense._reversed_padding_repeated_twice = list(self._around)
         return dense
 
     # --------------------------------------------------------------------------------- forward
@@ -203,26 +223,16 @@ class _SparseConv(SparseLayer):
         self, x: Tensor, values: Tensor, structure: Tensor, bias: Tensor | None, activation: Any
     ) -> Tensor:
         flat = x.dim() == 3  # a sequence is an image of one row
-        images, padding = x.unsqueeze(2) if flat else x, _ends(self._around)
+        images = x.unsqueeze(2) if flat else x
         if self.padding_mode != "zeros":
-            images, padding = self._padded(images), (0, 0, 0, 0)
-        y = conv2d(
-            values,
-            structure,
-            images,
-            bias,
-            shape=self.shape,
-            stride=self._both(self.stride),
-            padding=padding,
-            dilation=self._both(self.dilation),
-            groups=self.groups,
-            activation=activation,
-        )
+            images = self._padded(images)
+        how = {"shape": self.shape, "activation": activation, **self._how()}
+        y = conv2d(values, structure, images, bias, **how)
         return y.squeeze(2) if flat else y
 
     def _explain_error(self, x: Tensor, values: Tensor, bias: Tensor | None) -> None:
         """Raise the error of the dense layer, where it has one."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or self._is_taken_by_dense(x, values, bias):
             return
 
         def zeros(dtype: torch.dtype, *shape: int) -> Tensor:  # of no memory
@@ -233,6 +243,20 @@ class _SparseConv(SparseLayer):
         if bias is not None:
             dense.bias = nn.Parameter(zeros(bias.dtype, *bias.shape), False)
         dense(zeros(x.dtype, *x.shape))
+
+    def _is_taken_by_dense(self, x: Tensor, values: Tensor, bias: Tensor | None) -> bool:
+        """Tell whether the dense layer would compute: that takes long, and explains nothing."""
+        dims = len(self.kernel_size)
+        dtypes = {t.dtype for t in (x, values, bias) if t is not None}
+        if x.dim() not in (dims + 1, dims + 2) or x.shape[-dims - 1] != self.in_channels:
+            return False
+        if len(dtypes) > 1 and not torch.is_autocast_enabled("cpu"):
+            return False
+        try:
+            self._geometry(x.shape[-dims:])
+        except FormatError:
+            return False
+        return True
 
     def samples(self, x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
         """Return what a call multiplied, as matrices: one row per output pixel.
@@ -269,58 +293,71 @@ class _SparseConv(SparseLayer):
     def dense_gradient(self, x: Tensor, dy: Tensor) -> Tensor:
         """Return the gradient that a call gives the dense weight, as the matrix that it is."""
         x, dy = self._as_images(x), self._as_images(dy)
+        how = self._convolution()
         gradient: Tensor = conv2d_weight(  # type: ignore[no-untyped-call]
-            self._padded(x.to(dy.dtype)), self.shape, dy, self._both(self.stride), 0,
-            self._both(self.dilation), self.groups,
-        )  # fmt: skip
+            self._padded(x.to(dy.dtype)), self.shape, dy, how.stride, 0, how.dilation, how.groups
+        )
         return gradient.flatten(1)
 
     def _as_images(self, x: Tensor) -> Tensor:
         return x if x.dim() == 4 else x.unsqueeze(0)
 
     def _padded(self, x: Tensor) -> Tensor:
-        if self.padding_mode == "zeros" or not any(self._around):
-            return functional.pad(x, self._around)
+        if self.padding_mode == "zeros":
+            top, left, bottom, right = self._convolution().padding
+            return functional.pad(x, (left, right, top, bottom))
+        if not any(self._around):
+            return x
         if len(self.kernel_size) == 1:  # torch pads so many dimensions as the mode asks for
             return functional.pad(x.squeeze(2), self._around, self.padding_mode).unsqueeze(2)
         return functional.pad(x, self._around, self.padding_mode)
 
     def _unfolded(self, x: Tensor) -> Tensor:
-        kernel, stride, dilation = map(self._both, (self.kernel_size, self.stride, self.dilation))
-        return functional.unfold(self._padded(x), kernel, dilation=dilation, stride=stride)
+        how = self._convolution()
+        return functional.unfold(
+            self._padded(x), how.kernel, dilation=how.dilation, stride=how.stride
+        )
 
-    @staticmethod
-    def _both(option: tuple[int, ...]) -> tuple[int, ...]:
-        """Return an option along y and x: a sequence is an image of one row."""
-        return (1,) * (2 - len(option)) + option
+    def _both(self, option: Any, across: int = 1) -> Any:
+        """Return an option along y and x: a sequence is an image of one row, with `across` there.
+
+        Options may be written at any time, and as in torch one number is that of every dimension.
+        """
+        if isinstance(option, str):
+            return option
+        dims = len(self.kernel_size)
+        given = (option,) if isinstance(option, int) else tuple(option)
+        return (across,) * (2 - dims) + (given * dims if len(given) == 1 else given)
+
+    def _how(self) -> dict[str, Any]:
+        """Return how the kernel moves over images, which other modes than zeros pad before."""
+        return {
+            "stride": self._both(self.stride),
+            "padding": self._both(self.padding, 0) if self.padding_mode == "zeros" else 0,
+            "dilation": self._both(self.dilation),
+            "groups": self.groups,
+        }
+
+    def _convolution(self) -> Convolution:
+        return Convolution.of(self.shape, **self._how())
 
     def _geometry(self, size: Any) -> Geometry:
         dims = len(self.kernel_size)
-        given = (size,) * dims if np.ndim(size) == 0 and size is not None else tuple(size or ())
+        given = () if size is None else (size,) * dims if np.ndim(size) == 0 else tuple(size)
         if len(given) != dims or not all(isinstance(n, int | np.integer) for n in given):
             raise format_error(
                 f"size={size!r}", f"{dims} size(s) of the maps of X", "pass those of your images"
             )
-        ends = _ends(self._around)
         if self.padding_mode != "zeros":  # the kernels then see maps that were padded before
-            across = ends[::2], ends[1::2]
-            given = tuple(n + sum(e) for n, e in zip(given, across[-dims:], strict=True))
-            ends = (0, 0, 0, 0)
-        stride, dilation = self._both(self.stride), self._both(self.dilation)
-        how = Convolution.of(self.shape, stride, ends, dilation, self.groups)
+            ends = [sum(self._around[i : i + 2]) for i in range(0, 2 * dims, 2)]
+            given = tuple(n + e for n, e in zip(given, reversed(ends), strict=True))
         height, width = (1,) * (2 - dims) + given
-        return how.geometry(height, width)
+        return self._convolution().geometry(height, width)
 
     def extra_repr(self) -> str:
         """Describe the layer as it is printed inside a model."""
         text = self._blank().extra_repr()
         return f"{text.replace(', bias=False', '')}, {super().extra_repr()}"
-
-
-def _ends(around: Sequence[int]) -> tuple[int, int, int, int]:
-    """Return padding (top, left, bottom, right) from torch's order."""
-    left, right, top, bottom = (*around, 0, 0)[:4]
-    return top, left, bottom, right
 
 
 class SparseConv2d(_SparseConv):
@@ -350,8 +387,8 @@ class SparseConv2d(_SparseConv):
     Notes
     -----
     Inputs are (N, C_in, H, W) or (C_in, H, W), in any memory format, which the output keeps:
-    channels last is multiplied as it is. Values are never packed, so a write to them costs nothing
-    and `freeze` would gain nothing.
+    channels last is multiplied as it is. No packed copy of the values is kept, so a write to them
+    costs nothing and `freeze` would gain nothing.
 
     Examples
     --------

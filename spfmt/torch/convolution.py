@@ -26,7 +26,7 @@ from torch._prims_common import suggest_memory_format
 from torch.utils.flop_counter import register_flop_formula
 
 from spfmt.activations import activation_code
-from spfmt.convolution import Convolution, convolve, convolve_sampled
+from spfmt.convolution import Convolution, Pair, convolve, convolve_sampled
 from spfmt.errors import format_error
 from spfmt.torch import cpu
 from spfmt.torch import ops as products
@@ -389,6 +389,18 @@ def _conv2d_weight_flops(
 # -------------------------------------------------------------------------------------- public
 
 
+def _numbers(
+    shape: _Ints, stride: Pair, padding: Pair | str, dilation: Pair, groups: int
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]:
+    """Return stride, padding, dilation and groups as the operators take them."""
+    how = Convolution.of(shape, stride, padding, dilation, groups)
+    return how.stride, how.padding, how.dilation, how.groups
+
+
+# What torch.compiler.assume_constant_result does, but that imports Dynamo: nothing is to be traced.
+_numbers._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def conv2d(
     values: Tensor,
     structure: Tensor,
@@ -396,9 +408,9 @@ def conv2d(
     bias: Tensor | None = None,
     *,
     shape: _Ints,
-    stride: _Ints = (1, 1),
-    padding: _Ints = (0, 0, 0, 0),
-    dilation: _Ints = (1, 1),
+    stride: Pair = 1,
+    padding: Pair | str = 0,
+    dilation: Pair = 1,
     groups: int = 1,
     activation: str | None = None,
 ) -> Tensor:
@@ -415,9 +427,9 @@ def conv2d(
     bias : Tensor, shape (C_out,), optional
     shape : (int, int, int, int)
         (C_out, C_in / groups, Kh, Kw).
-    stride, dilation : (int, int)
-    padding : (int, int, int, int)
-        Zeros at the top, the left, the bottom and the right.
+    stride, dilation : int or (int, int)
+    padding : int, (int, int), (int, int, int, int) or {"same", "valid"}
+        Zeros around X: both, along y and x, or at the top, the left, the bottom and the right.
     groups : int
     activation : {"relu", "gelu", "gelu_tanh", "silu"}, optional
         f. Where no gradient is recorded the kernel applies it to its result.
@@ -436,7 +448,7 @@ def conv2d(
     """
     activation_code(activation)
     recording = torch.is_grad_enabled() and products._requires_grad(values, x, bias)
-    rest = (shape, stride, padding, dilation, groups)
+    rest = (shape, *_numbers(shape, stride, padding, dilation, groups))
     if activation is None or not recording:
         return _conv2d(values, structure, x, bias, *rest, activation)
     return products._activated(_conv2d(values, structure, x, bias, *rest), activation)
@@ -449,9 +461,9 @@ def conv2d_input(
     size: _Ints,
     *,
     shape: _Ints,
-    stride: _Ints = (1, 1),
-    padding: _Ints = (0, 0, 0, 0),
-    dilation: _Ints = (1, 1),
+    stride: Pair = 1,
+    padding: Pair | str = 0,
+    dilation: Pair = 1,
     groups: int = 1,
 ) -> Tensor:
     """Compute the gradient of a convolution's input.
@@ -473,7 +485,8 @@ def conv2d_input(
     FormatError, KernelNotFound
         As for :func:`conv2d`.
     """
-    return _conv2d_input(values, structure, dy, shape, size, stride, padding, dilation, groups)
+    how = _numbers(shape, stride, padding, dilation, groups)
+    return _conv2d_input(values, structure, dy, shape, size, *how)
 
 
 def conv2d_weight(
@@ -483,9 +496,9 @@ def conv2d_weight(
     *,
     shape: _Ints,
     capacity: int,
-    stride: _Ints = (1, 1),
-    padding: _Ints = (0, 0, 0, 0),
-    dilation: _Ints = (1, 1),
+    stride: Pair = 1,
+    padding: Pair | str = 0,
+    dilation: Pair = 1,
     groups: int = 1,
 ) -> Tensor:
     """Compute the gradient of a convolution's values, at the structure only.
@@ -508,4 +521,5 @@ def conv2d_weight(
     FormatError, KernelNotFound
         As for :func:`conv2d`.
     """
-    return _conv2d_weight(structure, dy, x, shape, capacity, stride, padding, dilation, groups)
+    how = _numbers(shape, stride, padding, dilation, groups)
+    return _conv2d_weight(structure, dy, x, shape, capacity, *how)

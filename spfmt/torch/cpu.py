@@ -155,9 +155,12 @@ def sddmm_fake(
 
 def _weight_of(structure: Tensor, shape: Sequence[int]) -> CompiledStructure:
     compiled = compiled_structure(structure.contiguous())
-    if compiled.shape != (shape[0], math.prod(shape[1:])):
+    stored, wanted = compiled.structure.shape, tuple(shape)
+    if len(stored) != len(wanted):  # a convolution's weight is a matrix, too
+        stored, wanted = compiled.shape, (shape[0], math.prod(shape[1:]))
+    if stored != wanted:
         raise format_error(
-            f"a structure of shape {compiled.shape}",
+            f"a structure of shape {stored}",
             f"shape {tuple(shape)}",
             "use the structure of the module that the values come from",
         )

@@ -149,8 +149,8 @@ class SparseLayer(SparseModule):
         Parameters
         ----------
         dense : nn.Module
-            The layer of torch that this one stands for. Its weight is read and its bias Parameter
-            is shared, not copied.
+            The layer of torch that this one stands for, of that very class: a subclass may compute
+            something else. Its weight is read and its bias Parameter is shared, not copied.
         format, density, sparsity, capacity, **params
             As for the class.
         scores : Tensor, shape of the weight, optional
@@ -159,8 +159,15 @@ class SparseLayer(SparseModule):
         Raises
         ------
         FormatError
-            Where the format cannot hold the layer at this density.
+            For a layer of another class, or where the format cannot hold it at this density.
         """
+        kind: type = type(dense)
+        if kind is not cls.DENSE:
+            raise format_error(
+                f"a {kind.__name__}",
+                f"an nn.{cls.DENSE.__name__} itself",
+                "use the sparse layer that stands for it, or copy its weight into a plain one",
+            )
         shape = cls._flat_shape(dense.weight.shape)
         if density is None and sparsity is None:
             density = implied_density(params, shape)

@@ -60,8 +60,8 @@ class SparseLinear(SparseLayer):
     Notes
     -----
     Inputs have any number of leading dimensions, sizes of zero included, and any strides. float32
-    and float64 compute; under ``torch.autocast`` the product runs in float32, and says so once in
-    the log. A module in float16 or bfloat16 can be stored and moved; calling it outside autocast
+    and float64 compute; under ``torch.autocast`` the product runs in float32, a float64 one in
+    float64. A module in float16 or bfloat16 can be stored and moved; calling it outside autocast
     raises :class:`spfmt.KernelNotFound`.
 
     A call multiplies with the values as they are in memory, whoever wrote them and however. What

@@ -16,7 +16,8 @@ Gradients are differentiable once: differentiating a gradient again raises a ``R
 so does forward mode (``jvp``). ``torch.func.vmap`` and vectorized Jacobians work,
 ``torch.func.grad`` does not: torch keeps it from operators whose gradients are written in Python,
 and says so. Under ``torch.autocast`` the operators compute in float32 and return autocast's dtype,
-as ``nn.Linear`` does; low-precision tensors outside autocast raise :class:`spfmt.KernelNotFound`.
+and leave float64 alone, as ``nn.Linear`` does; low-precision tensors outside autocast raise
+:class:`spfmt.KernelNotFound`.
 
 Products are called at once where nothing looks into a call, past torch's dispatcher, which costs
 ten times a small product. It serves everything that looks into, changes or records calls:
@@ -68,6 +69,8 @@ def _in_float32(op: Any, device: str) -> Callable[..., Tensor]:
             return t.float() if isinstance(t, Tensor) and t.is_floating_point() else t
 
         with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(_autocast_key(device))):
+            if any(isinstance(t, Tensor) and t.dtype == torch.float64 for t in operands):
+                return cast(Tensor, op(*operands))  # double stays so, as in torch's own operators
             result = op(*map(wide, operands))
         return cast(Tensor, result.to(torch.get_autocast_dtype(device)))
 

@@ -91,7 +91,6 @@ class _Recipe:
     format: str
     params: Mapping[str, Any]
     scores: Scores
-    reset: bool
     generator: torch.Generator | None
 
     def kept(self, dense: Any) -> tuple[SparseLayer, str]:
@@ -103,7 +102,7 @@ class _Recipe:
         tensor = convert(weight, self.format, **self.params)
         padding = tensor.nnz - nonzero
         remark = f"{padding} padding zeros" if padding else ""
-        return self._finish(dense, tensor, None), remark
+        return self._made(dense, tensor, None), remark
 
     def pruned(self, name: str, dense: Any, density: float | None) -> SparseLayer:
         """Make a layer on the structure that keeps the most score."""
@@ -111,7 +110,7 @@ class _Recipe:
         if density is None:
             density = resolve_density(implied_density(self.params, scores.shape), None)
         tensor = get_format(self.format).from_scores(scores, density, **self.params)
-        return self._finish(dense, tensor, density)
+        return self._made(dense, tensor, density)
 
     def _scores(self, name: str, dense: Any) -> Tensor:
         if callable(self.scores):
@@ -121,11 +120,8 @@ class _Recipe:
         magnitude: Tensor = dense.weight.abs()
         return magnitude
 
-    def _finish(self, dense: Any, tensor: SparseTensor, density: float | None) -> SparseLayer:
-        layer = sparse_class(dense)._gathered(dense, tensor, None, density, self.params)
-        if self.reset:
-            layer.reset_parameters(self.generator)
-        return layer
+    def _made(self, dense: Any, tensor: SparseTensor, density: float | None) -> SparseLayer:
+        return sparse_class(dense)._gathered(dense, tensor, None, density, self.params)
 
 
 def _flat(dense: nn.Module, weight: Tensor) -> NDArray[Any]:
@@ -218,7 +214,7 @@ def sparsify(
     shapes = {entry.name: entry.shape for entry in found if not entry.reason}
     densities = targets.spread(shapes)
     _leave_full(found, targets, densities)
-    recipe = _Recipe(get_format(format).format, params, scores, reset, generator)
+    recipe = _Recipe(get_format(format).format, params, scores, generator)
     rows, swaps = [], []
     for entry in found:
         row, layer = _make(entry, recipe, densities)
@@ -226,6 +222,8 @@ def sparsify(
         if layer is not None:
             swaps.append((entry, layer))
     for entry, layer in swaps:
+        if reset:  # not before: the biases are those of the dense layers
+            layer.reset_parameters(generator)
         swap(entry, layer)
     set_fast_paths(model)
     return ModelReport(tuple(rows))

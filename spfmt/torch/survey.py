@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import math
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -34,10 +35,9 @@ __all__ = [
 Selector = str | type | Callable[[str, nn.Module], bool]
 
 _COMPUTED = (
-    "its weight is computed (pruning hook, norm or parametrization); make it plain, e.g. with "
+    "its {} is computed (pruning hook, norm or parametrization); make it plain, e.g. with "
     "prune.remove(...)"
 )
-
 
 _HOOKS = (
     "_forward_hooks",
@@ -48,6 +48,10 @@ _HOOKS = (
     "_backward_hooks",
     "_backward_pre_hooks",
     "_is_full_backward_hook",
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
 )
 
 
@@ -216,7 +220,7 @@ def why_unfit(entry: Found, tied: Mapping[int, list[str]], empty: bool = False) 
     if _is_quantised(module):
         return "its weight is quantised; sparsify before quantising"
     if parametrize.is_parametrized(module):
-        return _COMPUTED
+        return _COMPUTED.format("weight")
     if type(module) not in _SPARSE and not _is_conv1d(module):
         kind = type(module).__name__
         for dense in _SPARSE:
@@ -229,7 +233,11 @@ def why_unfit(entry: Found, tied: Mapping[int, list[str]], empty: bool = False) 
 def _why_unfit_weight(entry: Found, tied: Mapping[int, list[str]], empty: bool) -> str:
     weight = entry.weights.get("weight")
     if weight is None:
-        return _COMPUTED
+        return _COMPUTED.format("weight")
+    if "bias" not in entry.module._parameters:
+        return _COMPUTED.format("bias")
+    if lost := _lost(entry.module):
+        return f"it has {lost} of its own, which a sparse layer would lose"
     if id(weight) in tied:
         others = [place for place in tied[id(weight)] if place != f"{entry.name}.weight"]
         return f"its weight is tied to {', '.join(others)}"
@@ -242,6 +250,13 @@ def _why_unfit_weight(entry: Found, tied: Mapping[int, list[str]], empty: bool) 
     if not entry.places:
         return "it is the model itself: use from_dense of the sparse layer"
     return ""
+
+
+def _lost(module: nn.Module) -> str:
+    """Return what a module has beside its class's weight and bias, by name; empty if nothing."""
+    own = (*module._parameters, *module._buffers, *module._modules)
+    methods = vars(module).keys() & {"forward", "_conv_forward"}
+    return ", ".join(sorted({*own} - {"weight", "bias"} | methods))
 
 
 def why_kept(entry: Found, found: Sequence[Found]) -> str:
@@ -265,6 +280,9 @@ def swap(entry: Found, layer: nn.Module) -> None:
     """Put a layer in every place of an old one; hooks come along."""
     for hooks in _HOOKS:  # the dictionaries themselves, so that handles can still remove hooks
         setattr(layer, hooks, getattr(entry.module, hooks))
+    for hook in layer._load_state_dict_pre_hooks.values():
+        if getattr(hook, "with_module", False):  # torch passes the module that it was made for
+            hook.module = weakref.ref(layer)  # type: ignore[attr-defined]
     layer.training = entry.module.training
     for parent, attribute in entry.places:
         setattr(parent, attribute, layer)

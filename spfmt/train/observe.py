@@ -110,7 +110,7 @@ class Observer:
         if kind not in ("norms", "batches"):
             raise format_error(f"observes {kind!r}", "'norms', 'batches' or None", "use one")
         found = self._found[id(layer)] = Observation(kind, layer, self._group)
-        self._hooks.append(layer.register_forward_hook(_recorder(found)))
+        self._hooks.append(layer.register_forward_hook(_recorder(found), with_kwargs=True))
 
     def stop(self) -> None:
         """Remove every hook and forget what was recorded."""
@@ -133,10 +133,18 @@ class Observer:
 
 
 def _recorder(found: Observation) -> Callable[..., None]:
-    def forward_hook(layer: SparseModule, args: tuple[Tensor, ...], y: Tensor) -> None:
+    def forward_hook(
+        layer: SparseModule, args: tuple[Tensor, ...], options: dict[str, Any], y: Tensor
+    ) -> None:
         if not y.requires_grad:
             return
-        x = args[0].detach()
+        if options.get("activation") is not None:  # y is not what the weight gives
+            raise format_error(
+                f"a call of an observed layer with activation={options['activation']!r}",
+                "none",
+                "apply the activation to the layer's output",
+            )
+        x = (args[0] if args else options["x"]).detach()
 
         def record(dy: Tensor) -> None:
             found.record(x, dy.detach())
