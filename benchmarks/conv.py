@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 
 from benchmarks import command
 from benchmarks.suites import specs, thread_counts
-from spfmt.bench import CHANNELS_FIRST, CHANNELS_LAST, LAYER, Case, Geometry, Session
+from spfmt.bench import CHANNELS_FIRST, CHANNELS_LAST, LAYER, Case, ImageGeometry, Session
 from spfmt.bench.baselines import available
 from spfmt.dispatch import active_isa
 
@@ -59,7 +59,7 @@ def case(
 ) -> Case:
     """Return the case of a layer whose maps keep their size, but for the stride."""
     rows, cols, size, kernel, stride = layer
-    geometry = Geometry((size, size), stride, kernel // 2)
+    geometry = ImageGeometry((size, size), stride, kernel // 2)
     return Case((rows, cols, kernel, kernel), density, batch, threads, op, source, geometry)
 
 

@@ -15,7 +15,7 @@ from spfmt.bench import (
     CONVOLUTIONS,
     LAYER,
     Case,
-    Geometry,
+    ImageGeometry,
     Session,
     WrongResult,
     parse_spec,
@@ -29,7 +29,7 @@ from spfmt.cli import main
 from spfmt.formats import FORMATS
 
 SHAPE = (16, 8, 3, 3)
-GEOMETRY = Geometry((6, 5), 1, 1)
+GEOMETRY = ImageGeometry((6, 5), 1, 1)
 ALL = [parse_spec(name) for name in FORMATS]
 
 
@@ -96,7 +96,7 @@ def test_work_of_a_convolution_by_hand() -> None:
 
 
 def test_cases_say_what_they_are() -> None:
-    case = Case(SHAPE, 0.1, 4, op="conv2d", geometry=Geometry((8, 6), 2, 1, 2))
+    case = Case(SHAPE, 0.1, 4, op="conv2d", geometry=ImageGeometry((8, 6), 2, 1, 2))
     assert str(case) == "16 -> 16, 3x3, 8x6 maps, stride 2, 2 groups, conv2d, batch 4, 1 thread"
 
 
@@ -123,7 +123,7 @@ def test_every_format_and_layout_is_measured(op: str) -> None:
 def test_strides_and_groups_are_measured() -> None:
     pytest.importorskip("torch")
     session = Session(0.0)
-    geometry = Geometry((7, 7), 2, 1, 2)
+    geometry = ImageGeometry((7, 7), 2, 1, 2)
     for op in CONVOLUTIONS:
         rows = session.measure(Case(SHAPE, 0.25, 2, op=op, geometry=geometry), ALL[:2])
         assert {row.geometry for row in rows} == {geometry}

@@ -14,7 +14,7 @@ import pytest
 from spfmt.bench import (
     CONVOLUTIONS,
     Case,
-    Geometry,
+    ImageGeometry,
     Session,
     WrongResult,
     parse_spec,
@@ -134,7 +134,7 @@ def test_the_page_of_convolutions(
     assert page.section(None, None) == page.NOTHING
     session = Session(0.0)
     for suite, op in (("training", "forward+backward"), ("blocks", "conv2d"), ("levels", "conv2d")):
-        case = Case((8, 8, 3, 3), 0.5, 2, 1, op, "VGG-19", Geometry((4, 4), 1, 1))
+        case = Case((8, 8, 3, 3), 0.5, 2, 1, op, "VGG-19", ImageGeometry((4, 4), 1, 1))
         kinds = [parse_spec("shuffled_block:4x4"), parse_spec("nm:2:4")]
         session.measure(case, kinds, suite=suite, dense=suite != "levels")
     path = tmp_path / "conv-here.json"

@@ -17,7 +17,7 @@ from spfmt.bench.contenders import (
     LAYER,
     OPS,
     Case,
-    Geometry,
+    ImageGeometry,
 )
 from spfmt.bench.exact import WrongResult
 from spfmt.bench.rows import Row
@@ -33,7 +33,7 @@ __all__ = [
     "LAYER",
     "OPS",
     "Case",
-    "Geometry",
+    "ImageGeometry",
     "Row",
     "Session",
     "Spec",

@@ -26,7 +26,7 @@ __all__ = [
     "OPS",
     "Case",
     "Contender",
-    "Geometry",
+    "ImageGeometry",
     "Setting",
     "named",
     "ours",
@@ -42,7 +42,7 @@ CHANNELS_FIRST, CHANNELS_LAST = "NCHW", "NHWC"
 
 
 @dataclass(frozen=True)
-class Geometry:
+class ImageGeometry:
     """How a kernel moves over images.
 
     Attributes
@@ -80,7 +80,7 @@ class Case:
         on, or a layer's forward and backward pass through torch's autograd.
     source : str
         Where the weights come from; "" is random.
-    geometry : Geometry, optional
+    geometry : ImageGeometry, optional
         Of a convolution.
     """
 
@@ -90,7 +90,7 @@ class Case:
     threads: int = 1
     op: str = "spmm"
     source: str = ""
-    geometry: Geometry | None = None
+    geometry: ImageGeometry | None = None
 
     def __str__(self) -> str:
         rows, cols, *kernel = self.shape

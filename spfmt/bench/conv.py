@@ -18,7 +18,7 @@ from spfmt.bench.contenders import (
     LAYER,
     Case,
     Contender,
-    Geometry,
+    ImageGeometry,
     Setting,
     named,
 )
@@ -42,7 +42,7 @@ class ImageSetting(Setting):
     PASSES: ClassVar[tuple[str, str, str]] = ("conv2d", "conv2d_input", "conv2d_weight")
 
     @property
-    def geometry(self) -> Geometry:
+    def geometry(self) -> ImageGeometry:
         """The case's."""
         assert self.case.geometry is not None
         return self.case.geometry
@@ -139,7 +139,7 @@ def ours(
     )
 
 
-def _options(geometry: Geometry) -> dict[str, Any]:
+def _options(geometry: ImageGeometry) -> dict[str, Any]:
     return {
         "stride": geometry.stride,
         "padding": geometry.padding,
@@ -220,7 +220,7 @@ def onnx_dense(setting: Setting) -> Contender:
     )
 
 
-def dense_convolution(weight: Array, geometry: Geometry) -> bytes:
+def dense_convolution(weight: Array, geometry: ImageGeometry) -> bytes:
     """Return an ONNX model of one dense convolution from ``x`` to ``y``."""
     from onnx import TensorProto, helper, numpy_helper
 

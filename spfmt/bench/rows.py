@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from spfmt.bench.contenders import Case, Contender, Geometry
+from spfmt.bench.contenders import Case, Contender, ImageGeometry
 from spfmt.bench.machine import highest_level
 from spfmt.bench.timing import Timing
 from spfmt.ceilings import Ceilings
@@ -32,7 +32,7 @@ class Row:
         Where the weights come from; "" is random.
     shape : tuple of int
         (R, C), or (C_out, C_in / groups, Kh, Kw).
-    geometry : Geometry or None
+    geometry : ImageGeometry or None
         Of a convolution.
     asked, density : float
         Density of the case, and of this contender: weights that take part, over all.
@@ -61,7 +61,7 @@ class Row:
     layout: str
     source: str
     shape: tuple[int, ...]
-    geometry: Geometry | None
+    geometry: ImageGeometry | None
     asked: float
     density: float
     batch: int

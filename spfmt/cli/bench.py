@@ -19,7 +19,7 @@ from spfmt.bench import (
     LAYER,
     OPS,
     Case,
-    Geometry,
+    ImageGeometry,
     Session,
     Spec,
     parse_spec,
@@ -143,13 +143,15 @@ def _cases(args: argparse.Namespace) -> Iterator[Case]:
         yield case
 
 
-def _layers(args: argparse.Namespace) -> list[tuple[tuple[int, ...], Geometry | None]]:
+def _layers(args: argparse.Namespace) -> list[tuple[tuple[int, ...], ImageGeometry | None]]:
     if not args.conv:
         return [(shape, None) for shape in args.shape]
     return [(shape, _geometry(args, shape, size)) for shape in args.conv for size in args.map]
 
 
-def _geometry(args: argparse.Namespace, shape: tuple[int, ...], size: tuple[int, int]) -> Geometry:
+def _geometry(
+    args: argparse.Namespace, shape: tuple[int, ...], size: tuple[int, int]
+) -> ImageGeometry:
     padding = args.padding
     if padding is None:
         if shape[2] != shape[3]:
@@ -157,7 +159,7 @@ def _geometry(args: argparse.Namespace, shape: tuple[int, ...], size: tuple[int,
                 f"a kernel of {shape[2]}x{shape[3]}", "--padding with it", "add --padding 0"
             )
         padding = shape[2] // 2
-    return Geometry(size, args.stride or 1, padding, args.groups or 1)
+    return ImageGeometry(size, args.stride or 1, padding, args.groups or 1)
 
 
 def _check_kind(args: argparse.Namespace, ops: list[str]) -> None:
