@@ -469,7 +469,7 @@ def test_frames_are_not_counted_in_too_few_bits(layout: str, op: str) -> None:
 
 def test_kernels_without_channels_are_not_counted_cell_by_cell() -> None:
     a = spfmt.CSR((4, 0, 2**21, 1), np.zeros(5, int), np.zeros(0, int), f32(0))
-    with pytest.raises(spfmt.FormatError, match="kernels are no larger than 2.20"):
+    with pytest.raises(spfmt.FormatError, match=r"kernels are no larger than 2\^20"):
         spfmt.conv2d(a, f32(1, 0, 2**21, 1))
 
 
