@@ -117,7 +117,11 @@ class SparseTrainer(ABC):
             )
         for name, layer in self.layers.items():
             self._state.check_holds(name, layer)
+            self.check_layer(name, layer)
             layer.stand_alone()
+
+    def check_layer(self, name: str, layer: SparseModule) -> None:  # noqa: B027 most take all
+        """Raise a FormatError where the method cannot train a layer's format or shape."""
 
     # --------------------------------------------------------------------------------- stepping
 
