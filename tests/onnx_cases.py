@@ -180,10 +180,10 @@ def check(got: Array, x: Array, tensor: SparseTensor, bias: Array) -> None:
     assert (np.abs(got - expected) <= bound).all()
 
 
-def run_everywhere(model: Any, x: Array) -> dict[str, Array]:
-    data = model.SerializeToString()
+def run_everywhere(model: Any, x: Array, **others: Array) -> dict[str, Array]:
+    data, inputs = model.SerializeToString(), {"x": x, **others}
     return {
-        "body": sonnx.session(data, library=False).run(None, {"x": x})[0],
-        "reference": ReferenceEvaluator(model).run(None, {"x": x})[0],
-        "library": sonnx.session(data).run(None, {"x": x})[0],
+        "body": sonnx.session(data, library=False).run(None, inputs)[0],
+        "reference": ReferenceEvaluator(model).run(None, inputs)[0],
+        "library": sonnx.session(data).run(None, inputs)[0],
     }

@@ -146,12 +146,16 @@ bool planar(const View& v, int64_t width) { return v.x_stride == 1 || width <= 1
 
 }  // namespace
 
-bool is_readable(const View& v, const Geometry& g, bool turned) {
+bool is_pointwise(const Geometry& g, bool turned) {
   const auto plain = [&](const Axis& a) {
-    return a.kernel == 1 && a.padding == 0 && (turned || a.stride == 1);
+    return a.kernel == 1 && a.padding == 0 && (turned || (a.stride == 1 && a.size == a.out));
   };
+  return plain(g.y) && plain(g.x);
+}
+
+bool is_readable(const View& v, const Geometry& g, bool turned) {
   const int64_t height = turned ? g.y.out : g.y.size, width = turned ? g.x.out : g.x.size;
-  return plain(g.y) && plain(g.x) && planar(v, width) && (v.y_stride == width || height <= 1) &&
+  return is_pointwise(g, turned) && planar(v, width) && (v.y_stride == width || height <= 1) &&
          (v.row_stride == height * width || v.rows <= 1);
 }
 
@@ -279,6 +283,25 @@ void PlanarResult<T>::clear(const Executor& executor) const {
       for (const Planes<T>& p : planes_) {
         for (int64_t y = rows_.begin; y < rows_.end; ++y) {
           std::fill_n(p.data + c * p.channel + y * p.row, width_, T(0));
+        }
+      }
+    }
+  });
+}
+
+template <class T>
+void PlanarResult<T>::add(const ImageBodies<T>& bodies, const Product& p, const Unit& unit,
+                          const Executor& executor) const {
+  if (p.add.data == nullptr) return;
+  const PlanarImages<T> z(bodies, p.add, width_, rows_, unit, executor);
+  for_ranges(executor, view_.rows, range_step(executor, view_.rows), [&](int64_t c, int64_t end) {
+    for (; c < end; ++c) {
+      for (size_t i = 0; i < planes_.size(); ++i) {
+        const Planes<T>& to = planes_[i];
+        const Planes<const T>& from = z.planes()[i];
+        for (int64_t y = rows_.begin; y < rows_.end; ++y) {
+          bodies.add(p.activation, from.data + c * from.channel + y * from.row,
+                     to.data + c * to.channel + y * to.row, width_);
         }
       }
     }

@@ -40,6 +40,8 @@ struct ImageBodies {
   void (*transpose)(const T* const* from, int64_t n, T* to, int64_t step, int lanes);
   // to[i][k] = from[k][i] for k < n and i < kLanes, but where to[i] is null; n <= kLanes.
   void (*spread)(const T* const* from, int n, T* const* to);
+  // y[k] = f(y[k] + z[k]) for k < n.
+  void (*add)(Activation f, const T* z, T* y, int64_t n);
   // Rows of `width`: `before` zeros, then `count` numbers from[k * step], then zeros.
   void (*copy)(const T* from, int64_t row, int64_t rows, int64_t step, int64_t count, T* to,
                int64_t before, int64_t width);
@@ -117,6 +119,8 @@ struct Frame {
   void cut(int64_t fitting);
 };
 
+// Whether outputs meet one position of the operand, their own; turned, with gaps between them.
+bool is_pointwise(const Geometry&, bool turned);
 // Whether a frame of the operand would be a copy of its maps, as 1x1 convolutions have them: each
 // map one line, one after the other.
 bool is_readable(const View&, const Geometry&, bool turned);
@@ -160,6 +164,8 @@ class PlanarResult {
   PlanarResult(const View&, int64_t width, Rows, const Unit&);
   const Planes<T>* planes() const { return planes_.data(); }
   void clear(const Executor&) const;
+  // y = f(y + add) of a product, where it has one.
+  void add(const ImageBodies<T>&, const Product&, const Unit&, const Executor&) const;
   void done(const ImageBodies<T>&, const Executor&) const;
 
  private:
@@ -170,6 +176,11 @@ class PlanarResult {
   std::unique_ptr<Workspace> copy_;
   std::vector<Planes<T>> planes_;
 };
+
+// The activation of sums before they reach their maps: none where something is added to these.
+inline Activation activation_of_sums(const Product& p) {
+  return p.add.data != nullptr ? Activation::none : p.activation;
+}
 
 // Fills channels [begin, end) of a frame of numbers from the images of a unit.
 template <class T>

@@ -136,7 +136,7 @@ struct Scales;  // of values in low precision: none yet
 
 // One product with a plan's structure, and all there is to say of it.
 //
-//   spmm    out = f(A in + bias)      in (cols, n), out (rows, n)
+//   spmm    out = f(A in + bias + add)      in (cols, n), out and add (rows, n)
 //   spmm_t  out = A^T in              in (rows, n), out (cols, n)
 //   sddmm   values = (in in2^T) at the structure     in = dY (rows, n), in2 = X (cols, n)
 //
@@ -148,6 +148,7 @@ struct Product {
   int64_t constant = kChanging;  // a number >= 0 promises: equal numbers, equal content
   View in, in2, out;
   View bias;                                 // (rows), contiguous, or without data; spmm only
+  View add;                                  // or without data; spmm of images only, not `out`
   Activation activation = Activation::none;  // spmm only
   const Geometry* geometry = nullptr;
   const Scales* scales = nullptr;

@@ -157,6 +157,11 @@ std::string check(const Plan& plan, const Product& p) {
     error = forward ? check_y("the result", p.out) : check_x("the result", p.out);
   }
   if (!error.empty()) return error;
+  if (p.add.data != nullptr) {
+    if (!forward || p.geometry == nullptr) return "only spmm of images adds";
+    error = p.add.data == p.out.data ? "the result is added to itself" : check_y("add", p.add);
+    if (!error.empty()) return error;
+  }
   if (forward) return p.bias.data ? check_operand("the bias", p.bias, dtype, rows, 1, 1) : "";
   if (p.bias.data != nullptr || p.activation != Activation::none) {
     return "only spmm has a bias and activations";

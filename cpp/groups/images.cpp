@@ -178,12 +178,13 @@ class Results {
   int64_t row() const { return aside_ ? width_ * kTogether : planar_.planes()[0].row; }
   int64_t width() const { return width_ * frame_.images; }
   void clear(const Executor& executor) const { planar_.clear(executor); }
-  void done(int64_t channels, const Executor& executor) const {
+  void done(const Product& p, int64_t channels, const Executor& executor) const {
     if (aside_) {
       for_ranges(executor, channels, range_step(executor, channels), [&](int64_t c, int64_t end) {
         for (; c < end; ++c) hand_out(c);
       });
     }
+    planar_.add(bodies_, p, unit_, executor);
     planar_.done(bodies_, executor);
   }
 
@@ -226,7 +227,7 @@ struct Forward {
         outputs(cut, cut.block(i % cut.count), x, y, i / cut.count, sums.template as<T>());
       }
     });
-    y.done(a.rows, executor);
+    y.done(p, a.rows, executor);
   }
 
   // Outputs of one band that are summed up in L1 before they are handed to their maps: some rows.
@@ -317,8 +318,8 @@ struct Forward {
 
   // Sixteen outputs at a time, over the ends of rows where these follow each other in memory.
   void hand_out(const Block& block, const Results<T>& y, const BandLanes& band, T* sums) const {
-    bodies.samples.activate(p.activation, sums, 0, block.height * block.wide * kBandRows, nullptr,
-                            1);
+    bodies.samples.activate(activation_of_sums(p), sums, 0, block.height * block.wide * kBandRows,
+                            nullptr, 1);
     T* to[kBandRows] = {};
     const bool joined = y.row() == block.width;
     const int64_t run = joined ? block.height * block.width : block.width;
@@ -379,7 +380,7 @@ struct Backward {
     for (int64_t phase = 0; phase < pack.phases(); ++phase) {
       outputs(unit, phase, dy, dx, channels, executor);
     }
-    dx.done(channels, executor);
+    dx.done(p, channels, executor);
   }
 
   // Outputs of one phase.

@@ -131,6 +131,23 @@ inline V activation_of(V x) noexcept {
   }
 }
 
+// body(f) with the activation as a constant.
+template <class Body>
+inline void with_activation(Activation kind, const Body& body) noexcept {
+  switch (kind) {
+    case Activation::none:
+      return body(std::integral_constant<Activation, Activation::none>{});
+    case Activation::relu:
+      return body(std::integral_constant<Activation, Activation::relu>{});
+    case Activation::gelu:
+      return body(std::integral_constant<Activation, Activation::gelu>{});
+    case Activation::gelu_tanh:
+      return body(std::integral_constant<Activation, Activation::gelu_tanh>{});
+    case Activation::silu:
+      return body(std::integral_constant<Activation, Activation::silu>{});
+  }
+}
+
 // `rows` names the rows of y, null: 0 .. n - 1. `width` is a multiple of kLanes.
 template <class S, Activation kKind, class T = typename S::T>
 void activate_rows(T* y, int64_t ldy, int64_t width, const int32_t* rows, int64_t n) noexcept {
@@ -145,18 +162,9 @@ void activate_rows(T* y, int64_t ldy, int64_t width, const int32_t* rows, int64_
 template <class S, class T = typename S::T>
 void activate(Activation kind, T* y, int64_t ldy, int64_t width, const int32_t* rows,
               int64_t n) noexcept {
-  switch (kind) {
-    case Activation::none:
-      return;
-    case Activation::relu:
-      return activate_rows<S, Activation::relu>(y, ldy, width, rows, n);
-    case Activation::gelu:
-      return activate_rows<S, Activation::gelu>(y, ldy, width, rows, n);
-    case Activation::gelu_tanh:
-      return activate_rows<S, Activation::gelu_tanh>(y, ldy, width, rows, n);
-    case Activation::silu:
-      return activate_rows<S, Activation::silu>(y, ldy, width, rows, n);
-  }
+  if (kind == Activation::none) return;
+  with_activation(kind,
+                  [&](auto f) { activate_rows<S, decltype(f)::value>(y, ldy, width, rows, n); });
 }
 
 template <class S, class V = typename S::V>

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../core/images.h"
+#include "activation-inl.h"
 
 namespace spfmt {
 namespace {
@@ -78,9 +79,25 @@ void image_copy(const T* from, int64_t row, int64_t rows, int64_t step, int64_t 
   }
 }
 
+template <class S, Activation kKind, class T = typename S::T>
+void image_add_rows(const T* z, T* y, int64_t n) noexcept {
+  const auto sum = [](auto a, auto b) { return activation_of<S, kKind>(S::add(a, b)); };
+  int64_t k = 0;
+  for (; k + kLanes <= n; k += kLanes) S::store(y + k, sum(S::load(y + k), S::load(z + k)));
+  if (k < n) {
+    const int rest = static_cast<int>(n - k);
+    S::store(y + k, sum(S::load(y + k, rest), S::load(z + k, rest)), rest);
+  }
+}
+
+template <class S, class T = typename S::T>
+void image_add(Activation kind, const T* z, T* y, int64_t n) noexcept {
+  with_activation(kind, [&](auto f) { image_add_rows<S, decltype(f)::value>(z, y, n); });
+}
+
 template <class S>
 constexpr ImageBodies<typename S::T> image_bodies() {
-  return {image_transpose<S>, image_spread<S>, image_copy<S>};
+  return {image_transpose<S>, image_spread<S>, image_add<S>, image_copy<S>};
 }
 
 }  // namespace

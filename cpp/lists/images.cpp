@@ -201,6 +201,7 @@ struct ListProduct {
                [&](int64_t begin, int64_t end) {
                  for (int64_t r = begin; r < end; ++r) hand_out(r, sum + r * plane, unit, y);
                });
+    y.add(bodies.images, p, unit, executor);
     y.done(bodies.images, executor);
   }
 
@@ -243,7 +244,7 @@ struct ListProduct {
     const int64_t width = f.turned ? count_of(g.x.size, step, px) : g.x.out;
     const Planes<T>* planes = y.planes();
     const int64_t numbers = divide_up(height * f.width * f.images, kLanes) * kLanes;
-    bodies.samples.activate(p.activation, sum, 0, numbers, nullptr, 1);
+    bodies.samples.activate(activation_of_sums(p), sum, 0, numbers, nullptr, 1);
     for (int64_t i = 0; i < height; ++i) {
       const T* line = sum + i * f.width * f.images;
       const int64_t at =
@@ -259,10 +260,21 @@ struct ListProduct {
   }
 };
 
+// Whether the maps of a 1x1 convolution are whole vectors, and enough of them, where they lie.
+bool is_wide(const Geometry& g, bool turned) {
+  constexpr int64_t kLeast = 4 * kLanes;
+  const int64_t pixels = turned ? g.y.out * g.x.out : g.y.size * g.x.size;
+  return is_pointwise(g, turned) && pixels % kLanes == 0 && pixels >= kLeast;
+}
+
 // body(first, images, together) over runs of a batch: sets of kTogether images, and the rest one by
-// one where they are few.
+// one where they are few; all of them where maps are vectors as they lie.
 template <class Body>
-void for_sets(int64_t batch, const Body& body) {
+void for_sets(int64_t batch, bool wide, const Body& body) {
+  if (wide) {
+    if (batch > 0) body(int64_t{0}, batch, int64_t{1});
+    return;
+  }
   int64_t whole = batch / kTogether * kTogether;
   if (2 * (batch - whole) >= kTogether) whole = batch;
   if (whole > 0) body(int64_t{0}, whole, int64_t{kTogether});
@@ -289,7 +301,9 @@ template <class T>
 void multiply(const Bodies<T>& bodies, const Plan& plan, const RowLists& a, const Product& p,
               const Executor& executor) {
   const Geometry& g = *p.geometry;
-  for_sets(p.in.cols, [&](int64_t first, int64_t images, int64_t together) {
+  const bool turned = p.op == Op::spmm_t;
+  const bool wide = is_wide(g, turned) && is_readable(p.in, g, turned);
+  for_sets(p.in.cols, wide, [&](int64_t first, int64_t images, int64_t together) {
     const auto pack = pack_of<T>(plan, a, p, together);
     const T* values = static_cast<const T*>(p.values.data);
     const Workspace ordered(sizeof(T) * (pack->source.size() + 1));
@@ -350,8 +364,11 @@ bool finite(const View& v, int64_t image, int64_t height, int64_t width) {
 template <class T, class Body>
 void for_gradient_sets(const Product& p, const Body& body) {
   const Geometry& g = *p.geometry;
-  for_sets(g.x.out == 0 ? 0 : p.in.cols, [&](int64_t first, int64_t images, int64_t together) {
-    if (together > 1) return body(first, images, together);
+  // Maps without padding have no zeros behind their rows.
+  const bool wide = is_wide(g, false) && is_readable(p.in2, g, false);
+  const int64_t batch = g.x.out == 0 ? 0 : p.in.cols;
+  for_sets(batch, wide, [&](int64_t first, int64_t images, int64_t together) {
+    if (together > 1 || wide) return body(first, images, together);
     for (int64_t i = first; i < first + images; ++i) {
       body(i, 1, finite<T>(p.in2, i, g.y.size, g.x.size) ? 1 : int64_t{kTogether});
     }
@@ -392,7 +409,8 @@ Terms row_list_terms(const CostModel& model, const Summary& s, const Work& work)
   constexpr int64_t kTile = 4;  // vectors
   const ImageCounts c = image_counts(s.rows, s.cols, work);
   double images = 0, passes = 0, vectors = 0, tiles = 0;
-  for_sets(work.batch, [&](int64_t, int64_t count, int64_t together) {
+  const bool wide = is_wide(*work.geometry, work.op == Op::spmm_t);
+  for_sets(work.batch, wide, [&](int64_t, int64_t count, int64_t together) {
     const auto units = static_cast<double>(divide_up(count, together));
     const bool side_by_side = together > 1;
     const int64_t line = (c.height - 1) * c.row + c.width;

@@ -68,7 +68,7 @@ class Conv : public Node {
       : Conv(op, node, Attributes::read(*op.runtime.api, node)) {}
 
   void compute(KernelContext* context) const override {
-    const Input x = operand(context);
+    const Input x = operand(context, 0, "X");
     const std::vector<int64_t>& n = x.shape;
     if (n.size() != 4 || n[1] != is_.channels) {
       throw std::invalid_argument("X: expected images (N, " + std::to_string(is_.channels) +
@@ -82,6 +82,7 @@ class Conv : public Node {
     p.in = images(const_cast<void*>(data_of(api(), x.value)), n);
     p.out = images(y, out);
     p.geometry = &geometry;
+    if (op().kind->adds) p.add = addend(context, out);
     const std::string error = spfmt::check(plan(), p);
     if (!error.empty()) throw std::invalid_argument(error);
     run_on(context, p);
@@ -99,6 +100,12 @@ class Conv : public Node {
                                   ", what the kernel reaches over, and at most 2^30");
     }
     return {size, a.out(size), a.kernel, a.stride, a.before, a.dilation};
+  }
+
+  View addend(KernelContext* context, const std::vector<int64_t>& shape) const {
+    const Input z = operand(context, op().bias_index() + 1, "addend");
+    if (z.shape != shape) throw std::invalid_argument("addend: expected the shape of Y");
+    return images(const_cast<void*>(data_of(api(), z.value)), shape);
   }
 
   View images(void* data, const std::vector<int64_t>& n) const {
@@ -149,10 +156,15 @@ void infer_conv(const SparseOp& op, const ShapeInferContext* context) {
 
 }  // namespace
 
-const Kind kConv = {"Conv",
-                    [](const SparseOp& op, const KernelInfo* node) -> std::unique_ptr<Node> {
-                      return std::make_unique<Conv>(op, node);
-                    },
-                    infer_conv};
+namespace {
+
+std::unique_ptr<Node> make_conv(const SparseOp& op, const KernelInfo* node) {
+  return std::make_unique<Conv>(op, node);
+}
+
+}  // namespace
+
+const Kind kConv = {"Conv", false, make_conv, infer_conv};
+const Kind kConvAdd = {"ConvAdd", true, make_conv, infer_conv};
 
 }  // namespace spfmt::ort

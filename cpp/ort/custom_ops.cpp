@@ -38,7 +38,7 @@ CustomOpDomain* domain_of(const Runtime& runtime) {
   const Api& api = *runtime.api;
   CustomOpDomain* fresh = nullptr;
   check(api.CreateCustomOpDomain(kDomain, &fresh));
-  for (const Kind* kind : {&kLinear, &kConv}) add(fresh, runtime, *kind);
+  for (const Kind* kind : {&kLinear, &kConv, &kConvAdd}) add(fresh, runtime, *kind);
   return domain = fresh;
 }
 

@@ -21,7 +21,7 @@ class Linear : public Node {
   }
 
   void compute(KernelContext* context) const override {
-    Input x = operand(context);
+    Input x = operand(context, 0, "X");
     const int64_t batch = batch_of(x.shape);
     x.shape.back() = rows();
     void* y = result(context, x.shape);
@@ -62,7 +62,7 @@ void infer_linear(const SparseOp& op, const ShapeInferContext* context) {
 
 }  // namespace
 
-const Kind kLinear = {"Linear",
+const Kind kLinear = {"Linear", false,
                       [](const SparseOp& op, const KernelInfo* node) -> std::unique_ptr<Node> {
                         return std::make_unique<Linear>(op, node);
                       },

@@ -47,7 +47,7 @@ SparseOp::SparseOp(const Runtime& provider, const Structure& described, const Ki
   GetName = [](const CustomOp* o) { return self(o).name.c_str(); };
   GetExecutionProviderType = [](const CustomOp*) -> const char* { return nullptr; };
   GetInputType = input_type;
-  GetInputTypeCount = [](const CustomOp* o) { return self(o).bias_index() + 1; };
+  GetInputTypeCount = [](const CustomOp* o) { return self(o).input_count(); };
   GetOutputType = [](const CustomOp* o, size_t) { return self(o).type; };
   GetOutputTypeCount = [](const CustomOp*) -> size_t { return 1; };
   GetInputCharacteristic = [](const CustomOp*, size_t) { return Characteristic::required; };
@@ -93,15 +93,17 @@ Node::Node(const SparseOp& op, const KernelInfo* node, int64_t rows, int64_t col
   bias_ = bias.data;
 }
 
-// The shape of X. Where the runtime must describe it in new memory, that takes longer than a small
+// Where the runtime must describe it in new memory, that takes longer than a small
 // product.
-Node::Input Node::operand(const KernelContext* context) const {
+Node::Input Node::operand(const KernelContext* context, size_t index, const char* name) const {
   const auto check_type = [&](ElementType type) {
     const ElementType wanted = dtype_ == DType::f32 ? ElementType::f32 : ElementType::f64;
-    if (type != wanted) throw std::invalid_argument("X: expected the type of values");
+    if (type != wanted) {
+      throw std::invalid_argument(std::string(name) + ": expected the type of values");
+    }
   };
   const Value* x = nullptr;
-  check(api_.KernelContext_GetInput(context, 0, &x));
+  check(api_.KernelContext_GetInput(context, index, &x));
   if (!op_.runtime.shows_shapes) {
     const Info info = Info::of(api_, x);
     check_type(info.type());

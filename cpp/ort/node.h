@@ -22,11 +22,12 @@ struct SparseOp;
 // What an operator does with a structure: how its nodes are made, and how shapes are inferred.
 struct Kind {
   const char* name;
+  bool adds;  // one input more, which is added to Y before the activation
   std::unique_ptr<Node> (*make)(const SparseOp&, const KernelInfo*);
   // Output shapes from those of the inputs and the attributes.
   void (*infer)(const SparseOp&, const ShapeInferContext*);
 };
-extern const Kind kLinear, kConv;
+extern const Kind kLinear, kConv, kConvAdd;
 
 // The activations that operators fuse, each under a name of its own: an attribute would be ignored
 // by a library that does not know it.
@@ -45,8 +46,9 @@ struct SparseOp : CustomOp {
   ElementType type;
 
   SparseOp(const Runtime&, const Structure&, const Kind&, const Fused&, ElementType);
-  // Inputs are X, those of the structure, the bias.
+  // Inputs are X, those of the structure, the bias, and what is added.
   size_t bias_index() const { return structure->inputs.size() + 1; }
+  size_t input_count() const { return bias_index() + (kind->adds ? 2 : 1); }
 };
 
 // Hears of every run while one is set: how the cost model chose to run it.
@@ -69,8 +71,9 @@ class Node {
     const Value* value;
     std::vector<int64_t> shape;
   };
-  // X, of the type of the values.
-  Input operand(const KernelContext* context) const;
+  // X, or what is added, of the type of the values.
+  Input operand(const KernelContext* context, size_t index, const char* name) const;
+  const SparseOp& op() const { return op_; }
   void* result(KernelContext* context, const std::vector<int64_t>& shape) const;
   // A product with the weight as it was read, or as `context` shows it.
   Product product() const;

@@ -1,8 +1,9 @@
-"""Activations behind sparse products: into the product's node where nothing else reads it.
+"""What follows sparse products: into the product's node where nothing else reads the product.
 
 Products are linear layers and convolutions. During the translation every ReLU, GELU and SiLU of a
 model is a placeholder that still has torch's name for it; afterwards it either becomes an attribute
-of a product's placeholder or is written out in standard operators.
+of a product's placeholder or is written out in standard operators. What is added to a convolution,
+the other branch of a residual, becomes its fifth input.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ __all__ = [
     "PRODUCT",
     "bypass",
     "fuse_activations",
+    "fuse_sums",
     "graphs_of",
     "is_product",
     "nodes_of",
@@ -140,6 +142,57 @@ def readers_of(graph: onnx.GraphProto) -> Counter[str]:
 def is_product(node: onnx.NodeProto) -> bool:
     """Whether a node is the placeholder of a sparse layer."""
     return node.domain == DOMAIN and node.op_type in (PRODUCT, CONVOLUTION)
+
+
+def fuse_sums(proto: onnx.ModelProto) -> None:
+    """Let convolutions add what is added to their results, where both are of one shape.
+
+    Sums are the same ones to the bit: what is added comes last, as it did.
+    """
+    readers = readers_of(proto.graph)
+    for graph in graphs_of(proto.graph):
+        producers = {name: node for node in graph.node for name in node.output}
+        shapes = {info.name: _dims(info) for info in (*graph.value_info, *graph.input)}
+        for node in [n for n in graph.node if (n.domain, n.op_type) == ("", "Add")]:
+            product = _addable(node, producers, readers, shapes)
+            if product is not None:
+                (other,) = [name for name in node.input if name != product.output[0]]
+                product.input.extend(["", other][len(product.input) - 3 :])
+                _move_to(graph, product, node)
+                producers[node.output[0]] = node
+
+
+def _dims(info: onnx.ValueInfoProto) -> tuple[Any, ...]:
+    """Sizes and names of a value's dimensions; unknown ones are equal to none."""
+    dims = info.type.tensor_type.shape.dim
+    return tuple(d.dim_value if d.HasField("dim_value") else d.dim_param or object() for d in dims)
+
+
+def _addable(
+    node: onnx.NodeProto,
+    producers: dict[str, onnx.NodeProto],
+    readers: Counter[str],
+    shapes: dict[str, tuple[Any, ...]],
+) -> onnx.NodeProto | None:
+    """Return a convolution whose result a sum alone reads, beside a value of its shape, or None."""
+    known = [shapes.get(name, ()) for name in node.input]
+    if len(known[0]) != 4 or known[0] != known[1]:
+        return None
+    for name in reversed(node.input):
+        found = producers.get(name)
+        if found is None or readers[name] != 1 or not is_product(found):
+            continue
+        if len(found.input) < 5 and not text_of(found, "activation").s:
+            return found
+    return None
+
+
+def _move_to(graph: onnx.GraphProto, product: onnx.NodeProto, node: onnx.NodeProto) -> None:
+    """Put a product in the place of a node, whose result becomes its own."""
+    del product.output[:]
+    product.output.extend(node.output)
+    node.CopyFrom(product)
+    graph.node.remove(product)
 
 
 def fuse_activations(proto: onnx.ModelProto, opset: int) -> onnx.ModelProto:

@@ -29,6 +29,7 @@ from spfmt.onnx._folding import fold_batch_norms
 from spfmt.onnx._fusion import (
     CONVOLUTION,
     fuse_activations,
+    fuse_sums,
     is_product,
     nodes_of,
     text_of,
@@ -144,6 +145,7 @@ def export(
     _check_names("input_names", input_names, proto.graph.input)
     _check_names("output_names", output_names, proto.graph.output)
     fold_batch_norms(proto)
+    fuse_sums(proto)
     proto = fuse_activations(proto, opset)
     _replace_placeholders(proto, opset)
     replace_file(os.path.realpath(path), _finish(proto, inline).SerializeToString())
@@ -310,10 +312,13 @@ def _replace_placeholders(proto: onnx.ModelProto, opset: int) -> None:
             "call the layer outside of torch.cond and loops"
         )
     replace.drop_unused()
-    # A function with an activation calls the one without.
-    plain = {(convolution, layout, "") for convolution, layout, _ in replace.used}
-    for convolution, layout, activation in sorted(plain | replace.used):
-        proto.functions.append(function(layout, opset, activation or None, convolution=convolution))
+    # A function with an activation calls the one without, one with an addend that without.
+    called = {(convolved, adds, layout, "") for convolved, adds, layout, _ in replace.used}
+    called |= {(convolved, False, layout, "") for convolved, _, layout, _ in replace.used}
+    for convolved, adds, layout, activation in sorted(called | replace.used):
+        proto.functions.append(
+            function(layout, opset, activation or None, convolution=convolved, adds=adds)
+        )
 
 
 class _Replacer:
@@ -325,7 +330,7 @@ class _Replacer:
         self.taken = set(self.initializers)
         self.lowered: dict[tuple[str, str], tuple[SparseTensor, str, list[str]]] = {}
         self.zeros: dict[tuple[int, int], str] = {}
-        self.used: set[tuple[bool, str, str]] = set()  # of convolutions, layouts, activations
+        self.used: set[tuple[bool, bool, str, str]] = set()  # convolved, adds, layout, activation
 
     def __call__(self, node: onnx.NodeProto) -> None:
         values, structure, x, *rest = node.input
@@ -335,11 +340,13 @@ class _Replacer:
         tensor, layer, names = self.lowered[values, structure]
         activation = text_of(node, "activation").s.decode()
         shape, how = _convolution(node) if node.op_type == CONVOLUTION else (tensor.shape, None)
-        self.used.add((how is not None, tensor.layout().name, activation))
         bias = rest[0] if rest and rest[0] else self._zero_bias(values, tensor)
+        addend = rest[1:]
+        self.used.add((how is not None, bool(addend), tensor.layout().name, activation))
         name, output = f"{layer}/{node.name}", node.output[0]
         kind = activation or None
-        node.CopyFrom(node_of(tensor, [x, *names, bias], output, name, kind, shape, how))
+        inputs = [x, *names, bias, *addend]
+        node.CopyFrom(node_of(tensor, inputs, output, name, kind, shape, how, bool(addend)))
 
     def _array(self, name: str, node: str) -> Any:
         if name not in self.initializers:

@@ -30,6 +30,7 @@ after column (see `spfmt.formats`). What is done with the weight, and its attrib
     ...Conv    X (N, in_channels, H, W), Y (N, out_channels, Ho, Wo), R = out_channels
                in_channels, out_channels, and kernel_shape, strides, pads, dilations, group of
                ONNX's Conv; column (c Kh + ky) Kw + kx is cell (ky, kx) of channel c of the group
+    ...ConvAdd the same, plus a last input ``addend`` of Y's shape: the other branch of a residual
 
 Each name with one of the suffixes Relu, Gelu, GeluTanh, Silu is the same product followed by that
 activation; its body is the operator without the suffix and standard operators. (Other names, not an
@@ -80,12 +81,27 @@ Array = NDArray[Any]
 
 @dataclass(frozen=True)
 class Operator:
-    """One operator: its name, its constant inputs, its attributes and their types, its body."""
+    """One operator: its name, its constant inputs, its attributes and their types, its body.
+
+    `operands` are the inputs around the constant ones: X, then the bias and what follows it.
+    """
 
     op_type: str
     inputs: tuple[str, ...]
     attributes: dict[str, str]
     body: str
+    operands: tuple[str, ...] = ("X", "bias")
+
+    @property
+    def all_inputs(self) -> str:
+        """All inputs in order."""
+        x, *rest = self.operands
+        return ", ".join((x, *self.inputs, *rest))
+
+    def call(self, y: str) -> str:
+        """Return the line of a body that calls the operator with its own inputs."""
+        attributes = ", ".join(f"{a}: {kind} = @{a}" for a, kind in self.attributes.items())
+        return f"    {y} = {DOMAIN}.{self.op_type} <{attributes}> ({self.all_inputs})\n"
 
 
 _LAYOUTS = {
@@ -119,7 +135,21 @@ CONVOLUTIONS = _operators(
 )
 """Operators of convolutions by the name of their layout."""
 
-BASE_TYPES = tuple(o.op_type for o in (*OPERATORS.values(), *CONVOLUTIONS.values()))
+RESIDUALS = {
+    layout: Operator(
+        f"{conv.op_type}Add",
+        conv.inputs,
+        conv.attributes,
+        conv.call("product") + "    Y = Add (product, addend)\n",
+        (*conv.operands, "addend"),
+    )
+    for layout, conv in CONVOLUTIONS.items()
+}
+"""Operators of convolutions that something is added to, by the name of their layout."""
+
+BASE_TYPES = tuple(
+    o.op_type for table in (OPERATORS, CONVOLUTIONS, RESIDUALS) for o in table.values()
+)
 
 OP_TYPES = tuple(
     base + suffix
@@ -135,6 +165,7 @@ def function(
     activation: str | None = None,
     *,
     convolution: bool = False,
+    adds: bool = False,
 ) -> onnx.FunctionProto:
     """The model-local function of a layout's operator: its meaning in standard operators.
 
@@ -147,6 +178,8 @@ def function(
         The function of the operator that ends with this activation; it calls the one without.
     convolution : bool
         The layout's convolution instead of its linear layer.
+    adds : bool
+        The convolution with an addend; its function calls the one without.
 
     Returns
     -------
@@ -160,26 +193,27 @@ def function(
         When onnx is not installed.
     """
     parser = require("onnx.parser")
-    operator = _operator(layout, convolution)
-    name = op_type(layout, activation, convolution=convolution)
-    inputs = ", ".join(("X", *operator.inputs, "bias"))
-    body, domains, ending = operator.body, "", ""
+    operator = _operator(layout, convolution, adds)
+    name = op_type(layout, activation, convolution=convolution, adds=adds)
+    body, ending = operator.body, ""
     if activation is not None:
-        attributes = ", ".join(f"{a}: {kind} = @{a}" for a, kind in operator.attributes.items())
-        product = f"    Z = {DOMAIN}.{operator.op_type} <{attributes}> ({inputs})\n"
-        body = product + _bodies.ACTIVATIONS[activation]
-        domains, ending = f', "{DOMAIN}" : {VERSION}', f", followed by {activation}"
+        body = operator.call("Z") + _bodies.ACTIVATIONS[activation]
+        ending = f", followed by {activation}"
+    domains = f', "{DOMAIN}" : {VERSION}' if adds or activation is not None else ""
     text = (
         f'<domain: "{DOMAIN}", opset_import: ["" : {opset}{domains}]>\n'
-        f"{name} <{', '.join(operator.attributes)}> ({inputs}) => (Y)\n{{{body}}}"
+        f"{name} <{', '.join(operator.attributes)}> ({operator.all_inputs}) => (Y)\n{{{body}}}"
     )
     proto = parser.parse_function(text)
     meaning = "Conv(X, W) + bias" if convolution else "X @ W.T + bias"
+    meaning += " + addend" if adds else ""
     proto.doc_string = f"Y = {meaning}, W a sparse weight as {layout} of spfmt{ending}."
     return cast("onnx.FunctionProto", proto)
 
 
-def op_type(layout: str, activation: str | None = None, *, convolution: bool = False) -> str:
+def op_type(
+    layout: str, activation: str | None = None, *, convolution: bool = False, adds: bool = False
+) -> str:
     """Name of the operator of a layout and an activation, as ``"ListsLinearRelu"``.
 
     Raises
@@ -189,7 +223,7 @@ def op_type(layout: str, activation: str | None = None, *, convolution: bool = F
     """
     activation_code(activation)
     suffix = "" if activation is None else activation.title().replace("_", "")
-    return _operator(layout, convolution).op_type + suffix
+    return _operator(layout, convolution, adds).op_type + suffix
 
 
 def activation_function(activation: str, opset: int = MIN_OPSET) -> onnx.FunctionProto:
@@ -223,7 +257,7 @@ def lower(tensor: SparseTensor) -> dict[str, Array]:
     layout = tensor.layout()
     narrowed = {"indptr": _pointers, "row_ptr": _pointers}
     inputs = {"values": tensor.values.reshape(-1)}
-    for name in _operator(layout.name, False).inputs[1:]:
+    for name in _operator(layout.name).inputs[1:]:
         inputs[name] = narrowed.get(name, _indices)(getattr(layout, name))
     return inputs
 
@@ -287,11 +321,12 @@ def node_of(
     activation: str | None,
     shape: Sequence[int],
     convolution: Convolution | None,
+    adds: bool = False,
 ) -> onnx.NodeProto:
     """Return a node on inputs that exist, for a weight that is used in this shape."""
     convolved = len(shape) == 4
     node: onnx.NodeProto = require("onnx").helper.make_node(
-        op_type(tensor.layout().name, activation, convolution=convolved),
+        op_type(tensor.layout().name, activation, convolution=convolved, adds=adds),
         inputs,
         [y],
         name=name,
@@ -331,9 +366,10 @@ def _of_convolution(shape: Sequence[int], convolution: Convolution | None) -> di
     }
 
 
-def _operator(layout: str, convolution: bool) -> Operator:
+def _operator(layout: str, convolution: bool = False, adds: bool = False) -> Operator:
+    table = RESIDUALS if adds else CONVOLUTIONS if convolution else OPERATORS
     try:
-        return (CONVOLUTIONS if convolution else OPERATORS)[layout]
+        return table[layout]
     except KeyError:
         raise format_error(
             f"layout {layout!r}", f"one of {', '.join(OPERATORS)}", "pass tensor.layout().name"
