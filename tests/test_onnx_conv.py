@@ -448,7 +448,7 @@ def test_a_network_of_any_size(tmp_path: Path) -> None:
     shapes = ({0: "batch", 2: "height", 3: "width"},)
     ops = exported(model, torch.randn(2, 3, 12, 14), path, dynamic_shapes=shapes)
     assert [op for op in ops if "Conv" in op or "Linear" in op] == [
-        "ListsConvRelu", "GroupsConv", "ListsConv", "GroupsConvSilu", "ListsLinear",
+        "ListsConvRelu", "GroupsConvAddRelu", "ListsConv", "GroupsConvSilu", "ListsLinear",
     ]  # fmt: skip
     assert "BatchNormalization" not in ops
     compare(path, model, torch.randn(3, 3, 9, 17))

@@ -112,7 +112,9 @@ inline double libm_activation(Activation kind, double x) noexcept {
 
 template <class S, Activation kKind, class V = typename S::V>
 inline V activation_of(V x) noexcept {
-  if constexpr (S::kLibm) {
+  if constexpr (kKind == Activation::none) {
+    return x;
+  } else if constexpr (S::kLibm) {
     for (auto& lane : x.lane) {
       lane = static_cast<typename S::T>(libm_activation<S>(kKind, static_cast<double>(lane)));
     }

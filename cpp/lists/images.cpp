@@ -15,8 +15,9 @@ namespace {
 
 // A strip's frame and its sums, or its part of dY.
 constexpr int64_t kFrameBytes = 4 << 20, kChunkRows = 32;
-// Shorter pieces than this spend their time on loading and storing Y.
-constexpr int64_t kLeastPerPiece = 15;
+// Shorter pieces than this spend their time on loading and storing Y; small maps allow longer ones,
+// as far as L1 holds their channels.
+constexpr int64_t kLeastPerPiece = 15, kBlockBytes = 12 << 10;
 
 // One place of lists, forward or turned: which numbers of a frame it meets, and which value.
 struct Place {
@@ -49,7 +50,7 @@ struct ListImagePack {
     if (turned || of.source) {
       for (const Place& p : place) source.push_back(of.source ? of.source[p.source] : p.source);
     }
-    cut(ptr, place);
+    cut(ptr, place, room.bytes);
   }
   ListImagePack(const ListImagePack&) = delete;  // `view` points into it
   int64_t phases() const {
@@ -107,12 +108,14 @@ struct ListImagePack {
   }
 
   // Places of a row follow each other by channel.
-  void cut(const std::vector<int64_t>& ptr, const std::vector<Place>& place) {
+  void cut(const std::vector<int64_t>& ptr, const std::vector<Place>& place, int64_t bytes) {
     const int64_t channels = std::max<int64_t>(1, frame.channels);
     const double per_channel =
         static_cast<double>(place.size()) / std::max<int64_t>(1, rows) / channels;
     const auto wanted = static_cast<int64_t>(kLeastPerPiece / std::max(per_channel, 1e-9));
-    const int64_t block = std::clamp<int64_t>(wanted, 8, std::max<int64_t>(8, channels));
+    const int64_t held = kBlockBytes / std::max<int64_t>(1, frame.channel * frame.images * bytes);
+    const int64_t block =
+        std::clamp<int64_t>(std::max(wanted, held), 8, std::max<int64_t>(8, channels));
     const int64_t blocks = divide_up(channels, block), chunks = divide_up(rows, kChunkRows);
     std::vector<int64_t> at(ptr.begin(), ptr.begin() + rows);
     piece_ptr.push_back(0);
