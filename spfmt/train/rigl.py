@@ -38,9 +38,10 @@ class RigL(GradientTrainer):
     first is grown, in row-major order. Where a format lays down how many weights a row holds
     (constant fan-in, N:M), all kept weights stay, and each row, or each group of M, fills up by its
     own largest gradients. Where rows share columns (shuffled blocks, HRBP), single positions cannot
-    grow: about k of them, whole blocks of the largest gradients, score as much as the largest
-    weight, kept weights score ``|w|``, and the format takes the legal structure of its budget with
-    the most score. A dropped weight whose position stays with its block starts again from zero.
+    grow: about k of them, whole blocks of the largest gradients in the groups that rows form now,
+    score as much as the largest weight, kept weights score ``|w|``, and the format takes the legal
+    structure of its budget with the most score. A dropped weight whose position stays with its
+    block starts again from zero.
 
     Parameters are those of :class:`SparseTrainer`. Only layers that move, and only on the step of
     their update, have a dense gradient; see :class:`GradientTrainer`. For shuffled blocks of large
@@ -79,12 +80,15 @@ class RigL(GradientTrainer):
 def _grown_blocks(
     layer: SparseModule, gradient: Floats, kept: NDArray[np.int64], count: int
 ) -> NDArray[np.int64] | None:
-    """Return about `count` free positions, those of whole blocks; None where rows stand alone."""
+    """Return about `count` free positions, whole blocks of the groups that rows form now.
+
+    None where rows stand alone.
+    """
     tensor = layer.tensor()
     kind, group_of_row = tensor.unit_of_rows()
     if kind == "row":
         return None
-    drawn = free_positions(layer, tensor, gradient, kept, count)
+    drawn = free_positions(layer, tensor, gradient, kept, count, **tensor.same_groups())
     if drawn.size <= count:
         return drawn
     # The smallest legal change of all groups is larger: those with the largest gradients change.

@@ -111,7 +111,7 @@ class SRigL(GradientTrainer):
             raise format_error(
                 f"{name} with a budget of N = {wanted} weights for {rows} rows",
                 "at least one weight for every row",
-                f"raise its density to {rows / math.prod(layer.shape):.4g}, or leave it dense",
+                f"raise its density to 1/{math.prod(layer.shape[1:])} or more, or leave it dense",
             )
         if _budget(layer) > layer.capacity:
             raise format_error(
@@ -160,7 +160,7 @@ class SRigL(GradientTrainer):
         budgets = {name: int(budget) for name, budget in state.get("budgets", {}).items()}
         fits = budgets.keys() == self.budgets.keys() and all(
             layer.shape[0] <= budgets[name] <= layer.capacity
-            and budgets[name] % layer.shape[0] == 0
+            and budgets[name] % max(1, layer.shape[0]) == 0
             for name, layer in self.layers.items()
         )
         if not fits:
@@ -206,10 +206,11 @@ def _trimmed(
     """Tell which kept weights, ascending positions, are of the `fan_in` largest of active rows."""
     rows, cols = shape
     row = kept // cols
+    stays = np.isin(np.arange(rows), active)[row]
     counts = np.bincount(row, minlength=rows)
-    order = np.lexsort([-weights, row])  # stable: of equal ones the first
-    rank = np.empty(kept.size, np.int64)
-    rank[order] = np.arange(kept.size) - np.repeat(np.cumsum(counts) - counts, counts)
-    is_active = np.zeros(rows, np.bool_)
-    is_active[active] = True
-    return is_active[row] & (rank < fan_in)
+    full = np.flatnonzero(stays & (counts > fan_in)[row])  # few, and sorting all is slow
+    order = full[np.lexsort([-weights[full], row[full]])]  # stable: of equal ones the first
+    in_row = np.bincount(row[full], minlength=rows)
+    rank = np.arange(full.size) - np.repeat(np.cumsum(in_row) - in_row, in_row)
+    stays[order[rank >= fan_in]] = False
+    return stays
