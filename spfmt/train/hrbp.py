@@ -98,11 +98,11 @@ def _updated(
 
     free = gradient.copy()
     free.reshape(-1)[positions[kept]] = -1.0
-    columns = per_row_topk(free, count)
-    found = np.take_along_axis(gradient, columns.astype(np.int64), axis=1)
-    np.put_along_axis(scores, columns.astype(np.int64), found / (found.max() or 1.0), axis=1)
+    grown = per_row_topk(free, count).astype(np.int64)
+    found = np.take_along_axis(gradient, grown, axis=1)
+    np.put_along_axis(scores, grown, found / (found.max() or 1.0), axis=1)
 
     mask = np.zeros(gradient.shape, np.bool_)
     mask.reshape(-1)[positions[kept]] = True
-    np.put_along_axis(mask, columns.astype(np.int64), True, axis=1)
+    np.put_along_axis(mask, grown, True, axis=1)
     return mask, scores, dropped

@@ -159,7 +159,7 @@ class SRigL(GradientTrainer):
         """Take over a `state_dict`; see :meth:`SparseTrainer.load_state_dict`."""
         budgets = {name: int(budget) for name, budget in state.get("budgets", {}).items()}
         fits = budgets.keys() == self.budgets.keys() and all(
-            layer.shape[0] <= budgets[name] <= layer.capacity
+            layer.shape[0] <= budgets[name] <= min(layer.capacity, math.prod(layer.shape))
             and budgets[name] % max(1, layer.shape[0]) == 0
             for name, layer in self.layers.items()
         )
