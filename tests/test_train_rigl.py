@@ -16,9 +16,10 @@ from torch import nn  # noqa: E402
 from train_cases import Single, assert_moved, assert_resumes, first_dropped, train  # noqa: E402
 
 from spfmt.errors import FormatError  # noqa: E402
-from spfmt.formats import CSR, NM, Condensed, ShuffledBlock  # noqa: E402
+from spfmt.formats import CSR, HRBP, NM, Condensed, ShuffledBlock  # noqa: E402
 from spfmt.torch import SparseLinear, sparsify  # noqa: E402
 from spfmt.train import RigL, Static  # noqa: E402
+from spfmt.train.choice import free_positions  # noqa: E402
 
 FORMATS = {
     "condensed": {},
@@ -207,18 +208,40 @@ def test_convolutions_against_plain_loops(format, groups):
 
 
 def test_blocks_grow_where_their_gradient_is():
-    """Two of eight blocks; the smaller goes, the free one of the largest gradients comes."""
+    """The block that keeps least goes; the free one of the largest gradients comes as a whole."""
     weight = np.zeros((4, 8), np.float32)
     weight[:2, :2] = [[5, 6], [7, 8]]
     weight[2:, 4:6] = [[1, 2], [3, 4]]
-    tensor = ShuffledBlock.from_dense(weight, block_shape=(2, 2))
-    case = Single(RigL, tensor, 0.5)
+    case = Single(RigL, ShuffledBlock.from_dense(weight, block_shape=(2, 2)), 1 / 4)
     gradient = np.ones((4, 8))
+    gradient[:2, :2] = 9  # of weights, so they do not count
     gradient[2:, 6:] = 3
     before, after = case.move(gradient)
     mask = np.zeros((4, 8), bool)
     mask[:2, :2] = mask[2:, 6:] = True
-    assert_moved(before, after, before.weight > 4, mask)
+    assert_moved(before, after, before.weight > 2, mask)
+
+
+def test_where_every_group_would_change_the_larger_gradients_do():
+    """Two weights are dropped; a channel has two in each group, so that one group grows."""
+    weight = np.zeros((4, 4), np.float32)
+    weight[:2, :2] = [[8, 7], [8, 7]]
+    weight[2:, 2:] = [[8, 1], [8, 1]]
+    case = Single(RigL, HRBP.from_dense(weight, groups=2), 1 / 4)
+    gradient = np.zeros((4, 4))
+    gradient[:2, 2], gradient[2:, 0] = 5, 9
+    before, after = case.move(gradient)
+    assert_moved(
+        before, after, before.weight > 1, np.array([[1, 1, 0, 0]] * 2 + [[1, 0, 1, 0]] * 2)
+    )
+
+
+def test_free_positions_hold_no_weight(format):
+    layer = network(format)[0]
+    scores = np.zeros(48 * 32, np.float32)
+    scores[layer.positions()] = 1.0
+    found = free_positions(layer, layer.tensor(), scores, layer.positions(), 200)
+    assert not np.isin(found, layer.positions()).any()
 
 
 def test_values_and_state_follow_on_every_format(format):
