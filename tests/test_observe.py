@@ -11,6 +11,7 @@ from test_averages import network  # noqa: E402
 from test_followers import in_two_processes  # noqa: E402
 from torch import nn  # noqa: E402
 
+from spfmt import train  # noqa: E402
 from spfmt.errors import FormatError  # noqa: E402
 from spfmt.torch import SparseLinear  # noqa: E402
 from spfmt.train import SET  # noqa: E402
@@ -167,6 +168,28 @@ def _ranks(rank: int) -> None:
     masks = [None, None]
     torch.distributed.all_gather_object(masks, model[0].tensor().mask())
     np.testing.assert_array_equal(*masks)
+    assert_ranks_move_alike(rank)
+
+
+def assert_ranks_move_alike(rank: int) -> None:
+    """What each method makes of the ranks' common gradient is one topology."""
+    for format, kind in (("csr", train.RigL), ("condensed", train.SRigL), ("hrbp", train.HRBP)):
+        model = network(format)
+        ddp = nn.parallel.DistributedDataParallel(model)
+        optimizer = torch.optim.SGD(ddp.parameters(), lr=0.1)
+        method = kind(ddp, optimizer, alpha=0.6, delta_t=1, t_end=100)
+        first = model[0].structure.clone()
+        for step in range(4):
+            optimizer.zero_grad()
+            backward(
+                ddp, torch.randn(8, 32, generator=torch.Generator().manual_seed(2 * step + rank))
+            )
+            optimizer.step()
+            method.step()
+        assert not torch.equal(model[0].structure, first)
+        words = [None, None]
+        torch.distributed.all_gather_object(words, (model[0].structure, model[2].structure))
+        assert all(map(torch.equal, *words))
 
 
 def test_ranks_observe_the_whole_batch():

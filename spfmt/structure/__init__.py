@@ -9,7 +9,7 @@ from __future__ import annotations
 from .blocks import select_blocks
 from .distribution import erk_densities, uniform_densities
 from .fan_in import constant_fan_in
-from .hrbp import hrbp_block_density, hrbp_structure
+from .hrbp import hrbp_block_density, hrbp_blocks, hrbp_structure
 from .nm import nm_columns, transposable_nm_columns, transposable_nm_mask, transposable_patterns
 from .rows import order_rows, order_rows_fast
 from .unstructured import per_row_topk, topk_columns, topk_mask
@@ -18,6 +18,7 @@ __all__ = [
     "constant_fan_in",
     "erk_densities",
     "hrbp_block_density",
+    "hrbp_blocks",
     "hrbp_structure",
     "nm_columns",
     "order_rows",

@@ -102,13 +102,79 @@ def hrbp_structure(
     patterns = np.empty((row_ptr.size - 1, s_cells), np.int32)
     for g in range(row_ptr.size - 1):
         rows = order[row_ptr[g] : row_ptr[g + 1]]
-        counts, sums = np.zeros((2, channels), np.int64), np.zeros(channels, np.float64)
-        _hrbp.channel_totals(
-            kernel_mask.view(np.uint8), m.view(np.uint8), plain, rows, cells, counts, sums
-        )
-        kept_channels[g] = np.flatnonzero(_most(n_channels, *counts, sums))
-        patterns[g] = _pattern(m, plain, rows, kept_channels[g], cells, s_cells)
+        _choose_block(kernel_mask, m, plain, rows, kept_channels[g], patterns[g])
     return order, row_ptr, kept_channels, patterns
+
+
+def hrbp_blocks(
+    mask: npt.ArrayLike,
+    scores: npt.ArrayLike,
+    shape: Sequence[int],
+    row_perm: npt.ArrayLike,
+    row_ptr: npt.ArrayLike,
+    n_channels: int,
+    n_cells: int,
+) -> tuple[Int32Array, Int32Array]:
+    """Input channels and pattern of row groups that stay as they are (HRBP, section 4.2).
+
+    Steps 2, 4 and 5 of `hrbp_structure` inside each group: its fraction n_channels/C_in of kernels
+    with the most nonzeros forms its kernel mask, and its block follows from that.
+
+    Parameters
+    ----------
+    mask, scores, shape
+        As for `hrbp_structure`.
+    row_perm : array_like of int, shape (C_out,)
+        Rows, group after group.
+    row_ptr : array_like of int, shape (t + 1,)
+        Group g owns row_perm[row_ptr[g]:row_ptr[g + 1]].
+    n_channels, n_cells : int
+        What every group keeps, 1 <= n_channels <= C_in and 1 <= n_cells <= Kh*Kw.
+
+    Returns
+    -------
+    channel_indices : ndarray of int32, shape (t, n_channels)
+        Ascending.
+    pattern_indices : ndarray of int32, shape (t, n_cells)
+        Cells kh*Kw + kw, ascending.
+
+    Raises
+    ------
+    FormatError
+        Shapes that do not fit together, NaN in scores, row_perm not a permutation, an empty group,
+        or numbers of channels or cells out of range.
+    """
+    m, plain, out, channels, cells = _check_layer(mask, scores, shape)
+    perm, pointer = as_row_perm(row_perm, out), _as_group_ptr(row_ptr, out)
+    n_channels = as_int("n_channels", n_channels, 1, channels)
+    n_cells = as_int("n_cells", n_cells, 1, cells)
+    kept_channels = np.empty((pointer.size - 1, n_channels), np.int32)
+    patterns = np.empty((pointer.size - 1, n_cells), np.int32)
+    kernel_mask = np.zeros((out, channels), np.bool_)
+    for g in range(pointer.size - 1):
+        rows = np.sort(perm[pointer[g] : pointer[g + 1]])
+        kernel_mask[rows] = _kernel_mask(m[rows], plain[rows], n_channels / channels, cells)
+        _choose_block(kernel_mask, m, plain, rows, kept_channels[g], patterns[g])
+    return kept_channels, patterns
+
+
+def _choose_block(
+    kernel_mask: BoolArray,
+    m: BoolArray,
+    scores: FloatArray,
+    rows: Int32Array,
+    channels: Int32Array,
+    pattern: Int32Array,
+) -> None:
+    """Fill in the channels and the cells that a group of rows keeps."""
+    count = kernel_mask.shape[1]
+    cells = m.shape[1] // count
+    counts, sums = np.zeros((2, count), np.int64), np.zeros(count, np.float64)
+    _hrbp.channel_totals(
+        kernel_mask.view(np.uint8), m.view(np.uint8), scores, rows, cells, counts, sums
+    )
+    channels[:] = np.flatnonzero(_most(channels.size, *counts, sums))
+    pattern[:] = _pattern(m, scores, rows, channels, cells, pattern.size)
 
 
 def hrbp_block_density(
@@ -218,6 +284,19 @@ def _group_ptr(out: int, groups: int | None) -> Int64Array:
     row_ptr = np.zeros(t + 1, np.int64)
     np.cumsum(base + (np.arange(t) < longer), out=row_ptr[1:])
     return row_ptr
+
+
+def _as_group_ptr(row_ptr: npt.ArrayLike, out: int) -> Int64Array:
+    """`row_ptr` as int64, from 0 to all rows, every group with a row."""
+    pointer = np.asarray(row_ptr, np.int64)
+    ends = pointer.ndim == 1 and pointer.size and (pointer[0], pointer[-1]) == (0, out)
+    if not ends or (np.diff(pointer) < 1).any():
+        raise format_error(
+            f"row_ptr = {pointer.tolist()}",
+            f"ascending bounds of groups, from 0 to {out}",
+            "pass those of hrbp_structure",
+        )
+    return pointer
 
 
 def _pattern(

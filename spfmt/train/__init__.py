@@ -4,17 +4,27 @@ from __future__ import annotations
 
 from spfmt.torch import layer_densities  # first: says what to install where torch is missing
 from spfmt.train.base import SparseTrainer
+from spfmt.train.gradient import GradientTrainer
+from spfmt.train.hrbp import HRBP
 from spfmt.train.observe import Observation
+from spfmt.train.rigl import RigL
 from spfmt.train.schedule import CosineSchedule
 from spfmt.train.set import SET
+from spfmt.train.srigl import SRigL
+from spfmt.train.static import Static
 from spfmt.train.summary import LayerSummary, TrainerSummary
 
 __all__ = [
+    "HRBP",
     "SET",
     "CosineSchedule",
+    "GradientTrainer",
     "LayerSummary",
     "Observation",
+    "RigL",
+    "SRigL",
     "SparseTrainer",
+    "Static",
     "TrainerSummary",
     "layer_densities",
 ]

@@ -160,9 +160,8 @@ class SparseTrainer(ABC):
         return any(moved)
 
     def _update_layer(self, name: str, layer: SparseModule) -> bool:
-        n_drop = self.schedule.n_drop(self.steps, layer.nnz)
-        # A full layer (erk gives small ones density 1) could only grow what it dropped, as zeros.
-        if n_drop == 0 or layer.nnz == math.prod(layer.shape):
+        n_drop = self.n_drop(layer, self.steps)
+        if n_drop == 0:
             return False
         before = _packed_mask(layer)
         structure, forgotten = self.rewire(layer, n_drop)
@@ -172,6 +171,12 @@ class SparseTrainer(ABC):
         after = _packed_mask(layer)
         self._explored[name] |= after
         return not np.array_equal(before, after)
+
+    def n_drop(self, layer: SparseModule, step: int) -> int:
+        """Return how many weights of a layer the update after a step drops; 0 for no update."""
+        # A full layer (erk gives small ones density 1) could only grow what it dropped, as zeros.
+        full = layer.nnz == math.prod(layer.shape)
+        return 0 if full else self.schedule.n_drop(step, layer.nnz)
 
     @abstractmethod
     def rewire(self, layer: SparseModule, n_drop: int) -> tuple[SparseTensor, NDArray[np.int64]]:

@@ -66,8 +66,11 @@ class Observation:
 
     def weight_grad(self) -> Tensor:
         """Compute the dense gradient of the weight, ``dY.T @ X``, (R, C); mean over the ranks."""
-        products = [self._layer.dense_gradient(*call) for call in self._whole()]
-        return self._over_ranks(torch.stack(products).sum(0)) / world_size(self.group)
+        first, *others = self._whole()
+        total = self._layer.dense_gradient(*first)
+        for call in others:  # never more than two of its size, however many calls there were
+            total += self._layer.dense_gradient(*call)
+        return self._over_ranks(total).div_(world_size(self.group))
 
     def _norms(self, which: int) -> Tensor:
         squares = self._squares

@@ -9,15 +9,17 @@ import torch
 from numpy.typing import NDArray
 
 from spfmt.formats import SparseTensor
-from spfmt.torch.convert import whole
 from spfmt.torch.module import SparseModule
 from spfmt.train.base import SparseTrainer
-from spfmt.train.choice import smallest
+from spfmt.train.choice import (
+    fill_below_kept,
+    free_positions,
+    magnitudes,
+    smallest,
+    units_first,
+)
 
 __all__ = ["SET"]
-
-# Ranks positions that are neither kept nor drawn: far below any weight, yet above zero in float32.
-_FAINT = 1e-30
 
 
 class SET(SparseTrainer):
@@ -61,18 +63,15 @@ class SET(SparseTrainer):
     def rewire(self, layer: SparseModule, n_drop: int) -> tuple[SparseTensor, NDArray[np.int64]]:
         """Choose the next structure of a layer; see :meth:`SparseTrainer.rewire`."""
         tensor, positions = layer.tensor(), layer.positions()
-        magnitudes = whole(layer.values)[: layer.nnz].abs().to("cpu", torch.float32).numpy()
-        dropped = smallest(magnitudes, n_drop)
+        weights = magnitudes(layer)
+        dropped = smallest(weights, n_drop)
         kept = np.ones(layer.nnz, np.bool_)
         kept[dropped] = False
-
         grow_scores = self.grow_scores(layer, tensor)
         grown = self._draw(layer, tensor, grow_scores, positions[kept], n_drop)
 
         # Where a format must take more than was kept and drawn, the grow scores go on deciding.
-        scores = grow_scores * np.float32(_FAINT)
-        scores[positions[kept]] = np.maximum(magnitudes[kept], 2 * _FAINT)
-        scores[grown] = max(magnitudes.max(), 2 * _FAINT)
+        scores = fill_below_kept(grow_scores, positions[kept], weights[kept], grown)
         grows = np.zeros(scores.size, np.bool_)
         grows[grown] = True
         forgotten = dropped[grows[positions[dropped]]]
@@ -101,23 +100,13 @@ class SET(SparseTrainer):
         count: int,
     ) -> NDArray[np.int64]:
         """Return about `count` free positions that score high and lie as the format needs them."""
-        scores = grow_scores.copy()
-        scores[taken] = 0.0
-        wanted: NDArray[np.bool_] = type(tensor).project(
-            scores.reshape(layer.shape), count / scores.size, **layer.format_params
-        )
-        wanted.reshape(-1)[taken] = False
-        drawn = np.flatnonzero(wanted)
+        drawn = free_positions(layer, tensor, grow_scores, taken, count)
         if drawn.size <= count:
             return drawn
         # A format whose smallest legal change is larger (one more per row, say) changes some units.
         unit = _units(tensor)[drawn // math.prod(layer.shape[1:])]
-        sizes = np.bincount(unit)
-        order = torch.randperm(sizes.size, generator=self.generator, device="cpu").numpy()
-        before = np.cumsum(sizes[order]) - sizes[order]
-        chosen = np.zeros(sizes.size, np.bool_)
-        chosen[order[before < count]] = True
-        return drawn[chosen[unit]]
+        order = torch.randperm(int(unit.max()) + 1, generator=self.generator, device="cpu").numpy()
+        return drawn[units_first(unit, order, count)]
 
 
 def _units(tensor: SparseTensor) -> NDArray[np.int64]:
