@@ -5,10 +5,11 @@ from __future__ import annotations
 from spfmt.torch import layer_densities  # first: says what to install where torch is missing
 from spfmt.train.base import SparseTrainer
 from spfmt.train.gradient import GradientTrainer
+from spfmt.train.gradual import GradualPruning
 from spfmt.train.hrbp import HRBP
 from spfmt.train.observe import Observation
 from spfmt.train.rigl import RigL
-from spfmt.train.schedule import CosineSchedule
+from spfmt.train.schedule import CosineSchedule, CubicSchedule
 from spfmt.train.set import SET
 from spfmt.train.srigl import SRigL
 from spfmt.train.static import Static
@@ -18,7 +19,9 @@ __all__ = [
     "HRBP",
     "SET",
     "CosineSchedule",
+    "CubicSchedule",
     "GradientTrainer",
+    "GradualPruning",
     "LayerSummary",
     "Observation",
     "RigL",

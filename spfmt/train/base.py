@@ -19,7 +19,7 @@ from spfmt.torch.wrappers import unwrapped
 from spfmt.train.followers import Averages, OptimizerState
 from spfmt.train.observe import Observation, Observe, Observer
 from spfmt.train.ranks import check_ranks
-from spfmt.train.schedule import CosineSchedule
+from spfmt.train.schedule import CosineSchedule, Schedule
 from spfmt.train.summary import LayerSummary, TrainerSummary
 
 # A structure drawn with the caller's seed 0 and growth drawn with the trainer's seed 0 must not be
@@ -61,6 +61,9 @@ class SparseTrainer(ABC):
         ``AveragedModel`` does, follows without being named here.
     process_group : ProcessGroup, optional
         The ranks that hold this same model; that of a DDP model, and else all ranks.
+    schedule : Schedule, optional
+        Of a method that has another one than the cosine of `alpha`, `delta_t` and `t_end`; it
+        overrides :meth:`n_drop`, too.
 
     Raises
     ------
@@ -88,8 +91,10 @@ class SparseTrainer(ABC):
         seed: int = 0,
         averages: Any = (),
         process_group: Any = None,
+        schedule: Schedule | None = None,
     ) -> None:
-        self.schedule = CosineSchedule.until(t_end, total_steps, alpha=alpha, delta_t=delta_t)
+        cosine = CosineSchedule.until(t_end, total_steps, alpha=alpha, delta_t=delta_t)
+        self.schedule = cosine if schedule is None else schedule
         self.optimizer = optimizer
         self._state = OptimizerState(optimizer)
         self.layers: dict[str, SparseModule] = {
@@ -176,7 +181,12 @@ class SparseTrainer(ABC):
         """Return how many weights of a layer the update after a step drops; 0 for no update."""
         # A full layer (erk gives small ones density 1) could only grow what it dropped, as zeros.
         full = layer.nnz == math.prod(layer.shape)
-        return 0 if full else self.schedule.n_drop(step, layer.nnz)
+        return 0 if full else self._share(step, layer.nnz)
+
+    def _share(self, step: int, n_weights: int) -> int:
+        """Return how many of so many weights the cosine drops."""
+        assert isinstance(self.schedule, CosineSchedule)
+        return self.schedule.n_drop(step, n_weights)
 
     @abstractmethod
     def rewire(self, layer: SparseModule, n_drop: int) -> tuple[SparseTensor, NDArray[np.int64]]:
@@ -197,8 +207,10 @@ class SparseTrainer(ABC):
             in `structure`.
         """
 
-    def fitting(self, layer: SparseModule, scores: NDArray[Any]) -> SparseTensor:
-        """Return the structure that keeps the most of `scores` at the layer's target density.
+    def fitting(
+        self, layer: SparseModule, scores: NDArray[Any], density: float | None = None
+    ) -> SparseTensor:
+        """Return the structure that keeps the most of `scores` at a density, the layer's target.
 
         Where sizes are not multiples of a block, structures of equally many blocks differ in their
         number of weights; one that exceeds the layer's capacity is searched again at a density as
@@ -206,7 +218,8 @@ class SparseTrainer(ABC):
         """
         search = get_format(layer.format).from_scores
         size = scores.size
-        density, step = layer.target_density, 0
+        step = 0
+        density = layer.target_density if density is None else density
         found: SparseTensor = search(scores, density, **layer.format_params)
         while found.nnz > layer.capacity:
             step = max(1, 2 * step, found.nnz - layer.capacity)

@@ -63,7 +63,7 @@ class HRBP(GradientTrainer):
     def n_drop(self, layer: SparseModule, step: int) -> int:
         """Return how many weights the update after a step drops, the same number in every row."""
         rows = max(1, layer.shape[0])
-        per_row = self.schedule.n_drop(step, layer.nnz // rows)
+        per_row = self._share(step, layer.nnz // rows)
         return rows * per_row if super().n_drop(layer, step) else 0
 
     def rewire(self, layer: SparseModule, n_drop: int) -> tuple[SparseTensor, NDArray[np.int64]]:

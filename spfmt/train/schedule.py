@@ -4,10 +4,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Protocol
 
 from spfmt.errors import format_error
 
-__all__ = ["CosineSchedule"]
+__all__ = ["CosineSchedule", "CubicSchedule", "Schedule"]
+
+
+class Schedule(Protocol):
+    """When a method updates."""
+
+    def is_update(self, t: int) -> bool:
+        """Tell whether the topology changes after step `t` (steps count from 1)."""
+        ...  # pragma: no cover
 
 
 @dataclass(frozen=True)
@@ -72,15 +81,7 @@ class CosineSchedule:
         alpha, delta_t
             As for the class.
         """
-        if isinstance(t_end, float):
-            if not 0.0 < t_end <= 1.0 or total_steps is None:
-                raise format_error(
-                    f"t_end={t_end} with total_steps={total_steps}",
-                    "an int (a step), or a float in (0, 1] together with total_steps",
-                    "pass total_steps=<steps of the whole run>, or t_end as an int",
-                )
-            t_end = round(t_end * total_steps)
-        return cls(alpha=alpha, delta_t=delta_t, t_end=t_end)
+        return cls(alpha=alpha, delta_t=delta_t, t_end=_step("t_end", t_end, total_steps))
 
     def is_update(self, t: int) -> bool:
         """Tell whether the topology changes after step `t` (steps count from 1)."""
@@ -96,3 +97,90 @@ class CosineSchedule:
         """Return how many of `n_weights` weights go after step `t`: eq. 1, rounded down."""
         # The rounding guard keeps 0.3 * 10 = 3 from becoming 2 by one ulp.
         return math.floor(self.drop_fraction(t) * n_weights + 1e-9)
+
+
+@dataclass(frozen=True)
+class CubicSchedule:
+    r"""Prune little by little: much at the start, less and less towards the end.
+
+    At step ``t`` of ``t_start .. t_end``, in n updates ``delta_t`` apart (Zhu & Gupta 2017, eq. 1),
+
+    .. math:: s_t = s_f + (s_i - s_f) \left(1 - \frac{t - t_{start}}{n \Delta t}\right)^3
+
+    Parameters
+    ----------
+    t_start : int
+        The step that pruning begins after, at least 0.
+    delta_t : int
+        Steps between two updates.
+    t_end : int
+        The last step that an update may follow, at least ``t_start + delta_t``.
+
+    Raises
+    ------
+    FormatError
+        Where no update fits, or a number is out of its range.
+
+    Examples
+    --------
+    >>> schedule = CubicSchedule(t_start=10, delta_t=10, t_end=30)
+    >>> [t for t in range(50) if schedule.is_update(t)]
+    [20, 30]
+    >>> schedule.left(20), schedule.left(30)
+    (0.125, 0.0)
+    """
+
+    t_start: int = 0
+    delta_t: int = 100
+    t_end: int = 75_000
+
+    def __post_init__(self) -> None:
+        if self.t_start < 0 or self.delta_t < 1 or self.t_end < self.t_start + self.delta_t:
+            raise format_error(
+                f"t_start={self.t_start}, delta_t={self.delta_t}, t_end={self.t_end}",
+                "0 <= t_start, 1 <= delta_t, and room for an update: t_start + delta_t <= t_end",
+                "lower delta_t, or raise t_end or total_steps",
+            )
+
+    @classmethod
+    def until(
+        cls, t_end: int | float, total_steps: int | None, *, t_start: int | float, delta_t: int
+    ) -> CubicSchedule:
+        """Build a schedule whose start and end are steps or fractions of all steps.
+
+        Parameters
+        ----------
+        t_end, t_start : int or float
+            A step (int), or a fraction of `total_steps` (float; of the end in (0, 1]).
+        total_steps : int, optional
+        delta_t : int
+        """
+        start = 0 if t_start == 0 else _step("t_start", t_start, total_steps)
+        return cls(start, delta_t, _step("t_end", t_end, total_steps))
+
+    @property
+    def updates(self) -> int:
+        """How many updates there are."""
+        return (self.t_end - self.t_start) // self.delta_t
+
+    def is_update(self, t: int) -> bool:
+        """Tell whether weights go after step `t` (steps count from 1)."""
+        return self.t_start < t <= self.t_end and (t - self.t_start) % self.delta_t == 0
+
+    def left(self, t: int) -> float:
+        """Return the share of the weights that must go which is still there after step `t`."""
+        done = (t - self.t_start) / (self.updates * self.delta_t)
+        return float((1.0 - min(1.0, max(0.0, done))) ** 3)
+
+
+def _step(name: str, given: int | float, total_steps: int | None) -> int:
+    """Return a step that may be given as a fraction of all."""
+    if not isinstance(given, float):
+        return given
+    if not 0.0 < given <= 1.0 or total_steps is None:
+        raise format_error(
+            f"{name}={given} with total_steps={total_steps}",
+            "an int (a step), or a float in (0, 1] together with total_steps",
+            f"pass total_steps=<steps of the whole run>, or {name} as an int",
+        )
+    return round(given * total_steps)

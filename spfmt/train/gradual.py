@@ -1,0 +1,161 @@
+"""Gradual magnitude pruning (Zhu & Gupta, To prune, or not to prune, 2017), for every format."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from spfmt.errors import format_error
+from spfmt.formats import SparseTensor
+from spfmt.torch.module import SparseModule
+from spfmt.train.base import SparseTrainer
+from spfmt.train.choice import magnitudes
+from spfmt.train.schedule import CubicSchedule
+
+__all__ = ["GradualPruning"]
+
+
+class GradualPruning(SparseTrainer):
+    """Take the smallest weights away little by little, while training goes on.
+
+    Every `delta_t` steps from `t_start` on, each layer keeps the weights of its format that have
+    the most magnitude, at the density of the cubic schedule (eq. 1 of the paper); none ever comes
+    back. Begin with a trained model of full layers, ``sparsify(model, format, density=1.0)``.
+    Where formats allow few densities (N:M, constant fan-in), a layer stays as it is until the
+    schedule has passed the next one.
+
+    Parameters
+    ----------
+    model, optimizer, seed, averages, process_group
+        As for :class:`SparseTrainer`.
+    density : float or mapping of str to float
+        At the end: of every layer, or by name (:func:`layer_densities` gives ERK's).
+    delta_t : int
+        Steps between updates.
+    t_start, t_end : int or float
+        Where pruning begins and ends: steps, or fractions of `total_steps`.
+    total_steps : int, optional
+
+    Attributes
+    ----------
+    first, last : dict of str to int
+        Weights of every layer before and after.
+
+    Raises
+    ------
+    FormatError
+        For a density out of (0, 1) or above a layer's own, names that are no layers, or a schedule
+        without an update.
+
+    Notes
+    -----
+    Time falls with the weights; memory does not, since the optimizer's references stay what they
+    are: :func:`spfmt.torch.sparsify` of the result, or its export, holds what is left.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from spfmt.torch import sparsify
+    >>> model = torch.nn.Sequential(torch.nn.Linear(64, 128), torch.nn.Linear(128, 10))
+    >>> report = sparsify(model, "csr", density=1.0)
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    >>> method = GradualPruning(model, optimizer, density=0.25, delta_t=2, t_end=8)
+    >>> for step in range(8):
+    ...     optimizer.zero_grad()
+    ...     model(torch.randn(16, 64)).square().mean().backward()
+    ...     optimizer.step()
+    ...     changed = method.step()
+    >>> [round(layer.density, 2) for layer in model]
+    [0.25, 0.25]
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        density: float | Mapping[str, float],
+        delta_t: int = 100,
+        t_start: int | float = 0,
+        t_end: int | float = 0.75,
+        total_steps: int | None = None,
+        seed: int = 0,
+        averages: Any = (),
+        process_group: Any = None,
+    ) -> None:
+        self._density = density
+        schedule = CubicSchedule.until(t_end, total_steps, t_start=t_start, delta_t=delta_t)
+        super().__init__(
+            model, optimizer, t_end=schedule.t_end, delta_t=delta_t, seed=seed, averages=averages,
+            process_group=process_group, schedule=schedule,
+        )  # fmt: skip
+        self.first = {name: layer.nnz for name, layer in self.layers.items()}
+        self.last = self._last()
+
+    def _last(self) -> dict[str, int]:
+        given = self._density
+        densities = given if isinstance(given, Mapping) else dict.fromkeys(self.layers, given)
+        unknown = [name for name in densities if name not in self.layers]
+        if unknown or len(densities) < len(self.layers):
+            raise format_error(
+                f"densities of {', '.join(densities) or 'no layer'}",
+                f"one of each of {', '.join(self.layers)}",
+                "name every sparse layer, or pass one number",
+            )
+        return {name: self._check_density(name, d) for name, d in densities.items()}
+
+    def _check_density(self, name: str, density: float) -> int:
+        size = math.prod(self.layers[name].shape)
+        if not 0.0 < density < 1.0 or round(density * size) > self.first[name]:
+            raise format_error(
+                f"density={density} for {name} of density {self.layers[name].density:.4g}",
+                "less than what it has, above 0",
+                "begin with layers that are full: sparsify(model, format, density=1.0)",
+            )
+        return round(density * size)
+
+    def budget(self, name: str, step: int) -> int:
+        """Return how many weights a layer keeps after a step."""
+        assert isinstance(self.schedule, CubicSchedule)
+        first, last = self.first[name], self.last[name]
+        return last + round((first - last) * self.schedule.left(step))
+
+    def n_drop(self, layer: SparseModule, step: int) -> int:
+        """Return how many weights are more than the schedule allows."""
+        name = next(name for name, own in self.layers.items() if own is layer)
+        return max(0, layer.nnz - self.budget(name, step))
+
+    def rewire(self, layer: SparseModule, n_drop: int) -> tuple[SparseTensor, NDArray[np.int64]]:
+        """Choose the next structure of a layer; see :meth:`SparseTrainer.rewire`."""
+        positions, weights = layer.positions(), magnitudes(layer)
+        scores = np.zeros(math.prod(layer.shape), weights.dtype)
+        # A weight of zero is still one: it goes before a position that has none.
+        scores[positions] = np.maximum(weights, np.finfo(weights.dtype).tiny)
+        density = (layer.nnz - n_drop) / scores.size
+        found = self.fitting(layer, scores.reshape(layer.shape), density)
+        return found if found.nnz < layer.nnz else layer.tensor(), np.empty(0, np.int64)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what :meth:`SparseTrainer.state_dict` does, and where pruning began."""
+        return {**super().state_dict(), "first": dict(self.first)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over a `state_dict`; see :meth:`SparseTrainer.load_state_dict`."""
+        first = {name: int(n) for name, n in state.get("first", {}).items()}
+        fits = first.keys() == self.first.keys() and all(
+            self.last[name] <= first[name] <= layer.capacity for name, layer in self.layers.items()
+        )
+        if not fits:
+            raise format_error(
+                f"a state that began with {first} weights",
+                f"one of layers {', '.join(self.layers)}, of no more than their capacities",
+                "load the state of a run with the same densities",
+            )
+        super().load_state_dict(state)
+        self.first = first
