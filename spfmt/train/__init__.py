@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from spfmt.torch import layer_densities  # first: says what to install where torch is missing
 from spfmt.train.base import SparseTrainer
+from spfmt.train.dsb import DNSB, DSB, SSB
 from spfmt.train.observe import Observation
 from spfmt.train.schedule import CosineSchedule
 from spfmt.train.set import SET
 from spfmt.train.summary import LayerSummary, TrainerSummary
 
 __all__ = [
+    "DNSB",
+    "DSB",
     "SET",
+    "SSB",
     "CosineSchedule",
     "LayerSummary",
     "Observation",

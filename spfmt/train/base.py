@@ -192,21 +192,23 @@ class SparseTrainer(ABC):
             in `structure`.
         """
 
-    def fitting(self, layer: SparseModule, scores: NDArray[Any]) -> SparseTensor:
+    def fitting(self, layer: SparseModule, scores: NDArray[Any], **params: Any) -> SparseTensor:
         """Return the structure that keeps the most of `scores` at the layer's target density.
+
+        `params` replace those with which the layer's format searches.
 
         Where sizes are not multiples of a block, structures of equally many blocks differ in their
         number of weights; one that exceeds the layer's capacity is searched again at a density as
         much smaller as it takes.
         """
         search = get_format(layer.format).from_scores
-        size = scores.size
+        size, params = scores.size, {**layer.format_params, **params}
         density, step = layer.target_density, 0
-        found: SparseTensor = search(scores, density, **layer.format_params)
+        found: SparseTensor = search(scores, density, **params)
         while found.nnz > layer.capacity:
             step = max(1, 2 * step, found.nnz - layer.capacity)
             density = max(0.0, density - step / size)
-            found = search(scores, density, **layer.format_params)
+            found = search(scores, density, **params)
         return found
 
     # -------------------------------------------------------------------------------- observations
@@ -221,9 +223,10 @@ class SparseTrainer(ABC):
 
         Returns
         -------
-        {"norms", "batches"} or None
-            "norms" records norms of inputs and output gradients, per feature; "batches" records
-            both whole, from which :meth:`Observation.weight_grad` computes a dense gradient.
+        {"norms", "l1_norms", "batches"} or None
+            "norms" records the Euclidean norm of every input and of every output's gradient, and
+            "l1_norms" their l1 norm; "batches" records both whole, from which
+            :meth:`Observation.weight_grad` computes a dense gradient.
         """
         return None
 
