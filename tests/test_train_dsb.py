@@ -337,7 +337,7 @@ def test_values_and_state_follow_their_weights(name, kind):
         for p, content in after.items():
             assert content in ([0] * 4, before.get(p))
         survived = sum(content == before.get(p) for p, content in after.items())
-        assert survived > len(before) / 2
+        assert survived > len(before) / 3  # shuffling again costs a small layer most
 
 
 @settings(max_examples=25, deadline=None)
@@ -376,23 +376,26 @@ def test_budget_and_structure_hold(name, rows, cols, s1, s2, density, seed):
 
 
 def test_new_weights_survive_the_blocking():
-    """They count as the largest weight, though they are zero."""
-    model = network()
-    method = DSB(model, torch.optim.SGD(model.parameters(), lr=0.0), delta_t=1, t_end=10**9)
-    seen = []
+    """They count as the largest weight, though they are zero; as the smallest, most would go."""
+    shares = []
+    for factor in (1.0, 1e-6):
 
-    class Spy(DSB):
-        def shuffle(self, layer, scores):
-            seen.append(scores.copy())
-            return super().shuffle(layer, scores)
+        class Spy(DSB):
+            def shuffle(self, layer, scores, factor=factor):
+                mask = layer.tensor().mask().reshape(scores.shape)
+                grown = (scores > 0) & ~mask
+                assert (scores > 0).sum() == layer.nnz
+                assert (scores[grown] == scores.max()).all()
+                assert scores.max() == layer.values.abs().max()
+                scores[grown] *= factor
+                found = super().shuffle(layer, scores)
+                shares.append(found.mask().reshape(scores.shape)[grown].mean())
+                return found
 
-    method.__class__ = Spy
-    before = model[0].tensor()
-    assert train(model, method.optimizer, method, 1) == [True]
-    grown = (seen[0] > 0) & ~before.mask()
-    assert (seen[0][grown] == np.abs(before.values).max()).all()
-    assert (seen[0] > 0).sum() == before.nnz
-    assert (model[0].tensor().mask() & grown).sum() > 0.9 * grown.sum()
+        model = network()[:1]
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        train(model, optimizer, Spy(model, optimizer, delta_t=1, t_end=10**9), 1)
+    assert shares[0] > 0.7 > 2 * shares[1]
 
 
 def test_isolated_candidates_are_spared_or_not():
@@ -409,15 +412,16 @@ def test_isolated_candidates_are_spared_or_not():
 
 
 def test_trained_zeros_are_weights():
-    model = network()
+    layer = SparseLinear(16, 24, format="shuffled_block", density=0.25, block_shape=(4, 4))
     with torch.no_grad():
-        model[0].values.zero_()
-        model[2].values.zero_()
-    budget = [layer.nnz for layer in sparse(model)]
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    method = DSB(model, optimizer, delta_t=1, t_end=100, grow_shape=(4, 4))
-    assert train(model, optimizer, method, 3) == [True] * 3
-    assert [layer.nnz for layer in sparse(model)] == budget
+        layer.values.zero_()
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.0)
+    method = DSB(layer, optimizer, alpha=0.2, delta_t=1, t_end=100, block_aware=False)
+    before = layer.tensor().mask()
+    layer(torch.randn(4, 16)).sum().backward()
+    assert method.step()
+    assert layer.nnz == 24 * 16 // 4
+    assert (layer.tensor().mask() & before).sum() > 0.5 * before.sum()
 
 
 def test_layers_may_keep_their_groups_of_rows():

@@ -9,7 +9,7 @@ import logging
 from collections.abc import Iterator
 from heapq import heappop, heappush
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -164,7 +164,7 @@ class DSB(SparseTrainer):
 
     def rewire(self, layer: SparseModule, n_drop: int) -> tuple[SparseTensor, _Places]:
         """Choose the next structure of a layer; see :meth:`SparseTrainer.rewire`."""
-        tensor, positions = layer.tensor(), layer.positions()
+        tensor, positions = cast(ShuffledBlock, layer.tensor()), layer.positions()
         magnitudes = whole(layer.values)[: layer.nnz].abs().to("cpu", torch.float32).numpy()
         dropped = smallest(magnitudes, n_drop)
         if self.block_aware:
@@ -178,12 +178,15 @@ class DSB(SparseTrainer):
         scores = np.zeros(tensor.matrix_shape, np.float32)
         flat = scores.reshape(-1)
         flat[positions[kept]] = np.maximum(magnitudes[kept], _LEAST)
-        outputs, inputs = (
-            self.groups(norm, size)
-            for norm, size in zip(norms, self._grow_shape(tensor), strict=True)
-        )
-        flat[grow_in_blocks(outputs, inputs, scores, dropped.size)] = max(magnitudes.max(), _LEAST)
+        s_x, s_y = self.grow_shape or self.usual_grow_shape(tensor)
+        outputs, inputs = self.groups(norms[0], s_x), self.groups(norms[1], s_y)
+        grown = grow_in_blocks(outputs, inputs, scores, dropped.size)
+        flat[grown] = max(magnitudes.max(), _LEAST)
         return self.shuffle(layer, scores), dropped
+
+    def usual_grow_shape(self, tensor: ShuffledBlock) -> tuple[int, int]:
+        """Return (S_x, S_y) where none was given."""
+        return tensor.block_shape[0], 1
 
     def groups(self, norms: _Floats, size: int) -> RankedGroups:
         """Cut outputs or inputs into the groups X or Y."""
@@ -197,9 +200,6 @@ class DSB(SparseTrainer):
         order = {"method": "fast", **{key: how[key] for key in _ROW_ORDER if key in how}}
         rows = order_rows(scores > 0, group_size=how["block_shape"][0], **order)
         return self.fitting(layer, shaped, row_perm=rows)
-
-    def _grow_shape(self, tensor: ShuffledBlock) -> tuple[int, int]:
-        return self.grow_shape or (tensor.block_shape[0], 1)
 
     def _norms(self, layer: SparseModule) -> tuple[_Floats, _Floats] | None:
         """Return the norms of dOut (R,) and of In (C,); None where some are not finite."""
@@ -233,8 +233,9 @@ class DNSB(DSB):
         """Take the blocks of most score from the grid; nothing is shuffled."""
         return self.fitting(layer, scores.reshape(layer.shape))
 
-    def _grow_shape(self, tensor: ShuffledBlock) -> tuple[int, int]:
-        return self.grow_shape or tensor.block_shape
+    def usual_grow_shape(self, tensor: ShuffledBlock) -> tuple[int, int]:
+        """Return (S_x, S_y) where none was given: a block of the grid."""
+        return tensor.block_shape
 
 
 class SSB(DSB):
@@ -335,9 +336,9 @@ def sorted_groups(norms: _Floats, size: int) -> RankedGroups:
 
 def aligned_groups(norms: _Floats, size: int) -> RankedGroups:
     """Cut into groups of consecutive ones, and sort those by their norms."""
-    groups = _groups_of(np.arange(norms.size), norms, size)
-    best = np.argsort(-groups.totals, kind="stable")
-    return RankedGroups(*(part[best] for part in groups))
+    members, own, totals = _groups_of(np.arange(norms.size), norms, size)
+    best = np.argsort(-totals, kind="stable")
+    return RankedGroups(members[best], own[best], totals[best])
 
 
 def grow_in_blocks(
