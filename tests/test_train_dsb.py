@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import io
 import tracemalloc
 from typing import Any
@@ -20,7 +21,7 @@ from spfmt.formats import ShuffledBlock  # noqa: E402
 from spfmt.structure.rows import order_rows  # noqa: E402
 from spfmt.torch import SparseConv1d, SparseConv2d, SparseLinear, sparsify  # noqa: E402
 from spfmt.train import DNSB, DSB, SET, SSB  # noqa: E402
-from spfmt.train.dsb import block_aware, grow_in_blocks, sorted_groups  # noqa: E402
+from spfmt.train.dsb import best_first, block_aware, grow_in_blocks, sorted_groups  # noqa: E402
 
 METHODS = {"DSB": (DSB, {}), "DNSB": (DNSB, {"aligned": True})}
 
@@ -139,14 +140,35 @@ def test_half_of_a_line_is_half_of_its_own_length(shape, block_shape, candidates
     ],
 )  # fmt: skip
 def test_figure_6_blocks_grow_best_first(inputs, taken, count, grown):
-    weights = np.zeros((4, 4))
+    weights = np.zeros((4, 4), bool)
     for position in taken:
-        weights[position] = 1
+        weights[position] = True
     x, y = sorted_groups(np.array([4.0, 1, 3, 2]), 2), sorted_groups(np.array(inputs, float), 1)
     assert x.members.tolist() == [[0, 2], [3, 1]]
     assert y.members.tolist() == [[2], [1], [0], [3]]
     found = grow_in_blocks(x, y, weights, count)
     assert [divmod(int(p), 4) for p in found] == grown
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    st.lists(st.integers(0, 6), min_size=1, max_size=9),
+    st.lists(st.integers(0, 6), min_size=1, max_size=9),
+    st.integers(0, 90),
+)
+def test_blocks_come_in_the_order_of_a_search_with_a_frontier(x, y, count):
+    """As the paper says it: the two neighbours of a visited block join the frontier."""
+    x, y = sorted(x, reverse=True), sorted(y, reverse=True)
+    frontier, seen, visited = [(-x[0] * y[0], 0, 0)], {(0, 0)}, []
+    while frontier and len(visited) < count:
+        _, i, j = heapq.heappop(frontier)
+        visited.append((i, j))
+        for a, b in ((i, j + 1), (i + 1, j)):
+            if a < len(x) and b < len(y) and (a, b) not in seen:
+                seen.add((a, b))
+                heapq.heappush(frontier, (-x[a] * y[b], a, b))
+    found = best_first(np.array(x, float), np.array(y, float), count)
+    assert [tuple(cell) for cell in found] == visited
 
 
 # ------------------------------------------------------------------- a slow reference of the update
@@ -381,15 +403,13 @@ def test_new_weights_survive_the_blocking():
     for factor in (1.0, 1e-6):
 
         class Spy(DSB):
-            def shuffle(self, layer, scores, factor=factor):
-                mask = layer.tensor().mask().reshape(scores.shape)
-                grown = (scores > 0) & ~mask
-                assert (scores > 0).sum() == layer.nnz
-                assert (scores[grown] == scores.max()).all()
-                assert scores.max() == layer.values.abs().max()
-                scores[grown] *= factor
-                found = super().shuffle(layer, scores)
-                shares.append(found.mask().reshape(scores.shape)[grown].mean())
+            def shuffle(self, layer, positions, magnitudes, factor=factor):
+                new = ~np.isin(positions, layer.positions())
+                assert positions.size == np.unique(positions).size == layer.nnz
+                assert (magnitudes[new] == layer.values.abs().max().item()).all()
+                magnitudes = np.where(new, factor * magnitudes, magnitudes)
+                found = super().shuffle(layer, positions, magnitudes)
+                shares.append(np.isin(positions[new], found.flat_indices()).mean())
                 return found
 
         model = network()[:1]

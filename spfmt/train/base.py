@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -192,23 +192,29 @@ class SparseTrainer(ABC):
             in `structure`.
         """
 
-    def fitting(self, layer: SparseModule, scores: NDArray[Any], **params: Any) -> SparseTensor:
-        """Return the structure that keeps the most of `scores` at the layer's target density.
+    def fitting(self, layer: SparseModule, scores: NDArray[Any]) -> SparseTensor:
+        """Return the structure that keeps the most of `scores` at the layer's target density."""
+        search = get_format(layer.format).from_scores
+        return self.within_capacity(
+            layer, lambda density: search(scores, density, **layer.format_params)
+        )
 
-        `params` replace those with which the layer's format searches.
+    def within_capacity(
+        self, layer: SparseModule, search: Callable[[float], SparseTensor]
+    ) -> SparseTensor:
+        """Return what is found at the layer's target density, or next below it.
 
         Where sizes are not multiples of a block, structures of equally many blocks differ in their
         number of weights; one that exceeds the layer's capacity is searched again at a density as
         much smaller as it takes.
         """
-        search = get_format(layer.format).from_scores
-        size, params = scores.size, {**layer.format_params, **params}
+        size = math.prod(layer.shape)
         density, step = layer.target_density, 0
-        found: SparseTensor = search(scores, density, **params)
+        found = search(density)
         while found.nnz > layer.capacity:
             step = max(1, 2 * step, found.nnz - layer.capacity)
             density = max(0.0, density - step / size)
-            found = search(scores, density, **params)
+            found = search(density)
         return found
 
     # -------------------------------------------------------------------------------- observations

@@ -6,9 +6,6 @@ The sections, figures and equations named here are the paper's.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from heapq import heappop, heappush
-from itertools import islice
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -19,7 +16,6 @@ from torch import nn
 from spfmt.errors import format_error
 from spfmt.formats import Groups, ShuffledBlock, SparseTensor
 from spfmt.structure._checks import as_int
-from spfmt.structure.rows import order_rows
 from spfmt.torch.convert import whole
 from spfmt.torch.module import SparseModule
 from spfmt.train.base import SparseTrainer
@@ -35,9 +31,6 @@ _Places = NDArray[np.int64]
 
 # A weight of zero is a weight: it ranks below all others, yet above positions without one.
 _LEAST = np.float32(1e-30)
-
-# How rows are ordered (the paper's clustering where a layer was sparsified with method="paper").
-_ROW_ORDER = ("method", "metric", "linkage", "min_overlap")
 
 
 class DSB(SparseTrainer):
@@ -172,17 +165,33 @@ class DSB(SparseTrainer):
         norms = self._norms(layer) if dropped.size else None
         if norms is None:
             return tensor, dropped[:0]
-        kept = np.ones(layer.nnz, np.bool_)
-        kept[dropped] = False
+        left = np.ones(layer.nnz, np.bool_)
+        left[dropped] = False
+        kept = positions[left]
+        grown = self._grow(tensor, norms, kept, dropped.size)
+        new = np.full(grown.size, magnitudes.max())
+        weights = np.maximum(np.concatenate([magnitudes[left], new]), _LEAST)
+        return self.shuffle(layer, np.concatenate([kept, grown]), weights), dropped
 
-        scores = np.zeros(tensor.matrix_shape, np.float32)
-        flat = scores.reshape(-1)
-        flat[positions[kept]] = np.maximum(magnitudes[kept], _LEAST)
+    def shuffle(
+        self, layer: SparseModule, positions: _Places, magnitudes: NDArray[np.float32]
+    ) -> SparseTensor:
+        """Shuffle weights into blocks (section 4, "Shuffled blocking"); of rows as they are."""
+        how = {"method": "fast", **layer.format_params}
+        return self.within_capacity(
+            layer,
+            lambda density: ShuffledBlock.from_weights(
+                layer.shape, positions, magnitudes, density, **how
+            ),
+        )
+
+    def _grow(
+        self, tensor: ShuffledBlock, norms: tuple[_Floats, _Floats], kept: _Places, count: int
+    ) -> _Places:
         s_x, s_y = self.grow_shape or self.usual_grow_shape(tensor)
-        outputs, inputs = self.groups(norms[0], s_x), self.groups(norms[1], s_y)
-        grown = grow_in_blocks(outputs, inputs, scores, dropped.size)
-        flat[grown] = max(magnitudes.max(), _LEAST)
-        return self.shuffle(layer, scores), dropped
+        taken = np.zeros(tensor.matrix_shape, np.bool_)
+        taken.reshape(-1)[kept] = True
+        return grow_in_blocks(self.groups(norms[0], s_x), self.groups(norms[1], s_y), taken, count)
 
     def usual_grow_shape(self, tensor: ShuffledBlock) -> tuple[int, int]:
         """Return (S_x, S_y) where none was given."""
@@ -191,15 +200,6 @@ class DSB(SparseTrainer):
     def groups(self, norms: _Floats, size: int) -> RankedGroups:
         """Cut outputs or inputs into the groups X or Y."""
         return sorted_groups(norms, size)
-
-    def shuffle(self, layer: SparseModule, scores: NDArray[np.float32]) -> SparseTensor:
-        """Shuffle the weights, positions with a score > 0, into the blocks of most score."""
-        how, shaped = layer.format_params, scores.reshape(layer.shape)
-        if how.get("row_perm") is not None:
-            return self.fitting(layer, shaped)
-        order = {"method": "fast", **{key: how[key] for key in _ROW_ORDER if key in how}}
-        rows = order_rows(scores > 0, group_size=how["block_shape"][0], **order)
-        return self.fitting(layer, shaped, row_perm=rows)
 
     def _norms(self, layer: SparseModule) -> tuple[_Floats, _Floats] | None:
         """Return the norms of dOut (R,) and of In (C,); None where some are not finite."""
@@ -228,10 +228,6 @@ class DNSB(DSB):
     def groups(self, norms: _Floats, size: int) -> RankedGroups:
         """Cut outputs or inputs into the groups X or Y, which are consecutive."""
         return aligned_groups(norms, size)
-
-    def shuffle(self, layer: SparseModule, scores: NDArray[np.float32]) -> SparseTensor:
-        """Take the blocks of most score from the grid; nothing is shuffled."""
-        return self.fitting(layer, scores.reshape(layer.shape))
 
     def usual_grow_shape(self, tensor: ShuffledBlock) -> tuple[int, int]:
         """Return (S_x, S_y) where none was given: a block of the grid."""
@@ -270,7 +266,8 @@ def block_aware(tensor: ShuffledBlock, candidates: _Places) -> _Places:
     """
     layout, (block_rows, block_cols) = tensor.layout(), tensor.block_shape
     assert isinstance(layout, Groups)
-    band = np.searchsorted(layout.value_ptr, candidates, side="right") - 1
+    inside = np.diff(np.searchsorted(candidates, layout.value_ptr))
+    band = np.repeat(np.arange(inside.size), inside)
     column, lane = np.divmod(candidates - layout.value_ptr[band], np.diff(layout.row_ptr)[band])
     row = layout.row_ptr[band] + lane  # place in row_perm
     group = row // block_rows
@@ -342,7 +339,7 @@ def aligned_groups(norms: _Floats, size: int) -> RankedGroups:
 
 
 def grow_in_blocks(
-    outputs: RankedGroups, inputs: RankedGroups, taken: NDArray[Any], count: int
+    outputs: RankedGroups, inputs: RankedGroups, taken: NDArray[np.bool_], count: int
 ) -> _Places:
     """Choose positions in blocks of large ``‖X‖·‖Y‖`` (section 4, Figure 6).
 
@@ -350,8 +347,8 @@ def grow_in_blocks(
     ----------
     outputs, inputs : RankedGroups
         The groups X of rows of dOut and Y of rows of In.
-    taken : ndarray of shape (R, C)
-        Nonzero where a weight is; such positions do not count.
+    taken : ndarray of bool, shape (R, C)
+        Where a weight is; such positions do not count.
     count : int
         How many positions are wanted.
 
@@ -361,42 +358,50 @@ def grow_in_blocks(
         Flat positions, block after block; in a block the largest products of norms come first, so
         that the surplus of the last block is its smallest. Fewer where fewer are free.
     """
-    found, missing = [np.empty(0, np.int64)], count
-    blocks = best_first(outputs.totals, inputs.totals)
+    found, missing, seen = [np.empty(0, np.int64)], count, 0
     size = outputs.members.shape[1] * inputs.members.shape[1]
     # So many blocks hold no more than what is missing, save for the last of them.
-    while missing > 0 and (some := list(islice(blocks, -(-missing // size)))):
-        free = _free_positions(outputs, inputs, taken, np.array(some))
+    while missing > 0:
+        blocks = best_first(outputs.totals, inputs.totals, seen + -(-missing // size))[seen:]
+        if not len(blocks):
+            break
+        free = _free_positions(outputs, inputs, taken, blocks)
         found.append(free)
-        missing -= free.size
+        missing, seen = missing - free.size, seen + len(blocks)
     return np.concatenate(found)[:count]
 
 
-def best_first(x: _Floats, y: _Floats) -> Iterator[tuple[int, int]]:
-    """Yield the cells (i, j) of a grid in descending ``x[i] * y[j]``, best first from the corner.
+def best_first(x: _Floats, y: _Floats, count: int) -> _Places:
+    """Return the `count` cells that a best-first search of a grid visits, in its order.
+
+    The search starts in the corner (0, 0) and goes on with the cell of largest ``x[i] * y[j]`` that
+    is next to a visited one (Figure 6). Every cell (i', j') with i' <= i and j' <= j comes before
+    (i, j): only cells with (i + 1)·(j + 1) <= count can be among the first `count`, and sorting
+    these few gives the order of the search without its frontier.
 
     Parameters
     ----------
     x, y : ndarray of float64
-        Descending. Of equal products the cell with the smaller i, then j, comes first.
+        Descending, not negative. Of equal products the smaller i, then j, comes first.
+    count : int
+
+    Returns
+    -------
+    ndarray of int64, shape (n, 2)
+        Of all cells where `count` is more.
     """
-    rows, columns = x.tolist(), y.tolist()
-    frontier = [(-rows[0] * columns[0], 0, 0)] if rows and columns else []
-    while frontier:
-        _, i, j = heappop(frontier)
-        yield i, j
-        if j + 1 < len(columns):
-            heappush(frontier, (-rows[i] * columns[j + 1], i, j + 1))
-        # The neighbour below enters from the first column alone: else most would enter twice.
-        if j == 0 and i + 1 < len(rows):
-            heappush(frontier, (-rows[i + 1] * columns[0], i + 1, 0))
+    lengths = np.minimum(y.size, count // np.arange(1, x.size + 1))
+    i = np.repeat(np.arange(x.size), lengths)
+    j = np.arange(i.size) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    first = np.argsort(-x[i] * y[j], kind="stable")[:count]
+    return np.stack([i[first], j[first]], axis=1)
 
 
 def _free_positions(
-    outputs: RankedGroups, inputs: RankedGroups, taken: NDArray[Any], blocks: _Places
+    outputs: RankedGroups, inputs: RankedGroups, taken: NDArray[np.bool_], blocks: _Places
 ) -> _Places:
     """Return flat positions without a weight, block after block, in each by falling product."""
-    x, y = blocks.T
+    x, y = blocks[:, 0], blocks[:, 1]
     rows, columns = outputs.members[x][:, :, None], inputs.members[y][:, None, :]
     flat = np.where((rows < 0) | (columns < 0), -1, rows * taken.shape[1] + columns)
     flat = flat.reshape(x.size, -1)
@@ -404,7 +409,7 @@ def _free_positions(
     order = np.argsort(-products.reshape(flat.shape), axis=1, kind="stable")
     flat = np.take_along_axis(flat, order, axis=1).reshape(-1)
     flat = flat[flat >= 0]
-    free: _Places = flat[taken.reshape(-1)[flat] == 0]
+    free: _Places = flat[~taken.reshape(-1)[flat]]
     return free
 
 
