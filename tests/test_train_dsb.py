@@ -154,21 +154,22 @@ def test_figure_6_blocks_grow_best_first(inputs, taken, count, grown):
 @given(
     st.lists(st.integers(0, 6), min_size=1, max_size=9),
     st.lists(st.integers(0, 6), min_size=1, max_size=9),
-    st.integers(0, 90),
+    st.integers(1, 90),
 )
-def test_blocks_come_in_the_order_of_a_search_with_a_frontier(x, y, count):
+def test_blocks_come_in_the_order_of_a_search_with_a_frontier(x, y, first):
     """As the paper says it: the two neighbours of a visited block join the frontier."""
     x, y = sorted(x, reverse=True), sorted(y, reverse=True)
     frontier, seen, visited = [(-x[0] * y[0], 0, 0)], {(0, 0)}, []
-    while frontier and len(visited) < count:
+    while frontier:
         _, i, j = heapq.heappop(frontier)
         visited.append((i, j))
         for a, b in ((i, j + 1), (i + 1, j)):
             if a < len(x) and b < len(y) and (a, b) not in seen:
                 seen.add((a, b))
                 heapq.heappush(frontier, (-x[a] * y[b], a, b))
-    found = best_first(np.array(x, float), np.array(y, float), count)
-    assert [tuple(cell) for cell in found] == visited
+    pieces = best_first(np.array(x, float), np.array(y, float), first)
+    found = [tuple(cell) for piece in pieces for cell in piece.tolist()]
+    assert found == visited
 
 
 # ------------------------------------------------------------------- a slow reference of the update
@@ -237,8 +238,8 @@ def reference_blocks(scores, perm, s1, s2, budget):
 def cases(draw):
     s1, s2 = draw(st.integers(1, 5)), draw(st.integers(1, 5))
     return {
-        "rows": draw(st.integers(2, 16)),
-        "cols": draw(st.integers(2, 14)),
+        "rows": draw(st.integers(1, 16)),
+        "cols": draw(st.integers(1, 14)),
         "kernel": draw(st.sampled_from([None, None, (1, 1), (2, 3)])),
         "block_shape": (s1, s2),
         "grow_shape": draw(st.none() | st.tuples(st.integers(1, 5), st.integers(1, 4))),
@@ -522,7 +523,7 @@ def test_norms_that_overflow_leave_a_layer_alone(caplog):
 
 
 def test_no_dense_weight_or_gradient_exists():
-    """One array of scores, its mask and less exist at a time in numpy; in torch nothing dense."""
+    """A mask, column sums of groups and less exist at a time in numpy; in torch nothing dense."""
     layer = SparseLinear(512, 512, format="shuffled_block", density=0.05)
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1, momentum=0.9)
     method = DSB(layer, optimizer, delta_t=1, t_end=10**9)
@@ -545,7 +546,7 @@ def test_no_dense_weight_or_gradient_exists():
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
     assert largest <= layer.capacity + 1
-    assert peak <= 512 * 512 * (4 + 1) + 120 * layer.nnz
+    assert peak <= 512 * 512 * 3 + 80 * layer.nnz
 
 
 # ------------------------------------------------------------------------------ resuming, baselines

@@ -73,7 +73,7 @@ def select_blocks(
     per_group = -(-cols // block_cols)
     n_blocks = as_int("n_blocks", n_blocks, 0, groups * per_group)
     # Most groups keep about their share: few columns beyond it have to be ranked.
-    ranked = min(per_group, 2 + 3 * -(-n_blocks // max(1, groups)))
+    ranked = min(per_group, 2 + 2 * -(-n_blocks // max(1, groups)))
     order, kept = _ranked_blocks(plain, perm, (block_rows, block_cols), n_blocks, ranked)
     widths = np.minimum(kept * block_cols, cols)
     group_ptr = np.zeros(groups + 1, np.int64)

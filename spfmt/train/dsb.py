@@ -6,6 +6,7 @@ The sections, figures and equations named here are the paper's.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -89,8 +90,8 @@ class DSB(SparseTrainer):
       clustering, unless the layer was made with another `method`; layers made with a `row_perm`
       keep their groups of rows.
 
-    No dense weight and no dense gradient exists at any time (table 3): an update takes R·C float32
-    of scores for one layer at a time.
+    No dense weight, gradient or score exists at any time (table 3): an update takes a mask of R·C
+    bytes, and sums of R·C/S1 numbers, for one layer at a time.
 
     Examples
     --------
@@ -176,14 +177,16 @@ class DSB(SparseTrainer):
     def shuffle(
         self, layer: SparseModule, positions: _Places, magnitudes: NDArray[np.float32]
     ) -> SparseTensor:
-        """Shuffle weights into blocks (section 4, "Shuffled blocking"); of rows as they are."""
+        """Shuffle weights into blocks of largest l1 norm (section 4, "Shuffled blocking")."""
         how = {"method": "fast", **layer.format_params}
-        return self.within_capacity(
-            layer,
-            lambda density: ShuffledBlock.from_weights(
-                layer.shape, positions, magnitudes, density, **how
-            ),
-        )
+
+        def search(density: float) -> ShuffledBlock:
+            found = ShuffledBlock.from_weights(layer.shape, positions, magnitudes, density, **how)
+            if not self.aligned:
+                how["row_perm"] = found.row_perm  # searched once, whatever the density
+            return found
+
+        return self.within_capacity(layer, search)
 
     def _grow(
         self, tensor: ShuffledBlock, norms: tuple[_Floats, _Floats], kept: _Places, count: int
@@ -266,22 +269,22 @@ def block_aware(tensor: ShuffledBlock, candidates: _Places) -> _Places:
     """
     layout, (block_rows, block_cols) = tensor.layout(), tensor.block_shape
     assert isinstance(layout, Groups)
+    # Of every band: the rows of its own and of its group, the columns and blocks of its group.
+    band_rows = np.diff(layout.row_ptr)
+    group = layout.row_ptr[:-1] // block_rows
+    heights = np.minimum(block_rows, layout.rows - group * block_rows)
+    columns = layout.col_end - layout.col_begin
+    blocks = -(-columns // block_cols)
+    lines = np.cumsum(band_rows * blocks) - band_rows * blocks  # rows of blocks, numbered through
+
     inside = np.diff(np.searchsorted(candidates, layout.value_ptr))
     band = np.repeat(np.arange(inside.size), inside)
-    column, lane = np.divmod(candidates - layout.value_ptr[band], np.diff(layout.row_ptr)[band])
-    row = layout.row_ptr[band] + lane  # place in row_perm
-    group = row // block_rows
-    heights = np.minimum(block_rows, layout.rows - group * block_rows)
-
-    columns = np.diff(tensor.group_ptr)  # of every group
+    column, lane = np.divmod(candidates - layout.value_ptr[band], band_rows[band])
     block = column // block_cols
-    widths = np.minimum(block_cols, columns[group] - block * block_cols)
-
-    # Rows of blocks are numbered through all blocks that a row has, columns as in col_indices.
-    blocks_of_row = np.repeat(-(-columns // block_cols), block_rows)[: layout.rows]
-    in_row = _equals((np.cumsum(blocks_of_row) - blocks_of_row)[row] + block)
-    in_column = _equals(tensor.group_ptr[group] + column)
-    kept: _Places = candidates[(2 * in_row >= widths) | (2 * in_column >= heights)]
+    widths = np.minimum(block_cols, columns[band] - block * block_cols)
+    in_row = _equals(lines[band] + lane * blocks[band] + block)
+    in_column = _equals(layout.col_begin[band] + column)
+    kept: _Places = candidates[(2 * in_row >= widths) | (2 * in_column >= heights[band])]
     return kept
 
 
@@ -301,22 +304,15 @@ class RankedGroups(NamedTuple):
     ----------
     members : ndarray of int64, shape (G, S)
         -1 where a group is short.
-    norms : ndarray of float64, shape (G, S)
-        Of the members; 0 where there is none.
     totals : ndarray of float64, shape (G,)
         l1 norms of the groups: sums of those of their members.
+    norms : ndarray of float64, shape (n,)
+        Of every output or input.
     """
 
     members: _Places
-    norms: _Floats
     totals: _Floats
-
-
-def _groups_of(order: _Places, norms: _Floats, size: int) -> RankedGroups:
-    missing = -order.size % size
-    members = np.pad(order, (0, missing), constant_values=-1).reshape(-1, size)
-    own = np.pad(norms[order], (0, missing)).reshape(-1, size)
-    return RankedGroups(members, own, own.sum(axis=1))
+    norms: _Floats
 
 
 def sorted_groups(norms: _Floats, size: int) -> RankedGroups:
@@ -328,14 +324,20 @@ def sorted_groups(norms: _Floats, size: int) -> RankedGroups:
     size : int
         S_x or S_y; the last group may be short.
     """
-    return _groups_of(np.argsort(-norms, kind="stable"), norms, size)
+    return RankedGroups(*_cut(np.argsort(-norms, kind="stable"), norms, size), norms)
 
 
 def aligned_groups(norms: _Floats, size: int) -> RankedGroups:
     """Cut into groups of consecutive ones, and sort those by their norms."""
-    members, own, totals = _groups_of(np.arange(norms.size), norms, size)
+    members, totals = _cut(np.arange(norms.size), norms, size)
     best = np.argsort(-totals, kind="stable")
-    return RankedGroups(members[best], own[best], totals[best])
+    return RankedGroups(members[best], totals[best], norms)
+
+
+def _cut(order: _Places, norms: _Floats, size: int) -> tuple[_Places, _Floats]:
+    missing = -order.size % size
+    members = np.pad(order, (0, missing), constant_values=-1).reshape(-1, size)
+    return members, np.pad(norms[order], (0, missing)).reshape(-1, size).sum(axis=1)
 
 
 def grow_in_blocks(
@@ -355,62 +357,70 @@ def grow_in_blocks(
     Returns
     -------
     ndarray of int64, shape (count,)
-        Flat positions, block after block; in a block the largest products of norms come first, so
-        that the surplus of the last block is its smallest. Fewer where fewer are free.
+        Flat positions, block after block, without those of smallest products that the last block
+        has too many. Fewer where fewer are free.
     """
-    found, missing, seen = [np.empty(0, np.int64)], count, 0
+    found, missing = [np.empty(0, np.int64)], count
     size = outputs.members.shape[1] * inputs.members.shape[1]
-    # So many blocks hold no more than what is missing, save for the last of them.
-    while missing > 0:
-        blocks = best_first(outputs.totals, inputs.totals, seen + -(-missing // size))[seen:]
-        if not len(blocks):
+    for blocks in best_first(outputs.totals, inputs.totals, 4 * -(-count // size)):
+        positions, free = _positions(outputs, inputs, taken, blocks)
+        held = np.cumsum(free.sum(axis=1))
+        enough = int(np.searchsorted(held, missing))
+        found.append(positions[:enough][free[:enough]])
+        if enough < held.size:
+            last = positions[enough][free[enough]]
+            missing -= found[-1].size
+            found.append(_largest(outputs.norms, inputs.norms, last, missing))
             break
-        free = _free_positions(outputs, inputs, taken, blocks)
-        found.append(free)
-        missing, seen = missing - free.size, seen + len(blocks)
-    return np.concatenate(found)[:count]
+        missing -= held[-1]
+    return np.concatenate(found)
 
 
-def best_first(x: _Floats, y: _Floats, count: int) -> _Places:
-    """Return the `count` cells that a best-first search of a grid visits, in its order.
+def best_first(x: _Floats, y: _Floats, count: int) -> Iterator[_Places]:
+    """Yield the cells of a grid in the order of a best-first search, in pieces.
 
     The search starts in the corner (0, 0) and goes on with the cell of largest ``x[i] * y[j]`` that
     is next to a visited one (Figure 6). Every cell (i', j') with i' <= i and j' <= j comes before
-    (i, j): only cells with (i + 1)·(j + 1) <= count can be among the first `count`, and sorting
-    these few gives the order of the search without its frontier.
+    (i, j): only cells with (i + 1)·(j + 1) <= n can be among the first n, and sorting these few
+    gives the order of the search without its frontier.
 
     Parameters
     ----------
     x, y : ndarray of float64
         Descending, not negative. Of equal products the smaller i, then j, comes first.
     count : int
+        Cells of the first piece; each piece doubles how many there are.
 
-    Returns
-    -------
+    Yields
+    ------
     ndarray of int64, shape (n, 2)
-        Of all cells where `count` is more.
     """
-    lengths = np.minimum(y.size, count // np.arange(1, x.size + 1))
-    i = np.repeat(np.arange(x.size), lengths)
-    j = np.arange(i.size) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-    first = np.argsort(-x[i] * y[j], kind="stable")[:count]
-    return np.stack([i[first], j[first]], axis=1)
+    seen = 0
+    while seen < x.size * y.size:
+        lengths = np.minimum(y.size, count // np.arange(1, x.size + 1))
+        i = np.repeat(np.arange(x.size), lengths)
+        j = np.arange(i.size) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        piece = np.argsort(-x[i] * y[j], kind="stable")[seen:count]
+        yield np.stack([i[piece], j[piece]], axis=1)
+        seen, count = count, 2 * count
 
 
-def _free_positions(
+def _positions(
     outputs: RankedGroups, inputs: RankedGroups, taken: NDArray[np.bool_], blocks: _Places
-) -> _Places:
-    """Return flat positions without a weight, block after block, in each by falling product."""
-    x, y = blocks[:, 0], blocks[:, 1]
-    rows, columns = outputs.members[x][:, :, None], inputs.members[y][:, None, :]
-    flat = np.where((rows < 0) | (columns < 0), -1, rows * taken.shape[1] + columns)
-    flat = flat.reshape(x.size, -1)
-    products = outputs.norms[x][:, :, None] * inputs.norms[y][:, None, :]
-    order = np.argsort(-products.reshape(flat.shape), axis=1, kind="stable")
-    flat = np.take_along_axis(flat, order, axis=1).reshape(-1)
-    flat = flat[flat >= 0]
-    free: _Places = flat[~taken.reshape(-1)[flat]]
-    return free
+) -> tuple[_Places, NDArray[np.bool_]]:
+    """Return the flat positions of blocks (n, S_x·S_y), and which of them exist and are free."""
+    rows = outputs.members[blocks[:, 0]][:, :, None]
+    columns = inputs.members[blocks[:, 1]][:, None, :]
+    exists = (rows >= 0) & (columns >= 0)
+    flat = np.where(exists, rows * taken.shape[1] + columns, 0).reshape(len(blocks), -1)
+    return flat, exists.reshape(flat.shape) & ~taken.reshape(-1)[flat]
+
+
+def _largest(outputs: _Floats, inputs: _Floats, positions: _Places, count: int) -> _Places:
+    """Return the positions of largest products, of equal ones the first."""
+    row, column = np.divmod(positions, inputs.size)
+    chosen: _Places = positions[np.argsort(-outputs[row] * inputs[column], kind="stable")[:count]]
+    return chosen
 
 
 def _check_shape(grow_shape: Any) -> tuple[int, int]:
