@@ -24,6 +24,7 @@ from spfmt.structure._checks import (
     bounded,
     check_permutation,
     check_range,
+    plain_array,
 )
 
 __all__ = ["ShuffledBlock"]
@@ -309,11 +310,13 @@ class ShuffledBlock(SparseTensor):
         Raises
         ------
         FormatError
-            As `from_scores`.
+            As `from_scores`, and for positions that are no whole numbers in 0..R*C-1 or not as
+            many as magnitudes.
         """
         shape, block = check_shape(shape), _check_block(block_shape)
         rows, cols = matrix_shape(shape)
-        positions, weights = np.asarray(positions), as_scores(magnitudes, ndim=1)
+        positions, weights = _check_weights(positions, magnitudes, rows * cols)
+        budget = round(as_density(density) * (rows * cols))
         perm = _check_order(row_perm, aligned, rows)
         if perm is None:
             mask = np.zeros(rows * cols, np.bool_)
@@ -323,9 +326,9 @@ class ShuffledBlock(SparseTensor):
         group[perm] = np.arange(rows) // block[0]
         groups = -(-rows // block[0])
         keys = positions + ((group - np.arange(rows)) * cols)[positions // max(1, cols)]
-        sums = np.bincount(keys, bounded(weights), groups * cols).reshape(groups, cols)
+        sums = np.bincount(keys, weights, groups * cols).reshape(groups, cols)
         search = _best_aligned if aligned else _best_of_groups
-        found = search(sums, rows, block, round(as_density(density) * rows * cols))
+        found = search(sums, rows, block, budget)
         return cls._blocks(shape, block, perm, *found, np.dtype(np.float32))
 
     @classmethod
@@ -400,6 +403,18 @@ def _check_order(row_perm: Any, aligned: bool, rows: int) -> Array | None:
             "row_perm together with aligned=True", "one of them", "leave out row_perm"
         )
     return np.arange(rows, dtype=np.int32)
+
+
+def _check_weights(positions: Any, magnitudes: Any, size: int) -> tuple[Array, Array]:
+    places, weights = plain_array("positions", positions), as_scores(magnitudes, ndim=1)
+    if places.dtype.kind not in "iu" or places.shape != weights.shape:
+        raise format_error(
+            f"positions of shape {places.shape} and {places.dtype}",
+            f"integers of shape {weights.shape}, one per magnitude",
+            "pass the flat index of every weight",
+        )
+    check_range("positions", places, size, "positions")
+    return places.astype(np.int64, copy=False), bounded(weights)
 
 
 def _order(mask: Array, block_shape: tuple[int, int], how: Mapping[str, Any]) -> Array:
