@@ -158,17 +158,17 @@ class DSB(SparseTrainer):
 
     def rewire(self, layer: SparseModule, n_drop: int) -> tuple[SparseTensor, _Places]:
         """Choose the next structure of a layer; see :meth:`SparseTrainer.rewire`."""
-        tensor, positions = cast(ShuffledBlock, layer.tensor()), layer.positions()
-        magnitudes = whole(layer.values)[: layer.nnz].abs().to("cpu", torch.float32).numpy()
+        tensor = cast(ShuffledBlock, layer.tensor())
+        magnitudes = whole(layer.values)[: tensor.nnz].abs().to("cpu", torch.float32).numpy()
         dropped = smallest(magnitudes, n_drop)
         if self.block_aware:
             dropped = block_aware(tensor, dropped)
         norms = self._norms(layer) if dropped.size else None
         if norms is None:
             return tensor, dropped[:0]
-        left = np.ones(layer.nnz, np.bool_)
+        left = np.ones(tensor.nnz, np.bool_)
         left[dropped] = False
-        kept = positions[left]
+        kept = tensor.flat_indices()[left]
         grown = self._grow(tensor, norms, kept, dropped.size)
         new = np.full(grown.size, magnitudes.max())
         weights = np.maximum(np.concatenate([magnitudes[left], new]), _LEAST)
