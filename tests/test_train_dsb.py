@@ -247,7 +247,7 @@ def cases(draw):
         "alpha": draw(st.sampled_from([0.1, 0.3, 0.6, 1.0])),
         "aware": draw(st.booleans()),
         "largest": draw(st.sampled_from([2, 6, 1000])),  # few different numbers make ties
-        "method": draw(st.sampled_from(["fast", "paper"])),
+        "method": draw(st.sampled_from(["densest", "fast", "paper"])),
         "seed": draw(st.integers(0, 10**6)),
     }
 
