@@ -325,7 +325,9 @@ class ShuffledBlock(SparseTensor):
         group = np.empty(rows, np.int64)
         group[perm] = np.arange(rows) // block[0]
         groups = -(-rows // block[0])
-        keys = positions + ((group - np.arange(rows)) * cols)[positions // max(1, cols)]
+        keys = positions // max(1, cols)  # in place from here: fresh memory costs more than sums
+        np.take((group - np.arange(rows)) * cols, keys, out=keys, mode="clip")
+        keys += positions
         sums = np.bincount(keys, weights, groups * cols).reshape(groups, cols)
         search = _best_aligned if aligned else _best_of_groups
         found = search(sums, rows, block, budget)

@@ -167,13 +167,15 @@ class DSB(SparseTrainer):
         norms = self._norms(layer) if dropped.size else None
         if norms is None:
             return tensor, dropped[:0]
-        left = np.ones(tensor.nnz, np.bool_)
-        left[dropped] = False
-        kept = tensor.flat_indices()[left]
-        grown = self._grow(tensor, norms, kept, dropped.size)
-        new = np.full(grown.size, magnitudes.max())
-        weights = np.maximum(np.concatenate([magnitudes[left], new]), _LEAST)
-        return self.shuffle(layer, np.concatenate([kept, grown]), weights), dropped
+        positions = tensor.flat_indices()
+        taken = np.zeros(tensor.matrix_shape, np.bool_)
+        taken.reshape(-1)[positions] = True
+        taken.reshape(-1)[positions[dropped]] = False
+        # As many grow as are dropped: they take their places in both arrays.
+        positions[dropped] = self._grow(tensor, norms, taken, dropped.size)
+        magnitudes[dropped] = magnitudes.max()
+        np.maximum(magnitudes, _LEAST, out=magnitudes)
+        return self.shuffle(layer, positions, magnitudes), dropped
 
     def shuffle(
         self, layer: SparseModule, positions: _Places, magnitudes: NDArray[np.float32]
@@ -190,11 +192,13 @@ class DSB(SparseTrainer):
         return self.within_capacity(layer, search)
 
     def _grow(
-        self, tensor: ShuffledBlock, norms: tuple[_Floats, _Floats], kept: _Places, count: int
+        self,
+        tensor: ShuffledBlock,
+        norms: tuple[_Floats, _Floats],
+        taken: NDArray[np.bool_],
+        count: int,
     ) -> _Places:
         s_x, s_y = self.grow_shape or self.usual_grow_shape(tensor)
-        taken = np.zeros(tensor.matrix_shape, np.bool_)
-        taken.reshape(-1)[kept] = True
         return grow_in_blocks(self.groups(norms[0], s_x), self.groups(norms[1], s_y), taken, count)
 
     def usual_grow_shape(self, tensor: ShuffledBlock) -> tuple[int, int]:
