@@ -14,7 +14,7 @@ from torch import nn  # noqa: E402
 from spfmt import train  # noqa: E402
 from spfmt.errors import FormatError  # noqa: E402
 from spfmt.torch import SparseLinear  # noqa: E402
-from spfmt.train import SET  # noqa: E402
+from spfmt.train import DSB, SET  # noqa: E402
 
 
 class RigL(SET):
@@ -169,6 +169,7 @@ def _ranks(rank: int) -> None:
     torch.distributed.all_gather_object(masks, model[0].tensor().mask())
     np.testing.assert_array_equal(*masks)
     assert_ranks_move_alike(rank)
+    _ranks_see_norms_of_all(rank)
 
 
 def assert_ranks_move_alike(rank: int) -> None:
@@ -190,6 +191,24 @@ def assert_ranks_move_alike(rank: int) -> None:
         words = [None, None]
         torch.distributed.all_gather_object(words, (model[0].structure, model[2].structure))
         assert all(map(torch.equal, *words))
+
+
+def _ranks_see_norms_of_all(rank: int) -> None:
+    model = nn.Sequential(SparseLinear(32, 16, format="shuffled_block", density=0.2,
+                                       block_shape=(4, 4)))  # fmt: skip
+    ddp = nn.parallel.DistributedDataParallel(model)
+    optimizer = torch.optim.SGD(ddp.parameters(), lr=0.1)
+    method = DSB(ddp, optimizer, delta_t=1, t_end=100)
+    x = torch.randn(2, 8, 32, generator=torch.Generator().manual_seed(0))
+    backward(ddp, x[rank])
+    found = method.observed(model[0]).input_norms
+    torch.testing.assert_close(found, x.abs().sum((0, 1)))
+    optimizer.step()
+    assert method.step()
+    states = [None, None]
+    torch.distributed.all_gather_object(states, (model[0].positions(), model[0].tensor().values))
+    for parts in zip(*states, strict=True):
+        np.testing.assert_array_equal(*parts)
 
 
 def test_ranks_observe_the_whole_batch():

@@ -203,7 +203,7 @@ def test_observations_are_those_of_the_dense_layer(name: str) -> None:
         ):
             torch.testing.assert_close(norms, of.norm(dim=0).float())
     else:
-        with pytest.raises(FormatError, match="use square_sums or dense_gradient"):
+        with pytest.raises(FormatError, match="use power_sums or dense_gradient"):
             _ = found.inputs
     assert methods[0].step()
 
@@ -236,5 +236,5 @@ def test_norms_take_the_memory_of_one_image() -> None:
 
     x = torch.randn(64, 4, 8, 8)
     with Spy():
-        layer.square_sums(x, torch.zeros(64, 8, 6, 6))
+        layer.power_sums(x, torch.zeros(64, 8, 6, 6))
     assert max(sizes) <= x.numel() * 2

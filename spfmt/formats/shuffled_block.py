@@ -4,19 +4,28 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from spfmt.errors import format_error
 from spfmt.formats._base import SparseTensor, scores_budget
-from spfmt.formats._checks import Array, Shape, check_pointer, matrix_shape
+from spfmt.formats._checks import Array, Shape, check_pointer, check_shape, matrix_shape
 from spfmt.formats._coords import Coordinates, group_by_support
 from spfmt.formats._layout import Groups, lower_groups
 from spfmt.formats._registry import register
 from spfmt.formats._structure import Structure
-from spfmt.structure._checks import as_int, as_row_perm, check_permutation, check_range
+from spfmt.structure._checks import (
+    as_density,
+    as_int,
+    as_row_perm,
+    as_scores,
+    bounded,
+    check_permutation,
+    check_range,
+    plain_array,
+)
 
 __all__ = ["ShuffledBlock"]
 
@@ -223,6 +232,7 @@ class ShuffledBlock(SparseTensor):
         *,
         block_shape: tuple[int, int] = BLOCK_SHAPE,
         row_perm: Any = None,
+        aligned: bool = False,
         values: Any = None,
         method: str = "paper",
         metric: str = "jaccard",
@@ -244,32 +254,99 @@ class ShuffledBlock(SparseTensor):
             (S1, S2).
         row_perm : array_like of int, shape (R,), optional
             Row groups to use instead of searching them.
+        aligned : bool
+            True shuffles nothing: blocks lie on the grid of S1 x S2, and the best of the grid win
+            (the paper's baseline DNSB).
         values : array_like of the same shape, optional
             Dense array to take the values from; zeros by default.
         method, metric, linkage, min_overlap
             How rows are ordered, see `spfmt.structure.rows.order_rows`; `row_perm` replaces them.
         """
-        from spfmt.structure.rows import order_rows
         from spfmt.structure.unstructured import topk_mask
 
         matrix, shape, budget = scores_budget(scores, density)
-        block_rows, block_cols = _check_block(block_shape)
-        if row_perm is None:
-            mask = topk_mask(matrix, budget)
-            perm = order_rows(
-                mask,
-                metric=metric,
-                linkage=linkage,
-                min_overlap=min_overlap,
-                method=method,
-                group_size=block_rows,
+        block = _check_block(block_shape)
+        how = {"method": method, "metric": metric, "linkage": linkage, "min_overlap": min_overlap}
+        perm = _check_order(row_perm, aligned, matrix.shape[0])
+        if perm is None:
+            perm = _order(topk_mask(matrix, budget), block, how)
+        if aligned:
+            pointer, columns = _best_aligned(
+                _sums(matrix, block[0]), matrix.shape[0], block, budget
             )
         else:
-            perm = as_row_perm(row_perm, matrix.shape[0])
-        pointer, columns = _best_blocks(matrix, perm, (block_rows, block_cols), budget)
-        arrays: dict[str, Array] = {"row_perm": perm, "group_ptr": pointer, "col_indices": columns}
-        params = {"block_rows": block_rows, "block_cols": block_cols}
-        return cls._found(matrix, shape, arrays, params, values)
+            pointer, columns = _best_blocks(matrix, perm, block, budget)
+        return cls._blocks(shape, block, perm, pointer, columns, matrix.dtype, values)
+
+    @classmethod
+    def from_weights(
+        cls,
+        shape: Sequence[int],
+        positions: Any,
+        magnitudes: Any,
+        density: float,
+        *,
+        block_shape: tuple[int, int] = BLOCK_SHAPE,
+        row_perm: Any = None,
+        aligned: bool = False,
+        **how: Any,
+    ) -> ShuffledBlock:
+        """Shuffle sparse weights into blocks: `from_scores` without an array of R x C scores.
+
+        All the weights given make the mask by which rows are ordered (DSB, section 4), also where
+        they are more than the density asks for. Values are zero.
+
+        Parameters
+        ----------
+        shape : sequence of int
+            (R, C) or (C_out, C_in, Kh, Kw).
+        positions : ndarray of int64, shape (n,)
+            Flat index of every weight, each at most once.
+        magnitudes : ndarray of float, shape (n,)
+            Not negative.
+        density, block_shape, row_perm, aligned, **how
+            As for `from_scores`; `how` are method, metric, linkage and min_overlap.
+
+        Raises
+        ------
+        FormatError
+            As `from_scores`, and for positions that are no whole numbers in 0..R*C-1 or not as
+            many as magnitudes.
+        """
+        shape, block = check_shape(shape), _check_block(block_shape)
+        rows, cols = matrix_shape(shape)
+        positions, weights = _check_weights(positions, magnitudes, rows * cols)
+        budget = round(as_density(density) * (rows * cols))
+        perm = _check_order(row_perm, aligned, rows)
+        if perm is None:
+            mask = np.zeros(rows * cols, np.bool_)
+            mask[positions] = True
+            perm = _order(mask.reshape(rows, cols), block, how)
+        group = np.empty(rows, np.int64)
+        group[perm] = np.arange(rows) // block[0]
+        groups = -(-rows // block[0])
+        keys = positions // max(1, cols)  # in place from here: fresh memory costs more than sums
+        np.take((group - np.arange(rows)) * cols, keys, out=keys, mode="clip")
+        keys += positions
+        sums = np.bincount(keys, weights, groups * cols).reshape(groups, cols)
+        search = _best_aligned if aligned else _best_of_groups
+        found = search(sums, rows, block, budget)
+        return cls._blocks(shape, block, perm, *found, np.dtype(np.float32))
+
+    @classmethod
+    def _blocks(
+        cls,
+        shape: Shape,
+        block: tuple[int, int],
+        perm: Array,
+        pointer: Array,
+        columns: Array,
+        dtype: Any,
+        values: Any = None,
+    ) -> ShuffledBlock:
+        arrays = {"row_perm": perm, "group_ptr": pointer, "col_indices": columns}
+        params = {"block_rows": block[0], "block_cols": block[1]}
+        return cls._found(np.empty(0, dtype), shape, arrays, params, values)
 
     SPECS = ("ROWSxCOLS",)
 
@@ -290,8 +367,9 @@ class ShuffledBlock(SparseTensor):
         """Draw blocks on shuffled rows, which are not searched; see `SparseTensor.random`."""
         scores = rng.random(shape, dtype=np.float32)
         values = rng.standard_normal(shape, dtype=np.float32)
-        order = rng.permutation(shape[0])
-        return cls.from_scores(scores, density, row_perm=order, values=values, **params)
+        if not params.get("aligned"):
+            params["row_perm"] = rng.permutation(shape[0])
+        return cls.from_scores(scores, density, values=values, **params)
 
     def caption(self) -> str:
         """How many rows a group has."""
@@ -318,26 +396,107 @@ def _group_rows(rows: int, block_rows: int) -> Array:
     return np.minimum(starts, rows)
 
 
+def _check_order(row_perm: Any, aligned: bool, rows: int) -> Array | None:
+    """The order of the rows, None where it is to be found."""
+    if not aligned:
+        return None if row_perm is None else as_row_perm(row_perm, rows)
+    if row_perm is not None:
+        raise format_error(
+            "row_perm together with aligned=True", "one of them", "leave out row_perm"
+        )
+    return np.arange(rows, dtype=np.int32)
+
+
+def _check_weights(positions: Any, magnitudes: Any, size: int) -> tuple[Array, Array]:
+    places, weights = plain_array("positions", positions), as_scores(magnitudes, ndim=1)
+    if places.dtype.kind not in "iu" or places.shape != weights.shape:
+        raise format_error(
+            f"positions of shape {places.shape} and {places.dtype}",
+            f"integers of shape {weights.shape}, one per magnitude",
+            "pass the flat index of every weight",
+        )
+    check_range("positions", places, size, "positions")
+    return places.astype(np.int64, copy=False), bounded(weights)
+
+
+def _order(mask: Array, block_shape: tuple[int, int], how: Mapping[str, Any]) -> Array:
+    from spfmt.structure.rows import order_rows
+
+    return order_rows(mask, group_size=block_shape[0], **how)
+
+
 def _best_blocks(
     scores: Array, perm: Array, block_shape: tuple[int, int], budget: int
 ) -> tuple[Array, Array]:
     """Fewest of the best blocks that hold at least `budget` values."""
-    from spfmt.structure._checks import bounded
     from spfmt.structure.blocks import select_blocks
 
-    scores = bounded(scores)
-    (rows, cols), (block_rows, block_cols) = scores.shape, block_shape
+    (rows, cols), scores = scores.shape, bounded(scores)
+
+    def select(count: int) -> tuple[Array, Array]:
+        return select_blocks(scores, perm, block_shape, count, signed=True)
+
+    return select(_count(select, (rows, cols), block_shape, budget))
+
+
+def _best_of_groups(
+    sums: Array, rows: int, block_shape: tuple[int, int], budget: int
+) -> tuple[Array, Array]:
+    """`_best_blocks` of sums over the rows of each group, (G, C)."""
+    from spfmt.structure.blocks import select_blocks
+
+    perm = np.arange(len(sums))
+
+    def select(count: int) -> tuple[Array, Array]:
+        return select_blocks(sums, perm, (1, block_shape[1]), count, signed=True)
+
+    return select(_count(select, (rows, sums.shape[1]), block_shape, budget))
+
+
+def _count(
+    select: Callable[[int], tuple[Array, Array]],
+    shape: tuple[int, int],
+    block_shape: tuple[int, int],
+    budget: int,
+) -> int:
+    """How many blocks hold at least `budget` values; short ones hold less."""
+    (rows, cols), (block_rows, block_cols) = shape, block_shape
     n_blocks = -(-budget // (block_rows * block_cols))
-    if rows % block_rows or cols % block_cols:
-        heights = np.diff(_group_rows(rows, block_rows))
+    if rows % block_rows == 0 and cols % block_cols == 0:
+        return n_blocks
+    heights = np.diff(_group_rows(rows, block_rows))
 
-        def held(count: int) -> int:
-            pointer, _ = select_blocks(scores, perm, block_shape, count, signed=True)
-            return int((heights * np.diff(pointer)).sum())
+    def held(count: int) -> int:
+        return int((heights * np.diff(select(count)[0])).sum())
 
-        most = heights.size * -(-cols // block_cols)
-        n_blocks += bisect_left(range(n_blocks, most), budget, key=held)
-    return select_blocks(scores, perm, block_shape, n_blocks, signed=True)
+    most = heights.size * -(-cols // block_cols)
+    return n_blocks + bisect_left(range(n_blocks, most), budget, key=held)
+
+
+def _sums(scores: Array, block_rows: int) -> Array:
+    """Sums over every `block_rows` consecutive rows, (G, C)."""
+    starts = range(0, len(scores), block_rows)
+    sums = [bounded(scores[i : i + block_rows]).sum(0, np.float64) for i in starts]
+    return np.array(sums).reshape(len(sums), scores.shape[1])
+
+
+def _best_aligned(
+    sums: Array, rows: int, block_shape: tuple[int, int], budget: int
+) -> tuple[Array, Array]:
+    """Fewest of the best blocks of the grid that hold at least `budget` values."""
+    groups, cols = sums.shape
+    left = np.arange(0, cols, block_shape[1])
+    heights, widths = np.diff(_group_rows(rows, block_shape[0])), np.diff(left, append=cols)
+    if not sums.size:
+        return np.zeros(groups + 1, np.int64), np.empty(0, np.int32)
+    norms = np.add.reduceat(sums, left, axis=1)
+    best = np.argsort(-norms, axis=None, kind="stable")
+    held = np.cumsum(np.outer(heights, widths).reshape(-1)[best])
+    kept = np.zeros(norms.shape, np.bool_)
+    kept.reshape(-1)[best[: np.searchsorted(held, budget) + 1 if budget else 0]] = True
+    columns = np.repeat(kept, widths, axis=1)  # (G, C)
+    pointer = np.append(0, np.cumsum(columns.sum(axis=1)))
+    return pointer, np.nonzero(columns)[1]
 
 
 def _rows_by_support(coords: Coordinates, block_rows: int) -> Array:

@@ -73,7 +73,7 @@ def select_blocks(
     per_group = -(-cols // block_cols)
     n_blocks = as_int("n_blocks", n_blocks, 0, groups * per_group)
     # Most groups keep about their share: few columns beyond it have to be ranked.
-    ranked = min(per_group, 2 + 3 * -(-n_blocks // max(1, groups)))
+    ranked = min(per_group, 2 + 2 * -(-n_blocks // max(1, groups)))
     order, kept = _ranked_blocks(plain, perm, (block_rows, block_cols), n_blocks, ranked)
     widths = np.minimum(kept * block_cols, cols)
     group_ptr = np.zeros(groups + 1, np.int64)
@@ -87,16 +87,35 @@ def _ranked_blocks(
 ) -> tuple[Int32Array, Int64Array]:
     """Columns of the first `ranked` blocks of every group, or of all, and how many are kept."""
     (rows, cols), (block_rows, block_cols) = scores.shape, block_shape
-    groups, per_group = -(-rows // block_rows), -(-cols // block_cols)
-    order = np.empty((groups, min(cols, ranked * block_cols)), np.int32)
-    norms = np.empty((groups, ranked), np.float64)
-    _selection.block_norms(scores, perm, block_rows, block_cols, order, norms)
+    per_group = -(-cols // block_cols)
+    order, norms = _rank(scores, perm, block_shape, ranked)
     # Norms fall along a group, so what is kept of a group is always its first blocks; the one
     # exception, a short last block of a better negative sum, gets no other treatment.
     kept = topk_mask(norms, n_blocks).sum(axis=1)
-    if ranked < per_group and (kept.max(initial=0) == ranked or norms.min(initial=0) < 0):
+    more = np.flatnonzero(kept == ranked)
+    if ranked == per_group or not (more.size or norms.min(initial=0) < 0):
+        return order, kept
+    if norms.min() < 0 or (rows % block_rows and more[-1] == len(kept) - 1):
         return _ranked_blocks(scores, perm, block_shape, n_blocks, per_group)
-    return order, kept
+    # Few groups may want more than were ranked; only theirs are ranked to the end.
+    places = (more[:, None] * block_rows + np.arange(block_rows)).reshape(-1)
+    whole_order = np.zeros((len(kept), cols), np.int32)
+    whole_norms = np.full((len(kept), per_group), -np.inf)
+    whole_order[:, : order.shape[1]], whole_norms[:, :ranked] = order, norms
+    whole_order[more], whole_norms[more] = _rank(scores, perm[places], block_shape, per_group)
+    return whole_order, topk_mask(whole_norms, n_blocks).sum(axis=1)
+
+
+def _rank(
+    scores: FloatArray, perm: Int32Array, block_shape: tuple[int, int], ranked: int
+) -> tuple[Int32Array, npt.NDArray[np.float64]]:
+    """Columns and norms of the first `ranked` blocks of every group, best first."""
+    block_rows, block_cols = block_shape
+    groups = -(-perm.size // block_rows)
+    order = np.empty((groups, min(scores.shape[1], ranked * block_cols)), np.int32)
+    norms = np.empty((groups, ranked), np.float64)
+    _selection.block_norms(scores, perm, block_rows, block_cols, order, norms)
+    return order, norms
 
 
 def _ascending_in_blocks(

@@ -12,7 +12,8 @@ __all__ = ["order_rows", "order_rows_fast"]
 
 _METRICS = ("jaccard", "cosine")
 _LINKAGES = ("average", "complete")
-_METHODS = ("paper", "fast")
+_METHODS = ("paper", "fast", "densest")
+_SEEDS = ("similar", "densest")
 
 # Above so many rows, rows are cut into chunks of similar ones first: clustering needs a matrix of
 # all pairs (134 MB here), the fast route a scan of all rows per group.
@@ -50,7 +51,8 @@ def order_rows(
     to components of at most 512 rows), and each chunk is handled as above: the fraction q and the
     dendrogram then look inside the chunk.
 
-    method="fast" calls `order_rows_fast`, which needs no matrix of all pairs.
+    method="fast" and method="densest" call `order_rows_fast`, which needs no matrix of all pairs,
+    with seeds="similar" and seeds="densest".
 
     Parameters
     ----------
@@ -62,10 +64,10 @@ def order_rows(
         Linkage of the clustering; method="paper" only.
     min_overlap : float, default 0.2
         The paper's q, in [0, 1]; method="paper" only. It limits the cost of clustering.
-    method : {"paper", "fast"}
+    method : {"paper", "fast", "densest"}
         Which clusterer.
     group_size : int, default 16
-        Rows per group that the caller will cut (S1); method="fast" only.
+        Rows per group that the caller will cut (S1); not used by method="paper".
 
     Returns
     -------
@@ -78,8 +80,9 @@ def order_rows(
         mask not two-dimensional, or an unknown option.
     """
     as_choice(method, "method", _METHODS)
-    if method == "fast":
-        return order_rows_fast(mask, group_size=group_size, metric=metric)
+    if method != "paper":
+        seeds = "densest" if method == "densest" else "similar"
+        return order_rows_fast(mask, group_size=group_size, metric=metric, seeds=seeds)
     cosine = as_choice(metric, "metric", _METRICS) == "cosine"
     as_choice(linkage, "linkage", _LINKAGES)
     min_overlap = as_density(min_overlap, "min_overlap")
@@ -96,7 +99,11 @@ def order_rows(
 
 
 def order_rows_fast(
-    mask: npt.ArrayLike, *, group_size: int = 16, metric: str = "jaccard"
+    mask: npt.ArrayLike,
+    *,
+    group_size: int = 16,
+    metric: str = "jaccard",
+    seeds: str = "similar",
 ) -> Int32Array:
     """Row order for use during training: groups are grown greedily, one scan per group.
 
@@ -107,6 +114,11 @@ def order_rows_fast(
     two scans of the remaining rows' bit sets: R*R/group_size comparisons where clustering needs
     R*R/2 and a dendrogram. Above FAST_CHUNK_ROWS = 32768 rows, chunks as in `order_rows`.
 
+    seeds="densest" takes seeds from the row with the most nonzeros down, and no centre. It is for
+    groups of which some rows were just given new columns in common (DSB's growth): most of them are
+    among the densest. Taken last, each would fill up the group that it was in, and its new columns
+    would be lost.
+
     Parameters
     ----------
     mask : array_like, shape (R, C)
@@ -115,6 +127,8 @@ def order_rows_fast(
         Rows per group that the caller will cut.
     metric : {"jaccard", "cosine"}
         Similarity of two column sets.
+    seeds : {"similar", "densest"}
+        Which rows found groups first.
 
     Returns
     -------
@@ -127,26 +141,30 @@ def order_rows_fast(
         mask not two-dimensional, or a bad option.
     """
     cosine = as_choice(metric, "metric", _METRICS) == "cosine"
+    densest = as_choice(seeds, "seeds", _SEEDS) == "densest"
     group_size = as_int("group_size", group_size, 1)
     bits = _pack(as_mask(mask))
     counts = _row_counts(bits)
     whole, rest = [], []
     for chunk in _chunks(bits, counts, max(group_size, FAST_CHUNK_ROWS), cosine):
-        order = _grow_groups(bits, counts, chunk, group_size, cosine)
+        order = _grow_groups(bits, counts, chunk, group_size, cosine, densest)
         cut = order.size // group_size * group_size
         whole.append(order[:cut])
         rest.append(order[cut:])
     if len(rest) > 1:  # the last groups of the chunks are short: group those rows among themselves
-        rest = [_grow_groups(bits, counts, np.concatenate(rest), group_size, cosine)]
+        rest = [_grow_groups(bits, counts, np.concatenate(rest), group_size, cosine, densest)]
     return np.concatenate([*whole, *rest, np.flatnonzero(counts == 0)]).astype(np.int32)
 
 
 def _grow_groups(
-    bits: _Words, counts: Int32Array, rows: Int32Array, group_size: int, cosine: bool
+    bits: _Words, counts: Int32Array, rows: Int32Array, group_size: int, cosine: bool, densest: bool
 ) -> Int32Array:
-    seeds = _seeds_first(bits, counts, rows, cosine)
     order = np.empty(rows.size, np.int32)
-    passes = int(group_size >= 8)  # a centre of fewer rows is hardly better than the seed
+    if densest:
+        seeds, passes = rows[np.argsort(-counts[rows], kind="stable")], 0
+    else:
+        seeds = _seeds_first(bits, counts, rows, cosine)
+        passes = int(group_size >= 8)  # a centre of fewer rows is hardly better than the seed
     _rows.greedy_groups(bits, counts, seeds, group_size, passes, cosine, order)
     return order
 

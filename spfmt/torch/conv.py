@@ -18,6 +18,7 @@ from spfmt.errors import FormatError, format_error
 from spfmt.formats import SparseTensor
 from spfmt.torch.convolution import conv2d
 from spfmt.torch.layer import SparseLayer
+from spfmt.torch.module import powers
 
 __all__ = ["SparseConv1d", "SparseConv2d"]
 
@@ -272,7 +273,7 @@ class _SparseConv(SparseLayer):
             raise format_error(
                 f"samples of a convolution in {self.groups} groups",
                 "one group",
-                "use square_sums or dense_gradient",
+                "use power_sums or dense_gradient",
             )
         x, dy = self._as_images(x), self._as_images(dy)
         return (
@@ -280,15 +281,15 @@ class _SparseConv(SparseLayer):
             dy.flatten(2).transpose(1, 2).reshape(-1, self.out_channels),
         )
 
-    def square_sums(self, x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the sums of squares over a call's pixels: per column, and per channel of Y.
+    def power_sums(self, x: Tensor, dy: Tensor, order: int = 2) -> tuple[Tensor, Tensor]:
+        """Return the sums of `powers` over a call's pixels: per column, and per channel of Y.
 
         Columns are those of all groups, C_in times the cells of the kernel. Takes the memory of one
         unfolded image, whatever the batch.
         """
         x, dy = self._as_images(x), self._as_images(dy)
-        total = x.float().square().sum(0, keepdim=True)
-        return self._unfolded(total).sum(2)[0], dy.float().square().sum((0, 2, 3))
+        total = powers(x, order).sum(0, keepdim=True)
+        return self._unfolded(total).sum(2)[0], powers(dy, order).sum((0, 2, 3))
 
     def dense_gradient(self, x: Tensor, dy: Tensor) -> Tensor:
         """Return the gradient that a call gives the dense weight, as the matrix that it is."""

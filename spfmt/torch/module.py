@@ -23,7 +23,7 @@ from spfmt.torch.convert import to_numpy, to_torch_values, whole, write_whole
 from spfmt.torch.values import compiled_structure
 from spfmt.torch.weight import WeightInfo
 
-__all__ = ["SparseModule", "follow", "move"]
+__all__ = ["SparseModule", "follow", "move", "powers"]
 
 Self = TypeVar("Self", bound="SparseModule")
 
@@ -392,10 +392,10 @@ class SparseModule(nn.Module):
         """Return what a call multiplied, as matrices: inputs (B, C), output gradients (B, R)."""
         raise NotImplementedError
 
-    def square_sums(self, x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the sums of squares over a call's samples: per input (C,), per output (R,)."""
+    def power_sums(self, x: Tensor, dy: Tensor, order: int = 2) -> tuple[Tensor, Tensor]:
+        """Return the sums of `powers` over a call's samples: per input (C,), per output (R,)."""
         x, dy = self.samples(x, dy)
-        return x.float().square().sum(0), dy.float().square().sum(0)
+        return powers(x, order).sum(0), powers(dy, order).sum(0)
 
     def dense_gradient(self, x: Tensor, dy: Tensor) -> Tensor:
         """Return the gradient that a call gives the dense weight, as a matrix (R, C)."""
@@ -578,6 +578,11 @@ def _version(tensor: Tensor) -> int:
 def _was_left(structure: Structure) -> bool:
     """Tell whether a layer has moved away from a structure."""
     return any(other.same_as(structure) for other in tuple(_left))
+
+
+def powers(x: Tensor, order: int) -> Tensor:
+    """Return ``|x| ** order`` in float32, of which sums give the l1 (1) or Euclidean (2) norm."""
+    return x.float().abs() if order == 1 else x.float().square()
 
 
 def follow(state: Tensor, source: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from spfmt.torch import layer_densities  # first: says what to install where torch is missing
 from spfmt.train.base import SparseTrainer
+from spfmt.train.dsb import DNSB, DSB, SSB
 from spfmt.train.gradient import GradientTrainer
 from spfmt.train.gradual import GradualPruning
 from spfmt.train.hrbp import HRBP
@@ -16,8 +17,11 @@ from spfmt.train.static import Static
 from spfmt.train.summary import LayerSummary, TrainerSummary
 
 __all__ = [
+    "DNSB",
+    "DSB",
     "HRBP",
     "SET",
+    "SSB",
     "CosineSchedule",
     "CubicSchedule",
     "GradientTrainer",

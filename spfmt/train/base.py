@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -210,21 +210,31 @@ class SparseTrainer(ABC):
     def fitting(
         self, layer: SparseModule, scores: NDArray[Any], density: float | None = None
     ) -> SparseTensor:
-        """Return the structure that keeps the most of `scores` at a density, the layer's target.
+        """Return the structure that keeps the most of `scores` at a density, the layer's target."""
+        search = get_format(layer.format).from_scores
+        return self.within_capacity(
+            layer, lambda density: search(scores, density, **layer.format_params), density
+        )
+
+    def within_capacity(
+        self,
+        layer: SparseModule,
+        search: Callable[[float], SparseTensor],
+        density: float | None = None,
+    ) -> SparseTensor:
+        """Return what is found at a density, the layer's target, or next below it.
 
         Where sizes are not multiples of a block, structures of equally many blocks differ in their
         number of weights; one that exceeds the layer's capacity is searched again at a density as
         much smaller as it takes.
         """
-        search = get_format(layer.format).from_scores
-        size = scores.size
-        step = 0
+        size, step = math.prod(layer.shape), 0
         density = layer.target_density if density is None else density
-        found: SparseTensor = search(scores, density, **layer.format_params)
+        found = search(density)
         while found.nnz > layer.capacity:
             step = max(1, 2 * step, found.nnz - layer.capacity)
             density = max(0.0, density - step / size)
-            found = search(scores, density, **layer.format_params)
+            found = search(density)
         return found
 
     # -------------------------------------------------------------------------------- observations
@@ -239,9 +249,10 @@ class SparseTrainer(ABC):
 
         Returns
         -------
-        {"norms", "batches"} or None
-            "norms" records norms of inputs and output gradients, per feature; "batches" records
-            both whole, from which :meth:`Observation.weight_grad` computes a dense gradient.
+        {"norms", "l1_norms", "batches"} or None
+            "norms" records the Euclidean norm of every input and of every output's gradient, and
+            "l1_norms" their l1 norm; "batches" records both whole, from which
+            :meth:`Observation.weight_grad` computes a dense gradient.
         """
         return None
 

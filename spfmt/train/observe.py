@@ -14,7 +14,9 @@ from spfmt.train.ranks import world_size
 
 __all__ = ["Observation", "Observe", "Observer"]
 
-Observe = Literal["norms", "batches"]
+Observe = Literal["norms", "l1_norms", "batches"]
+
+_ORDERS = {"norms": 2, "l1_norms": 1, "batches": 2}
 
 
 class Observation:
@@ -28,21 +30,21 @@ class Observation:
         self.kind, self.group = kind, group
         self._layer = layer
         self._batches: list[tuple[Tensor, Tensor]] = []  # as the layer saw them
-        self._squares: tuple[Tensor, Tensor] | None = None
+        self._order = _ORDERS[kind]
+        self._sums: tuple[Tensor, Tensor] | None = None
 
     def record(self, x: Tensor, dy: Tensor) -> None:
         """Add a call of the layer: its input, and the gradient of its output."""
         if self.kind == "batches":
             self._batches.append((x, dy))
             return
-        squares = self._layer.square_sums(x, dy)
-        old = self._squares
-        self._squares = squares if old is None else (old[0] + squares[0], old[1] + squares[1])
+        sums, old = self._layer.power_sums(x, dy, self._order), self._sums
+        self._sums = sums if old is None else (old[0] + sums[0], old[1] + sums[1])
 
     @property
     def empty(self) -> bool:
         """Whether no call was recorded."""
-        return not self._batches and self._squares is None
+        return not self._batches and self._sums is None
 
     @property
     def inputs(self) -> Tensor:
@@ -56,12 +58,12 @@ class Observation:
 
     @property
     def input_norms(self) -> Tensor:
-        """Euclidean norm of every input feature over the samples, (C,)."""
+        """Norm of every input feature over the samples, (C,): l1 of "l1_norms", else Euclidean."""
         return self._norms(0)
 
     @property
     def output_grad_norms(self) -> Tensor:
-        """Euclidean norm of every output's gradient over the samples, (R,)."""
+        """Norm of every output's gradient over the samples, (R,): as `input_norms`."""
         return self._norms(1)
 
     def weight_grad(self) -> Tensor:
@@ -73,11 +75,13 @@ class Observation:
         return self._over_ranks(total).div_(world_size(self.group))
 
     def _norms(self, which: int) -> Tensor:
-        squares = self._squares
-        if squares is not None:
-            return self._over_ranks(squares[which].clone()).sqrt()
-        sums = [self._layer.square_sums(*call)[which] for call in self._whole()]
-        return self._over_ranks(torch.stack(sums).sum(0)).sqrt()
+        if self._sums is not None:
+            total = self._sums[which].clone()
+        else:
+            sums = [self._layer.power_sums(*call, self._order) for call in self._whole()]
+            total = torch.stack([pair[which] for pair in sums]).sum(0)
+        total = self._over_ranks(total)
+        return total if self._order == 1 else total.sqrt()
 
     def _over_ranks(self, total: Tensor) -> Tensor:
         """Add what the ranks found."""
@@ -110,8 +114,9 @@ class Observer:
         """Record the calls of a layer from now on; nothing where `kind` is None."""
         if kind is None:
             return
-        if kind not in ("norms", "batches"):
-            raise format_error(f"observes {kind!r}", "'norms', 'batches' or None", "use one")
+        if kind not in _ORDERS:
+            kinds = ", ".join(map(repr, _ORDERS))
+            raise format_error(f"observes {kind!r}", f"{kinds} or None", "use one")
         found = self._found[id(layer)] = Observation(kind, layer, self._group)
         self._hooks.append(layer.register_forward_hook(_recorder(found), with_kwargs=True))
 
