@@ -55,6 +55,8 @@ class Kernel:
     registers: bool = False
 
 
+_CONSTANTS = {"avx2": "twenty constants beside the operands exceed sixteen registers"}
+
 KERNELS = {
     "probe_fma": Kernel(lambda chains: chains),
     "band_panel": Kernel(lambda rows, vectors: rows * vectors, registers=True),
@@ -81,9 +83,8 @@ KERNELS = {
     "image_pieces": Kernel(lambda rows, width, pieces, first: rows * width * pieces),
     "image_dots": Kernel(None),
     "quad_sums": Kernel(lambda: 16, contains=dict.fromkeys(REGISTER, "vpermilps"), half=True),
-    "activate": Kernel(
-        None, spills={"avx2": "twenty constants beside the operands exceed sixteen registers"}
-    ),
+    "activate": Kernel(None, spills=_CONSTANTS),
+    "image_add": Kernel(None, spills=_CONSTANTS),
     "dots": Kernel(
         None, spills={"avx2": "an unrolled row of sums and its reduction exceed sixteen registers"}
     ),

@@ -135,7 +135,8 @@ inline V activation_of(V x) noexcept {
 
 // body(f) with the activation as a constant.
 template <class Body>
-inline void with_activation(Activation kind, const Body& body) noexcept {
+__attribute__((always_inline)) inline void with_activation(Activation kind,
+                                                           const Body& body) noexcept {
   switch (kind) {
     case Activation::none:
       return body(std::integral_constant<Activation, Activation::none>{});
