@@ -200,7 +200,7 @@ def test_threads_do_not_change_a_bit(kernel: Kernel, name: str) -> None:
         case = Case(**{**vars(BY_NAME[name]), "batch": batch})
         found = make_operands(LAYOUTS[kernel.layout], case)
         results = []
-        for threads in (1, 2, 3, 16):
+        for threads in (1, 3, 16):
             spfmt.set_num_threads(threads)
             results.append(found.run(kernel))
         for other in results[1:]:
