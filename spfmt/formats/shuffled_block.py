@@ -18,7 +18,7 @@ from spfmt.formats._registry import register
 from spfmt.formats._structure import Structure
 from spfmt.structure._checks import (
     as_density,
-    as_int,
+    as_pair,
     as_row_perm,
     as_scores,
     bounded,
@@ -28,6 +28,9 @@ from spfmt.structure._checks import (
 )
 
 __all__ = ["ShuffledBlock"]
+
+# Of a block's two sizes: in formulas, and as parameters.
+_NAMES = (("S1", "S2"), ("block_rows", "block_cols"))
 
 BLOCK_SHAPE = (16, 16)
 
@@ -77,7 +80,7 @@ class ShuffledBlock(SparseTensor):
         col_indices: Any,
         values: Any,
     ) -> None:
-        block_rows, block_cols = _check_block(block_shape)
+        block_rows, block_cols = as_pair("block_shape", block_shape, *_NAMES)
         arrays = {"row_perm": row_perm, "group_ptr": group_ptr, "col_indices": col_indices}
         self._init(shape, arrays, {"block_rows": block_rows, "block_cols": block_cols}, values)
 
@@ -134,7 +137,9 @@ class ShuffledBlock(SparseTensor):
     @classmethod
     def _check(cls, s: Structure) -> None:
         rows, cols = s.matrix_shape
-        block_rows, _ = _check_block((s.params["block_rows"], s.params["block_cols"]))
+        block_rows, _ = as_pair(
+            "block_shape", (s.params["block_rows"], s.params["block_cols"]), *_NAMES
+        )
         columns, pointer = s["col_indices"], s["group_ptr"]
         check_permutation("row_perm", s["row_perm"], rows)
         check_pointer("group_ptr", pointer, -(-rows // block_rows), columns.size)
@@ -181,7 +186,7 @@ class ShuffledBlock(SparseTensor):
     def _from_coordinates(
         cls, coords: Coordinates, *, block_shape: Any = BLOCK_SHAPE, row_perm: Any = None
     ) -> ShuffledBlock:
-        block_rows, block_cols = _check_block(block_shape)
+        block_rows, block_cols = as_pair("block_shape", block_shape, *_NAMES)
         rows, cols = coords.matrix_shape
         if row_perm is None:
             perm = _rows_by_support(coords, block_rows)
@@ -265,7 +270,7 @@ class ShuffledBlock(SparseTensor):
         from spfmt.structure.unstructured import topk_mask
 
         matrix, shape, budget = scores_budget(scores, density)
-        block = _check_block(block_shape)
+        block = as_pair("block_shape", block_shape, *_NAMES)
         how = {"method": method, "metric": metric, "linkage": linkage, "min_overlap": min_overlap}
         perm = _check_order(row_perm, aligned, matrix.shape[0])
         if perm is None:
@@ -313,7 +318,7 @@ class ShuffledBlock(SparseTensor):
             As `from_scores`, and for positions that are no whole numbers in 0..R*C-1 or not as
             many as magnitudes.
         """
-        shape, block = check_shape(shape), _check_block(block_shape)
+        shape, block = check_shape(shape), as_pair("block_shape", block_shape, *_NAMES)
         rows, cols = matrix_shape(shape)
         positions, weights = _check_weights(positions, magnitudes, rows * cols)
         budget = round(as_density(density) * (rows * cols))
@@ -378,16 +383,6 @@ class ShuffledBlock(SparseTensor):
     def _summary(self) -> str:
         block_rows, block_cols = self.block_shape
         return f"block_shape=({block_rows}, {block_cols}), blocks {self.n_blocks}"
-
-
-def _check_block(block_shape: Any) -> tuple[int, int]:
-    try:
-        block_rows, block_cols = block_shape
-    except (TypeError, ValueError):
-        raise format_error(
-            f"block_shape={block_shape!r}", "two integers (S1, S2)", "pass e.g. (16, 16)"
-        ) from None
-    return as_int("block_rows", block_rows, 1), as_int("block_cols", block_cols, 1)
 
 
 def _group_rows(rows: int, block_rows: int) -> Array:

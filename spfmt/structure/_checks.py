@@ -132,6 +132,26 @@ def as_int(name: str, value: Any, low: int, high: int = INT32_MAX) -> int:
     return number
 
 
+def as_pair(
+    name: str, value: Any, symbols: tuple[str, str], parts: tuple[str, str] | None = None
+) -> tuple[int, int]:
+    """`value` as two ints from 1 on; errors call them by `parts`, their symbols by default.
+
+    Raises
+    ------
+    FormatError
+        Not two, or one of them no integer or below 1.
+    """
+    try:
+        first, second = value
+    except (TypeError, ValueError):
+        raise format_error(
+            f"{name} = {value!r}", f"two integers ({', '.join(symbols)})", "pass e.g. (16, 16)"
+        ) from None
+    names = parts or symbols
+    return as_int(names[0], first, 1), as_int(names[1], second, 1)
+
+
 def as_density(value: Any, name: str = "density") -> float:
     """Check that value is a real number in [0, 1] and return it as a float.
 

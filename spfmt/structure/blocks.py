@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from ..errors import format_error
 from . import _selection
-from ._checks import FloatArray, Int32Array, Int64Array, as_int, as_row_perm, as_scores
+from ._checks import FloatArray, Int32Array, Int64Array, as_int, as_pair, as_row_perm, as_scores
 from .unstructured import topk_mask
 
 __all__ = ["select_blocks"]
@@ -62,7 +62,9 @@ def select_blocks(
     plain = as_scores(scores, ndim=2)
     rows, cols = plain.shape
     perm = as_row_perm(row_perm, rows)
-    block_rows, block_cols = _check_block_shape(block_shape)
+    block_rows, block_cols = as_pair(
+        "block_shape", block_shape, ("block rows S1", "block columns S2")
+    )
     if plain.size and plain.min() == -np.inf:
         raise format_error(
             "-inf in scores", "scores whose l1 norm ranks columns", "use 0 for positions to avoid"
@@ -129,13 +131,3 @@ def _ascending_in_blocks(
     key = np.sort(block * cols + columns) if cols else block
     ascending: Int32Array = (key - block * cols).astype(np.int32)
     return ascending
-
-
-def _check_block_shape(block_shape: Sequence[int]) -> tuple[int, int]:
-    try:
-        block_rows, block_cols = block_shape
-    except (TypeError, ValueError):
-        raise format_error(
-            f"block_shape = {block_shape!r}", "two whole numbers (S1, S2)", "pass e.g. (16, 16)"
-        ) from None
-    return as_int("block rows S1", block_rows, 1), as_int("block columns S2", block_cols, 1)

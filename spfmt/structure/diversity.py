@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from functools import cache
 
 from ..errors import format_error
-from ._checks import as_density, as_int
+from ._checks import as_density, as_int, as_pair
 
 __all__ = [
     "aligned_block_masks",
@@ -39,7 +39,7 @@ def unstructured_masks(shape: Sequence[int], density: float) -> float:
     >>> round(10 ** unstructured_masks((2, 2), 0.5))
     6
     """
-    rows, cols = _matrix(shape)
+    rows, cols = as_pair("shape", shape, ("rows", "columns"))
     return _log_binomial(rows * cols, round(as_density(density) * rows * cols))
 
 
@@ -52,7 +52,7 @@ def constant_fan_in_masks(shape: Sequence[int], fan_in: int) -> float:
     fan_in : int
         0 <= k <= C.
     """
-    rows, cols = _matrix(shape)
+    rows, cols = as_pair("shape", shape, ("rows", "columns"))
     return rows * _log_binomial(cols, as_int("fan_in", fan_in, 0, cols))
 
 
@@ -66,7 +66,7 @@ def nm_masks(shape: Sequence[int], n: int, m: int) -> float:
     n, m : int
         0 <= N <= M.
     """
-    rows, cols = _matrix(shape)
+    rows, cols = as_pair("shape", shape, ("rows", "columns"))
     n, m = _n_of_m(n, m)
     return rows * _parts("columns", cols, m) * _log_binomial(m, n)
 
@@ -83,7 +83,7 @@ def transposable_nm_masks(shape: Sequence[int], n: int, m: int) -> float:
     n, m : int
         0 <= N <= M.
     """
-    rows, cols = _matrix(shape)
+    rows, cols = as_pair("shape", shape, ("rows", "columns"))
     n, m = _n_of_m(n, m)
     tiles = _parts("rows", rows, m) * _parts("columns", cols, m)
     return tiles * sum(_log_factorial(m - i) for i in range(n))
@@ -145,8 +145,8 @@ def aligned_block_masks(shape: Sequence[int], block_shape: Sequence[int], densit
     density : float
         Of the blocks, in [0, 1].
     """
-    rows, cols = _matrix(shape)
-    block_rows, block_cols = _matrix(block_shape)
+    rows, cols = as_pair("shape", shape, ("rows", "columns"))
+    block_rows, block_cols = as_pair("block_shape", block_shape, ("S1", "S2"))
     grid = _parts("rows", rows, block_rows) * _parts("columns", cols, block_cols)
     return _log_binomial(grid, round(as_density(density) * grid))
 
@@ -173,8 +173,8 @@ def shuffled_block_masks(
     >>> [f"{10 ** shuffled_block_masks((8, 8), (s, s), 0.5):.1e}" for s in (2, 4)]
     ['1.2e+18', '3.1e+11']
     """
-    rows, cols = _matrix(shape)
-    block_rows, block_cols = _matrix(block_shape)
+    rows, cols = as_pair("shape", shape, ("rows", "columns"))
+    block_rows, block_cols = as_pair("block_shape", block_shape, ("S1", "S2"))
     groups = _parts("rows", rows, block_rows)
     weights = as_density(density) * rows * cols
     partitions = _log_factorial(rows) - groups * _log_factorial(block_rows)
@@ -182,14 +182,6 @@ def shuffled_block_masks(
         return partitions + _log_binomial(rows * cols, round(weights / block_cols))
     columns = _log_binomial(groups * cols, round(weights / block_rows))
     return partitions - _log_factorial(groups) + columns
-
-
-def _matrix(shape: Sequence[int]) -> tuple[int, int]:
-    try:
-        rows, cols = shape
-    except (TypeError, ValueError):
-        raise format_error(f"{shape!r}", "two whole numbers", "pass e.g. (16, 16)") from None
-    return as_int("rows", rows, 1), as_int("columns", cols, 1)
 
 
 def _n_of_m(n: int, m: int) -> tuple[int, int]:

@@ -93,8 +93,9 @@ class SparseTrainer(ABC):
         process_group: Any = None,
         schedule: Schedule | None = None,
     ) -> None:
-        cosine = CosineSchedule.until(t_end, total_steps, alpha=alpha, delta_t=delta_t)
-        self.schedule = cosine if schedule is None else schedule
+        self.schedule = schedule or CosineSchedule.until(
+            t_end, total_steps, alpha=alpha, delta_t=delta_t
+        )
         self.optimizer = optimizer
         self._state = OptimizerState(optimizer)
         self.layers: dict[str, SparseModule] = {

@@ -16,11 +16,10 @@ from torch import nn
 
 from spfmt.errors import format_error
 from spfmt.formats import Groups, ShuffledBlock, SparseTensor
-from spfmt.structure._checks import as_int
-from spfmt.torch.convert import whole
+from spfmt.structure._checks import as_pair
 from spfmt.torch.module import SparseModule
 from spfmt.train.base import SparseTrainer
-from spfmt.train.choice import smallest
+from spfmt.train.choice import Floats, magnitudes, smallest
 from spfmt.train.observe import Observe
 
 __all__ = ["DNSB", "DSB", "SSB", "block_aware", "grow_in_blocks", "sorted_groups"]
@@ -126,7 +125,7 @@ class DSB(SparseTrainer):
         **options: Any,
     ) -> None:
         self.block_aware = block_aware
-        self.grow_shape = None if grow_shape is None else _check_shape(grow_shape)
+        self.grow_shape = grow_shape and as_pair("grow_shape", grow_shape, ("S_x", "S_y"))
         super().__init__(model, optimizer, **options)
 
     def check_layer(self, name: str, layer: SparseModule) -> None:
@@ -160,8 +159,8 @@ class DSB(SparseTrainer):
     def rewire(self, layer: SparseModule, n_drop: int) -> tuple[SparseTensor, _Places]:
         """Choose the next structure of a layer; see :meth:`SparseTrainer.rewire`."""
         tensor = cast(ShuffledBlock, layer.tensor())
-        magnitudes = whole(layer.values)[: tensor.nnz].abs().to("cpu", torch.float32).numpy()
-        dropped = smallest(magnitudes, n_drop)
+        weights = magnitudes(layer)
+        dropped = smallest(weights, n_drop)
         if self.block_aware:
             dropped = block_aware(tensor, dropped)
         norms = self._norms(layer) if dropped.size else None
@@ -173,18 +172,16 @@ class DSB(SparseTrainer):
         taken.reshape(-1)[positions[dropped]] = False
         # As many grow as are dropped: they take their places in both arrays.
         positions[dropped] = self._grow(tensor, norms, taken, dropped.size)
-        magnitudes[dropped] = magnitudes.max()
-        np.maximum(magnitudes, _LEAST, out=magnitudes)
-        return self.shuffle(layer, positions, magnitudes), dropped
+        weights[dropped] = weights.max()
+        np.maximum(weights, _LEAST, out=weights)
+        return self.shuffle(layer, positions, weights), dropped
 
-    def shuffle(
-        self, layer: SparseModule, positions: _Places, magnitudes: NDArray[np.float32]
-    ) -> SparseTensor:
+    def shuffle(self, layer: SparseModule, positions: _Places, weights: Floats) -> SparseTensor:
         """Shuffle weights into blocks of largest l1 norm (section 4, "Shuffled blocking")."""
         how = {"method": "densest", **layer.format_params}
 
         def search(density: float) -> ShuffledBlock:
-            found = ShuffledBlock.from_weights(layer.shape, positions, magnitudes, density, **how)
+            found = ShuffledBlock.from_weights(layer.shape, positions, weights, density, **how)
             if not self.aligned:
                 how["row_perm"] = found.row_perm  # searched once, whatever the density
             return found
@@ -426,13 +423,3 @@ def _largest(outputs: _Floats, inputs: _Floats, positions: _Places, count: int) 
     row, column = np.divmod(positions, inputs.size)
     chosen: _Places = positions[np.argsort(-outputs[row] * inputs[column], kind="stable")[:count]]
     return chosen
-
-
-def _check_shape(grow_shape: Any) -> tuple[int, int]:
-    try:
-        s_x, s_y = grow_shape
-    except (TypeError, ValueError):
-        raise format_error(
-            f"grow_shape={grow_shape!r}", "two integers (S_x, S_y)", "pass e.g. (16, 1)"
-        ) from None
-    return as_int("S_x", s_x, 1), as_int("S_y", s_y, 1)

@@ -92,8 +92,8 @@ class GradualPruning(SparseTrainer):
         self._density = density
         schedule = CubicSchedule.until(t_end, total_steps, t_start=t_start, delta_t=delta_t)
         super().__init__(
-            model, optimizer, t_end=schedule.t_end, delta_t=delta_t, seed=seed, averages=averages,
-            process_group=process_group, schedule=schedule,
+            model, optimizer, seed=seed, averages=averages, process_group=process_group,
+            schedule=schedule,
         )  # fmt: skip
         self.first = {name: layer.nnz for name, layer in self.layers.items()}
         self.last = self._last()
