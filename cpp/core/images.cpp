@@ -299,9 +299,12 @@ void PlanarResult<T>::add(const ImageBodies<T>& bodies, const Product& p, const 
       for (size_t i = 0; i < planes_.size(); ++i) {
         const Planes<T>& to = planes_[i];
         const Planes<const T>& from = z.planes()[i];
-        for (int64_t y = rows_.begin; y < rows_.end; ++y) {
+        // Rows that follow each other are one.
+        const bool joined = to.row == width_ && from.row == width_;
+        const int64_t step = joined ? std::max<int64_t>(1, rows_.end - rows_.begin) : 1;
+        for (int64_t y = rows_.begin; y < rows_.end; y += step) {
           bodies.add(p.activation, from.data + c * from.channel + y * from.row,
-                     to.data + c * to.channel + y * to.row, width_);
+                     to.data + c * to.channel + y * to.row, width_ * step);
         }
       }
     }
