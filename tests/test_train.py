@@ -13,19 +13,12 @@ torch = pytest.importorskip("torch")
 
 from torch import nn  # noqa: E402
 from torch._dynamo.testing import CompileCounterWithBackend  # noqa: E402
+from train_cases import FORMATS  # noqa: E402
 
 from spfmt.errors import FormatError  # noqa: E402
 from spfmt.formats import CSR  # noqa: E402
 from spfmt.torch import SparseLinear, sparsify  # noqa: E402
 from spfmt.train import SET, CosineSchedule  # noqa: E402
-
-FORMATS = {
-    "condensed": {},
-    "nm": {"m": 8},
-    "shuffled_block": {"block_shape": (4, 4)},
-    "hrbp": {"groups": 2},
-    "csr": {},
-}
 
 
 @pytest.fixture(params=FORMATS)

@@ -8,19 +8,11 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from torch import nn  # noqa: E402
-from train_cases import assert_resumes, train  # noqa: E402
+from train_cases import FORMATS, assert_resumes, train  # noqa: E402
 
 from spfmt.errors import FormatError  # noqa: E402
 from spfmt.torch import SparseConv2d, sparsify  # noqa: E402
 from spfmt.train import CubicSchedule, GradualPruning, layer_densities  # noqa: E402
-
-FORMATS = {
-    "csr": {},
-    "condensed": {},
-    "nm": {"m": 8},
-    "shuffled_block": {"block_shape": (4, 4)},
-    "hrbp": {"groups": 2},
-}
 
 
 def network(format: str = "csr", seed: int = 0) -> nn.Sequential:

@@ -12,7 +12,7 @@ torch = pytest.importorskip("torch")
 from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 from torch import nn  # noqa: E402
-from train_cases import Single, assert_moved, assert_resumes, train  # noqa: E402
+from train_cases import Single, assert_moved, assert_resumes, follow, train  # noqa: E402
 
 from spfmt.errors import FormatError  # noqa: E402
 from spfmt.formats import HRBP as Blocks  # noqa: E402
@@ -236,14 +236,7 @@ def test_it_learns_which_inputs_matter():
         model = nn.Sequential(layer)
         optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
         method = kind(model, optimizer, alpha=0.5, delta_t=10, total_steps=600)
-        for _ in range(600):
-            x = torch.randn(64, 64)
-            loss = (model(x) - x @ teacher.T).square().mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            method.step()
-        losses[kind] = loss.item()
+        losses[kind] = follow(teacher, model, optimizer, method, 600)
     assert layer.tensor().mask()[:, matters.numpy()].mean() > 0.8
     assert losses[HRBP] < 0.3 * losses[Static]
 

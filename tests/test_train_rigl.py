@@ -13,21 +13,13 @@ torch = pytest.importorskip("torch")
 from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 from torch import nn  # noqa: E402
-from train_cases import Single, assert_moved, assert_resumes, first_dropped, train  # noqa: E402
+from train_cases import FORMATS, Single, assert_moved, assert_resumes, first_dropped, follow, train  # noqa: E402
 
 from spfmt.errors import FormatError  # noqa: E402
 from spfmt.formats import CSR, HRBP, NM, Condensed, ShuffledBlock  # noqa: E402
 from spfmt.torch import SparseLinear, sparsify  # noqa: E402
 from spfmt.train import RigL, Static  # noqa: E402
 from spfmt.train.choice import free_positions  # noqa: E402
-
-FORMATS = {
-    "condensed": {},
-    "nm": {"m": 8},
-    "shuffled_block": {"block_shape": (4, 4)},
-    "hrbp": {"groups": 2},
-    "csr": {},
-}
 
 
 @pytest.fixture(params=FORMATS)
@@ -302,14 +294,7 @@ def test_it_learns_which_inputs_matter(format):
         model = nn.Sequential(layer)
         optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
         method = kind(model, optimizer, delta_t=10, total_steps=250)
-        for _ in range(250):
-            x = torch.randn(64, 64)
-            loss = (model(x) - x @ teacher.T).square().mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            method.step()
-        losses[kind] = loss.item()
+        losses[kind] = follow(teacher, model, optimizer, method, 250)
         found[kind] = layer.tensor().mask()[:, matters.numpy()].mean()
     assert found[Static] < 0.3
     assert found[RigL] > 0.8

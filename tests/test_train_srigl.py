@@ -13,7 +13,7 @@ from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 from torch import nn  # noqa: E402
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn  # noqa: E402
-from train_cases import Single, assert_moved, assert_resumes, first_dropped, train  # noqa: E402
+from train_cases import Single, assert_moved, assert_resumes, first_dropped, follow, train  # noqa: E402
 
 from spfmt.errors import FormatError  # noqa: E402
 from spfmt.formats import Condensed  # noqa: E402
@@ -288,14 +288,7 @@ def test_it_learns_which_neurons_and_inputs_matter():
         optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
         options = {"gamma_sal": 0.8} if kind is SRigL else {}
         method = kind(model, optimizer, delta_t=10, total_steps=600, **options)
-        for _ in range(600):
-            x = torch.randn(64, 64)
-            loss = (model(x) - x @ teacher.T).square().mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            method.step()
-        losses[kind] = loss.item()
+        losses[kind] = follow(teacher, model, optimizer, method, 600)
     tensor = model[0].tensor()
     assert set(np.flatnonzero(outputs.numpy())) <= set(tensor.row_indices.tolist())
     assert tensor.fan_in > 4

@@ -18,6 +18,15 @@ from spfmt.train import SparseTrainer
 
 Array = NDArray[Any]
 
+FORMATS: dict[str, dict[str, Any]] = {
+    "condensed": {},
+    "nm": {"m": 8},
+    "shuffled_block": {"block_shape": (4, 4)},
+    "hrbp": {"groups": 2},
+    "csr": {},
+}
+"""Every format, and parameters that fit small layers."""
+
 
 @dataclass
 class State:
@@ -109,6 +118,20 @@ def train(model: nn.Module, optimizer: Any, method: SparseTrainer, steps: int, i
         optimizer.step()
         changed.append(method.step())
     return changed
+
+
+def follow(
+    teacher: torch.Tensor, model: nn.Module, optimizer: Any, method: SparseTrainer, steps: int
+) -> float:
+    """Learn a linear map (R, 64) from random batches, and return the last loss."""
+    for _ in range(steps):
+        x = torch.randn(64, teacher.shape[1])
+        loss = (model(x) - x @ teacher.T).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        method.step()
+    return float(loss.item())
 
 
 def assert_resumes(make: Any, inputs: Any, steps: tuple[int, int]) -> None:
