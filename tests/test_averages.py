@@ -11,6 +11,7 @@ torch = pytest.importorskip("torch")
 
 from torch import nn  # noqa: E402
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn  # noqa: E402
+from train_cases import stepped  # noqa: E402
 
 from spfmt.errors import FormatError  # noqa: E402
 from spfmt.torch import SparseLinear, sparsify  # noqa: E402
@@ -60,7 +61,7 @@ def test_an_averaged_model_moves_along(format, use_buffers):
     average.update_parameters(model)
     method = resting(model)
     for _ in range(4):
-        assert method.step()
+        assert stepped(method)
         average.update_parameters(model)
     for twin, layer in ((average.module[0], model[0]), (average.module[2], model[2])):
         assert_kept_weights_agree(twin, layer)
@@ -85,7 +86,7 @@ def test_words_that_were_averaged_with_equal_ones_are_restored(decay, caplog):
 def test_words_that_were_averaged_with_another_structure_are_refused():
     model = network()
     average = copy.deepcopy(model)
-    assert resting(model).step()  # before the first average: the copy looks like a checkpoint
+    assert stepped(resting(model))  # before the first average: the copy looks like a checkpoint
     blend(average, model, 0.9999)
     with pytest.raises(FormatError, match="averages="):
         average(torch.randn(3, 32))
@@ -98,7 +99,7 @@ def test_words_that_were_averaged_with_another_structure_are_refused():
 def test_words_overwritten_after_the_original_moved_are_told(caplog):
     model = network()
     late = AveragedModel(model)
-    assert resting(model).step()
+    assert stepped(resting(model))
     late.update_parameters(model)  # the first update copies everything, which is right
     with caplog.at_level(logging.WARNING, "spfmt"):
         assert torch.equal(dense(late.module[0]), dense(model[0]))
@@ -113,7 +114,7 @@ def test_saved_copies_stay_as_they_are():
     saved = dense(model[0]).clone()
     method = resting(model)
     for _ in range(3):
-        assert method.step()
+        assert stepped(method)
     assert not torch.equal(dense(model[0]) != 0, saved != 0)
     for copied in (best, loaded, once):
         assert torch.equal(dense(copied[0]), saved)
@@ -127,7 +128,7 @@ def test_an_average_of_an_average_moves_too():
         target.load_state_dict(model.state_dict())
         for mean, now in zip(target.buffers(), model.buffers(), strict=True):
             mean.copy_(now)
-    assert resting(model).step()
+    assert stepped(resting(model))
     for twin in (average, second):
         assert torch.equal(twin[0].structure, model[0].structure)
         assert_kept_weights_agree(twin[0], model[0])
@@ -143,14 +144,14 @@ def test_a_copy_that_is_trained_itself_goes_its_own_way(broadcast):
         if broadcast:
             for now in (twin, alone):
                 now[0].structure.copy_(now[0].structure.clone())
-        assert method.step()
+        assert stepped(method)
     with torch.no_grad():
         for part in (twin[0], alone[0]):
             part.values.mul_(2)
             if broadcast:  # as DDP does with buffers, before every forward pass
                 part.structure.copy_(part.structure.clone())
     for method in methods:
-        assert method.step()
+        assert stepped(method)
     assert torch.equal(dense(twin[0]), dense(alone[0]))
 
 
@@ -159,7 +160,7 @@ def test_a_restored_model_leaves_its_average_behind():
     start = copy.deepcopy(model.state_dict())
     average = copy.deepcopy(model)
     blend(average, model)
-    assert resting(model).step()
+    assert stepped(resting(model))
     assert torch.equal(average[0].structure, model[0].structure)
     model.load_state_dict(start)
     blend(average, model, 0.9999)

@@ -15,6 +15,7 @@ import torch.multiprocessing as mp  # noqa: E402
 from test_averages import assert_kept_weights_agree, dense, network, resting  # noqa: E402
 from torch import nn  # noqa: E402
 from torch.optim.swa_utils import AveragedModel  # noqa: E402
+from train_cases import stepped  # noqa: E402
 
 from spfmt.errors import FormatError  # noqa: E402
 from spfmt.train import SET  # noqa: E402
@@ -107,7 +108,7 @@ def test_state_out_of_reach_is_refused_before_anything_moves():
     train(model, optimizer, steps=1)
     trained = model[0].tensor()
     with pytest.raises(FormatError, match=r"Hidden\.momenta"):
-        method.step()
+        stepped(method)
     assert trained != before
     assert model[0].tensor() == trained
 
@@ -115,7 +116,7 @@ def test_state_out_of_reach_is_refused_before_anything_moves():
 def test_state_in_an_object_beside_the_optimizer_is_refused():
     model = network()
     with pytest.raises(FormatError, match=r"Fused\.engine"):
-        SET(model, Fused(model.parameters()), delta_t=1, t_end=100).step()
+        stepped(SET(model, Fused(model.parameters()), delta_t=1, t_end=100))
 
 
 def test_an_optimizer_without_state_is_fine():
@@ -138,7 +139,7 @@ def test_a_layer_whose_parameter_was_replaced_is_refused():
     model[0].values = nn.Parameter(model[0].values.detach().clone())
     before = dense(model[0])
     with pytest.raises(FormatError, match=r"0\.values"):
-        method.step()
+        stepped(method)
     assert torch.equal(dense(model[0]), before)
 
 
@@ -158,7 +159,7 @@ def test_mappings_follow(prefix):
     weights = {prefix + k: v.detach().clone() for k, v in model.named_parameters()}
     method = resting(model, averages=[full, weights])
     for _ in range(3):
-        assert method.step()
+        assert stepped(method)
     plain = {key.removeprefix(prefix): value for key, value in full.items()}
     assert_kept_weights_agree(loaded(plain, model)[0], model[0])
     assert torch.equal(weights[prefix + "0.values"], full[prefix + "0.values"])
@@ -170,14 +171,14 @@ def test_models_follow_even_where_nobody_wrote_them():
     twin, average, other = copy.deepcopy(model), AveragedModel(model), network(seed=0)
     method = resting(model, averages=[twin, average, other])
     for _ in range(3):
-        assert method.step()
+        assert stepped(method)
         other.load_state_dict(other.state_dict())  # a run that goes on loads its averages
     for copied in (twin, average.module, other):
         assert torch.equal(copied[0].structure, model[0].structure)
         assert_kept_weights_agree(copied[0], model[0])
     saved = copy.deepcopy(twin)
     before = dense(saved[0])
-    assert method.step()
+    assert stepped(method)
     assert torch.equal(dense(saved[0]), before)
 
 
@@ -197,7 +198,7 @@ def test_averages_that_do_not_fit_are_refused():
     state.update({k: v.clone() for k, v in network(seed=1).state_dict().items()})
     before = dense(model[0])
     with pytest.raises(FormatError, match="other positions"):
-        method.step()
+        stepped(method)
     assert torch.equal(dense(model[0]), before)
 
 
@@ -291,9 +292,9 @@ def _fully_shard(rank: int) -> None:
     with torch.no_grad():
         alone(torch.zeros(1, 32))  # leaves the values of a root gathered: writes would be lost
     with pytest.raises(FormatError, match="reshard"):
-        method.step()
+        stepped(method)
     alone.reshard()
-    assert method.step()
+    assert stepped(method)
 
 
 def test_fsdp2_trains_and_moves():

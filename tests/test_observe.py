@@ -10,6 +10,7 @@ torch = pytest.importorskip("torch")
 from test_averages import network  # noqa: E402
 from test_followers import in_two_processes  # noqa: E402
 from torch import nn  # noqa: E402
+from train_cases import stepped  # noqa: E402
 
 from spfmt import train  # noqa: E402
 from spfmt.errors import FormatError  # noqa: E402
@@ -84,7 +85,7 @@ def test_the_dense_gradient_is_that_of_a_dense_layer():
     torch.testing.assert_close(found.weight_grad(), found.output_grads.T @ found.inputs)
     assert torch.equal(found.inputs, torch.cat([part.reshape(-1, 32) for part in x]))
     torch.testing.assert_close(found.input_norms, found.inputs.norm(dim=0))
-    assert method.step()
+    assert stepped(method)
     torch.testing.assert_close(method.last, dense[1].weight.grad)
     grown = model[2].tensor().mask() & ~before[1]
     free = dense[1].weight.grad.abs().numpy()
@@ -101,7 +102,7 @@ def test_norms_alone():
     assert hooks(model) == 2
     with pytest.raises(FormatError, match="batches"):
         method.observed(model[0]).weight_grad()
-    assert method.step()
+    assert stepped(method)
     torch.testing.assert_close(method.last[0], x.detach().norm(dim=0))
     torch.testing.assert_close(method.last[1], seen[0].norm(dim=0))
 
@@ -112,7 +113,7 @@ def test_nothing_recorded_is_an_error():
     with torch.no_grad():
         model(torch.zeros(1, 32))
     with pytest.raises(FormatError, match=r"outside torch\.compile"):
-        method.step()
+        stepped(method)
     assert model[0].tensor() == before
 
     class Wrong(SET):
@@ -136,8 +137,8 @@ def test_calls_by_keyword_are_recorded_and_fused_activations_refused():
 
 def test_a_resumed_trainer_observes_its_next_step():
     _, _, method = make()
-    method.step()
-    method.step()
+    stepped(method)
+    stepped(method)
     _, _, other = make()
     assert not other.observing
     other.load_state_dict(method.state_dict())

@@ -13,7 +13,7 @@ torch = pytest.importorskip("torch")
 
 from torch import nn  # noqa: E402
 from torch._dynamo.testing import CompileCounterWithBackend  # noqa: E402
-from train_cases import FORMATS  # noqa: E402
+from train_cases import FORMATS, stepped  # noqa: E402
 
 from spfmt.errors import FormatError  # noqa: E402
 from spfmt.formats import CSR  # noqa: E402
@@ -111,7 +111,7 @@ def test_worked_table_of_masks(fraction, expected):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     method = GrowWhere(model, optimizer, alpha=fraction, delta_t=1, t_end=10**9)
     method.grow = np.array([[0.5, 0.5, 0.7, 0.95], [0.5, 0.5, 0.6, 0.94], [0.5, 0.5, 0.1, 0.93]])
-    assert method.step() is (fraction > 0)
+    assert stepped(method) is (fraction > 0)
     tensor = model[0].tensor()
     expected = np.array(expected)
     np.testing.assert_array_equal(tensor.mask(), expected != 0)
@@ -126,7 +126,7 @@ def test_a_dropped_weight_that_is_drawn_again_starts_from_zero():
     model[0].values.grad = torch.ones(2, dtype=torch.float64)
     optimizer.state[model[0].values]["momentum_buffer"] = torch.tensor([3.0, 4.0]).double()
     method.grow = np.array([[0.9, 0.1, 0.5]])
-    assert not method.step()  # the topology is the same, the weight is not
+    assert not stepped(method)  # the topology is the same, the weight is not
     assert model[0].tensor().to_dense().tolist() == [[0.0, 2.0, 0.0]]
     assert model[0].tensor().mask().tolist() == [[True, True, False]]
     assert optimizer.state[model[0].values]["momentum_buffer"].tolist() == [0.0, 4.0]
@@ -156,7 +156,7 @@ def test_values_and_state_follow_their_weights(format, name):
 
     before, mask = {k: dense(v) for k, v in states().items()}, layer.tensor().mask()
     identity = id(layer.values), layer.values.data_ptr(), layer.structure.data_ptr(), layer.capacity
-    assert method.step() is True
+    assert stepped(method) is True
     after, new_mask = {k: dense(v) for k, v in states().items()}, layer.tensor().mask()
     assert len(after) >= 3
     assert identity == (
@@ -193,7 +193,7 @@ def test_about_the_scheduled_share_moves(format):
         model, torch.optim.SGD(model.parameters(), lr=0.1), alpha=0.3, delta_t=1, t_end=10**9
     )
     mask = model[0].tensor().mask()
-    method.step()
+    stepped(method)
     moved = (mask & ~model[0].tensor().mask()).sum() / mask.sum()
     # Regrouping rows into blocks moves more than what was dropped.
     assert 0.1 <= moved <= (0.6 if format == "shuffled_block" else 0.45)
@@ -206,7 +206,7 @@ def test_blocks_of_odd_sizes_never_exceed_the_capacity():
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     method = SET(model, optimizer, alpha=0.5, delta_t=1, t_end=50)
     for _ in range(30):
-        method.step()
+        stepped(method)
         assert 0 < model[0].nnz <= model[0].capacity
 
 
@@ -216,7 +216,7 @@ def test_of_equal_magnitudes_the_first_are_dropped():
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     method = GrowWhere(model, optimizer, alpha=0.4, delta_t=1, t_end=10**9)
     method.grow = np.array([[0.1, 0.2, 0.3, 0.1, 0.4, 0.9]])
-    assert method.step()  # two of three equal ones go; positions 5 and 2 come
+    assert stepped(method)  # two of three equal ones go; positions 5 and 2 come
     assert model[0].tensor().to_dense().tolist() == [[3.0, 0.0, 0.0, 2.0, 1.0, 0.0]]
     assert model[0].tensor().mask().tolist() == [[True, False, True, True, True, True]]
 
@@ -227,7 +227,7 @@ def test_trained_zeros_are_ordinary_weights():
         model[0].values.zero_()
     fan_in, nnz = model[0].tensor().fan_in, model[0].nnz
     method = SET(model, torch.optim.SGD(model.parameters(), lr=0.1), delta_t=1, t_end=100)
-    assert method.step()
+    assert stepped(method)
     assert (model[0].tensor().fan_in, model[0].nnz) == (fan_in, nnz)
 
 
@@ -318,7 +318,7 @@ def test_same_seed_same_topology_on_all_ranks():
         model = network()
         method = SET(model, torch.optim.SGD(model.parameters(), lr=0.1), delta_t=1, t_end=9, seed=4)
         torch.manual_seed(int(torch.randint(100, (1,))))  # the global generator plays no part
-        method.step()
+        stepped(method)
         masks.append(model[0].tensor().mask())
     np.testing.assert_array_equal(*masks)
 
@@ -381,5 +381,5 @@ def test_state_that_cannot_follow_is_refused_before_anything_moves():
     optimizer.state[model[0].values]["factors"] = torch.ones(7)
     before = model[0].tensor()
     with pytest.raises(FormatError, match="element-wise"):
-        method.step()
+        stepped(method)
     assert model[0].tensor() == before

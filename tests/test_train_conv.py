@@ -12,6 +12,7 @@ torch = pytest.importorskip("torch")
 
 from torch import nn  # noqa: E402
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn  # noqa: E402
+from train_cases import stepped  # noqa: E402
 
 from spfmt.errors import FormatError  # noqa: E402
 from spfmt.torch import SparseConv1d, SparseConv2d, sparsify  # noqa: E402
@@ -121,7 +122,7 @@ def test_averages_and_copies_follow() -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     method = SET(model, optimizer, delta_t=1, t_end=100)
     for _ in range(3):
-        assert method.step()
+        assert stepped(method)
         average.update_parameters(model)
     twin, layer = average.module[2], model[2]
     assert torch.equal(twin.structure, layer.structure)
@@ -137,7 +138,7 @@ def test_compiled_and_channels_last_models_see_new_content_only() -> None:
     compiled = torch.compile(model, backend="eager")
     x = torch.randn(2, 3, 8, 8).to(memory_format=torch.channels_last)
     torch.testing.assert_close(compiled(x), model(x))
-    assert SET(model, torch.optim.SGD(model.parameters(), lr=0.0), delta_t=1, t_end=9).step()
+    assert stepped(SET(model, torch.optim.SGD(model.parameters(), lr=0.0), delta_t=1, t_end=9))
     torch.testing.assert_close(compiled(x), model(x))
 
 
@@ -205,7 +206,7 @@ def test_observations_are_those_of_the_dense_layer(name: str) -> None:
     else:
         with pytest.raises(FormatError, match="use power_sums or dense_gradient"):
             _ = found.inputs
-    assert methods[0].step()
+    assert stepped(methods[0])
 
 
 def input_norms(dense: nn.Module, batches: list[torch.Tensor]) -> torch.Tensor:

@@ -12,7 +12,7 @@ torch = pytest.importorskip("torch")
 from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 from torch import nn  # noqa: E402
-from train_cases import Single, assert_moved, assert_resumes, follow, train  # noqa: E402
+from train_cases import Single, assert_moved, assert_resumes, follow, stepped, train  # noqa: E402
 
 from spfmt.errors import FormatError  # noqa: E402
 from spfmt.formats import HRBP as Blocks  # noqa: E402
@@ -129,7 +129,7 @@ def test_patterns_of_depthwise_kernels_move():
     dy[:, :, 1, 1] = 1  # meets the last cell alone
     case.layer(x).backward(dy)
     before = case.state()
-    assert case.method.step()
+    assert stepped(case.method)
     after = case.state()
     assert after.tensor.pattern_indices.tolist() == [[0, 1, 8]]  # 1 and 2 tie
     assert_moved(before, after, before.weight >= 3, after.mask)
@@ -162,7 +162,7 @@ def test_updates_are_those_of_plain_loops(
     gradient = np.broadcast_to(gradient, before.mask.shape)
     case.method.gradient = lambda layer: np.abs(gradient).astype(np.float32)
     case.method.observed = lambda layer: None
-    case.method.step()
+    stepped(case.method)
     after = case.state()
     count = math.floor(share * (before.mask[0].sum()) + 1e-9)
     if count == 0 or before.mask.all():
@@ -252,7 +252,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch():
         method = HRBP(model, optimizer, alpha=0.7, delta_t=1, t_end=100)
         for part in x.chunk(parts):
             layer(part).backward(part[:, :1, :3, :3].expand(-1, 16, -1, -1))
-        assert method.step()
+        assert stepped(method)
         words.append(layer.structure)
     assert torch.equal(*words)
 

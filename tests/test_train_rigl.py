@@ -13,7 +13,16 @@ torch = pytest.importorskip("torch")
 from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 from torch import nn  # noqa: E402
-from train_cases import FORMATS, Single, assert_moved, assert_resumes, first_dropped, follow, train  # noqa: E402
+from train_cases import (  # noqa: E402
+    FORMATS,
+    Single,
+    assert_moved,
+    assert_resumes,
+    first_dropped,
+    follow,
+    stepped,
+    train,
+)
 
 from spfmt.errors import FormatError  # noqa: E402
 from spfmt.formats import CSR, HRBP, NM, Condensed, ShuffledBlock  # noqa: E402
@@ -190,7 +199,7 @@ def test_convolutions_against_plain_loops(format, groups):
     dense(x).backward(dy)
     case.layer(x[:1]).backward(dy[:1])  # accumulated over two calls
     case.layer(x[1:]).backward(dy[1:])
-    assert case.method.step()
+    assert stepped(case.method)
     kept = first_dropped(before, math.floor(0.4 * tensor.nnz))
     gradient = dense.weight.grad.numpy().reshape(6, -1)
     assert_moved(before, case.state(), kept, grown_by_loops(kept, gradient, lists_of(tensor)))
@@ -276,7 +285,7 @@ def test_blocks_of_odd_sizes_never_exceed_the_capacity():
     )
     for _ in range(20):
         model(torch.randn(4, 13)).square().sum().backward()
-        method.step()
+        stepped(method)
         assert 0 < model[0].nnz <= model[0].capacity
 
 
@@ -330,7 +339,7 @@ def test_only_layers_that_move_are_observed_and_only_then():
     for step in range(1, 7):
         assert hooks(model) == ([1, 1, 0, 0, 0] if step % 3 == 0 else [0] * 5)
         model(torch.randn(4, 32)).sum().backward()
-        assert method.step() is (step % 3 == 0)
+        assert stepped(method) is (step % 3 == 0)
     assert [layer.tensor() for layer in (full, few, frozen)] == still
 
 
@@ -340,7 +349,7 @@ def test_an_update_without_a_gradient_moves_nothing():
     before = [model[0].tensor(), model[2].tensor()]
     model[0](torch.randn(4, 32)).sum().backward()  # the second layer sees nothing
     with pytest.raises(FormatError, match=r"outside torch\.compile"):
-        method.step()
+        stepped(method)
     assert [model[0].tensor(), model[2].tensor()] == before
 
 

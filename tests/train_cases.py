@@ -28,6 +28,14 @@ FORMATS: dict[str, dict[str, Any]] = {
 """Every format, and parameters that fit small layers."""
 
 
+@torch.no_grad()
+def stepped(method: SparseTrainer) -> bool:
+    """Let a method step as after a step of its optimizer that wrote the weights they were."""
+    for layer in method.layers.values():
+        layer.values.add_(0.0)
+    return method.step()
+
+
 @dataclass
 class State:
     """A layer's weight, mask and momentum as dense matrices, and its structure."""
@@ -85,7 +93,7 @@ class Single:
         """Update once, and return the states before and after."""
         before = self.state()
         self.backward(gradient)
-        self.method.step()
+        stepped(self.method)
         self.optimizer.zero_grad()
         return before, self.state()
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -15,11 +16,16 @@ from torch import nn
 from spfmt.errors import format_error
 from spfmt.formats import SparseTensor, get_format
 from spfmt.torch.module import SparseModule
+from spfmt.torch.report import ModelReport
+from spfmt.torch.sparsify import Distribution, Scores
+from spfmt.torch.survey import Selector
 from spfmt.torch.wrappers import unwrapped
 from spfmt.train.followers import Averages, OptimizerState
 from spfmt.train.observe import Observation, Observe, Observer
+from spfmt.train.order import StepOrder
 from spfmt.train.ranks import check_ranks
 from spfmt.train.schedule import CosineSchedule, Schedule
+from spfmt.train.start import Start, started
 from spfmt.train.summary import LayerSummary, TrainerSummary
 
 # A structure drawn with the caller's seed 0 and growth drawn with the trainer's seed 0 must not be
@@ -37,12 +43,28 @@ class SparseTrainer(ABC):
     Parameters
     ----------
     model : nn.Module
-        Holds `SparseModule` layers (see :func:`spfmt.torch.sparsify`), may be wrapped or compiled.
+        A dense model, with a density; or one that holds `SparseModule` layers (see
+        :func:`spfmt.torch.sparsify`), which may be wrapped or compiled.
     optimizer : torch.optim.Optimizer
-        Made after the layers, so that it holds their `values`. State tensors of a parameter's own
-        shape (SGD momentum; Adam's and AdamW's moments) follow their weights, new weights start
-        with zero state (the smallest step size of Rprop). State inside wrapped optimizers
-        (ZeroRedundancyOptimizer, Lookahead and their like) is found and follows too.
+        Of the model's parameters. State tensors of a parameter's own shape (SGD momentum; Adam's
+        and AdamW's moments) follow their weights, new weights start with zero state (the smallest
+        step size of Rprop). State inside wrapped optimizers (ZeroRedundancyOptimizer, Lookahead and
+        their like) is found and follows too.
+    density, sparsity : float, or mapping of str to float, optional
+        Share of the weights that stay, or that go, in (0, 1): makes the dense layers of the model
+        sparse, in place, and puts their `values` where `optimizer` holds their weights. See
+        :func:`spfmt.torch.sparsify` for mappings, `include` and `exclude`.
+    format : str, optional
+        Of the layers that are made: by default the one that the method's paper takes.
+    include, exclude : str, type, callable, or several of them, optional
+        Which layers are made sparse: all by default, the first convolution too.
+    distribution : {"erk", "uniform"}, optional
+        Of one density over the layers: "erk" by default.
+    scores : {"random", "magnitude"} or callable
+        Where the first weights are.
+    reset : bool, optional
+        Draw new values, scaled for the sparse fan-in. By default where `scores` are random: what a
+        random structure leaves of a trained model is worth nothing.
     alpha : float
         Share of the weights that the first update drops.
     delta_t : int
@@ -64,12 +86,23 @@ class SparseTrainer(ABC):
     schedule : Schedule, optional
         Of a method that has another one than the cosine of `alpha`, `delta_t` and `t_end`; it
         overrides :meth:`n_drop`, too.
+    **params
+        Of the format, for instance ``block_shape=(16, 16)``; ``n`` and ``m``, or ``fan_in``, stand
+        for a density.
+
+    Attributes
+    ----------
+    report : ModelReport or None
+        Which layers were made sparse, and why others were not; None without a density.
+    layers : dict of str to SparseModule
+        By qualified name.
 
     Raises
     ------
     FormatError
-        Where the model has no sparse layer, the optimizer does not hold the values of one that is
-        not frozen, an average does not fit, or ranks differ in seed, schedule or structures.
+        Where the model has no sparse layer, the method cannot train one, the optimizer does not
+        hold the values of one that is not frozen, an average does not fit, or ranks differ in seed,
+        schedule or structures. Model and optimizer are as they were then.
 
     Notes
     -----
@@ -79,11 +112,22 @@ class SparseTrainer(ABC):
     same objects, so compiled models, DDP, FSDP2 and ``state_dict`` see nothing but new content.
     """
 
+    FORMAT: ClassVar[str] = "csr"
+    PARAMS: ClassVar[Mapping[str, Any]] = {}
+
     def __init__(
         self,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         *,
+        density: float | Mapping[str, float] | None = None,
+        sparsity: float | None = None,
+        format: str | None = None,
+        include: Selector | Iterable[Selector] | None = None,
+        exclude: Selector | Iterable[Selector] | None = None,
+        distribution: Distribution | None = None,
+        scores: Scores = "random",
+        reset: bool | None = None,
         alpha: float = 0.3,
         delta_t: int = 100,
         t_end: int | float = 0.75,
@@ -92,34 +136,48 @@ class SparseTrainer(ABC):
         averages: Any = (),
         process_group: Any = None,
         schedule: Schedule | None = None,
+        **params: Any,
     ) -> None:
         self.schedule = schedule or CosineSchedule.until(
             t_end, total_steps, alpha=alpha, delta_t=delta_t
         )
         self.optimizer = optimizer
         self._state = OptimizerState(optimizer)
-        self.layers: dict[str, SparseModule] = {
-            name: module
-            for name, module in unwrapped(model).named_modules()
-            if isinstance(module, SparseModule)
-        }
         self.generator = torch.Generator().manual_seed(_SEED_OFFSET + seed)
         self.steps = 0
         self.updates = 0
-        self._check_layers()
         group = getattr(model, "process_group", None) if process_group is None else process_group
-        check_ranks(self.layers, (seed, self.schedule), group)
-        self._averages = Averages(averages, self.layers)
+        start = Start(
+            density, sparsity, format, include, exclude, distribution, scores, reset, params
+        )
+        with self._started(model, start, seed) as self.report:
+            self.layers: dict[str, SparseModule] = {
+                name: module
+                for name, module in unwrapped(model).named_modules()
+                if isinstance(module, SparseModule)
+            }
+            self._check_layers()
+            check_ranks(self.layers, (seed, self.schedule), group)
+            self._averages = Averages(averages, self.layers)
         self._observer = Observer(group)
+        self._order = StepOrder(self._state.all(), self.layers)
         self._explored = {name: _packed_mask(layer) for name, layer in self.layers.items()}
         self._watch_next_step()
+
+    def _started(
+        self, model: nn.Module, start: Start, seed: int
+    ) -> AbstractContextManager[ModelReport | None]:
+        """Make the model sparse where that is asked for, until what follows fails."""
+        if not start.asked:
+            return nullcontext()
+        return started(model, self.optimizer, start.options(type(self), seed))
 
     def _check_layers(self) -> None:
         if not self.layers:
             raise format_error(
                 "a model without sparse layers",
-                "at least one SparseModule",
-                "call sparsify(model, ...)",
+                "at least one SparseModule, or a density to make some",
+                "pass density=0.1, or call sparsify(model, ...)",
             )
         for name, layer in self.layers.items():
             self._state.check_holds(name, layer)
@@ -138,10 +196,17 @@ class SparseTrainer(ABC):
         -------
         bool
             Whether the topology changed.
+
+        Raises
+        ------
+        FormatError
+            Where no ``optimizer.step()`` came before it, or an update is not possible.
         """
+        self._order.check()
         self.steps += 1
         changed = self.schedule.is_update(self.steps) and self.update()
         self._watch_next_step()
+        self._order.look()
         return changed
 
     @torch.no_grad()
@@ -282,6 +347,11 @@ class SparseTrainer(ABC):
                 self._observer.watch(layer, self.observes(name, layer))
 
     # ---------------------------------------------------------------------------------- reporting
+
+    def __str__(self) -> str:
+        dense = () if self.report is None else self.report.left
+        left = [f"{layer.name} stays dense: {layer.reason}" for layer in dense]
+        return "\n".join([f"{type(self).__name__}, {self.schedule}", str(self.summary()), *left])
 
     def summary(self) -> TrainerSummary:
         """Return the state of every layer; print it for a table."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from typing import Any, NamedTuple, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -55,8 +55,7 @@ class DSB(SparseTrainer):
     ----------
     model, optimizer
         As for :class:`SparseTrainer`. All sparse layers must be shuffled blocks, convolutions in
-        one group: ``sparsify(model, "shuffled_block", distribution="erk", scores="random", …)``
-        starts as the paper does.
+        one group.
     block_aware : bool
         False drops every candidate (appendix A.2).
     grow_shape : (int, int), optional
@@ -96,13 +95,9 @@ class DSB(SparseTrainer):
     Examples
     --------
     >>> import torch
-    >>> from spfmt.torch import sparsify
     >>> model = torch.nn.Sequential(torch.nn.Linear(64, 128), torch.nn.Linear(128, 10))
-    >>> report = sparsify(
-    ...     model, "shuffled_block", density=0.2, block_shape=(4, 4), scores="random", reset=True
-    ... )
     >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    >>> method = DSB(model, optimizer, delta_t=2, total_steps=8)
+    >>> method = DSB(model, optimizer, density=0.2, block_shape=(4, 4), delta_t=2, total_steps=8)
     >>> changed = []
     >>> for step in range(8):
     ...     optimizer.zero_grad()
@@ -113,6 +108,7 @@ class DSB(SparseTrainer):
     [False, True, False, True, False, False, False, False]
     """
 
+    FORMAT = "shuffled_block"
     aligned = False
 
     def __init__(
@@ -224,10 +220,11 @@ class DNSB(DSB):
     whole blocks of the grid, so X and Y are S1 consecutive outputs and S2 consecutive inputs; then
     the blocks of the grid with the largest l1 norm stay. (The paper gives DNSB no algorithm.)
 
-    Sparsify with ``aligned=True``. Parameters are those of :class:`DSB`; `grow_shape` is (S1, S2)
-    by default.
+    Layers that are sparse already were made with ``aligned=True``. Parameters are those of
+    :class:`DSB`; `grow_shape` is (S1, S2) by default.
     """
 
+    PARAMS: ClassVar[dict[str, Any]] = {"aligned": True}
     aligned = True
 
     def groups(self, norms: _Floats, size: int) -> RankedGroups:

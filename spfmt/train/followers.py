@@ -27,7 +27,7 @@ class OptimizerState:
 
     def __init__(self, optimizer: Any) -> None:
         self.optimizer = optimizer
-        if any(isinstance(inner, torch.optim.LBFGS) for inner in self._all()):
+        if any(isinstance(inner, torch.optim.LBFGS) for inner in self.all()):
             raise format_error(
                 "L-BFGS, whose history is one vector over all parameters",
                 "an element-wise optimizer",
@@ -79,8 +79,8 @@ class OptimizerState:
         if values.grad is not None:
             move(values.grad, source)
 
-    def _all(self) -> Iterator[Any]:
-        """The optimizer and all that it holds, each once."""
+    def all(self) -> Iterator[Any]:
+        """Return the optimizer and all that it holds, each once."""
         found, seen = [self.optimizer], set()
         while found:
             optimizer = found.pop()
@@ -92,13 +92,13 @@ class OptimizerState:
 
     def _of(self, values: nn.Parameter) -> list[dict[str, Any]]:
         """Every dictionary of state for a parameter; wrappers may share one."""
-        held = (getattr(optimizer, "state", None) for optimizer in self._all())
+        held = (getattr(optimizer, "state", None) for optimizer in self.all())
         states = [state.get(values) for state in held if isinstance(state, Mapping)]
         return list({id(state): state for state in states if state}.values())
 
     def _hidden(self, size: int) -> str | None:
         """Name what an innermost optimizer holds, other than `state`, that is large enough."""
-        for optimizer in self._all():
+        for optimizer in self.all():
             attributes = _attributes(optimizer)
             if any(map(_is_optimizer, attributes.values())):
                 continue  # a wrapper: buckets, schedules, references to parameters

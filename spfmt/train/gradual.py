@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -14,9 +15,12 @@ from torch import nn
 from spfmt.errors import format_error
 from spfmt.formats import SparseTensor
 from spfmt.torch.module import SparseModule
+from spfmt.torch.report import ModelReport
+from spfmt.torch.sparsify import Distribution, layer_densities
 from spfmt.train.base import SparseTrainer
 from spfmt.train.choice import magnitudes
 from spfmt.train.schedule import CubicSchedule
+from spfmt.train.start import Start, started
 
 __all__ = ["GradualPruning"]
 
@@ -26,16 +30,20 @@ class GradualPruning(SparseTrainer):
 
     Every `delta_t` steps from `t_start` on, each layer keeps the weights of its format that have
     the most magnitude, at the density of the cubic schedule (eq. 1 of the paper); none ever comes
-    back. Begin with a trained model of full layers, ``sparsify(model, format, density=1.0)``.
-    Where formats allow few densities (N:M, constant fan-in), a layer stays as it is until the
-    schedule has passed the next one.
+    back. Begin with a trained dense model, or with full layers. Where formats allow few densities
+    (N:M, constant fan-in), a layer stays as it is until the schedule has passed the next one.
 
     Parameters
     ----------
     model, optimizer, seed, averages, process_group
         As for :class:`SparseTrainer`.
+    format, include, exclude, **params
+        For :func:`spfmt.torch.sparsify`, which makes a dense model's layers sparse and full; the
+        default format is "csr". None where layers are sparse already.
+    distribution : {"uniform", "erk"}
+        Of one density over the layers.
     density : float or mapping of str to float
-        At the end: of every layer, or by name (:func:`layer_densities` gives ERK's).
+        At the end: of all layers together, or by name.
     delta_t : int
         Steps between updates.
     t_start, t_end : int or float
@@ -61,9 +69,7 @@ class GradualPruning(SparseTrainer):
     Examples
     --------
     >>> import torch
-    >>> from spfmt.torch import sparsify
     >>> model = torch.nn.Sequential(torch.nn.Linear(64, 128), torch.nn.Linear(128, 10))
-    >>> report = sparsify(model, "csr", density=1.0)
     >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     >>> method = GradualPruning(model, optimizer, density=0.25, delta_t=2, t_end=8)
     >>> for step in range(8):
@@ -81,6 +87,10 @@ class GradualPruning(SparseTrainer):
         optimizer: torch.optim.Optimizer,
         *,
         density: float | Mapping[str, float],
+        format: str | None = None,
+        include: Any = None,
+        exclude: Any = None,
+        distribution: Distribution = "uniform",
         delta_t: int = 100,
         t_start: int | float = 0,
         t_end: int | float = 0.75,
@@ -88,19 +98,41 @@ class GradualPruning(SparseTrainer):
         seed: int = 0,
         averages: Any = (),
         process_group: Any = None,
+        **params: Any,
     ) -> None:
-        self._density = density
+        self._density, self._distribution = density, distribution
         schedule = CubicSchedule.until(t_end, total_steps, t_start=t_start, delta_t=delta_t)
         super().__init__(
-            model, optimizer, seed=seed, averages=averages, process_group=process_group,
-            schedule=schedule,
+            model, optimizer, format=format, include=include, exclude=exclude, seed=seed,
+            averages=averages, process_group=process_group, schedule=schedule, **params,
         )  # fmt: skip
+
+    def _started(
+        self, model: nn.Module, start: Start, seed: int
+    ) -> AbstractContextManager[ModelReport | None]:
+        """Make dense layers full ones."""
+        if not start.asked and any(isinstance(layer, SparseModule) for layer in model.modules()):
+            return nullcontext()
+        given = self._density if isinstance(self._density, Mapping) else None
+        full = {
+            "format": start.format or self.FORMAT,
+            "density": dict.fromkeys(given, 1.0) if given else 1.0,
+            "include": start.include,
+            "exclude": start.exclude,
+            "reset": False,
+        }
+        return started(model, self.optimizer, {**full, **start.params})
+
+    def _check_layers(self) -> None:
+        super()._check_layers()
         self.first = {name: layer.nnz for name, layer in self.layers.items()}
         self.last = self._last()
 
     def _last(self) -> dict[str, int]:
-        given = self._density
-        densities = given if isinstance(given, Mapping) else dict.fromkeys(self.layers, given)
+        densities = self._density
+        if not isinstance(densities, Mapping):
+            shapes = {name: layer.shape for name, layer in self.layers.items()}
+            densities = layer_densities(shapes, densities, self._distribution)
         unknown = [name for name in densities if name not in self.layers]
         if unknown or len(densities) < len(self.layers):
             raise format_error(

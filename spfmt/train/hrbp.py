@@ -45,11 +45,12 @@ class HRBP(GradientTrainer):
     Examples
     --------
     >>> import torch
-    >>> from spfmt.torch import SparseConv2d
-    >>> model = torch.nn.Sequential(SparseConv2d(16, 32, 3, format="hrbp", density=0.25))
+    >>> model = torch.nn.Sequential(torch.nn.Conv2d(16, 32, 3), torch.nn.Conv2d(32, 32, 3))
     >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    >>> method = HRBP(model, optimizer, delta_t=100, total_steps=1000)
+    >>> method = HRBP(model, optimizer, density=0.25, delta_t=100, total_steps=1000)
     """
+
+    FORMAT = "hrbp"
 
     def check_layer(self, name: str, layer: SparseModule) -> None:
         """Refuse other formats: they have no groups that could stay."""

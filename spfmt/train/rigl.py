@@ -50,11 +50,9 @@ class RigL(GradientTrainer):
     Examples
     --------
     >>> import torch
-    >>> from spfmt.torch import sparsify
     >>> model = torch.nn.Sequential(torch.nn.Linear(64, 128), torch.nn.Linear(128, 10))
-    >>> report = sparsify(model, "csr", density=0.1, scores="random", reset=True)
     >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    >>> method = RigL(model, optimizer, delta_t=2, total_steps=8)
+    >>> method = RigL(model, optimizer, density=0.1, delta_t=2, total_steps=8)
     >>> changed = []
     >>> for step in range(8):
     ...     optimizer.zero_grad()

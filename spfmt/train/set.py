@@ -45,11 +45,9 @@ class SET(SparseTrainer):
     Examples
     --------
     >>> import torch
-    >>> from spfmt.torch import sparsify
     >>> model = torch.nn.Sequential(torch.nn.Linear(64, 128), torch.nn.Linear(128, 10))
-    >>> report = sparsify(model, "condensed", density=0.1, scores="random", reset=True)
     >>> optimizer = torch.optim.AdamW(model.parameters())
-    >>> method = SET(model, optimizer, delta_t=2, total_steps=8)
+    >>> method = SET(model, optimizer, density=0.1, delta_t=2, total_steps=8)
     >>> changed = []
     >>> for step in range(8):
     ...     optimizer.zero_grad()

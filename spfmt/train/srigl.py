@@ -44,7 +44,7 @@ class SRigL(GradientTrainer):
 
     Parameters
     ----------
-    model, optimizer, alpha, delta_t, t_end, total_steps, seed, averages, process_group
+    model, optimizer, **options
         As for :class:`SparseTrainer`; the paper's are its defaults. All sparse layers are of the
         format "condensed".
     gamma_sal : float
@@ -73,14 +73,15 @@ class SRigL(GradientTrainer):
     Examples
     --------
     >>> import torch
-    >>> from spfmt.torch import sparsify
     >>> model = torch.nn.Sequential(torch.nn.Linear(64, 128), torch.nn.Linear(128, 10))
-    >>> report = sparsify(model, "condensed", density=0.125, scores="random", reset=True)
     >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    >>> method = SRigL(model, optimizer, gamma_sal=0.5, delta_t=2, total_steps=8)
+    >>> method = SRigL(model, optimizer, density={"0": 0.125, "1": 0.125}, gamma_sal=0.5,
+    ...                delta_t=2, total_steps=8)
     >>> method.budgets
     {'0': 1024, '1': 160}
     """
+
+    FORMAT = "condensed"
 
     def __init__(
         self,

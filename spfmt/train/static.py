@@ -22,12 +22,11 @@ class Static(SparseTrainer):
     Examples
     --------
     >>> import torch
-    >>> from spfmt.torch import SparseLinear
-    >>> model = torch.nn.Sequential(SparseLinear(64, 128, format="csr", density=0.1))
+    >>> model = torch.nn.Sequential(torch.nn.Linear(64, 128), torch.nn.Linear(128, 10))
     >>> optimizer = torch.optim.AdamW(model.parameters())
-    >>> method = Static(model, optimizer, delta_t=1, total_steps=8)
-    >>> [method.step() for step in range(3)]
-    [False, False, False]
+    >>> method = Static(model, optimizer, density=0.1, total_steps=1000)
+    >>> round(method.report.density, 3)
+    0.1
     """
 
     def n_drop(self, layer: SparseModule, step: int) -> int:

@@ -1,0 +1,67 @@
+"""Whether `step` follows an optimizer's step; others would be counted and never have been."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+from spfmt.errors import format_error
+from spfmt.torch.module import SparseModule
+
+__all__ = ["StepOrder"]
+
+
+class StepOrder:
+    """Sees whether weights were written, or an optimizer stepped, since the last look.
+
+    Parameters
+    ----------
+    optimizers : iterable
+        The optimizer and all that it wraps.
+    layers : mapping of str to SparseModule
+    """
+
+    def __init__(self, optimizers: Iterable[Any], layers: Mapping[str, SparseModule]) -> None:
+        self._layers = layers
+        self._stepped = False
+        alone = weakref.ref(self)  # a trainer that is gone must not stay with its optimizer
+
+        def note(*_: Any) -> None:
+            if (order := alone()) is not None:
+                order._stepped = True
+
+        for optimizer in optimizers:
+            if isinstance(optimizer, torch.optim.Optimizer):
+                optimizer.register_step_post_hook(note)
+        self.look()
+
+    def look(self) -> None:
+        """Remember the weights as they are."""
+        self._stepped = False
+        self._written = self._versions()
+
+    def check(self) -> None:
+        """Refuse where nothing has changed since the last look.
+
+        Gradients that are not finite excuse it: a gradient scaler skips such a step.
+
+        Raises
+        ------
+        FormatError
+        """
+        if self._stepped or self._versions() != self._written:
+            return
+        grads = [layer.values.grad for layer in self._layers.values()]
+        if all(g is None or bool(torch.isfinite(g).all()) for g in grads):
+            raise format_error(
+                "step() without an optimizer.step() since the last one",
+                "one call of it after every optimizer.step()",
+                "order: loss.backward(), optimizer.step(), step(), optimizer.zero_grad(); "
+                "update() moves weights at once",
+            )
+
+    def _versions(self) -> list[int]:
+        return [layer.values._version for layer in self._layers.values()]
