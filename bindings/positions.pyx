@@ -6,7 +6,7 @@ Every function fills arrays that the Python side has allocated and checked; noth
 shapes or values. The GIL is released inside every loop.
 """
 
-from libc.stdint cimport int32_t, int64_t, uint64_t
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint64_t
 from libc.stdlib cimport free
 from libc.string cimport memset
 
@@ -72,6 +72,23 @@ def flat_indices(const int32_t[::1] rows, const int64_t[:, ::1] runs, const int3
             for j in range(runs[1, i]):
                 out[place] = base + mine[j]
                 place += step
+
+
+def mark(const int32_t[::1] rows, const int64_t[:, ::1] runs, const int32_t[::1] columns,
+         int64_t n_cols, uint8_t[::1] bits):
+    """Set the bit of every value's row-major flat index, the first of a byte its highest."""
+    cdef Py_ssize_t i, j
+    cdef int64_t base, at
+    cdef const int32_t *mine
+    if columns.shape[0] == 0 or bits.shape[0] == 0:
+        return
+    with nogil:
+        for i in range(rows.shape[0]):
+            base = rows[i] * n_cols
+            mine = &columns[0] + runs[0, i]
+            for j in range(runs[1, i]):
+                at = base + mine[j]
+                bits[at >> 3] |= <uint8_t> (0x80 >> (at & 7))
 
 
 def sources(const int32_t[::1] rows, const int64_t[:, ::1] runs, const int32_t[::1] columns,

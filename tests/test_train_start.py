@@ -20,6 +20,7 @@ from spfmt.train import (  # noqa: E402
     SSB,
     GradualPruning,
     RigL,
+    SampledGrowth,
     SRigL,
     Static,
 )
@@ -314,4 +315,4 @@ def test_every_method_is_named_in_the_table():
         for value in vars(methods).values()
         if isinstance(value, type) and issubclass(value, methods.SparseTrainer)
     }
-    assert trainers - {*OWN, GradualPruning} == {methods.SparseTrainer, methods.GradientTrainer}
+    assert trainers - {*OWN, GradualPruning, SampledGrowth} == {methods.SparseTrainer, methods.GradientTrainer}

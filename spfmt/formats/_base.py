@@ -155,9 +155,8 @@ class SparseTensor(ABC):
         **params
             Those of `from_scores`.
         """
-        scores = rng.random(shape, dtype=np.float32)
-        values = rng.standard_normal(shape, dtype=np.float32)
-        return cls.from_scores(scores, density, values=values, **params)
+        found = cls.from_scores(rng.random(shape, dtype=np.float32), density, **params)
+        return found.with_values(rng.standard_normal(found.values.shape, dtype=np.float32))
 
     @classmethod
     def _least_nnz(cls, coords: Coordinates) -> int:

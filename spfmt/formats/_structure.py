@@ -20,7 +20,7 @@ from spfmt.formats._checks import (
 )
 from spfmt.formats._layout import Layout
 from spfmt.structure._checks import as_int
-from spfmt.structure.moves import sources
+from spfmt.structure.moves import packed_mask, sources
 
 if TYPE_CHECKING:
     from spfmt.dispatch import Plan
@@ -119,6 +119,10 @@ class Structure:
     def flat_indices(self) -> npt.NDArray[np.int64]:
         """Row-major flat index of every stored position, in the order of the values."""
         return self.layout.flat_indices()
+
+    def packed_mask(self) -> npt.NDArray[np.uint8]:
+        """One bit per position, see `spfmt.structure.moves.packed_mask`."""
+        return packed_mask(self.layout.row_runs())
 
     def sources(self, old: Structure, capacity: int | None = None) -> npt.NDArray[np.int64]:
         """For every stored position its place in `old`; -1 if it is new, and for spare capacity.

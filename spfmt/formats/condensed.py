@@ -15,7 +15,7 @@ from spfmt.formats._coords import Coordinates, fill_short_lists
 from spfmt.formats._layout import Lists
 from spfmt.formats._registry import register
 from spfmt.formats._structure import Structure
-from spfmt.structure._checks import as_int, check_range, plain_array
+from spfmt.structure._checks import as_density, as_int, check_range, plain_array
 
 __all__ = ["Condensed"]
 
@@ -180,15 +180,22 @@ class Condensed(SparseTensor):
         return cls._found(matrix, shape, arrays, {"fan_in": columns.shape[1]}, values)
 
     @classmethod
-    def random(
-        cls, shape: Sequence[int], density: float, rng: np.random.Generator, **params: Any
+    def random(  # type: ignore[override]  # it refuses other keywords, as from_scores does
+        cls,
+        shape: Sequence[int],
+        density: float,
+        rng: np.random.Generator,
+        *,
+        fan_in: int | None = None,
     ) -> Condensed:
         """Draw a tensor row by row, in memory for its nonzeros only; see `SparseTensor.random`."""
         from spfmt.structure.fan_in import random_columns
 
         rows, cols = shape[0], math.prod(shape[1:])
-        fan_in = params.get("fan_in", max(1, round(density * cols)))
-        columns = random_columns(rng, rows, cols, fan_in)
+        budget = round(as_density(density) * rows * cols)
+        if fan_in is None:
+            fan_in = max(1, budget // rows) if budget else 0
+        columns = random_columns(rng, rows, cols, as_int("fan_in", fan_in, 0, cols))
         values = rng.standard_normal(columns.shape, dtype=np.float32)
         return cls(shape, np.arange(rows), columns, values)
 

@@ -6,6 +6,9 @@ _Int64 = npt.NDArray[np.int64]
 
 def content_hash(words: _Int32) -> int: ...
 def flat_indices(rows: _Int32, runs: _Int64, columns: _Int32, n_cols: int, out: _Int64) -> None: ...
+def mark(
+    rows: _Int32, runs: _Int64, columns: _Int32, n_cols: int, bits: npt.NDArray[np.uint8]
+) -> None: ...
 def sources(
     rows: _Int32, runs: _Int64, columns: _Int32, old_runs: _Int64, old_columns: _Int32,
     n_cols: int, out: _Int64,

@@ -10,9 +10,9 @@ import numpy.typing as npt
 from ._checks import Int32Array, as_int, as_scores
 from .unstructured import per_row_topk
 
-__all__ = ["constant_fan_in", "random_columns"]
+__all__ = ["constant_fan_in", "random_columns", "row_strips"]
 
-_STRIP = 1 << 24  # scores drawn at a time
+_STRIP = 1 << 20  # scores drawn at a time
 
 
 def constant_fan_in(scores: npt.ArrayLike, n_nonzeros: int) -> tuple[Int32Array, Int32Array]:
@@ -60,14 +60,14 @@ def random_columns(
 ) -> npt.NDArray[np.int32]:
     """Return `lists` ascending lists of k distinct columns below `limit`, (lists, k)."""
     columns = np.empty((lists, k), np.int32)
-    for first, last in _strips(lists, limit):
-        scores = rng.random((last - first, limit), dtype=np.float32)
-        kept = np.argpartition(scores, k - 1, axis=1)[:, :k] if k < limit else np.argsort(scores)
-        columns[first:last] = np.sort(kept, axis=1)
+    for strip in row_strips(lists, limit, _STRIP):
+        scores = rng.random((strip.stop - strip.start, limit), dtype=np.float32)
+        columns[strip] = per_row_topk(scores, k)
     return columns
 
 
-def _strips(rows: int, width: int) -> Iterator[tuple[int, int]]:
-    step = max(1, _STRIP // max(1, width))
+def row_strips(rows: int, width: int, size: int) -> Iterator[slice]:
+    """Cut rows into slices of at most `size` positions, or one row."""
+    step = max(1, size // max(1, width))
     for first in range(0, rows, step):
-        yield first, min(rows, first + step)
+        yield slice(first, min(rows, first + step))

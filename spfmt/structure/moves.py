@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from ..errors import format_error
 from . import _positions
 from ._checks import Int32Array, Int64Array, as_int
 
-__all__ = ["RowRuns", "flat_indices", "sources"]
+__all__ = ["RowRuns", "flat_indices", "packed_mask", "sources"]
 
 
 class RowRuns(NamedTuple):
@@ -49,6 +50,16 @@ def flat_indices(positions: RowRuns) -> Int64Array:
         positions.rows, positions.runs, positions.col_indices, positions.shape[1], flat
     )
     return flat
+
+
+def packed_mask(positions: RowRuns) -> npt.NDArray[np.uint8]:
+    """Return one bit per position of the matrix, row-major as by `numpy.packbits`, set for values.
+
+    No more memory than the bits is taken: a thirty-second of a float32 matrix.
+    """
+    bits = np.zeros(-(-positions.shape[0] * positions.shape[1] // 8), np.uint8)
+    _positions.mark(positions.rows, positions.runs, positions.col_indices, positions.shape[1], bits)
+    return bits
 
 
 def sources(old: RowRuns, new: RowRuns, capacity: int | None = None) -> Int64Array:

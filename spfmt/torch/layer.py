@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, TypeVar, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
@@ -98,8 +99,9 @@ class SparseLayer(SparseModule):
             density = implied_density(params, shape)
         target = resolve_density(density, sparsity)
         device = torch.get_default_device() if device is None else torch.device(device)
-        drawn = torch.rand(tuple(shape), generator=generator, device="cpu")
-        tensor = get_format(format).from_scores(drawn.numpy(), target, **params)
+        seed = torch.randint(2**62, (), generator=generator, device="cpu").item()
+        rng = np.random.Generator(np.random.SFC64(int(seed)))
+        tensor = get_format(format).random(tuple(shape), target, rng, **params)
         dtype = dtype or torch.get_default_dtype()
         offset = torch.empty(shape[0], device=device, dtype=dtype) if bias else None
         values = torch.zeros(tensor.nnz, dtype=dtype, device=device)

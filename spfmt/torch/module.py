@@ -235,6 +235,10 @@ class SparseModule(nn.Module):
         """Return ``row * C + column`` of every weight, in the order of `values`."""
         return self._decoded().flat_indices()
 
+    def packed_mask(self) -> NDArray[np.uint8]:
+        """Return a bit per position, row-major as by `numpy.packbits`: whether it has a weight."""
+        return self._decoded().packed_mask()
+
     def tensor(self) -> SparseTensor:
         """Return the weight as a numpy format object, its values copied.
 
@@ -260,12 +264,14 @@ class SparseModule(nn.Module):
         if self.values.is_meta:
             return
         structure = self._decoded()
-        rows, _ = structure.layout.coordinates()
+        rows = structure.flat_indices()  # in place: large layers are drawn in memory for a few nnz
+        rows //= max(1, self._matrix[1])
         fan_in = np.bincount(rows, minlength=self._matrix[0])
         bound = 1.0 / np.sqrt(np.where(fan_in > 0, fan_in, max(1, self._matrix[1])))
         self.values.zero_()
         drawn = _symmetric(structure.nnz, generator)
-        self.values[: structure.nnz] = (drawn * torch.from_numpy(bound[rows])).to(self.values)
+        drawn *= torch.from_numpy(bound[rows])
+        self.values[: structure.nnz] = drawn.to(self.values)
         if self.bias is not None:
             drawn = _symmetric(self._matrix[0], generator)
             self.bias.copy_(drawn * torch.from_numpy(bound))

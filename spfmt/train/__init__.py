@@ -10,6 +10,7 @@ from spfmt.train.gradual import GradualPruning
 from spfmt.train.hrbp import HRBP
 from spfmt.train.observe import Observation
 from spfmt.train.rigl import RigL
+from spfmt.train.sampled import SampledGrowth
 from spfmt.train.schedule import CosineSchedule, CubicSchedule
 from spfmt.train.set import SET
 from spfmt.train.srigl import SRigL
@@ -30,6 +31,7 @@ __all__ = [
     "Observation",
     "RigL",
     "SRigL",
+    "SampledGrowth",
     "SparseTrainer",
     "Static",
     "TrainerSummary",

@@ -161,7 +161,7 @@ class SparseTrainer(ABC):
             self._averages = Averages(averages, self.layers)
         self._observer = Observer(group)
         self._order = StepOrder(self._state.all(), self.layers)
-        self._explored = {name: _packed_mask(layer) for name, layer in self.layers.items()}
+        self._explored = {name: layer.packed_mask() for name, layer in self.layers.items()}
         self._watch_next_step()
 
     def _started(
@@ -234,12 +234,12 @@ class SparseTrainer(ABC):
         n_drop = self.n_drop(layer, self.steps)
         if n_drop == 0:
             return False
-        before = _packed_mask(layer)
+        before = layer.packed_mask()
         structure, forgotten = self.rewire(layer, n_drop)
         source = layer.set_structure(structure, forget=forgotten)
         self._state.follow(layer.values, source)
         self._averages.follow(name, layer, source)
-        after = _packed_mask(layer)
+        after = layer.packed_mask()
         self._explored[name] |= after
         return not np.array_equal(before, after)
 
@@ -272,6 +272,11 @@ class SparseTrainer(ABC):
             Places in ``layer.values`` whose weights start from zero even where their positions are
             in `structure`.
         """
+
+    def random_numbers(self) -> np.random.Generator:
+        """Return numpy's generator, many times faster than torch's, seeded by the trainer's own."""
+        seed = torch.randint(2**62, (), generator=self.generator, device="cpu").item()
+        return np.random.Generator(np.random.SFC64(int(seed)))
 
     def fitting(
         self, layer: SparseModule, scores: NDArray[Any], density: float | None = None
@@ -408,10 +413,3 @@ class SparseTrainer(ABC):
         self.steps, self.updates = steps, updates
         self._explored = explored
         self._watch_next_step()
-
-
-def _packed_mask(layer: SparseModule) -> NDArray[np.uint8]:
-    """Return one bit per position of a layer, row-major: whether it holds a weight."""
-    mask = np.zeros(math.prod(layer.shape), np.bool_)
-    mask[layer.positions()] = True
-    return np.packbits(mask)

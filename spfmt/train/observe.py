@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from spfmt.errors import format_error
+from spfmt.formats import Condensed
 from spfmt.torch.module import SparseModule
+from spfmt.torch.ops import sddmm
 from spfmt.train.ranks import world_size
 
 __all__ = ["Observation", "Observe", "Observer"]
@@ -73,6 +78,29 @@ class Observation:
         for call in others:  # never more than two of its size, however many calls there were
             total += self._layer.dense_gradient(*call)
         return self._over_ranks(total).div_(world_size(self.group))
+
+    def grad_at(self, rows: NDArray[Any], columns: NDArray[Any]) -> Tensor:
+        """Compute the gradient of the weight (R, C) at some positions, and nowhere else.
+
+        Parameters
+        ----------
+        rows : ndarray of int, shape (n,)
+        columns : ndarray of int, shape (n, k)
+            Ascending in each row.
+
+        Returns
+        -------
+        Tensor, shape (n, k), float32
+            Mean over the ranks.
+        """
+        shape = rows.size, math.prod(self._layer.shape[1:])
+        sample = Condensed(shape, np.arange(rows.size), columns, np.zeros(columns.shape))
+        structure, total = torch.from_numpy(sample.encode()), torch.zeros(sample.nnz)
+        where = torch.from_numpy(rows.astype(np.int64))
+        for call in self._whole():
+            x, dy = (part.float() for part in self._layer.samples(*call))
+            total += sddmm(structure, dy[:, where], x, shape=shape, capacity=sample.nnz)
+        return self._over_ranks(total).div_(world_size(self.group)).reshape(columns.shape)
 
     def _norms(self, which: int) -> Tensor:
         if self._sums is not None:

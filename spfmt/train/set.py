@@ -84,9 +84,7 @@ class SET(SparseTrainer):
         """
         unit = _units(tensor)
         size = (int(unit.max()) + 1, math.prod(layer.shape[1:]))
-        # numpy draws four times as fast; what it draws follows from the trainer's own generator.
-        seed = torch.randint(2**62, (), generator=self.generator, device="cpu").item()
-        drawn = np.random.Generator(np.random.SFC64(int(seed))).random(size, np.float32)
+        drawn = self.random_numbers().random(size, np.float32)
         return (drawn if size[0] == unit.size else drawn[unit]).reshape(-1)
 
     def _draw(
