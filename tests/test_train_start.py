@@ -315,4 +315,7 @@ def test_every_method_is_named_in_the_table():
         for value in vars(methods).values()
         if isinstance(value, type) and issubclass(value, methods.SparseTrainer)
     }
-    assert trainers - {*OWN, GradualPruning, SampledGrowth} == {methods.SparseTrainer, methods.GradientTrainer}
+    assert trainers - {*OWN, GradualPruning, SampledGrowth} == {
+        methods.SparseTrainer,
+        methods.GradientTrainer,
+    }
