@@ -226,7 +226,7 @@ def _rank(rank: int, body, port: int) -> None:
 
 
 def _ranks_that_differ(rank: int) -> None:
-    with pytest.raises(FormatError, match="different seeds"):
+    with pytest.raises(FormatError, match="different seed"):
         resting(network(), seed=rank)
     with pytest.raises(FormatError, match="different layers or structures"):
         resting(network(seed=rank))

@@ -173,25 +173,62 @@ def _ranks(rank: int) -> None:
     _ranks_see_norms_of_all(rank)
 
 
+METHODS = (
+    ("csr", train.SET),
+    ("csr", train.RigL),
+    ("condensed", train.SRigL),
+    ("condensed", train.SampledGrowth),
+    ("shuffled_block", train.DSB),
+    ("hrbp", train.HRBP),
+)
+
+
 def assert_ranks_move_alike(rank: int) -> None:
-    """What each method makes of the ranks' common gradient is one topology."""
-    for format, kind in (("csr", train.RigL), ("condensed", train.SRigL), ("hrbp", train.HRBP)):
+    """After 50 updates of each method all ranks hold one topology and the same weights."""
+    for format, kind in METHODS:
         model = network(format)
         ddp = nn.parallel.DistributedDataParallel(model)
-        optimizer = torch.optim.SGD(ddp.parameters(), lr=0.1)
-        method = kind(ddp, optimizer, alpha=0.6, delta_t=1, t_end=100)
+        optimizer = torch.optim.SGD(ddp.parameters(), lr=0.1, momentum=0.9)
+        method = kind(ddp, optimizer, alpha=0.6, delta_t=1, t_end=1000)
         first = model[0].structure.clone()
-        for step in range(4):
+        for step in range(50):
             optimizer.zero_grad()
-            backward(
-                ddp, torch.randn(8, 32, generator=torch.Generator().manual_seed(2 * step + rank))
-            )
+            generator = torch.Generator().manual_seed(2 * step + rank)
+            backward(ddp, torch.randn(8, 32, generator=generator))
             optimizer.step()
             method.step()
+        assert method.updates > 1
         assert not torch.equal(model[0].structure, first)
-        words = [None, None]
-        torch.distributed.all_gather_object(words, (model[0].structure, model[2].structure))
-        assert all(map(torch.equal, *words))
+        states = [None, None]
+        torch.distributed.all_gather_object(states, model.state_dict())
+        assert all(torch.equal(*pair) for pair in zip(*(s.values() for s in states), strict=True))
+
+
+def _ranks_whose_choices_differ(rank: int) -> None:
+    """As processors that round differently would: the first rank's choice holds."""
+
+    class Own(train.RigL):
+        def gradient(self, layer):
+            return np.random.default_rng(rank).random(layer.shape, np.float32)
+
+    model = network()
+    ddp = nn.parallel.DistributedDataParallel(model)
+    optimizer = torch.optim.SGD(ddp.parameters(), lr=0.1)
+    method = Own(ddp, optimizer, delta_t=1, t_end=100)
+    backward(ddp, torch.randn(8, 32, generator=torch.Generator().manual_seed(0)))
+    optimizer.step()
+    assert method.step()
+    states = [None, None]
+    torch.distributed.all_gather_object(states, model.state_dict())
+    assert all(torch.equal(*pair) for pair in zip(*(s.values() for s in states), strict=True))
+    model = network("condensed")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(FormatError, match="different gamma_sal"):
+        train.SRigL(model, optimizer, gamma_sal=0.1 * rank, t_end=9)
+
+
+def test_the_first_rank_decides():
+    in_two_processes(_ranks_whose_choices_differ)
 
 
 def _ranks_see_norms_of_all(rank: int) -> None:

@@ -23,7 +23,7 @@ from spfmt.torch.wrappers import unwrapped
 from spfmt.train.followers import Averages, OptimizerState
 from spfmt.train.observe import Observation, Observe, Observer
 from spfmt.train.order import StepOrder
-from spfmt.train.ranks import check_ranks
+from spfmt.train.ranks import agreed, check_ranks
 from spfmt.train.schedule import CosineSchedule, Schedule
 from spfmt.train.start import Start, started
 from spfmt.train.summary import LayerSummary, TrainerSummary
@@ -141,12 +141,15 @@ class SparseTrainer(ABC):
         self.schedule = schedule or CosineSchedule.until(
             t_end, total_steps, alpha=alpha, delta_t=delta_t
         )
+        self.seed = seed
         self.optimizer = optimizer
         self._state = OptimizerState(optimizer)
         self.generator = torch.Generator().manual_seed(_SEED_OFFSET + seed)
         self.steps = 0
         self.updates = 0
-        group = getattr(model, "process_group", None) if process_group is None else process_group
+        self._group = (
+            getattr(model, "process_group", None) if process_group is None else process_group
+        )
         start = Start(
             density, sparsity, format, include, exclude, distribution, scores, reset, params
         )
@@ -157,9 +160,9 @@ class SparseTrainer(ABC):
                 if isinstance(module, SparseModule)
             }
             self._check_layers()
-            check_ranks(self.layers, (seed, self.schedule), group)
+            check_ranks(self.layers, vars(self), self._group)
             self._averages = Averages(averages, self.layers)
-        self._observer = Observer(group)
+        self._observer = Observer(self._group)
         self._order = StepOrder(self._state.all(), self.layers)
         self._explored = {name: layer.packed_mask() for name, layer in self.layers.items()}
         self._watch_next_step()
@@ -235,7 +238,7 @@ class SparseTrainer(ABC):
         if n_drop == 0:
             return False
         before = layer.packed_mask()
-        structure, forgotten = self.rewire(layer, n_drop)
+        structure, forgotten = agreed(*self.rewire(layer, n_drop), self._group)
         source = layer.set_structure(structure, forget=forgotten)
         self._state.follow(layer.values, source)
         self._averages.follow(name, layer, source)
