@@ -8,6 +8,7 @@ from spfmt.train.dsb import DNSB, DSB, SSB
 from spfmt.train.gradient import GradientTrainer
 from spfmt.train.gradual import GradualPruning
 from spfmt.train.hrbp import HRBP
+from spfmt.train.memory import Memory, workspace
 from spfmt.train.observe import Observation
 from spfmt.train.rigl import RigL
 from spfmt.train.sampled import SampledGrowth
@@ -28,6 +29,7 @@ __all__ = [
     "GradientTrainer",
     "GradualPruning",
     "LayerSummary",
+    "Memory",
     "Observation",
     "RigL",
     "SRigL",
@@ -36,4 +38,5 @@ __all__ = [
     "Static",
     "TrainerSummary",
     "layer_densities",
+    "workspace",
 ]

@@ -21,6 +21,7 @@ from spfmt.torch.sparsify import Distribution, Scores
 from spfmt.torch.survey import Selector
 from spfmt.torch.wrappers import unwrapped
 from spfmt.train.followers import Averages, OptimizerState
+from spfmt.train.memory import Memory, held
 from spfmt.train.observe import Observation, Observe, Observer
 from spfmt.train.order import StepOrder
 from spfmt.train.ranks import agreed, check_ranks
@@ -379,8 +380,13 @@ class SparseTrainer(ABC):
             density=tensor.density,
             active_rows=active,
             mean_fan_in=tensor.nnz / max(1, active),
+            fill=np.count_nonzero(tensor.values) / max(1, tensor.nnz),
             exploration=explored / max(1, math.prod(layer.shape)),
         )
+
+    def memory(self) -> Memory:
+        """Return the bytes that the sparse layers hold now, by kind; print it for a line."""
+        return held(self.layers.values(), self._state.tensors)
 
     # ----------------------------------------------------------------------------------- resuming
 

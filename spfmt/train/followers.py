@@ -90,6 +90,12 @@ class OptimizerState:
             yield optimizer
             found += [inner for inner in _attributes(optimizer).values() if _is_optimizer(inner)]
 
+    def tensors(self, values: nn.Parameter) -> Iterator[Tensor]:
+        """Return all tensors of a parameter's state."""
+        for state in self._of(values):
+            for _, part in _parts(state):
+                yield part
+
     def _of(self, values: nn.Parameter) -> list[dict[str, Any]]:
         """Every dictionary of state for a parameter; wrappers may share one."""
         held = (getattr(optimizer, "state", None) for optimizer in self.all())

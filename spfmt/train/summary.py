@@ -29,6 +29,9 @@ class LayerSummary:
         Rows with at least one weight.
     mean_fan_in : float
         Weights per active row.
+    fill : float
+        Share of the stored weights that are not zero: what a format had to store to complete its
+        blocks, and what grew a moment ago, is.
     exploration : float
         In-time over-parametrisation rate: share of all positions that held a weight at some time
         (Liu et al., Do We Actually Need Dense Over-Parameterization?, 2021).
@@ -42,6 +45,7 @@ class LayerSummary:
     density: float
     active_rows: int
     mean_fan_in: float
+    fill: float
     exploration: float
 
     def cells(self) -> tuple[str, ...]:
@@ -54,6 +58,7 @@ class LayerSummary:
             f"{self.density:.4f}",
             f"{self.active_rows}/{self.shape[0]}",
             f"{self.mean_fan_in:.1f}",
+            f"{self.fill:.4f}",
             f"{self.exploration:.4f}",
             self.structure,
         )
@@ -67,6 +72,7 @@ _HEAD = (
     "density",
     "active rows",
     "fan-in",
+    "fill",
     "explored",
     "structure",
 )
