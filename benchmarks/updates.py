@@ -14,6 +14,7 @@ momentum, CPU time of the thread: other programs do not count.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import sys
@@ -41,7 +42,7 @@ def networks() -> dict[str, tuple[Any, str, tuple[int, ...], int]]:
     def mlp() -> nn.Module:
         sizes = [784, 1024, 1024, 1024]
         parts: list[nn.Module] = []
-        for n, m in zip(sizes, sizes[1:], strict=False):
+        for n, m in itertools.pairwise(sizes):
             parts += [nn.Linear(n, m), nn.ReLU()]
         return nn.Sequential(*parts, nn.Linear(1024, 10))
 
@@ -97,8 +98,11 @@ def measure(network: str, method: type, density: float, params: dict[str, Any]) 
 
 def main() -> int:
     """Run the command line."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.updates", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.updates",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--network", choices=(*networks(), "all"), default="all")
     parser.add_argument("--json", type=Path, help="write the rows to this file")
     args = parser.parse_args()
