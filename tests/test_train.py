@@ -236,8 +236,8 @@ def test_it_learns():
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     method = SET(model, optimizer, delta_t=10, total_steps=150)
     train(model, optimizer, method, 150)
-    x, y = batch(10_000)
-    assert (model(x).argmax(1) == y).float().mean() > 0.6
+    x = torch.randn(512, 32, generator=torch.Generator().manual_seed(0))
+    assert (model(x).argmax(1) == x[:, :8].argmax(1)).float().mean() > 0.6
 
 
 # ---------------------------------------------------------------------------------- resuming
