@@ -60,7 +60,8 @@ def test_unstructured_keeps_the_largest() -> None:
 
 def test_constant_fan_in_is_exact_per_row() -> None:
     scores = scores_of((7, 30))
-    for density, fan_in in ((0.1, 3), (0.11, 3), (0.117, 3), (0.1334, 4), (0.01, 1), (0.001, 0), (0, 0)):
+    fan_ins = {0.1: 3, 0.117: 3, 0.1309: 3, 0.1334: 4, 0.01: 1, 0.001: 0, 0: 0}
+    for density, fan_in in fan_ins.items():  # N // 7 with N = round(210 * density)
         mask = Condensed.project(scores, density)
         assert (mask.sum(1) == fan_in).all()
         kept = np.sort(scores, axis=1)[:, 30 - fan_in :]
@@ -117,6 +118,9 @@ def test_transposable_tiles() -> None:
     column[:3, 1] = 1
     with pytest.raises(FormatError, match=r"row \d, column 1 has no transposable completion"):
         NM.from_dense(column, n=2, m=4, transposable=1)
+    assert a.remark() == "the last 1 rows and 2 columns are not transposable"
+    assert not NM.from_scores(scores, n=2, m=4).remark()
+    assert not NM.from_scores(scores[:8, :8], n=2, m=4, transposable=1).remark()
     conv = NM.from_scores(np.abs(scores_of((4, 8, 2, 1))), n=1, m=4, transposable=1)
     assert (conv.mask().sum(0).reshape(2, 4, 2).sum(1) == 4).all()
 
@@ -150,6 +154,39 @@ def test_the_number_of_blocks_holds_the_budget() -> None:
     assert kept.row_perm.tolist() == list(range(21))
     with pytest.raises(FormatError, match="row_perm"):
         ShuffledBlock.from_scores(scores, 0.4, row_perm=np.zeros(21, int))
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(rows=st.integers(1, 40), cols=st.integers(1, 30), density=st.floats(0, 1))
+def test_budgets_are_exact(rows: int, cols: int, density: float) -> None:
+    """N = round(d R C), halves to even, or the legal number that a format's method names."""
+    scores, n = scores_of((rows, cols)), round(density * (rows * cols))
+    assert CSR.from_scores(scores, density).nnz == n
+    assert Condensed.from_scores(scores, density).nnz == (max(1, n // rows) * rows if n else 0)
+    groups, rest = divmod(cols, 4)
+    legal = [rows * (groups * k + min(k, rest)) for k in range(min(4, cols) + 1)]
+    near = min(legal[1:], key=lambda k: abs(k - n)) if n else 0
+    assert NM.from_scores(scores, density, m=4).nnz == near
+    order = np.arange(rows)
+    a = ShuffledBlock.from_scores(scores, density, block_shape=(3, 5), row_perm=order)
+    if rows % 3 == 0 and cols % 5 == 0:
+        assert a.n_blocks == -(-n // 15)
+    blocks = sorted(block.size for _, _, block in a.blocks())
+    assert a.nnz >= n
+    assert not n or a.nnz - blocks[-1] < n
+    if n:
+        channels = max(1, round(round(density * cols, 9)))
+        assert HRBP.from_scores(scores, density, row_perm=order).nnz == rows * channels
+
+
+def test_the_remainder_of_transposable_tiles_is_reported() -> None:
+    torch = pytest.importorskip("torch")
+    from spfmt.torch import sparsify
+
+    model = torch.nn.Sequential(torch.nn.Linear(10, 9), torch.nn.Linear(8, 8))
+    report = sparsify(model, "nm", n=2, m=4, transposable=1)
+    assert "not transposable" in report["0"].reason
+    assert not report["1"].reason
 
 
 def test_hrbp_options() -> None:

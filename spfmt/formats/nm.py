@@ -245,6 +245,14 @@ class NM(SparseTensor):
         """What every group holds."""
         return f"{self.n} in each {self.m} columns of a row"
 
+    def remark(self) -> str:
+        """Rows and input channels behind the last whole tile, which are n:m along rows alone."""
+        channels = self.matrix_shape[1] // max(1, kernel_cells(self.shape))
+        rest = self.matrix_shape[0] % self.m, channels % self.m
+        if not self.transposable or not any(rest):
+            return ""
+        return f"the last {rest[0]} rows and {rest[1]} columns are not transposable"
+
     def _summary(self) -> str:
         kind = "transposable " if self.transposable else ""
         return f"{kind}{self.n}:{self.m}"

@@ -68,7 +68,7 @@ def hrbp_structure(
         n_channels*n_cells / (C_in*Kh*Kw), the nearest that whole channels can hold, of two equally
         near ones that with an even number of channels.
     block_density : float, optional
-        s; a multiple of 1/(Kh*Kw).
+        s; a multiple of 1/(Kh*Kw). A layer of one cell has s = 1 whatever is given.
     groups : int, optional
         t, 1 <= t <= C_out; min(8, C_out // 8) and at least 1 by default, so that a group has at
         least 8 rows.
@@ -165,9 +165,7 @@ def hrbp_blocks(
     rng = np.random.default_rng(seed)
     for g in range(pointer.size - 1):
         rows = np.sort(perm[pointer[g] : pointer[g + 1]])
-        kernel_mask[rows] = _kernel_mask(
-            m[rows], plain[rows], n_channels / channels, cells, rng
-        )
+        kernel_mask[rows] = _kernel_mask(m[rows], plain[rows], n_channels / channels, cells, rng)
         _choose_block(kernel_mask, m, plain, rows, kept_channels[g], patterns[g])
     return kept_channels, patterns
 
@@ -196,9 +194,10 @@ def hrbp_block_density(
 ) -> float:
     """The block density s that HRBP uses for a layer, a multiple of 1/(Kh*Kw).
 
-    Default 4/9 for 3x3 kernels (HRBP, section 5.1) and 1 for all others, raised to the smallest legal value >= r where it is below the density r. Where it
-    would leave less than one input channel (depthwise layers: C_in = 1) the smallest legal
-    s >= r is taken, so that the pattern alone carries the sparsity.
+    Default 4/9 for 3x3 kernels (HRBP, section 5.1) and 1 for all others, raised to the smallest
+    legal value >= r where it is below the density r. Where it would leave less than one input
+    channel (depthwise layers: C_in = 1) the smallest legal s >= r is taken, so that the pattern
+    alone carries the sparsity.
 
     Parameters
     ----------
@@ -207,7 +206,7 @@ def hrbp_block_density(
     shape : sequence of 2 or 4 ints
         (C_out, C_in) or (C_out, C_in, Kh, Kw).
     block_density : float, optional
-        s to start from instead of the default.
+        s to start from instead of the default; nothing where there is one cell.
 
     Returns
     -------
@@ -219,7 +218,7 @@ def hrbp_block_density(
     FormatError
         block_density is not a multiple of 1/(Kh*Kw), or a bad shape.
     """
-    _, channels, cells = _layer_shape(shape)
+    cells = _layer_shape(shape)[2]
     return _pattern_cells(as_density(density), shape, block_density) / max(1, cells)
 
 
@@ -227,7 +226,7 @@ def _pattern_cells(r: float, shape: Sequence[int], block_density: float | None) 
     """s*Kh*Kw, see `hrbp_block_density`."""
     channels, cells = shape[1], max(1, math.prod(shape[2:]))
     smallest = max(1, math.ceil(r * cells - 1e-9))
-    if block_density is None:
+    if block_density is None or cells == 1:  # a model of 3x3 kernels has 1x1 ones and matrices, too
         wanted = 4 if tuple(shape[2:]) == (3, 3) else cells
     else:
         exact = as_density(block_density, "block_density") * cells

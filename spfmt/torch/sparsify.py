@@ -332,6 +332,7 @@ def _make(
                 layer, remark = recipe.kept(dense)
             else:
                 layer = recipe.pruned(entry.name, dense, densities[entry.name])
+                remark = layer.tensor().remark()
         except FormatError as error:
             remark = str(error)
     return _row(entry, layer, remark), layer
