@@ -11,6 +11,7 @@ from spfmt.train.hrbp import HRBP
 from spfmt.train.memory import Memory, workspace
 from spfmt.train.observe import Observation
 from spfmt.train.rigl import RigL
+from spfmt.train.saliency import Saliency, grasp, random_saliency, snip
 from spfmt.train.sampled import SampledGrowth
 from spfmt.train.schedule import CosineSchedule, CubicSchedule
 from spfmt.train.set import SET
@@ -33,10 +34,14 @@ __all__ = [
     "Observation",
     "RigL",
     "SRigL",
+    "Saliency",
     "SampledGrowth",
     "SparseTrainer",
     "Static",
     "TrainerSummary",
+    "grasp",
     "layer_densities",
+    "random_saliency",
+    "snip",
     "workspace",
 ]
