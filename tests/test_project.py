@@ -138,6 +138,42 @@ def test_shuffled_blocks_find_a_hidden_structure(method: str) -> None:
     np.testing.assert_array_equal(a.mask(), hidden.mask())
 
 
+def test_vanilla_regrouping_makes_one_block_per_group() -> None:
+    """HRBP, section 3.2: similar rows, and of their columns those with the most weights."""
+    rng = np.random.default_rng(0)
+    label = rng.permutation(np.repeat([0, 1], 8))
+    mask = np.zeros((16, 4, 9), bool)
+    mask[label == 0, 0, :5] = True
+    mask[label == 1, 2, 3:9] = True
+    lone = np.flatnonzero(label == 0)[2]
+    mask[lone, 3, [0, 4, 7]] = True  # weights that no other row of the group has are left
+    mask[np.flatnonzero(label == 1)[3], 2, 8] = False
+    scores = (mask + rng.random(mask.shape) / 2).reshape(16, 4, 3, 3)
+    scores[lone, 3, 1, 1] = 50  # one weight, whatever its score
+    how = {"row_groups": 8, "block_shape": (1, 1), "min_overlap": 0.0}
+    a = ShuffledBlock.from_scores(scores, (88 / 576), **how)
+    assert a.block_shape == (8, 1)
+    found = {}
+    for g in range(2):
+        rows = a.row_perm[8 * g : 8 * g + 8]
+        found[int(label[rows][0])] = set(a.col_indices[a.group_ptr[g] : a.group_ptr[g + 1]])
+        assert len(set(label[rows])) == 1
+    assert found == {0: set(range(5)), 1: set(range(21, 27))}
+    assert ShuffledBlock.from_scores(scores[:7], 0.2, **how).block_shape == (7, 1)
+    with pytest.raises(FormatError, match="row_groups=0"):
+        ShuffledBlock.from_scores(scores, 0.2, row_groups=0)
+
+
+def test_random_channels_are_whole_rows() -> None:
+    """HRBP's baseline RC: blocks of one row as wide as the matrix, on their own places."""
+    scores = np.random.default_rng(0).random((20, 5, 3, 3))
+    a = ShuffledBlock.from_scores(scores, 0.26, block_shape=(1, 2**31 - 1), aligned=True)
+    kept = a.mask().reshape(20, -1)
+    assert kept.all(1).sum() == kept.any(1).sum() == 6  # 5.2 rows: blocks until N is held
+    best = np.argsort(-scores.sum((1, 2, 3)))[:6]
+    assert set(np.flatnonzero(kept.any(1))) == set(best)
+
+
 def test_the_number_of_blocks_holds_the_budget() -> None:
     scores = np.abs(scores_of((64, 64)))
     for density in (0.05, 0.1, 0.33, 1):

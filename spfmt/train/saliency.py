@@ -43,9 +43,11 @@ class Saliency(Mapping[str, Tensor]):
 
     Examples
     --------
-    >>> scores = Saliency({"a": torch.tensor([[9.0, 1.0], [8.0, 7.0]]), "b": torch.ones(2, 4)})
-    >>> scores.densities(1 / 3)
-    {'a': 0.75, 'b': 0.125}
+    >>> import torch
+    >>> a, b = torch.tensor([[9.0, 1.0], [8.0, 7.0]]), torch.tensor([[2.0, 0.0, 2.0, 1.0]])
+    >>> scores = Saliency({"a": a, "b": b})
+    >>> scores.densities(5 / 8)
+    {'a': 0.75, 'b': 0.5}
     >>> scores.masks({"a": 0.5})["a"].tolist()
     [[1.0, 0.0], [1.0, 0.0]]
     """
@@ -178,6 +180,8 @@ def snip(
 
     Examples
     --------
+    >>> import torch
+    >>> from torch import nn
     >>> from spfmt.torch import sparsify
     >>> model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4))
     >>> batch = torch.randn(64, 16), torch.randint(4, (64,))
