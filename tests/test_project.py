@@ -215,6 +215,21 @@ def test_budgets_are_exact(rows: int, cols: int, density: float) -> None:
         assert HRBP.from_scores(scores, density, row_perm=order).nnz == rows * channels
 
 
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(rows=st.integers(1, 20), cols=st.integers(1, 15), k=st.integers(1, 15), seed=st.integers(0))
+def test_the_formats_are_one_family(rows: int, cols: int, k: int, seed: int) -> None:
+    """N:M with M = C is constant fan-in, a block of 1 x 1 unstructured, HRBP of one cell blocks."""
+    scores, k = scores_of((rows, cols), seed % 2**32), min(k, cols)
+    fan_in = Condensed.project(scores, k / cols, fan_in=k)
+    np.testing.assert_array_equal(NM.project(scores, n=k, m=cols), fan_in)
+    density = k / cols
+    single = ShuffledBlock.project(scores, density, block_shape=(1, 1), row_perm=np.arange(rows))
+    np.testing.assert_array_equal(single, CSR.project(scores, density))
+    a = HRBP.from_scores(scores.reshape(rows, cols, 1, 1), density, groups=1)
+    b = ShuffledBlock.from_dense(a.mask() * 1.0, block_shape=(rows, a.channel_indices.shape[1]))
+    assert (b.nnz, b.n_blocks) == (a.nnz, 1)
+
+
 def test_the_remainder_of_transposable_tiles_is_reported() -> None:
     torch = pytest.importorskip("torch")
     from spfmt.torch import sparsify
