@@ -9,6 +9,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+import torch.distributed as dist  # noqa: E402
+from test_followers import in_two_processes  # noqa: E402
 from torch import nn  # noqa: E402
 from torch.autograd.functional import hessian, jacobian  # noqa: E402
 from torch.func import functional_call  # noqa: E402
@@ -203,6 +205,23 @@ def test_scores_of_turned_weights_are_those_of_the_linear_layer(method):
     sparsify(turned, "csr", scores.densities(0.3), scores=scores)
     sparsify(linear, "csr", same.densities(0.3), scores=same)
     np.testing.assert_array_equal(turned[0].tensor().mask(), linear[0].tensor().mask())
+
+
+def _scores_of_two_ranks(rank: int) -> None:
+    model, given = mlp(), batches(2)
+    alone = [dist.new_group([r]) for r in (0, 1)][rank]
+    for method in METHODS.values():
+        found = method(model, loss, given[rank : rank + 1])
+        whole = method(
+            model, lambda m, both: sum(loss(m, b) for b in both) / 2, [given], process_group=alone
+        )
+        for name, score in found.items():
+            torch.testing.assert_close(score, whole[name], rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
+def test_ranks_rank_by_their_mean_gradient():
+    in_two_processes(_scores_of_two_ranks)
 
 
 # -------------------------------------------------------------------------------------- budgets
