@@ -60,7 +60,8 @@ def test_unstructured_keeps_the_largest() -> None:
 
 def test_constant_fan_in_is_exact_per_row() -> None:
     scores = scores_of((7, 30))
-    for density, fan_in in ((0.1, 3), (0.11, 3), (0.117, 4), (0.01, 1), (0.001, 0), (0, 0)):
+    fan_ins = {0.1: 3, 0.117: 3, 0.1309: 3, 0.1334: 4, 0.01: 1, 0.001: 0, 0: 0}
+    for density, fan_in in fan_ins.items():  # N // 7 with N = round(210 * density)
         mask = Condensed.project(scores, density)
         assert (mask.sum(1) == fan_in).all()
         kept = np.sort(scores, axis=1)[:, 30 - fan_in :]
@@ -117,6 +118,9 @@ def test_transposable_tiles() -> None:
     column[:3, 1] = 1
     with pytest.raises(FormatError, match=r"row \d, column 1 has no transposable completion"):
         NM.from_dense(column, n=2, m=4, transposable=1)
+    assert a.remark() == "the last 1 rows and 2 columns are not transposable"
+    assert not NM.from_scores(scores, n=2, m=4).remark()
+    assert not NM.from_scores(scores[:8, :8], n=2, m=4, transposable=1).remark()
     conv = NM.from_scores(np.abs(scores_of((4, 8, 2, 1))), n=1, m=4, transposable=1)
     assert (conv.mask().sum(0).reshape(2, 4, 2).sum(1) == 4).all()
 
@@ -132,6 +136,42 @@ def test_shuffled_blocks_find_a_hidden_structure(method: str) -> None:
     a = ShuffledBlock.from_scores(scores, 0.1, block_shape=(4, 4), method=method)
     assert a.n_blocks == 5
     np.testing.assert_array_equal(a.mask(), hidden.mask())
+
+
+def test_vanilla_regrouping_makes_one_block_per_group() -> None:
+    """HRBP, section 3.2: similar rows, and of their columns those with the most weights."""
+    rng = np.random.default_rng(0)
+    label = rng.permutation(np.repeat([0, 1], 8))
+    mask = np.zeros((16, 4, 9), bool)
+    mask[label == 0, 0, :5] = True
+    mask[label == 1, 2, 3:9] = True
+    lone = np.flatnonzero(label == 0)[2]
+    mask[lone, 3, [0, 4, 7]] = True  # weights that no other row of the group has are left
+    mask[np.flatnonzero(label == 1)[3], 2, 8] = False
+    scores = (mask + rng.random(mask.shape) / 2).reshape(16, 4, 3, 3)
+    scores[lone, 3, 1, 1] = 50  # one weight, whatever its score
+    how = {"row_groups": 8, "block_shape": (1, 1), "min_overlap": 0.0}
+    a = ShuffledBlock.from_scores(scores, (88 / 576), **how)
+    assert a.block_shape == (8, 1)
+    found = {}
+    for g in range(2):
+        rows = a.row_perm[8 * g : 8 * g + 8]
+        found[int(label[rows][0])] = set(a.col_indices[a.group_ptr[g] : a.group_ptr[g + 1]])
+        assert len(set(label[rows])) == 1
+    assert found == {0: set(range(5)), 1: set(range(21, 27))}
+    assert ShuffledBlock.from_scores(scores[:7], 0.2, **how).block_shape == (7, 1)
+    with pytest.raises(FormatError, match="row_groups=0"):
+        ShuffledBlock.from_scores(scores, 0.2, row_groups=0)
+
+
+def test_random_channels_are_whole_rows() -> None:
+    """HRBP's baseline RC: blocks of one row as wide as the matrix, on their own places."""
+    scores = np.random.default_rng(0).random((20, 5, 3, 3))
+    a = ShuffledBlock.from_scores(scores, 0.26, block_shape=(1, 2**31 - 1), aligned=True)
+    kept = a.mask().reshape(20, -1)
+    assert kept.all(1).sum() == kept.any(1).sum() == 6  # 5.2 rows: blocks until N is held
+    best = np.argsort(-scores.sum((1, 2, 3)))[:6]
+    assert set(np.flatnonzero(kept.any(1))) == set(best)
 
 
 def test_the_number_of_blocks_holds_the_budget() -> None:
@@ -150,6 +190,54 @@ def test_the_number_of_blocks_holds_the_budget() -> None:
     assert kept.row_perm.tolist() == list(range(21))
     with pytest.raises(FormatError, match="row_perm"):
         ShuffledBlock.from_scores(scores, 0.4, row_perm=np.zeros(21, int))
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(rows=st.integers(1, 40), cols=st.integers(1, 30), density=st.floats(0, 1))
+def test_budgets_are_exact(rows: int, cols: int, density: float) -> None:
+    """N = round(d R C), halves to even, or the legal number that a format's method names."""
+    scores, n = scores_of((rows, cols)), round(density * (rows * cols))
+    assert CSR.from_scores(scores, density).nnz == n
+    assert Condensed.from_scores(scores, density).nnz == (max(1, n // rows) * rows if n else 0)
+    groups, rest = divmod(cols, 4)
+    legal = [rows * (groups * k + min(k, rest)) for k in range(min(4, cols) + 1)]
+    near = min(legal[1:], key=lambda k: abs(k - n)) if n else 0
+    assert NM.from_scores(scores, density, m=4).nnz == near
+    order = np.arange(rows)
+    a = ShuffledBlock.from_scores(scores, density, block_shape=(3, 5), row_perm=order)
+    if rows % 3 == 0 and cols % 5 == 0:
+        assert a.n_blocks == -(-n // 15)
+    blocks = sorted(block.size for _, _, block in a.blocks())
+    assert a.nnz >= n
+    assert not n or a.nnz - blocks[-1] < n
+    if n:
+        channels = max(1, round(round(density * cols, 9)))
+        assert HRBP.from_scores(scores, density, row_perm=order).nnz == rows * channels
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(rows=st.integers(1, 20), cols=st.integers(1, 15), k=st.integers(1, 15), seed=st.integers(0))
+def test_the_formats_are_one_family(rows: int, cols: int, k: int, seed: int) -> None:
+    """N:M with M = C is constant fan-in, a block of 1 x 1 unstructured, HRBP of one cell blocks."""
+    scores, k = scores_of((rows, cols), seed % 2**32), min(k, cols)
+    fan_in = Condensed.project(scores, k / cols, fan_in=k)
+    np.testing.assert_array_equal(NM.project(scores, n=k, m=cols), fan_in)
+    density = k / cols
+    single = ShuffledBlock.project(scores, density, block_shape=(1, 1), row_perm=np.arange(rows))
+    np.testing.assert_array_equal(single, CSR.project(scores, density))
+    a = HRBP.from_scores(scores.reshape(rows, cols, 1, 1), density, groups=1)
+    b = ShuffledBlock.from_dense(a.mask() * 1.0, block_shape=(rows, a.channel_indices.shape[1]))
+    assert (b.nnz, b.n_blocks) == (a.nnz, 1)
+
+
+def test_the_remainder_of_transposable_tiles_is_reported() -> None:
+    torch = pytest.importorskip("torch")
+    from spfmt.torch import sparsify
+
+    model = torch.nn.Sequential(torch.nn.Linear(10, 9), torch.nn.Linear(8, 8))
+    report = sparsify(model, "nm", n=2, m=4, transposable=1)
+    assert "not transposable" in report["0"].reason
+    assert not report["1"].reason
 
 
 def test_hrbp_options() -> None:

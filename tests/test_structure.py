@@ -226,9 +226,9 @@ def test_selection_handles_ordered_rows(pattern):
 
 
 @pytest.mark.parametrize(
-    ("n", "fan_in"), [(0, 0), (1, 1), (5, 1), (6, 1), (7, 2), (8, 2), (15, 4), (16, 4)]
+    ("n", "fan_in"), [(0, 0), (1, 1), (5, 1), (6, 1), (7, 1), (8, 2), (15, 3), (16, 4)]
 )
-def test_constant_fan_in_takes_the_nearest_legal_budget(n, fan_in):
+def test_constant_fan_in_is_the_budget_over_the_rows_rounded_down(n, fan_in):
     scores = np.random.default_rng(2).random((4, 4))
     row_indices, columns = constant_fan_in(scores, n)
     assert columns.shape == ((4, fan_in) if n else (0, 0))

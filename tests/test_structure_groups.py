@@ -7,6 +7,8 @@ import math
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy.cluster import hierarchy
 
 from spfmt.structure import (
@@ -17,6 +19,7 @@ from spfmt.structure import (
     select_blocks,
     topk_mask,
 )
+from spfmt.structure.hrbp import _kernel_mask
 
 
 def mask_of(columns: np.ndarray, cols: int) -> np.ndarray:
@@ -318,6 +321,9 @@ def test_groups_channels_and_patterns_are_recovered():
         (1.0, (8, 16, 3, 3), None, 1.0),
         (0.1, (8, 16), None, 1.0),
         (0.1, (8, 16, 1, 1), None, 1.0),
+        (0.1, (8, 16, 5, 5), None, 1.0),  # 4/9 is for 3 x 3
+        (0.1, (8, 16, 1, 9), None, 1.0),
+        (0.1, (8, 16), 1 / 9, 1.0),  # one cell: no choice
         (0.1, (8, 16, 3, 3), 1 / 9, 1 / 9),
         (0.2, (8, 16, 3, 3), 1 / 9, 2 / 9),
         (0.1, (8, 1, 3, 3), None, 1 / 9),  # depthwise: the pattern alone
@@ -360,18 +366,110 @@ def test_hrbp_is_legal_and_meets_its_budget(method, shape, density):
     assert np.ptp(np.diff(row_ptr)) <= 1
     s = hrbp_block_density(density, shape)
     assert pattern.shape == (t, round(s * cells))
-    assert kept.shape == (t, max(1, math.floor(density / s * channels + 0.5)))
+    assert kept.shape == (t, max(1, round(round(density / s * channels, 9))))
     for lists, high in ((kept, channels), (pattern, cells)):
         assert (np.diff(lists, axis=1) > 0).all()
         assert lists.min() >= 0
         assert lists.max() < high
 
 
-def test_hrbp_ties_go_to_the_scores_and_then_to_the_index():
+@pytest.mark.parametrize(
+    ("density", "channels", "kept"),
+    [(0.5, 5, 2), (0.5, 7, 4), (0.1, 5, 1), (0.3, 5, 2), (0.7, 5, 4), (0.26, 10, 3)],
+)
+def test_halves_of_channels_round_to_even(density, channels, kept):
+    """2.5 and 3.5 channels are 2 and 4; 0.5, at least one; 1.5 and 3.5 whatever their last bits."""
+    mask = np.random.default_rng(0).random((4, channels)) < density
+    assert hrbp_structure(mask, mask, (4, channels), density)[2].shape[1] == kept
+
+
+def test_hrbp_ties_go_to_the_scores_and_then_to_a_shuffle():
     mask = np.ones((2, 4), bool)
-    scores = np.array([[1.0, 2, 2, 0], [0, 0, 0, 0]])
+    scores = np.array([[1.0, 2, 2, 0], [1, 2, 2, 0]])
     assert hrbp_structure(mask, scores, (2, 4), 0.5)[2].tolist() == [[1, 2]]
-    assert hrbp_structure(mask, np.zeros((2, 4)), (2, 4), 0.5)[2].tolist() == [[0, 1]]
+    found = {tuple(hrbp_structure(mask, mask, (2, 4), 0.5, seed=i)[2][0]) for i in range(30)}
+    assert len(found) > 3  # all six pairs are as good
+    one, same = (hrbp_structure(mask, mask, (2, 4), 0.5, seed=7)[2] for _ in range(2))
+    np.testing.assert_array_equal(one, same)
+
+
+def test_ties_do_not_favour_the_first_rows():
+    """A mask of density 0.05 without scores: by index row 0 would keep 24 kernels and row 63 5."""
+    rng = np.random.default_rng(0)
+    mask = rng.random((64, 64 * 9)) < 0.05
+    kernels = _kernel_mask(mask, mask.astype(np.float32), 0.05 * 9 / 4, 9, rng).sum(1)
+    assert kernels.sum() == round(0.05 * 9 / 4 * 64 * 64)
+    assert abs(kernels[:16].mean() - kernels[-16:].mean()) < 2
+
+
+def hrbp_by_loops(mask, scores, shape, density, s, groups, seed):
+    """Section 4.1 with METHODS' ties, in plain loops; the order of the rows is `order_rows`'."""
+    out, channels, cells = shape[0], shape[1], math.prod(shape[2:])
+    m, score = mask.reshape(out, channels, cells), scores.reshape(out, channels, cells)
+    share = min(1.0, density / s)
+    kernels = [(o, i) for o in range(out) for i in range(channels)]
+    wanted = round(round(share * len(kernels), 9))
+    counts = sorted((int(m[k].sum()) for k in kernels), reverse=True)
+    kernel_mask = np.zeros((out, channels), bool)
+    if wanted:
+        least = counts[wanted - 1]
+        for k in kernels:
+            kernel_mask[k] = m[k].sum() > least
+        ties = [k for k in kernels if m[k].sum() == least]
+        missing = wanted - int(kernel_mask.sum())
+        if missing < len(ties):
+            ties = [ties[i] for i in np.random.default_rng(seed).permutation(len(ties))]
+        for k in sorted(ties, key=lambda k: -score[k].sum())[:missing]:  # stable
+            kernel_mask[k] = True
+    order = order_rows(kernel_mask, min_overlap=0.0)
+    t = max(1, min(8, out // 8)) if groups is None else groups
+    found, first = [], 0
+    for g in range(t):
+        size = out // t + (g < out % t)
+        rows = sorted(int(r) for r in order[first : first + size])
+        first += size
+        number = max(1, round(round(share * channels, 9)))
+
+        def channel(i, rows=rows):
+            keys = (kernel_mask[rows, i].sum(), m[rows, i].sum(), score[rows, i].sum())
+            return [-float(key) for key in keys]
+
+        chosen = sorted(sorted(range(channels), key=channel)[:number])
+        inside = m[rows][:, chosen], score[rows][:, chosen]
+
+        def cell(j, inside=inside):
+            return [-float(part[:, :, j].sum()) for part in inside]
+
+        found.append((rows, chosen, sorted(sorted(range(cells), key=cell)[: round(s * cells)])))
+    return found
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    out=st.integers(1, 20),
+    channels=st.integers(1, 6),
+    kernel=st.sampled_from([(), (1, 1), (2, 2), (3, 3)]),
+    density=st.floats(0.02, 1.0),
+    cells=st.none() | st.integers(1, 9),
+    groups=st.none() | st.integers(1, 3),
+    scored=st.booleans(),
+    seed=st.integers(0, 2**20),
+)
+def test_hrbp_is_that_of_plain_loops(out, channels, kernel, density, cells, groups, scored, seed):
+    """Whole numbers for scores, or none but the mask: sums are exact, and many tie."""
+    rng = np.random.default_rng(seed)
+    shape = out, channels, *kernel
+    mask = rng.random((out, channels * math.prod(kernel))) < density
+    scores = (rng.integers(0, 3, mask.shape) if scored else mask).astype(np.float32)
+    groups = groups and min(groups, out)
+    given_s = None if cells is None else min(cells, math.prod(kernel)) / math.prod(kernel)
+    s = hrbp_block_density(density, shape, given_s)
+    got = hrbp_structure(mask, scores, shape, density, given_s, groups, seed=seed)
+    want = hrbp_by_loops(mask, scores, shape, density, s, groups, seed)
+    for g, (rows_of_group, chosen, pattern) in enumerate(want):
+        assert got[0][got[1][g] : got[1][g + 1]].tolist() == rows_of_group
+        assert got[2][g].tolist() == chosen
+        assert got[3][g].tolist() == pattern
 
 
 @pytest.mark.parametrize(

@@ -193,25 +193,33 @@ def reference_drop(values, positions, blocks, cols, k, aware):
     return dropped
 
 
-def reference_grow(active, d_out, d_in, s_x, s_y, count):
-    """Section 4, "Block-wise grow criterion": every block is looked at, and sorted."""
+def reference_grow(active, d_out, seen, s_x, s_y, count):
+    """Section 4, "Block-wise grow criterion": every block is looked at, and sorted.
+
+    `seen` holds the norms of what the rows of each group of a convolution see.
+    """
+    cols, height = len(seen[0]), len(d_out) // len(seen)
+
+    def product(place):
+        return d_out[place[0]] * seen[place[0] // height][place[1]]
+
+    d_in = [sum(group[c] for group in seen) for c in range(cols)]
     by_out = sorted(range(len(d_out)), key=lambda i: (-d_out[i], i))
-    by_in = sorted(range(len(d_in)), key=lambda j: (-d_in[j], j))
+    by_in = sorted(range(cols), key=lambda j: (-d_in[j], j))
     xs = [by_out[i : i + s_x] for i in range(0, len(by_out), s_x)]
     ys = [by_in[j : j + s_y] for j in range(0, len(by_in), s_y)]
     blocks = []
     for i, x in enumerate(xs):
         for j, y in enumerate(ys):
-            norm = sum(d_out[r] for r in x) * sum(d_in[c] for c in y)
-            blocks.append((-norm, i, j))
+            blocks.append((-sum(product((r, c)) for r in x for c in y), i, j))
     grown = []
     for _, i, j in sorted(blocks):
         if len(grown) == count:
             break
-        new = [(r, c) for r in xs[i] for c in ys[j] if r * len(d_in) + c not in active]
-        new.sort(key=lambda rc: -d_out[rc[0]] * d_in[rc[1]])  # stable
+        new = [(r, c) for r in xs[i] for c in ys[j] if r * cols + c not in active]
+        new.sort(key=lambda place: -product(place))  # stable
         for r, c in new[: count - len(grown)]:
-            grown.append(r * len(d_in) + c)
+            grown.append(r * cols + c)
     return set(grown)
 
 
@@ -242,6 +250,7 @@ def cases(draw):
         "rows": draw(st.integers(1, 16)),
         "cols": draw(st.integers(1, 14)),
         "kernel": draw(st.sampled_from([None, None, (1, 1), (2, 3)])),
+        "groups": draw(st.sampled_from([1, 1, 2, 4])),
         "block_shape": (s1, s2),
         "grow_shape": draw(st.none() | st.tuples(st.integers(1, 5), st.integers(1, 4))),
         "density": draw(st.sampled_from([0.1, 0.3, 0.5, 0.8])),
@@ -256,6 +265,8 @@ def cases(draw):
 def layer_of(case, rng):
     """A layer with whole numbers for weights, and a call of it with whole numbers."""
     kernel = case["kernel"]
+    case["groups"] = groups = case["groups"] if kernel else 1
+    case["rows"] *= groups
     shape = (case["rows"], case["cols"], *(kernel or ()))
     tensor = ShuffledBlock.from_scores(
         rng.integers(0, 9, shape), case["density"], block_shape=case["block_shape"]
@@ -266,9 +277,9 @@ def layer_of(case, rng):
     make = SparseConv2d if kernel else SparseLinear
     layer = make.from_tensor(
         tensor, capacity=int(np.prod(shape)), target_density=case["density"],
-        **({"padding": 1} if kernel else {}), method=case["method"],
+        **({"padding": 1, "groups": groups} if kernel else {}), method=case["method"],
     )  # fmt: skip
-    size = (3, case["cols"], 4, 5) if kernel else (3, case["cols"])
+    size = (3, case["cols"] * groups, 4, 5) if kernel else (3, case["cols"])
     x = torch.from_numpy(rng.integers(-4, 5, size).astype("f4"))
     with torch.no_grad():
         dy = torch.from_numpy(rng.integers(-4, 5, layer(x).shape).astype("f4"))
@@ -306,7 +317,8 @@ def test_the_update_is_that_of_a_slow_reference(case):
     dropped = reference_drop(old.values, positions, blocks, cols, k, case["aware"])
     s_x, s_y = case["grow_shape"] or (case["block_shape"][0], 1)
     kept = set(before) - dropped
-    grown = reference_grow(kept, d_out, d_in, s_x, s_y, len(dropped))
+    seen = np.reshape(d_in, (case["groups"], cols)).tolist()
+    grown = reference_grow(kept, d_out, seen, s_x, s_y, len(dropped))
     assert len(kept) + len(grown) == old.nnz
 
     changed = stepped(method)
@@ -637,6 +649,26 @@ def test_set_trains_aligned_blocks_too():
     np.testing.assert_array_equal(model[0].tensor().row_perm, np.arange(50))
 
 
+@pytest.mark.parametrize("method", [DSB, DNSB])
+@pytest.mark.parametrize("groups", [2, 12])
+def test_convolutions_in_groups_are_trained(method, groups):
+    """With the density of the method itself; twelve groups of twelve channels are depthwise."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 12, 3), nn.ReLU(), nn.Conv2d(12, 24, 3, groups=groups), nn.Flatten(),
+    )  # fmt: skip
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    trainer = method(model, optimizer, density=0.3, block_shape=(4, 2), distribution="uniform",
+                     delta_t=2, t_end=40)  # fmt: skip
+    layer = trainer.layers["2"]
+    before, held = layer.tensor().mask(), layer.nnz
+    assert sum(train(model, optimizer, trainer, 12)) > 2
+    after = layer.tensor()
+    after.validate()
+    assert after.nnz == held
+    assert (after.mask() != before).any()
+
+
 # ---------------------------------------------------------------------------------------- bad input
 
 
@@ -653,8 +685,6 @@ def test_layers_that_cannot_be_trained_are_refused():
         made(DNSB, SparseLinear(8, 8, **blocks))
     with pytest.raises(FormatError, match=r"aligned=True.*train with DNSB"):
         made(DSB, SparseLinear(8, 8, **blocks, aligned=True))
-    with pytest.raises(FormatError, match="in 2 groups"):
-        made(DSB, SparseConv2d(8, 8, 3, groups=2, **blocks))
     for wrong in ((0, 1), (1, 1.5), 4, (1, 2, 3)):
         with pytest.raises(FormatError, match="S_"):
             made(DSB, SparseLinear(8, 8, **blocks), grow_shape=wrong)

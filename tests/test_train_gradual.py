@@ -59,7 +59,7 @@ def test_budgets_are_exact_and_the_largest_stay() -> None:
         kept = set(model[0].positions().tolist())
         assert kept <= held
         left = (1 - min(step, 10) // 2 * 2 / 10) ** 3
-        assert model[0].nnz == round(size / 4) + round((size - round(size / 4)) * left)
+        assert model[0].nnz == round((0.25 + 0.75 * left) * size)
         gone = held - kept
         if gone:
             assert max(abs(old[p]) for p in gone) <= min(abs(old[p]) for p in kept)
@@ -81,6 +81,30 @@ def test_every_format_shrinks_to_its_density(format: str) -> None:
     for layer in method.layers.values():
         assert 0.15 <= layer.density <= 0.3
         layer.tensor().validate()
+
+
+def test_the_largest_of_the_whole_model_stay() -> None:
+    model, optimizer, method = made(scope="model")
+    with torch.no_grad():
+        model[2].values.mul_(3)
+    for _ in range(10):
+        before = [abs(layer.values[: layer.nnz].detach()) for layer in method.layers.values()]
+        optimizer.zero_grad()
+        for layer in method.layers.values():
+            layer.values.grad = torch.zeros_like(layer.values)
+        optimizer.step()
+        method.step()
+        budget = sum(method.budget(name, min(method.steps, 10)) for name in method.layers)
+        held = [layer.nnz for layer in method.layers.values()]
+        if method.steps % 2 == 0:
+            assert sum(held) == budget
+            every = torch.cat(before).sort(descending=True).values
+            kept = [(b >= every[budget - 1]).sum().item() for b in before]
+            assert held == kept
+    assert model[2].density > 2 * model[0].density
+    assert sum(held) == round(0.25 * 32 * 48) + round(0.25 * 48 * 8)
+    with pytest.raises(FormatError, match="scope"):
+        made(scope="all")
 
 
 def test_convolutions_and_densities_by_name() -> None:

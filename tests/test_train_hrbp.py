@@ -52,6 +52,16 @@ def most(number, *keys):
     return sorted(order[:number])
 
 
+def fullest(number, counts, sums, rng):
+    """The kernels of most weights, ties to the sums; what ties in both is drawn, of a whole tie."""
+    least = sorted(counts, reverse=True)[number - 1]
+    above = [i for i in range(len(counts)) if counts[i] > least]
+    ties = [i for i in range(len(counts)) if counts[i] == least]
+    if len(above) + len(ties) > number:
+        ties = [ties[i] for i in rng.permutation(len(ties))]
+    return above + sorted(ties, key=lambda i: -sums[i])[: number - len(above)]
+
+
 def by_loops(before, gradient, count):
     """Section 4.2 in plain loops: what is kept row by row, and the mask of the next blocks."""
     tensor = before.tensor
@@ -74,11 +84,13 @@ def by_loops(before, gradient, count):
 
     mask = np.zeros_like(m)
     channels, pattern = tensor.channel_indices.shape[1], tensor.pattern_indices.shape[1]
+    rng = np.random.default_rng(0)
     for g in range(tensor.groups):
         group = sorted(tensor.row_perm[tensor.row_ptr[g] : tensor.row_ptr[g + 1]])
         parts = (len(group), cols // cells, cells)
         counts, sums = m[group].reshape(parts), scores[group].reshape(parts)
-        kernels = most(len(group) * channels, counts.sum(2).ravel(), sums.sum(2).ravel())
+        totals = counts.sum(2).ravel(), sums.sum(2).ravel()
+        kernels = fullest(len(group) * channels, *totals, rng)
         kernel_mask = np.zeros(parts[:2])
         kernel_mask.reshape(-1)[kernels] = 1
         chosen = most(channels, kernel_mask.sum(0), counts.sum((0, 2)), sums.sum((0, 2)))

@@ -174,6 +174,10 @@ class SparseTensor(ABC):
         """
         return "row", np.arange(self.matrix_shape[0])
 
+    def remark(self) -> str:
+        """What the structure does not keep of what its format promises; mostly nothing."""
+        return ""
+
     def same_groups(self) -> dict[str, Any]:
         """Keywords of `from_scores` with which another structure keeps this one's groups of rows.
 

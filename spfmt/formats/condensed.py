@@ -159,8 +159,7 @@ class Condensed(SparseTensor):
         ----------
         scores : array_like, shape (R, C) or (C_out, C_in, Kh, Kw)
         density : float
-            The fan-in is the nearest to density * C, at least one unless
-            density * R * C rounds to 0.
+            The fan-in is N // R with N = round(density * R * C), at least one unless N is 0.
         fan_in : int, optional
             Sets the fan-in itself; `density` is then only checked to lie in 0..1.
         values : array_like of the same shape, optional

@@ -217,6 +217,7 @@ class HRBP(SparseTensor):
         groups: int | None = None,
         method: str = "paper",
         row_perm: Any = None,
+        seed: int = 0,
         values: Any = None,
     ) -> HRBP:
         """Choose groups, channels and patterns by the paper's procedure (HRBP, section 4.1).
@@ -224,16 +225,20 @@ class HRBP(SparseTensor):
         Parameters
         ----------
         scores : array_like, shape (R, C) or (C_out, C_in, Kh, Kw)
-            The best round(density * R * C) make the unstructured mask that the procedure counts.
+            The best round(density * R * C) make the unstructured mask m that the procedure counts.
+            Where m is given, pass it: ``from_scores(m, m.mean())``.
         density : float
         block_density : float, optional
-            Share of kernel cells that a pattern keeps; 4/9 for 3x3 kernels and 1 otherwise.
+            Share s of kernel cells that a pattern keeps, 4/9 for 3x3 kernels and 1 otherwise;
+            raised where the density needs it, see `spfmt.structure.hrbp.hrbp_block_density`.
         groups : int, optional
             Number of row groups; min(8, R // 8) and at least 1 by default.
         method : {"paper", "fast"}
             How rows are clustered, see `spfmt.structure.rows.order_rows`.
         row_perm : array_like of int, shape (R,), optional
             Rows, group after group, the larger groups first; by default they are clustered.
+        seed : int
+            Of the shuffle that decides between kernels of equally many nonzeros and equal scores.
         values : array_like of the same shape, optional
             Dense array to take the values from; zeros by default.
         """
@@ -253,6 +258,7 @@ class HRBP(SparseTensor):
             groups=groups,
             method=method,
             row_perm=row_perm,
+            seed=seed,
         )
         arrays: dict[str, Array] = dict(zip(cls.STRUCTURE, found, strict=True))
         params = {"groups": arrays["channel_indices"].shape[0]}
@@ -264,13 +270,13 @@ class HRBP(SparseTensor):
     ) -> HRBP:
         """Draw a tensor group by group, in memory for its nonzeros; see `SparseTensor.random`."""
         from spfmt.structure.fan_in import random_columns
-        from spfmt.structure.hrbp import hrbp_block_density
+        from spfmt.structure.hrbp import group_ptr, hrbp_block_density
 
         rows, cols, cells = shape[0], shape[1], math.prod(shape[2:])
-        groups = params.get("groups", max(1, min(8, rows // 8)))
+        starts = group_ptr(rows, params.get("groups"))
         share = hrbp_block_density(density, shape, params.get("block_density"))
+        groups = starts.size - 1
         channels = random_columns(rng, groups, cols, max(1, round(density / share * cols)))
-        starts = np.linspace(0, rows, groups + 1).astype(np.int64)
         kept = round(share * cells)
         values = rng.standard_normal(rows * channels.shape[1] * kept, dtype=np.float32)
         order = rng.permutation(rows)

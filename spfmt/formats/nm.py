@@ -192,8 +192,8 @@ class NM(SparseTensor):
         ----------
         scores : array_like, shape (R, C) or (C_out, C_in, Kh, Kw)
         density : float, optional
-            Picks the `n` whose number of values is nearest to density * R * C, at least 1 unless
-            that rounds to 0. Needed unless `n` is given; must agree with `n` within one per group.
+            Picks the `n` whose number of values is nearest to round(density * R * C), at least 1
+            unless that is 0. Needed unless `n` is given; must agree with `n` within one per group.
         m, n, transposable : int
             As in `from_dense`. Transposable tiles keep the most score over rows and columns
             together (Advances in sparse training, "2:4 2D").
@@ -206,7 +206,7 @@ class NM(SparseTensor):
         cells = kernel_cells(shape)
         m = as_int("m", m, 1)
         density = None if density is None else float(density)
-        n = _choose_n(matrix.shape[1] // max(1, cells), density, n, m, budget)
+        n = _choose_n(shape, density, n, m, budget)
         params = {"n": n, "m": m, "transposable": as_int("transposable", transposable, 0, 1)}
         if transposable:
             columns = transposable_nm_columns(matrix, n, m, max(1, cells))
@@ -244,6 +244,14 @@ class NM(SparseTensor):
     def caption(self) -> str:
         """What every group holds."""
         return f"{self.n} in each {self.m} columns of a row"
+
+    def remark(self) -> str:
+        """Rows and input channels behind the last whole tile, which are n:m along rows alone."""
+        channels = self.matrix_shape[1] // max(1, kernel_cells(self.shape))
+        rest = self.matrix_shape[0] % self.m, channels % self.m
+        if not self.transposable or not any(rest):
+            return ""
+        return f"the last {rest[0]} rows and {rest[1]} columns are not transposable"
 
     def _summary(self) -> str:
         kind = "transposable " if self.transposable else ""
@@ -326,8 +334,9 @@ def _check_tiles(columns: Array, shape: tuple[int, int], cells: int, n: int, m: 
         )
 
 
-def _choose_n(length: int, density: float | None, n: Any, m: int, budget: int) -> int:
-    """The n given, or the n whose budget is nearest to the density's."""
+def _choose_n(shape: Shape, density: float | None, n: Any, m: int, budget: int) -> int:
+    """The n given, or the one whose number of values is nearest to the budget."""
+    length = shape[1]
     # A group wider than the matrix is cut off at its end.
     most = min(m, max(1, length))
     if n is not None:
@@ -346,7 +355,8 @@ def _choose_n(length: int, density: float | None, n: Any, m: int, budget: int) -
     kept = full * choices + np.minimum(choices, rest)
     # A layer that should keep something must not vanish because its groups are small.
     lowest = 1 if budget else 0
-    return lowest + int(np.argmin(np.abs(kept[lowest:] - density * length)))
+    lists = shape[0] * max(1, kernel_cells(shape))
+    return lowest + int(np.argmin(np.abs(kept[lowest:] * lists - budget)))
 
 
 def _complete_tiles(coords: Coordinates, cells: int, n: int, m: int) -> Array:

@@ -18,6 +18,7 @@ from spfmt.formats._registry import register
 from spfmt.formats._structure import Structure
 from spfmt.structure._checks import (
     as_density,
+    as_int,
     as_pair,
     as_row_perm,
     as_scores,
@@ -237,6 +238,7 @@ class ShuffledBlock(SparseTensor):
         *,
         block_shape: tuple[int, int] = BLOCK_SHAPE,
         row_perm: Any = None,
+        row_groups: int | None = None,
         aligned: bool = False,
         values: Any = None,
         method: str = "paper",
@@ -259,6 +261,11 @@ class ShuffledBlock(SparseTensor):
             (S1, S2).
         row_perm : array_like of int, shape (R,), optional
             Row groups to use instead of searching them.
+        row_groups : int, optional
+            In how many groups the rows are cut, of at least 8 rows each: S1 follows. Columns then
+            rank by how many weights of the mask they hold, ties by their scores. With
+            ``block_shape=(1, 1), min_overlap=0`` this is vanilla regrouping, one dense block per
+            group (HRBP, section 3.2).
         aligned : bool
             True shuffles nothing: blocks lie on the grid of S1 x S2, and the best of the grid win
             (the paper's baseline DNSB).
@@ -270,18 +277,20 @@ class ShuffledBlock(SparseTensor):
         from spfmt.structure.unstructured import topk_mask
 
         matrix, shape, budget = scores_budget(scores, density)
-        block = as_pair("block_shape", block_shape, *_NAMES)
+        block = _block(block_shape, row_groups, matrix.shape[0])
         how = {"method": method, "metric": metric, "linkage": linkage, "min_overlap": min_overlap}
-        perm = _check_order(row_perm, aligned, matrix.shape[0])
-        if perm is None:
-            perm = _order(topk_mask(matrix, budget), block, how)
+        perm, dtype = _check_order(row_perm, aligned, matrix.shape[0]), matrix.dtype
+        if perm is None or row_groups is not None:
+            mask = topk_mask(matrix, budget)
+            perm = _order(mask, block, how) if perm is None else perm
+            matrix = matrix if row_groups is None else _counted(mask, matrix)
         if aligned:
             pointer, columns = _best_aligned(
                 _sums(matrix, block[0]), matrix.shape[0], block, budget
             )
         else:
             pointer, columns = _best_blocks(matrix, perm, block, budget)
-        return cls._blocks(shape, block, perm, pointer, columns, matrix.dtype, values)
+        return cls._blocks(shape, block, perm, pointer, columns, dtype, values)
 
     @classmethod
     def from_weights(
@@ -293,6 +302,7 @@ class ShuffledBlock(SparseTensor):
         *,
         block_shape: tuple[int, int] = BLOCK_SHAPE,
         row_perm: Any = None,
+        row_groups: int | None = None,
         aligned: bool = False,
         **how: Any,
     ) -> ShuffledBlock:
@@ -309,8 +319,9 @@ class ShuffledBlock(SparseTensor):
             Flat index of every weight, each at most once.
         magnitudes : ndarray of float, shape (n,)
             Not negative.
-        density, block_shape, row_perm, aligned, **how
-            As for `from_scores`; `how` are method, metric, linkage and min_overlap.
+        density, block_shape, row_perm, row_groups, aligned, **how
+            As for `from_scores`, but that columns rank by their weights; `how` are method, metric,
+            linkage and min_overlap.
 
         Raises
         ------
@@ -318,8 +329,9 @@ class ShuffledBlock(SparseTensor):
             As `from_scores`, and for positions that are no whole numbers in 0..R*C-1 or not as
             many as magnitudes.
         """
-        shape, block = check_shape(shape), as_pair("block_shape", block_shape, *_NAMES)
+        shape = check_shape(shape)
         rows, cols = matrix_shape(shape)
+        block = _block(block_shape, row_groups, rows)
         positions, weights = _check_weights(positions, magnitudes, rows * cols)
         budget = round(as_density(density) * (rows * cols))
         perm = _check_order(row_perm, aligned, rows)
@@ -383,6 +395,25 @@ class ShuffledBlock(SparseTensor):
     def _summary(self) -> str:
         block_rows, block_cols = self.block_shape
         return f"block_shape=({block_rows}, {block_cols}), blocks {self.n_blocks}"
+
+
+def _block(block_shape: Any, row_groups: Any, rows: int) -> tuple[int, int]:
+    """(S1, S2), S1 of the number of groups where that is given."""
+    block = as_pair("block_shape", block_shape, *_NAMES)
+    if row_groups is None:
+        return block
+    groups = min(as_int("row_groups", row_groups, 1), max(1, rows // 8))
+    return max(1, -(-rows // groups)), block[1]
+
+
+def _counted(mask: Array, scores: Array) -> Array:
+    """Scores whose sums over rows rank by how many weights of the mask there are, ties by score."""
+    if not scores.size:
+        return scores
+    plain = bounded(scores).astype(np.float64)
+    low, high = plain.min(), plain.max()
+    below_half: Array = (plain - low) / (2.0 * (len(plain) + 1) * max(high - low, 1e-30))
+    return mask + below_half
 
 
 def _group_rows(rows: int, block_rows: int) -> Array:

@@ -100,9 +100,9 @@ def _budget(
     sparse = [i for i in range(len(sizes)) if i not in dense and sizes[i]]
     free = sum(sizes[i] for i in sparse)
     if not count_excluded:
-        return sizes, sparse, _round(d * free)
+        return sizes, sparse, round(d * free)
     fixed = sum(sizes[i] for i in dense)
-    budget = _round(d * (free + fixed)) - fixed
+    budget = round(d * (free + fixed)) - fixed
     if budget < 0:
         raise format_error(
             f"density = {density!r} with {fixed} weights in excluded (dense) layers",
@@ -163,7 +163,3 @@ def _size(shape: Sequence[int]) -> int:
             "leave biases and norms out of the list",
         )
     return math.prod(sizes)
-
-
-def _round(value: float) -> int:
-    return math.floor(value + 0.5)

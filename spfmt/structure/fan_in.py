@@ -18,8 +18,8 @@ _STRIP = 1 << 20  # scores drawn at a time
 def constant_fan_in(scores: npt.ArrayLike, n_nonzeros: int) -> tuple[Int32Array, Int32Array]:
     """Best constant fan-in structure for a budget, all rows active.
 
-    The fan-in k is the one whose R*k comes nearest to the budget (the smaller of two equally near
-    ones), at least 1 where the budget is not 0. Given k, the choice is the exact optimum.
+    The fan-in is k = N // R, at least 1 where the budget is not 0 (SRigL, whose k0 it is). Given k,
+    the choice is the exact optimum.
 
     Parameters
     ----------
@@ -51,8 +51,8 @@ def constant_fan_in(scores: npt.ArrayLike, n_nonzeros: int) -> tuple[Int32Array,
     n_nonzeros = as_int("n_nonzeros", n_nonzeros, 0, plain.size)
     if n_nonzeros == 0:
         return np.empty(0, np.int32), np.empty((0, 0), np.int32)
-    fan_in = max(1, -((rows - 2 * n_nonzeros) // (2 * rows)))  # ceil(N/R - 1/2)
-    return np.arange(rows, dtype=np.int32), per_row_topk(plain, fan_in)
+    columns = per_row_topk(plain, max(1, n_nonzeros // rows))
+    return np.arange(rows, dtype=np.int32), columns
 
 
 def random_columns(

@@ -39,17 +39,21 @@ def hrbp_structure(
     *,
     method: str = "paper",
     row_perm: npt.ArrayLike | None = None,
+    seed: int = 0,
 ) -> tuple[Int32Array, Int64Array, Int32Array, Int32Array]:
     """Row groups, their input channels and their kernel pattern (HRBP, section 4.1).
 
     1. The block density s is legal and at least r = density, see `hrbp_block_density`.
     2. The fraction r/s of the kernels with the most nonzeros forms the kernel mask m'.
-    3. The rows of m' are clustered by Jaccard similarity and cut into t groups of equal size.
+    3. The rows of m' are clustered by Jaccard similarity and cut into t groups of equal size, the
+       first C_out mod t with a row more.
     4. Each group keeps the round(r/s*C_in) channels, at least one, with the most kernels of m'
        (ties: with the most nonzeros of m).
     5. Each group keeps the s*Kh*Kw kernel cells with the most nonzeros of m over its kernels.
 
-    Ties that are left go to the larger sum of the scores, then to the lower index.
+    Ties that are left go to the larger sum of the scores. What ties in step 2 even then is decided
+    by a seeded shuffle (by index it would skew the mask: the first rows would hold most kernels),
+    in the other steps by the lower index.
 
     Parameters
     ----------
@@ -61,9 +65,10 @@ def hrbp_structure(
         (C_out, C_in) or (C_out, C_in, Kh, Kw). A depthwise layer has C_in = 1.
     density : float
         r, the density of the result, in [0, 1]. The result's own density is
-        n_channels*n_cells / (C_in*Kh*Kw), the nearest that whole channels can hold.
+        n_channels*n_cells / (C_in*Kh*Kw), the nearest that whole channels can hold, of two equally
+        near ones that with an even number of channels.
     block_density : float, optional
-        s; a multiple of 1/(Kh*Kw).
+        s; a multiple of 1/(Kh*Kw). A layer of one cell has s = 1 whatever is given.
     groups : int, optional
         t, 1 <= t <= C_out; min(8, C_out // 8) and at least 1 by default, so that a group has at
         least 8 rows.
@@ -71,6 +76,8 @@ def hrbp_structure(
         How rows are ordered, see `order_rows`.
     row_perm : array_like of int, shape (C_out,), optional
         An order of the rows to cut into groups; step 3 is left out then.
+    seed : int, default 0
+        Of the shuffle in step 2.
 
     Returns
     -------
@@ -93,9 +100,9 @@ def hrbp_structure(
     r = as_density(density)
     if out == 0 or channels * cells == 0 or r == 0.0:
         return _nothing(out, groups, row_perm)
-    s_cells = _pattern_cells(r, channels, cells, block_density)
+    s_cells = _pattern_cells(r, shape, block_density)
     fraction = min(1.0, r * cells / s_cells)
-    kernel_mask = _kernel_mask(m, plain, fraction, cells)
+    kernel_mask = _kernel_mask(m, plain, fraction, cells, np.random.default_rng(seed))
     order, row_ptr = _row_groups(kernel_mask, groups, method, row_perm)
     n_channels = max(1, _nearest(fraction * channels))
     kept_channels = np.empty((row_ptr.size - 1, n_channels), np.int32)
@@ -114,6 +121,8 @@ def hrbp_blocks(
     row_ptr: npt.ArrayLike,
     n_channels: int,
     n_cells: int,
+    *,
+    seed: int = 0,
 ) -> tuple[Int32Array, Int32Array]:
     """Input channels and pattern of row groups that stay as they are (HRBP, section 4.2).
 
@@ -130,6 +139,8 @@ def hrbp_blocks(
         Group g owns row_perm[row_ptr[g]:row_ptr[g + 1]].
     n_channels, n_cells : int
         What every group keeps, 1 <= n_channels <= C_in and 1 <= n_cells <= Kh*Kw.
+    seed : int, default 0
+        Of the shuffles in step 2, one group after the other.
 
     Returns
     -------
@@ -151,9 +162,10 @@ def hrbp_blocks(
     kept_channels = np.empty((pointer.size - 1, n_channels), np.int32)
     patterns = np.empty((pointer.size - 1, n_cells), np.int32)
     kernel_mask = np.zeros((out, channels), np.bool_)
+    rng = np.random.default_rng(seed)
     for g in range(pointer.size - 1):
         rows = np.sort(perm[pointer[g] : pointer[g + 1]])
-        kernel_mask[rows] = _kernel_mask(m[rows], plain[rows], n_channels / channels, cells)
+        kernel_mask[rows] = _kernel_mask(m[rows], plain[rows], n_channels / channels, cells, rng)
         _choose_block(kernel_mask, m, plain, rows, kept_channels[g], patterns[g])
     return kept_channels, patterns
 
@@ -182,10 +194,10 @@ def hrbp_block_density(
 ) -> float:
     """The block density s that HRBP uses for a layer, a multiple of 1/(Kh*Kw).
 
-    Default 4/9 of the cells (rounded to whole cells, at least one; 1 for a single cell: HRBP,
-    section 5.1), raised to the smallest legal value >= r where it is below the density r. Where it
-    would leave less than one input channel (depthwise layers: C_in = 1) the smallest legal
-    s >= r is taken, so that the pattern alone carries the sparsity.
+    Default 4/9 for 3x3 kernels (HRBP, section 5.1) and 1 for all others, raised to the smallest
+    legal value >= r where it is below the density r. Where it would leave less than one input
+    channel (depthwise layers: C_in = 1) the smallest legal s >= r is taken, so that the pattern
+    alone carries the sparsity.
 
     Parameters
     ----------
@@ -194,7 +206,7 @@ def hrbp_block_density(
     shape : sequence of 2 or 4 ints
         (C_out, C_in) or (C_out, C_in, Kh, Kw).
     block_density : float, optional
-        s to start from instead of the default.
+        s to start from instead of the default; nothing where there is one cell.
 
     Returns
     -------
@@ -206,16 +218,16 @@ def hrbp_block_density(
     FormatError
         block_density is not a multiple of 1/(Kh*Kw), or a bad shape.
     """
-    _, channels, cells = _layer_shape(shape)
-    r = as_density(density)
-    return _pattern_cells(r, channels, max(1, cells), block_density) / max(1, cells)
+    cells = _layer_shape(shape)[2]
+    return _pattern_cells(as_density(density), shape, block_density) / max(1, cells)
 
 
-def _pattern_cells(r: float, channels: int, cells: int, block_density: float | None) -> int:
+def _pattern_cells(r: float, shape: Sequence[int], block_density: float | None) -> int:
     """s*Kh*Kw, see `hrbp_block_density`."""
+    channels, cells = shape[1], max(1, math.prod(shape[2:]))
     smallest = max(1, math.ceil(r * cells - 1e-9))
-    if block_density is None:
-        wanted = max(1, _nearest(cells * 4 / 9)) if cells > 1 else 1
+    if block_density is None or cells == 1:  # a model of 3x3 kernels has 1x1 ones and matrices, too
+        wanted = 4 if tuple(shape[2:]) == (3, 3) else cells
     else:
         exact = as_density(block_density, "block_density") * cells
         wanted = _nearest(exact)
@@ -230,11 +242,13 @@ def _pattern_cells(r: float, channels: int, cells: int, block_density: float | N
 
 
 def _nearest(value: float) -> int:
-    """Round half up; the guard keeps e.g. 0.3*5 = 1.4999... on the right side."""
-    return math.floor(value + 0.5 + 1e-9)
+    """Round, halves to even; what is a half but for the last bits counts as one."""
+    return round(round(value, 9))
 
 
-def _kernel_mask(m: BoolArray, scores: FloatArray, fraction: float, cells: int) -> BoolArray:
+def _kernel_mask(
+    m: BoolArray, scores: FloatArray, fraction: float, cells: int, rng: np.random.Generator
+) -> BoolArray:
     """The fraction of the kernels with the most nonzeros, ties to the larger sum of scores."""
     per_kernel: npt.NDArray[Any] = m.view(np.uint8)
     if cells > 1:
@@ -249,7 +263,9 @@ def _kernel_mask(m: BoolArray, scores: FloatArray, fraction: float, cells: int) 
         ties = np.flatnonzero(per_kernel == bound)
         sums = np.empty(ties.size, np.float64)
         _hrbp.kernel_sums(scores, cells, ties, sums)
-        kept.reshape(-1)[ties[~topk_mask(sums, ties.size - excess)]] = False
+        shuffled = rng.permutation(ties.size)  # what ties in both is drawn
+        chosen = topk_mask(sums[shuffled], ties.size - excess)
+        kept.reshape(-1)[ties[shuffled[~chosen]]] = False
     return kept
 
 
@@ -265,7 +281,7 @@ def _row_groups(
     kernel_mask: BoolArray, groups: int | None, method: str, row_perm: npt.ArrayLike | None
 ) -> tuple[Int32Array, Int64Array]:
     """Leaf order of the rows cut into t groups whose sizes differ by at most one."""
-    row_ptr = _group_ptr(kernel_mask.shape[0], groups)
+    row_ptr = group_ptr(kernel_mask.shape[0], groups)
     if row_perm is not None:
         order = as_row_perm(row_perm, kernel_mask.shape[0]).copy()
     else:  # DSB's fraction q is not part of HRBP: every row that shares a channel is clustered
@@ -277,7 +293,7 @@ def _row_groups(
     return order, row_ptr
 
 
-def _group_ptr(out: int, groups: int | None) -> Int64Array:
+def group_ptr(out: int, groups: int | None) -> Int64Array:
     """Bounds of t groups whose sizes differ by at most one, the larger ones first."""
     t = max(1, min(8, out // 8)) if groups is None else as_int("groups", groups, 1, out)
     base, longer = divmod(out, t)
@@ -315,7 +331,7 @@ def _nothing(
     out: int, groups: int | None, row_perm: npt.ArrayLike | None
 ) -> tuple[Int32Array, Int64Array, Int32Array, Int32Array]:
     """Groups without a weight; no group where there is no row."""
-    row_ptr = _group_ptr(out, groups) if out else np.zeros(1, np.int64)
+    row_ptr = group_ptr(out, groups) if out else np.zeros(1, np.int64)
     empty = np.empty((row_ptr.size - 1, 0), np.int32)
     perm = np.arange(out, dtype=np.int32) if row_perm is None else as_row_perm(row_perm, out)
     return perm, row_ptr, empty, empty.copy()

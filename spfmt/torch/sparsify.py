@@ -25,6 +25,7 @@ from spfmt.torch.survey import (
     Selector,
     as_dense,
     matches,
+    selectors,
     sparse_class,
     survey,
     swap,
@@ -38,14 +39,6 @@ __all__ = ["decay_groups", "densify", "layer_densities", "sparsify", "sparsify_l
 
 Scores = Literal["magnitude", "random"] | Callable[[str, Any], Tensor]
 Distribution = Literal["uniform", "erk"]
-
-
-def _selectors(given: Selector | Iterable[Selector] | None) -> tuple[Selector, ...]:
-    if given is None:
-        return ()
-    if isinstance(given, str | type) or callable(given):
-        return (given,)
-    return tuple(given)
 
 
 # --------------------------------------------------------------------------------- densities
@@ -210,7 +203,7 @@ def sparsify(
         )
     model = changeable(model)
     found = survey(model)
-    _decide(found, targets, _selectors(include), _selectors(exclude))
+    _decide(found, targets, selectors(include), selectors(exclude))
     shapes = {entry.name: entry.shape for entry in found if not entry.reason}
     densities = targets.spread(shapes)
     _leave_full(found, targets, densities)
@@ -332,6 +325,7 @@ def _make(
                 layer, remark = recipe.kept(dense)
             else:
                 layer = recipe.pruned(entry.name, dense, densities[entry.name])
+                remark = layer.tensor().remark()
         except FormatError as error:
             remark = str(error)
     return _row(entry, layer, remark), layer

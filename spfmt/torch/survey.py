@@ -24,6 +24,7 @@ __all__ = [
     "as_dense",
     "matches",
     "places",
+    "selectors",
     "sparse_class",
     "survey",
     "swap",
@@ -123,9 +124,18 @@ def _is_quantised(module: nn.Module) -> bool:
     return hasattr(module, "_packed_params") and hasattr(module, "in_features")
 
 
-def matches(selectors: Iterable[Selector], names: list[str], module: nn.Module) -> bool:
+def selectors(given: Selector | Iterable[Selector] | None) -> tuple[Selector, ...]:
+    """Return one or several selectors as several."""
+    if given is None:
+        return ()
+    if isinstance(given, str | type) or callable(given):
+        return (given,)
+    return tuple(given)
+
+
+def matches(chosen: Iterable[Selector], names: list[str], module: nn.Module) -> bool:
     """Tell whether any glob, class or predicate picks the module under any of its names."""
-    for selector in selectors:
+    for selector in chosen:
         if isinstance(selector, str):
             hit = any(fnmatch.fnmatchcase(name, selector) for name in names)
         elif isinstance(selector, type):

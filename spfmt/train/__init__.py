@@ -10,7 +10,9 @@ from spfmt.train.gradual import GradualPruning
 from spfmt.train.hrbp import HRBP
 from spfmt.train.memory import Memory, workspace
 from spfmt.train.observe import Observation
+from spfmt.train.presets import PRESETS, Preset, Training, preset
 from spfmt.train.rigl import RigL
+from spfmt.train.saliency import Saliency, grasp, random_saliency, snip
 from spfmt.train.sampled import SampledGrowth
 from spfmt.train.schedule import CosineSchedule, CubicSchedule
 from spfmt.train.set import SET
@@ -22,6 +24,7 @@ __all__ = [
     "DNSB",
     "DSB",
     "HRBP",
+    "PRESETS",
     "SET",
     "SSB",
     "CosineSchedule",
@@ -31,12 +34,19 @@ __all__ = [
     "LayerSummary",
     "Memory",
     "Observation",
+    "Preset",
     "RigL",
     "SRigL",
+    "Saliency",
     "SampledGrowth",
     "SparseTrainer",
     "Static",
     "TrainerSummary",
+    "Training",
+    "grasp",
     "layer_densities",
+    "preset",
+    "random_saliency",
+    "snip",
     "workspace",
 ]

@@ -54,8 +54,7 @@ class DSB(SparseTrainer):
     Parameters
     ----------
     model, optimizer
-        As for :class:`SparseTrainer`. All sparse layers must be shuffled blocks, convolutions in
-        one group.
+        As for :class:`SparseTrainer`. All sparse layers must be shuffled blocks.
     block_aware : bool
         False drops every candidate (appendix A.2).
     grow_shape : (int, int), optional
@@ -68,8 +67,8 @@ class DSB(SparseTrainer):
     Raises
     ------
     FormatError
-        As :class:`SparseTrainer`, and where a layer is no shuffled block, is aligned (see
-        :class:`DNSB`) or is a convolution in groups.
+        As :class:`SparseTrainer`, and where a layer is no shuffled block or is aligned (see
+        :class:`DNSB`).
 
     Notes
     -----
@@ -82,6 +81,9 @@ class DSB(SparseTrainer):
     - N is the number of stored weights. Of equal magnitudes the first in `values` are candidates,
       of equal products the block with the larger ``‖X‖``.
     - A dropped weight may come back, with value zero.
+    - Rows of different groups of a convolution see different inputs. There Y is cut by the norms'
+      sums over the groups, and a block counts the sum of ``‖dOut_i‖·‖In_j‖`` over its positions,
+      which is ``‖X‖·‖Y‖`` in one group.
     - Where no weight is dropped, or norms are not finite (an overflow that a gradient scaler
       skips), a layer stays as it is.
     - Rows are ordered by ``order_rows(method="densest")``, many times faster than the paper's
@@ -140,13 +142,6 @@ class DSB(SparseTrainer):
                 f"pass aligned={self.aligned} to sparsify, or train with "
                 f"{'DNSB' if aligned else 'DSB'}",
             )
-        groups = getattr(layer, "groups", 1)
-        if groups != 1:
-            raise format_error(
-                f"{name}, a convolution in {groups} groups",
-                "one group: its rows see different inputs, so norms of inputs rank no columns",
-                "exclude it from sparsify, or train with a method such as SET",
-            )
 
     def observes(self, name: str, layer: SparseModule) -> Observe | None:
         """Norms of inputs and output gradients, on the step of an update."""
@@ -192,7 +187,9 @@ class DSB(SparseTrainer):
         count: int,
     ) -> _Places:
         s_x, s_y = self.grow_shape or self.usual_grow_shape(tensor)
-        return grow_in_blocks(self.groups(norms[0], s_x), self.groups(norms[1], s_y), taken, count)
+        outputs, seen = norms[0], norms[1].reshape(-1, taken.shape[1])  # by each group's rows
+        x, y = self.groups(outputs, s_x), self.groups(seen.sum(0), s_y)
+        return grow_in_blocks(x, y, taken, count, seen)
 
     def usual_grow_shape(self, tensor: ShuffledBlock) -> tuple[int, int]:
         """Return (S_x, S_y) where none was given."""
@@ -340,7 +337,11 @@ def _cut(order: _Places, norms: _Floats, size: int) -> tuple[_Places, _Floats]:
 
 
 def grow_in_blocks(
-    outputs: RankedGroups, inputs: RankedGroups, taken: NDArray[np.bool_], count: int
+    outputs: RankedGroups,
+    inputs: RankedGroups,
+    taken: NDArray[np.bool_],
+    count: int,
+    seen: _Floats | None = None,
 ) -> _Places:
     """Choose positions in blocks of large ``‖X‖·‖Y‖`` (section 4, Figure 6).
 
@@ -352,6 +353,9 @@ def grow_in_blocks(
         Where a weight is; such positions do not count.
     count : int
         How many positions are wanted.
+    seen : ndarray of float64, shape (G, C), optional
+        Of a convolution in G groups: norms of what the rows of each group see; `inputs` ranks their
+        sums.
 
     Returns
     -------
@@ -360,8 +364,13 @@ def grow_in_blocks(
         has too many. Fewer where fewer are free.
     """
     found, missing = [np.empty(0, np.int64)], count
+    seen = inputs.norms[None] if seen is None else seen
     size = outputs.members.shape[1] * inputs.members.shape[1]
-    for blocks in best_first(outputs.totals, inputs.totals, 4 * -(-count // size)):
+    if len(seen) == 1:
+        pieces = best_first(outputs.totals, inputs.totals, 4 * -(-count // size))
+    else:
+        pieces = iter([_best_of_groups(outputs, inputs, seen)])
+    for blocks in pieces:
         positions, free = _positions(outputs, inputs, taken, blocks)
         held = np.cumsum(free.sum(axis=1))
         enough = int(np.searchsorted(held, missing))
@@ -369,7 +378,7 @@ def grow_in_blocks(
         if enough < held.size:
             last = positions[enough][free[enough]]
             missing -= found[-1].size
-            found.append(_largest(outputs.norms, inputs.norms, last, missing))
+            found.append(_largest(outputs.norms, seen, last, missing))
             break
         missing -= held[-1]
     return np.concatenate(found)
@@ -415,8 +424,25 @@ def _positions(
     return flat, exists.reshape(flat.shape) & ~taken.reshape(-1)[flat]
 
 
-def _largest(outputs: _Floats, inputs: _Floats, positions: _Places, count: int) -> _Places:
+def _largest(outputs: _Floats, seen: _Floats, positions: _Places, count: int) -> _Places:
     """Return the positions of largest products, of equal ones the first."""
-    row, column = np.divmod(positions, inputs.size)
-    chosen: _Places = positions[np.argsort(-outputs[row] * inputs[column], kind="stable")[:count]]
+    row, column = np.divmod(positions, seen.shape[1])
+    products = outputs[row] * seen[row // (outputs.size // len(seen)), column]
+    chosen: _Places = positions[np.argsort(-products, kind="stable")[:count]]
     return chosen
+
+
+def _best_of_groups(outputs: RankedGroups, inputs: RankedGroups, seen: _Floats) -> _Places:
+    """Return all blocks of X and Y from the largest sum of products down, of equal ones the first.
+
+    The sum of ``‖dOut_i‖·‖In_j‖`` over a block is ``‖X‖·‖Y‖`` where all rows see the same inputs.
+    """
+    height = outputs.norms.size // len(seen)
+    columns = np.zeros((len(outputs.members), seen.shape[1]))
+    for rows in outputs.members.T:
+        columns += np.where(rows >= 0, outputs.norms[rows], 0.0)[:, None] * seen[rows // height]
+    blocks = np.zeros((len(outputs.members), len(inputs.members)))
+    for chosen in inputs.members.T:
+        blocks += np.where(chosen >= 0, columns[:, chosen], 0.0)
+    order = np.argsort(-blocks, axis=None, kind="stable")
+    return np.stack(np.divmod(order, blocks.shape[1]), axis=1)

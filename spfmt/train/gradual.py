@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from spfmt.torch.module import SparseModule
 from spfmt.torch.report import ModelReport
 from spfmt.torch.sparsify import Distribution, layer_densities
 from spfmt.train.base import SparseTrainer
-from spfmt.train.choice import magnitudes
+from spfmt.train.choice import magnitudes, smallest
 from spfmt.train.schedule import CubicSchedule
 from spfmt.train.start import Start, started
 
@@ -44,6 +44,9 @@ class GradualPruning(SparseTrainer):
         Of one density over the layers.
     density : float or mapping of str to float
         At the end: of all layers together, or by name.
+    scope : {"layer", "model"}
+        Whether the weights of each layer are ranked, or those of all layers together: then
+        densities say how many weights the model keeps, and magnitudes where.
     delta_t : int
         Steps between updates.
     t_start, t_end : int or float
@@ -91,6 +94,7 @@ class GradualPruning(SparseTrainer):
         include: Any = None,
         exclude: Any = None,
         distribution: Distribution = "uniform",
+        scope: Literal["layer", "model"] = "layer",
         delta_t: int = 100,
         t_start: int | float = 0,
         t_end: int | float = 0.75,
@@ -100,7 +104,10 @@ class GradualPruning(SparseTrainer):
         process_group: Any = None,
         **params: Any,
     ) -> None:
-        self._density, self._distribution = density, distribution
+        if scope not in ("layer", "model"):
+            raise format_error(f"scope={scope!r}", "'layer' or 'model'", "use one of them")
+        self._density, self._distribution, self.scope = density, distribution, scope
+        self._shared: dict[str, int] = {}
         schedule = CubicSchedule.until(t_end, total_steps, t_start=t_start, delta_t=delta_t)
         super().__init__(
             model, optimizer, format=format, include=include, exclude=exclude, seed=seed,
@@ -140,9 +147,13 @@ class GradualPruning(SparseTrainer):
                 f"one of each of {', '.join(self.layers)}",
                 "name every sparse layer, or pass one number",
             )
-        return {name: self._check_density(name, d) for name, d in densities.items()}
+        for name, share in densities.items():
+            self._check_density(name, share)
+        self._targets = {name: float(share) for name, share in densities.items()}
+        sizes = {name: math.prod(layer.shape) for name, layer in self.layers.items()}
+        return {name: round(share * sizes[name]) for name, share in self._targets.items()}
 
-    def _check_density(self, name: str, density: float) -> int:
+    def _check_density(self, name: str, density: float) -> None:
         size = math.prod(self.layers[name].shape)
         if not 0.0 < density < 1.0 or round(density * size) > self.first[name]:
             raise format_error(
@@ -150,18 +161,36 @@ class GradualPruning(SparseTrainer):
                 "less than what it has, above 0",
                 "begin with layers that are full: sparsify(model, format, density=1.0)",
             )
-        return round(density * size)
 
     def budget(self, name: str, step: int) -> int:
-        """Return how many weights a layer keeps after a step."""
+        """Return how many weights a layer keeps after a step: round((1 - s_t)·R·C)."""
         assert isinstance(self.schedule, CubicSchedule)
-        first, last = self.first[name], self.last[name]
-        return last + round((first - last) * self.schedule.left(step))
+        size, last = math.prod(self.layers[name].shape), self._targets[name]
+        return round((last + (self.first[name] / size - last) * self.schedule.left(step)) * size)
+
+    @torch.no_grad()
+    def update(self) -> bool:
+        """Update the topology of every layer; see :meth:`SparseTrainer.update`."""
+        self._shared = self._ranked_together() if self.scope == "model" else {}
+        return super().update()
+
+    def _ranked_together(self) -> dict[str, int]:
+        """Return how many weights layers keep where the largest of the model stay, ties last."""
+        trained = self._trained()
+        weights = {name: magnitudes(layer) for name, layer in trained.items()}
+        budget = sum(self.budget(name, self.steps) for name in trained)
+        held = [found.size for found in weights.values()]
+        if not trained or sum(held) <= budget:
+            return dict(zip(weights, held, strict=True))
+        gone = smallest(np.concatenate(list(weights.values())), sum(held) - budget)
+        layer = np.searchsorted(np.cumsum(held), gone, side="right")
+        lost = np.bincount(layer, minlength=len(held))
+        return {name: n - int(k) for name, n, k in zip(weights, held, lost, strict=True)}
 
     def n_drop(self, layer: SparseModule, step: int) -> int:
         """Return how many weights are more than the schedule allows."""
         name = next(name for name, own in self.layers.items() if own is layer)
-        return max(0, layer.nnz - self.budget(name, step))
+        return max(0, layer.nnz - self._shared.get(name, self.budget(name, step)))
 
     def rewire(self, layer: SparseModule, n_drop: int) -> tuple[SparseTensor, NDArray[np.int64]]:
         """Choose the next structure of a layer; see :meth:`SparseTrainer.rewire`."""

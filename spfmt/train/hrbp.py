@@ -28,7 +28,8 @@ class HRBP(GradientTrainer):
     3. **Regroup** inside each group: the kernels with the most weights form the group's kernel
        mask, its channels with the most kernels and its cells with the most weights are its next
        block, as large as the last. Ties go to the larger sum of scores: of a kept weight ``|w|``,
-       of a grown one ``|∂L/∂W|``, each as a share of the layer's largest.
+       of a grown one ``|∂L/∂W|``, each as a share of the layer's largest. Kernels that tie
+       even then are drawn (with one seed at every update).
 
     Weights that the block leaves out are gone. Kept weights in it keep value and optimizer state;
     all others start from zero in both: grown ones, those that complete the block, and those that

@@ -35,9 +35,9 @@ class SET(SparseTrainer):
     3. **Project**: kept weights score ``|w|``, drawn positions score the largest ``|w|``, and the
        format takes the legal structure of its budget with the most score.
 
-    Kept weights keep value and optimizer state; grown ones start with zero in both. On CSR this is
-    SET itself. On a coarser format, a dropped weight stays as it was where the structure keeps its
-    position anyway (a block stays or goes as a whole), unless it was drawn to grow again.
+    Kept weights keep value and optimizer state; grown ones start with zero in both, and so do
+    dropped ones whose positions come back: drawn again, or part of a block that stays. On CSR this
+    is SET itself.
 
     Parameters are those of :class:`SparseTrainer`. For shuffled blocks of large layers, sparsify
     with ``method="fast"``: it orders rows without scikit-learn at every update.
@@ -70,10 +70,7 @@ class SET(SparseTrainer):
 
         # Where a format must take more than was kept and drawn, the grow scores go on deciding.
         scores = fill_below_kept(grow_scores, positions[kept], weights[kept], grown)
-        grows = np.zeros(scores.size, np.bool_)
-        grows[grown] = True
-        forgotten = dropped[grows[positions[dropped]]]
-        return self.fitting(layer, scores.reshape(layer.shape)), forgotten
+        return self.fitting(layer, scores.reshape(layer.shape)), dropped
 
     def grow_scores(self, layer: SparseModule, tensor: SparseTensor) -> NDArray[np.float32]:
         """Return a score in [0, 1) for growing each position, (R·C,): random numbers.

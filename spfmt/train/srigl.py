@@ -54,8 +54,8 @@ class SRigL(GradientTrainer):
     Attributes
     ----------
     budgets : dict of str to int
-        k0·R of every layer. A layer without ablated rows has k0 = fan_in; where rows are ablated
-        already, k0 = N // R with N = round(target_density·R·C).
+        k0·R of every layer: k0 = N // R with N = round(target_density·R·C), the fan-in that the
+        format gives a layer without ablated rows.
 
     Raises
     ------
@@ -182,8 +182,7 @@ def _wanted(layer: SparseModule) -> int:
 def _budget(layer: SparseModule) -> int:
     """k0·R: what the layer holds where no row is ablated, or would hold."""
     rows = layer.shape[0]
-    every_row = np.unique(layer.positions() // math.prod(layer.shape[1:])).size == rows
-    return layer.nnz if every_row else _wanted(layer) // max(1, rows) * rows
+    return _wanted(layer) // max(1, rows) * rows
 
 
 def _salient_per_row(
