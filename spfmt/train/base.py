@@ -277,6 +277,10 @@ class SparseTrainer(ABC):
             in `structure`.
         """
 
+    def name_of(self, layer: SparseModule) -> str:
+        """Return the name of a layer in `layers`."""
+        return next(name for name, own in self.layers.items() if own is layer)
+
     def random_numbers(self) -> np.random.Generator:
         """Return numpy's generator, many times faster than torch's, seeded by the trainer's own."""
         seed = torch.randint(2**62, (), generator=self.generator, device="cpu").item()

@@ -189,7 +189,7 @@ class GradualPruning(SparseTrainer):
 
     def n_drop(self, layer: SparseModule, step: int) -> int:
         """Return how many weights are more than the schedule allows."""
-        name = next(name for name, own in self.layers.items() if own is layer)
+        name = self.name_of(layer)
         return max(0, layer.nnz - self._shared.get(name, self.budget(name, step)))
 
     def rewire(self, layer: SparseModule, n_drop: int) -> tuple[SparseTensor, NDArray[np.int64]]:

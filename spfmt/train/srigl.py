@@ -125,7 +125,7 @@ class SRigL(GradientTrainer):
 
     def rewire(self, layer: SparseModule, n_drop: int) -> tuple[SparseTensor, NDArray[np.int64]]:
         """Choose the next structure of a layer; see :meth:`SparseTrainer.rewire`."""
-        budget = next(self.budgets[name] for name, own in self.layers.items() if own is layer)
+        budget = self.budgets[self.name_of(layer)]
         positions, weights = layer.positions(), magnitudes(layer)
         gradient = self.gradient(layer)
         dropped = smallest(weights, n_drop)  # step 1
