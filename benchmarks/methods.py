@@ -1,0 +1,138 @@
+"""Every training method on one task: ``python -m benchmarks.methods --data DIR --out DIR``.
+
+Runs ``spfmt train`` on the recipes of examples/recipes, once for each way of training, each in a
+process of its own, two seeds:
+
+- ``digits``: 64 → 512 → 512 → 10 on scikit-learn's digits, a tenth of the weights, 15 epochs
+- ``mnist``: 784 → 3 × 1024 → 10, a twentieth of the weights, 10 epochs
+- ``prune``: the trained ResNet-20 that ``--weights`` names, on CIFAR-10, pruned to a fifth and a
+  tenth in each format, three epochs; then its inference in ONNX Runtime, one thread, dense and
+  pruned ones in turn
+
+Runs that are there already are not repeated, and one that was stopped goes on. ``--json FILE``
+writes the record that docs/training.md is generated from.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from spfmt._files import replace_file
+from spfmt.bench import machine
+
+RECIPES = Path(__file__).resolve().parent.parent / "examples" / "recipes"
+SUITES = ("digits", "mnist", "prune")
+
+# What each row changes in the recipe of its suite.
+METHODS: dict[str, tuple[str, ...]] = {
+    "dense": ("method.name=dense", "method.density=", "method.exclude=", "method.delta_t="),
+    "static, CSR": ("method.name=static",),
+    "SNIP, CSR": ("method.name=static", "method.scores=snip"),
+    "GraSP, CSR": ("method.name=static", "method.scores=grasp"),
+    "SET, CSR": ("method.name=set",),
+    "RigL, CSR": ("method.name=rigl",),
+    "RigL, N:M": ("method.name=rigl", "format.name=nm"),
+    "SRigL": ("method.name=srigl",),
+    "SSB": ("method.name=ssb", "format.block_shape=[8,8]"),
+    "DNSB": ("method.name=dnsb", "format.block_shape=[8,8]"),
+    "DSB": ("method.name=dsb", "format.block_shape=[8,8]"),
+    "HRBP, static": ("method.name=static", "format.name=hrbp"),
+    "HRBP, dynamic": ("method.name=hrbp",),
+    "Rewire, CSR": ("method.name=rewire",),
+    "Rewire, N:M": ("method.name=rewire", "format.name=nm"),
+    "gradual, CSR": ("method.name=gradual",),
+}
+FORMATS = ("csr", "condensed", "nm", "shuffled_block", "hrbp")
+DENSITIES = (0.2, 0.1)
+BATCHES = (1, 64)
+
+
+def rows(suite: str, weights: Path | None) -> dict[str, tuple[str, ...]]:
+    """Return the rows of a suite, and the changes of its recipe that make each of them."""
+    if suite != "prune":
+        return METHODS
+    begin = f"model.weights={weights}"
+    return {
+        f"{format}, {density:g}": (begin, f"format.name={format}", f"method.density={density}")
+        for density in DENSITIES
+        for format in FORMATS
+    }
+
+
+def train(suite: str, changes: Sequence[str], data: Path | None, out: Path) -> dict[str, Any]:
+    """Run a recipe to its end in a process of its own, and return its summary."""
+    command = [sys.executable, "-m", "spfmt.cli", "train", str(RECIPES / f"{suite}.toml")]
+    command += ["--out", str(out), "--resume", "--quiet"]
+    command += [] if data is None else ["--data", str(data)]
+    for change in changes:
+        command += ["--set", change]
+    subprocess.run(command, check=True)
+    summary: dict[str, Any] = json.loads((out / "summary.json").read_text())
+    return summary
+
+
+def latencies(folders: Sequence[Path]) -> dict[str, list[float]]:
+    """Return milliseconds of each run's network in ONNX Runtime, one thread, by batch."""
+    import numpy as np
+
+    import spfmt.onnx
+    from spfmt.bench.baselines import quiet_options
+    from spfmt.bench.timing import interleave
+
+    sessions = [
+        spfmt.onnx.session(folder / "seed-0" / "model.onnx", session_options=quiet_options(1))
+        for folder in folders
+    ]
+    found = {}
+    for batch in BATCHES:
+        x = np.random.default_rng(0).random((batch, 3, 32, 32), np.float32)
+        calls = [_call(session, x) for session in sessions]
+        found[str(batch)] = [timing.median / 1e3 for timing in interleave(calls, seconds=20.0)]
+    return found
+
+
+def _call(session: Any, x: Any) -> Any:
+    name = session.get_inputs()[0].name
+    return lambda: session.run(None, {name: x})
+
+
+def main() -> int:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.methods",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--suite", choices=SUITES, action="append", help="may be repeated (default: all)")
+    add("--data", type=Path, metavar="DIR", help="with the files of MNIST and CIFAR-10")
+    add("--weights", type=Path, metavar="FILE", help="of the trained ResNet-20")
+    add("--out", type=Path, required=True, metavar="DIR", help="results of every run")
+    add("--only", default="", metavar="TEXT", help="only rows whose name has this text")
+    add("--json", type=Path, metavar="FILE", help="write the record to this file")
+    args = parser.parse_args()
+    record: dict[str, Any] = {"machine": machine.describe(), "versions": machine.versions()}
+    for suite in args.suite or SUITES:
+        found, folders = {}, []
+        for name, changes in rows(suite, args.weights).items():
+            if args.only in name:
+                folders.append(args.out / suite / name.replace(", ", "-").replace(":", ""))
+                found[name] = {
+                    "changes": changes, **train(suite, changes, args.data, folders[-1])
+                }  # fmt: skip
+        record[suite] = found
+        if suite == "prune":
+            record["latencies"] = latencies(folders)
+    if args.json:
+        replace_file(str(args.json), (json.dumps(record, indent=1) + "\n").encode())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
