@@ -192,7 +192,8 @@ def _mnist(
     def read(directory: Path, data: Data) -> tuple[Split, Split, int]:
         archive = _first(directory, npz)
         if archive is not None:
-            x, y, x_test, y_test = read_arrays(archive, ("x_train", "y_train", "x_test", "y_test"))
+            names = ("x_train", "y_train", "x_test", "y_test")
+            x, y, x_test, y_test = map(read_arrays(archive, names).__getitem__, names)
             train = checked(archive, x[:, None], y, 10)
             return train, checked(archive, x_test[:, None], y_test, 10), 10
         train = _idx_split(title, directory, folders, npz, "train")
@@ -269,7 +270,8 @@ class _Cifar:
         return None
 
     def _archive(self, path: Path) -> Split:
-        images, labels = read_arrays(path, ("images", "labels"))
+        arrays = read_arrays(path, ("images", "labels"))
+        images, labels = arrays["images"], arrays["labels"]
         if images.ndim == 4 and images.shape[-1] == 3:  # channels last
             images = images.transpose(0, 3, 1, 2)
         return checked(path, images, labels, self.classes)

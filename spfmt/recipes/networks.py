@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from spfmt import models
 from spfmt.errors import format_error
+from spfmt.recipes.readers import read_arrays
 from spfmt.recipes.recipe import Model
 from spfmt.recipes.schema import keywords, read_options, unknown_key
 
@@ -192,24 +191,16 @@ def _load(network: nn.Module, path: Path) -> None:
 
 def _read_state(path: Path) -> Mapping[str, Tensor]:
     if path.suffix == ".npz":
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                return {name: torch.from_numpy(file[name].copy()) for name in file}
-        except (ValueError, EOFError, zipfile.BadZipFile, TypeError) as error:
-            raise _unreadable(path, error) from None
+        return {name: torch.from_numpy(array) for name, array in read_arrays(path).items()}
     from safetensors import SafetensorError
     from safetensors.torch import load
 
     try:
         state: dict[str, Tensor] = load(path.read_bytes())
     except SafetensorError as error:
-        raise _unreadable(path, error) from None
+        raise format_error(
+            f"model.weights = {str(path)!r}, which cannot be read ({error})",
+            "a file of type .safetensors or .npz",
+            "save the state_dict again",
+        ) from None
     return state
-
-
-def _unreadable(path: Path, error: Exception) -> Exception:
-    return format_error(
-        f"model.weights = {str(path)!r}, which cannot be read ({error})",
-        "a file of type .safetensors or .npz",
-        "save the state_dict again",
-    )

@@ -85,19 +85,21 @@ def read_idx(path: Path, ndim: int) -> NDArray[np.uint8]:
 # ------------------------------------------------------------------------------------------- npz
 
 
-def read_arrays(path: Path, names: Sequence[str]) -> list[Array]:
-    """Read arrays of an .npz file."""
+def read_arrays(path: Path, names: Sequence[str] | None = None) -> dict[str, Array]:
+    """Read arrays of an .npz file, all by default."""
     try:
-        with np.load(path, allow_pickle=False) as file:
-            missing = [name for name in names if name not in file]
-            if missing:
-                got = f"has no {', '.join(missing)}, but {', '.join(file) or 'nothing'}"
-                raise damaged(path, got, f"the arrays {', '.join(names)}")
-            return [file[name] for name in names]
+        # Opened here: numpy forgets to close what it cannot read.
+        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
+            found = {name: file[name] for name in file if names is None or name in names}
     except (ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
-        if isinstance(error, FormatError):
-            raise
         raise damaged(path, f"cannot be read: {error}", "a whole .npz file") from None
+    except (AttributeError, TypeError):
+        raise damaged(path, "is a single array", "an .npz file") from None
+    missing = [name for name in names or () if name not in found]
+    if missing:
+        got = f"has no {', '.join(missing)}, but {', '.join(found) or 'nothing'}"
+        raise damaged(path, got, f"the arrays {', '.join(names or ())}")
+    return found
 
 
 # ----------------------------------------------------------------------------------------- CIFAR

@@ -262,7 +262,7 @@ class Recipe:
             check(self)
         _check_rate(self)
 
-    def keys(self) -> Iterator[tuple[str, Any]]:
+    def entries(self) -> Iterator[tuple[str, Any]]:
         """Yield every key that has a value, as ``table.key``, and its value."""
         yield "seeds", self.seeds
         for name in _TABLES:
@@ -277,7 +277,7 @@ class Recipe:
     def to_toml(self) -> str:
         """Write the recipe with all its defaults; reading it gives an equal one."""
         lines, table = [], ""
-        for name, value in self.keys():
+        for name, value in self.entries():
             place, _, option = name.rpartition(".")
             if place != table:
                 table = place
@@ -377,7 +377,7 @@ def _apply(tables: dict[str, Any], change: str) -> None:
 
 def differences(recipe: Recipe, other: Recipe) -> list[str]:
     """Say in which keys two recipes differ; where the data lies is no difference."""
-    mine, theirs = dict(recipe.keys()), dict(other.keys())
+    mine, theirs = dict(recipe.entries()), dict(other.entries())
     names = [name for name in (mine | theirs) if name != "data.dir"]
     return [
         f"{name} ({_told(mine, name)}, there {_told(theirs, name)})"
@@ -432,7 +432,7 @@ def _check_data(recipe: Recipe) -> None:
 def _check_method(recipe: Recipe) -> None:
     method, format = recipe.method, recipe.format
     if method.name == "dense":
-        given = [name for name, _ in recipe.keys() if name.startswith(("method.", "format."))]
+        given = [name for name, _ in recipe.entries() if name.startswith(("method.", "format."))]
         if len(given) > 1:  # method.name is one of them
             raise format_error(
                 f'{given[1]} with method.name = "dense"',

@@ -14,7 +14,7 @@ from spfmt._files import replace_file
 from spfmt.errors import FormatError, format_error
 from spfmt.recipes.recipe import Recipe, differences, load_recipe
 
-__all__ = ["Metrics", "claimed", "read_json", "read_metrics", "seed_folder", "write_text"]
+__all__ = ["Metrics", "claimed", "read_json", "read_metrics", "seed_folder", "settle", "write_text"]
 
 RECIPE, METRICS = "recipe.toml", "metrics.jsonl"
 _LOCK = ".lock"
@@ -61,9 +61,13 @@ def claimed(out: Path, recipe: Recipe, resume: bool) -> Iterator[None]:
                 f"{out}, in which another process trains", "a directory of its own", "wait for it"
             ) from None
         _check_owner(out, recipe, resume)
-        if not (out / RECIPE).exists():
-            write_text(out / RECIPE, recipe.to_toml())
         yield
+
+
+def settle(out: Path, recipe: Recipe) -> None:
+    """Write the recipe into its results directory, once it is known that it can run."""
+    if not (out / RECIPE).exists():
+        write_text(out / RECIPE, recipe.to_toml())
 
 
 def _check_owner(out: Path, recipe: Recipe, resume: bool) -> None:

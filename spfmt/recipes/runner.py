@@ -32,6 +32,7 @@ from spfmt.recipes.results import (
     read_json,
     read_metrics,
     seed_folder,
+    settle,
     write_text,
 )
 from spfmt.recipes.run import Progress, SeedRun
@@ -208,7 +209,6 @@ def _run_seed(recipe: Recipe, images: Images, seed: int, out: Path, watcher: Wat
     done = read_json(folder / RESULT)
     if done is not None:
         return SeedResult(**done)
-    folder.mkdir(exist_ok=True)
     saved = folder / CHECKPOINT
     state: dict[str, Any] = load_checkpoint(saved) if saved.exists() else {"metrics": 0}
     # Sums depend on how many threads share them: a run keeps the number that it began with.
@@ -217,6 +217,8 @@ def _run_seed(recipe: Recipe, images: Images, seed: int, out: Path, watcher: Wat
     if "run" in state:
         _check_data(images, state["data"], saved)
         run.load_state_dict(state["run"])
+    settle(out, recipe)
+    folder.mkdir(exist_ok=True)
     watcher.begin(run.progress(), dense_layers(run))
     with Metrics(folder / METRICS, state["metrics"]) as metrics:
         _train(run, metrics, saved, watcher)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
+import json
+import sys
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
@@ -31,8 +33,6 @@ __all__ = [
 ]
 
 T = TypeVar("T")
-
-_ANY = object()
 
 
 @dataclass(frozen=True)
@@ -78,8 +78,13 @@ def whole(low: int, high: int = 2**31 - 1) -> Kind:
 
 
 def number(expected: str, accepts: Callable[[float], bool]) -> Kind:
-    """Return the kind of numbers that satisfy a condition, which NaN should not."""
-    return Kind(expected, lambda v: _is_number(v) and accepts(v), float)
+    """Return the kind of numbers that satisfy a condition; NaN and infinity never do."""
+    largest = sys.float_info.max  # TOML has whole numbers of any length
+
+    def fits(value: Any) -> bool:
+        return _is_number(value) and abs(value) <= largest and accepts(float(value))
+
+    return Kind(expected, fits, float)
 
 
 def text() -> Kind:
@@ -265,8 +270,6 @@ def _words(hint: Any) -> str:
 
 def toml(value: Any) -> str:
     """Write a value as TOML does."""
-    import json
-
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
