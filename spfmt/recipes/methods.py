@@ -11,9 +11,9 @@ from torch import nn
 
 from spfmt import train
 from spfmt.errors import format_error
-from spfmt.formats import get_format
+from spfmt.formats import FORMATS
 from spfmt.recipes.recipe import Recipe
-from spfmt.recipes.schema import keywords, read_options, unknown_key
+from spfmt.recipes.schema import choice, keywords, read_options
 from spfmt.train import SparseTrainer
 
 __all__ = ["DENSE", "METHODS", "build_method", "method_options"]
@@ -53,16 +53,15 @@ def method_options(recipe: Recipe) -> dict[str, Any]:
     method, format = recipe.method, recipe.format
     if method.name == DENSE:
         return {}
-    if method.name not in METHODS:
-        raise unknown_key("the method", method.name, [*METHODS, DENSE])
+    choice(*METHODS, DENSE).read("method.name", method.name)
     cls = METHODS[method.name]
     # A class that passes **options on to its base takes what the base takes.
     inits = [base.__dict__["__init__"] for base in cls.__mro__ if "__init__" in base.__dict__]
     known = keywords(*inits[:-1], without=_OWN)
     more = ("name", "density", "sparsity", "distribution", "include", "exclude")
     given = read_options(method.options, "method", known, more)
-    search = get_format(format.name or cls.FORMAT).from_scores
-    params = read_options(format.options, "format", keywords(search), ("name",))
+    name = choice(*FORMATS).read("format.name", format.name or cls.FORMAT)
+    params = read_options(format.options, "format", keywords(FORMATS[name].from_scores), ("name",))
     keys = ("density", "sparsity", "distribution", "include", "exclude")
     named = {name: getattr(method, name) for name in keys if getattr(method, name)}
     return {**named, **({"format": format.name} if format.name else {}), **given, **params}

@@ -14,7 +14,7 @@ from spfmt import models
 from spfmt.errors import format_error
 from spfmt.recipes.readers import read_arrays
 from spfmt.recipes.recipe import Model
-from spfmt.recipes.schema import keywords, read_options, unknown_key
+from spfmt.recipes.schema import choice, keywords, read_options
 
 __all__ = ["NETWORKS", "build_network", "lenet", "mlp", "network_options"]
 
@@ -116,8 +116,7 @@ def network_options(model: Model) -> dict[str, Any]:
     FormatError
         For an unknown network, or a keyword that it does not have or that is of another type.
     """
-    if model.name not in NETWORKS:
-        raise unknown_key("the network", model.name, NETWORKS)
+    choice(*NETWORKS).read("model.name", model.name)
     known = keywords(NETWORKS[model.name], without=_FROM_DATA)
     return read_options(model.options, "model", known, ("name", "weights"))
 

@@ -337,7 +337,7 @@ def read_recipe(tables: Mapping[str, Any]) -> Recipe:
     """Check the tables of a recipe; see `load_recipe` for the errors."""
     for name in tables:
         if name not in (*_TABLES, "seeds"):
-            raise unknown_key("the recipe", name, (*_TABLES, "seeds"))
+            raise unknown_key("", name, (*_TABLES, "seeds"))
     read: dict[str, Any] = {
         name: read_table(cls, tables.get(name, {}), name) for name, cls in _TABLES.items()
     }

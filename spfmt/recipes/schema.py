@@ -164,11 +164,11 @@ def read_table(cls: type[T], table: Any, name: str) -> T:
 
 
 def unknown_key(table: str, name: str, known: Iterable[str]) -> FormatError:
-    """Build the error for a key that a table does not have; it suggests the nearest."""
+    """Build the error for a key that a table, or the recipe, does not have; it suggests another."""
     names = sorted(known)
     near = difflib.get_close_matches(name, names, 1)
     return format_error(
-        f"the unknown key {table}.{name}",
+        f"the unknown key {table and table + '.'}{name}",
         f"one of {', '.join(names)}" if names else f"no keys in [{table}] besides its name",
         f"did you mean {near[0]!r}?" if near else "leave it out",
     )
