@@ -35,6 +35,11 @@ __all__ = [
 T = TypeVar("T")
 
 
+def _as_it_is(value: Any) -> Any:
+    """Return the value."""
+    return value
+
+
 @dataclass(frozen=True)
 class Kind:
     """What a key accepts.
@@ -52,7 +57,7 @@ class Kind:
 
     expected: str
     accepts: Callable[[Any], bool]
-    convert: Callable[[Any], Any] = lambda value: value
+    convert: Callable[[Any], Any] = _as_it_is
     known: tuple[str, ...] = ()
 
     def read(self, name: str, value: Any) -> Any:
