@@ -533,8 +533,8 @@ def test_command_line_shows_where_it_is(tmp_path: Path, capsys: pytest.CaptureFi
     printed = capsys.readouterr()
     assert "seed 0 begins: 30 steps, density 0.2" in printed.err
     assert "output runs dense: excluded" in printed.err
-    assert "seed 0, epoch 1/1: loss " in printed.err
-    assert "steps/s, 0:00 left" in printed.err
+    assert "seed 0, epoch 1/1, 0:00 left: loss " in printed.err
+    assert " steps/s" in printed.err
     assert printed.out.startswith("seed  test accuracy")
     assert f"Results are in {tmp_path / 'out'}." in printed.out
     kept = json.loads((tmp_path / "s.json").read_text())

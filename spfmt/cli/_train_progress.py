@@ -27,7 +27,7 @@ def watcher(recipe: Recipe, *, quiet: bool = False) -> Iterator[Watcher]:
     elif sys.stderr.isatty() and importlib.util.find_spec("rich") is not None:
         from spfmt.cli._progress import Reporter
 
-        with Reporter(len(recipe.seeds)) as reporter:
+        with Reporter(len(recipe.seeds), width=12) as reporter:
             yield _Bar(reporter)
     else:
         yield _Lines()
@@ -41,14 +41,12 @@ def _duration(seconds: float) -> str:
 
 
 def _where(progress: Progress) -> str:
-    return f"seed {progress.seed}, epoch {progress.epoch:.4g}/{progress.epochs:.4g}"
+    epoch = f"epoch {round(progress.epoch, 2):g}/{round(progress.epochs, 2):g}"
+    return f"seed {progress.seed}, {epoch}, {_duration(progress.seconds_left)} left"
 
 
 def _speed(progress: Progress) -> str:
-    return (
-        f"density {progress.density:.3f}, {progress.steps_per_second:.1f} steps/s, "
-        f"{_duration(progress.seconds_left)} left"
-    )
+    return f"density {progress.density:.3f}, {progress.steps_per_second:.1f} steps/s"
 
 
 def _score(accuracy: float | None) -> str:

@@ -146,6 +146,8 @@ class SeedRun:
     method : SparseTrainer or None
     done, steps : int
         Optimizer steps so far, and of the whole run.
+    density : float
+        Stored weights over all weights of the sparse layers; 1 without any.
 
     Raises
     ------
@@ -165,6 +167,7 @@ class SeedRun:
         self.model = build_network(recipe.model, images.shape, images.classes)
         self.optimizer = build_optimizer(recipe.optimizer, self.model)
         self.method = build_method(recipe, self.model, self.optimizer, self.steps, seed)
+        self.density = self._density()
         self.done = 0
         self.window = Window()
         self.tested: tuple[float, float] | None = None
@@ -191,6 +194,8 @@ class SeedRun:
         self.optimizer.step()
         changed = self.method is not None and self.method.step()
         self.done += 1
+        if changed:
+            self.density = self._density()
         found = loss.item()
         if not math.isfinite(found):
             raise Diverged(
@@ -215,9 +220,8 @@ class SeedRun:
         """Whether all steps are done."""
         return self.done >= self.steps
 
-    @property
-    def density(self) -> float:
-        """Stored weights over all weights of the sparse layers; 1 without any."""
+    def _density(self) -> float:
+        """Count the weights of all sparse layers; not in every step, for layers may be many."""
         layers = () if self.method is None else self.method.layers.values()
         size = sum(math.prod(layer.shape) for layer in layers)
         return sum(layer.nnz for layer in layers) / size if size else 1.0
@@ -300,6 +304,7 @@ class SeedRun:
         self.done = self._begun_at = int(state["done"])
         if self.method is not None:
             self.method.load_state_dict(state["method"])
+        self.density = self._density()
         self.window = Window(**state["window"])
         self.tested = state["tested"]
         self._started = time.perf_counter()
