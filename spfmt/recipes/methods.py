@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-from typing import Any
+import inspect
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -14,14 +16,41 @@ from spfmt.errors import format_error
 from spfmt.formats import FORMATS
 from spfmt.recipes.recipe import Recipe
 from spfmt.recipes.schema import choice, keywords, read_options
-from spfmt.train import SparseTrainer
+from spfmt.torch import ModelReport
 
 __all__ = ["DENSE", "METHODS", "build_method", "method_options"]
 
 DENSE = "dense"
 """The name of plain training, without a method."""
 
-METHODS: dict[str, type[SparseTrainer]] = {
+
+class Method(Protocol):
+    """What a recipe needs of a method's class, besides a constructor with the usual keywords.
+
+    One with a ``finish()`` is ended by it before the model is written.
+    """
+
+    report: ModelReport | None
+    layers: Any
+
+    def step(self) -> bool:
+        """Count an optimizer step; tell whether the topology changed."""
+        ...  # pragma: no cover
+
+    def summary(self) -> Any:
+        """Return the state of every layer, which prints as a table."""
+        ...  # pragma: no cover
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a run needs to go on."""
+        ...  # pragma: no cover
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where another run was saved."""
+        ...  # pragma: no cover
+
+
+METHODS: dict[str, type[Any]] = {
     "static": train.Static,
     "set": train.SET,
     "rigl": train.RigL,
@@ -31,6 +60,7 @@ METHODS: dict[str, type[SparseTrainer]] = {
     "ssb": train.SSB,
     "hrbp": train.HRBP,
     "gradual": train.GradualPruning,
+    "sampled": train.SampledGrowth,
 }
 """Every method that a recipe can name, besides `DENSE`."""
 
@@ -55,21 +85,32 @@ def method_options(recipe: Recipe) -> dict[str, Any]:
         return {}
     choice(*METHODS, DENSE).read("method.name", method.name)
     cls = METHODS[method.name]
-    # A class that passes **options on to its base takes what the base takes.
-    inits = [base.__dict__["__init__"] for base in cls.__mro__ if "__init__" in base.__dict__]
-    known = keywords(*inits[:-1], without=_OWN)
+    known = {key: hint for key, hint in _keywords(cls).items() if key not in _OWN}
     more = ("name", "density", "sparsity", "distribution", "include", "exclude")
     given = read_options(method.options, "method", known, more)
-    name = choice(*FORMATS).read("format.name", format.name or cls.FORMAT)
+    name = choice(*FORMATS).read("format.name", format.name or _default_format(cls))
     params = read_options(format.options, "format", keywords(FORMATS[name].from_scores), ("name",))
     keys = ("density", "sparsity", "distribution", "include", "exclude")
     named = {name: getattr(method, name) for name in keys if getattr(method, name)}
     return {**named, **({"format": format.name} if format.name else {}), **given, **params}
 
 
+def _keywords(cls: type) -> dict[str, Any]:
+    """Return what a class's constructor takes, and what those of its bases do."""
+    inits = [base.__dict__["__init__"] for base in cls.__mro__ if "__init__" in base.__dict__]
+    return keywords(*inits[:-1])  # the last one is that of object
+
+
+def _default_format(cls: type) -> str:
+    """Return the format of a method whose recipe names none."""
+    own = inspect.signature(cls).parameters.get("format")
+    name: str = getattr(cls, "FORMAT", None) or (own.default if own else "csr")
+    return name
+
+
 def build_method(
     recipe: Recipe, model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, seed: int
-) -> SparseTrainer | None:
+) -> Method | None:
     """Make the model sparse, as the recipe's method wants it; None for dense training.
 
     Raises
@@ -80,8 +121,10 @@ def build_method(
     """
     if recipe.method.name == DENSE:
         return None
-    options = method_options(recipe)
-    method = METHODS[recipe.method.name](model, optimizer, total_steps=steps, seed=seed, **options)
+    cls, options = METHODS[recipe.method.name], method_options(recipe)
+    if "seed" in _keywords(cls):  # one without draws nothing
+        options["seed"] = seed
+    method: Method = cls(model, optimizer, total_steps=steps, **options)
     assert method.report is not None
     _check_patterns(recipe, [name for row in method.report for name in (row.name, *row.aliases)])
     return method

@@ -51,6 +51,9 @@ def dense_layers(run: SeedRun) -> dict[str, str]:
 def write_outputs(run: SeedRun, folder: Path) -> None:
     """Write the model as safetensors and, where the recipe wants it, as ONNX; and its layers."""
     write_text(folder / LAYERS, _layers(run))
+    finish = getattr(run.method, "finish", None)
+    if finish is not None:
+        finish()
     _save(run, folder / MODEL)
     if run.recipe.output.onnx:
         from spfmt.onnx import export
