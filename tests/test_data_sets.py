@@ -7,6 +7,7 @@ import io
 import os
 import pickle
 import struct
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from spfmt.errors import FormatError
+from spfmt.errors import FormatError, MissingDependency
 
 pytest.importorskip("torch")
 
@@ -387,6 +388,15 @@ def test_folder_of_other_classes_in_the_test(tmp_path: Path) -> None:
     )
     with pytest.raises(FormatError, match=r"test, which has the directories a; expected .*a, b"):
         read("folder", tmp_path)
+
+
+def test_missing_packages_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_images(tmp_path, {"a/1.png": (6, 6), "a/2.png": (6, 6)})
+    for module, name, said in (("PIL", "folder", "pip install pillow"),
+                               ("sklearn", "digits", "pip install 'spfmt")):  # fmt: skip
+        monkeypatch.setitem(sys.modules, module, None)
+        with pytest.raises(MissingDependency, match=f"no module {module}.*{said}"):
+            load_images(Data(name, dir=str(tmp_path)))
 
 
 def test_moments_can_be_given(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ if sys.version_info < (3, 11):
     pytest.skip("recipes need tomllib, which Python 3.11 brought", allow_module_level=True)
 
 import torch
+from fresh_python import run_python
 from recipe_cases import TINY, metrics, recipe
 
 import spfmt
@@ -374,6 +375,17 @@ def test_checkpoints_cannot_run_code(stopped: Path) -> None:
         run_recipe(recipe(), stopped, resume=True)
 
 
+def test_a_damaged_result_is_named(tmp_path: Path) -> None:
+    found, out = recipe("train.steps=2"), tmp_path / "out"
+    summary = run_recipe(found, out)
+    for damaged in ("{", "{}", "[]"):
+        (out / "seed-0/result.json").write_text(damaged)
+        with pytest.raises(FormatError, match=r"a damaged .*result.json"):
+            run_recipe(found, out, resume=True)
+    (out / "seed-0/result.json").unlink()
+    assert run_recipe(found, out, resume=True).accuracy == summary.accuracy
+
+
 def test_missing_metrics_are_noticed(stopped: Path) -> None:
     (stopped / "seed-0/metrics.jsonl").write_bytes(b"")
     with pytest.raises(FormatError, match=r"metrics.jsonl of 0 bytes; expected the \d+ that"):
@@ -562,6 +574,33 @@ def test_command_line_refuses_in_one_line(
         assert said in printed.err
         assert printed.err.count("\n") == 1
     assert (tmp_path / "runs/tiny/recipe.toml").exists()  # where results are by default
+
+
+def test_command_line_says_that_torch_is_missing(tmp_path: Path) -> None:
+    (tmp_path / "tiny.toml").write_text(TINY)
+    code = f"""
+import sys
+sys.modules["torch"] = None
+from spfmt.cli import main
+sys.exit(main(["train", {str(tmp_path / "tiny.toml")!r}]))
+"""
+    found = run_python(code)
+    assert found.returncode == 2
+    assert found.stderr.startswith("spfmt: error: spfmt.torch needs torch, which is not installed")
+    assert found.stderr.count("\n") == 1
+
+
+def test_lines_stand_in_for_a_bar_without_rich(monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib.util
+
+    from spfmt.cli import _train_progress as progress
+
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with progress.watcher(recipe()) as found:
+        assert type(found) is progress._Lines
+    with progress.watcher(recipe(), quiet=True) as found:
+        assert type(found) is Watcher
 
 
 def test_bar_shows_every_number(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -413,7 +413,9 @@ def _check_data(recipe: Recipe) -> None:
     data, known = recipe.data, DATA_SETS[recipe.data.name]
     if data.dir is not None and known.built_in:
         raise format_error(
-            f"data.dir for {data.name}", "none: it comes with scikit-learn", "leave it out"
+            f"data.dir for {data.name}",
+            "none: it comes with scikit-learn",
+            "leave out data.dir or --data",
         )
     if data.augment and not known.augments:
         names = ", ".join(name for name, other in DATA_SETS.items() if other.augments)

@@ -14,10 +14,11 @@ from spfmt._files import replace_file
 from spfmt.errors import FormatError, format_error
 from spfmt.recipes.recipe import Recipe, differences, load_recipe
 
-__all__ = ["Metrics", "claimed", "read_json", "read_metrics", "seed_folder", "settle", "write_text"]
+__all__ = ["Metrics", "claimed", "read_metrics", "seed_folder", "settle", "write_text"]
 
 RECIPE, METRICS = "recipe.toml", "metrics.jsonl"
 _LOCK = ".lock"
+_REMNANT = ".spfmt-*.tmp"  # what a killed process had begun to write, see replace_file
 
 
 def seed_folder(out: Path, seed: int) -> Path:
@@ -61,6 +62,8 @@ def claimed(out: Path, recipe: Recipe, resume: bool) -> Iterator[None]:
                 f"{out}, in which another process trains", "a directory of its own", "wait for it"
             ) from None
         _check_owner(out, recipe, resume)
+        for remnant in out.rglob(_REMNANT):
+            remnant.unlink()
         yield
 
 
@@ -71,7 +74,8 @@ def settle(out: Path, recipe: Recipe) -> None:
 
 
 def _check_owner(out: Path, recipe: Recipe, resume: bool) -> None:
-    others = [p.name for p in out.iterdir() if p.name != _LOCK and not _is_remnant(p.name)]
+    ours = {_LOCK, *(p.name for p in out.glob(_REMNANT))}
+    others = [p.name for p in out.iterdir() if p.name not in ours]
     if not others:
         return
     if RECIPE not in others:
@@ -91,11 +95,6 @@ def _check_owner(out: Path, recipe: Recipe, resume: bool) -> None:
         raise format_error(
             f"{out}, which holds results of this recipe", "a new directory", "add --resume to go on"
         )
-
-
-def _is_remnant(name: str) -> bool:
-    """Tell whether a file is one that a killed process had begun to write."""
-    return name.startswith(".spfmt-") and name.endswith(".tmp")
 
 
 def _recipe_in(out: Path) -> Recipe:
@@ -153,8 +152,3 @@ class Metrics:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Read the lines of a metrics file."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def read_json(path: Path) -> Any:
-    """Read a file of JSON, None where there is none."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None

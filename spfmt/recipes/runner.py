@@ -29,7 +29,6 @@ from spfmt.recipes.results import (
     METRICS,
     Metrics,
     claimed,
-    read_json,
     read_metrics,
     seed_folder,
     settle,
@@ -206,9 +205,8 @@ def _globals_kept() -> Iterator[None]:
 def _run_seed(recipe: Recipe, images: Images, seed: int, out: Path, watcher: Watcher) -> SeedResult:
     """Train one seed, or go on with it, or take its result where it is done."""
     folder = seed_folder(out, seed)
-    done = read_json(folder / RESULT)
-    if done is not None:
-        return SeedResult(**done)
+    if (folder / RESULT).exists():
+        return _read_result(folder / RESULT)
     saved = folder / CHECKPOINT
     state: dict[str, Any] = load_checkpoint(saved) if saved.exists() else {"metrics": 0}
     # Sums depend on how many threads share them: a run keeps the number that it began with.
@@ -227,6 +225,15 @@ def _run_seed(recipe: Recipe, images: Images, seed: int, out: Path, watcher: Wat
     result = _result(run, read_metrics(folder / METRICS))
     write_text(folder / RESULT, json.dumps(asdict(result), indent=1) + "\n")
     return result
+
+
+def _read_result(path: Path) -> SeedResult:
+    try:
+        return SeedResult(**json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise format_error(
+            f"a damaged {path} ({error})", "what a run wrote", "remove it: it is written again"
+        ) from None
 
 
 def _check_data(images: Images, checksum: int, saved: Path) -> None:
