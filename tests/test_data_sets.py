@@ -24,7 +24,7 @@ import torch
 
 from spfmt.recipes.batches import Batches, augment, held_back
 from spfmt.recipes.data import DATA_SETS, Images, load_images
-from spfmt.recipes.recipe import Data
+from spfmt.recipes.tables import Data
 
 Array = NDArray[Any]
 RNG = np.random.default_rng(0)

@@ -26,8 +26,9 @@ from spfmt.errors import FormatError
 from spfmt.recipes import METHODS, NETWORKS, load_recipe, read_recipe
 from spfmt.recipes.methods import build_method, method_options
 from spfmt.recipes.networks import build_network, network_options
-from spfmt.recipes.recipe import Model, Optimizer, differences
+from spfmt.recipes.recipe import differences
 from spfmt.recipes.run import build_optimizer, rate_at
+from spfmt.recipes.tables import Model, Optimizer
 
 EXAMPLES = sorted((Path(__file__).resolve().parent.parent / "examples/recipes").glob("*.toml"))
 

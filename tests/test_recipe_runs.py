@@ -327,6 +327,7 @@ def test_foreign_directories_are_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("")
     with pytest.raises(FormatError, match=r"which holds thesis.tex and no recipe.toml"):
         run_recipe(recipe(), tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
     with pytest.raises(FormatError, match="which is a file; expected a folder"):
         run_recipe(recipe(), tmp_path / "thesis.tex")
     other = tmp_path / "other"

@@ -24,7 +24,7 @@ from spfmt.recipes.readers import (
 )
 
 if TYPE_CHECKING:
-    from spfmt.recipes.recipe import Data
+    from spfmt.recipes.tables import Data
 
 __all__ = ["DATA_SETS", "DataSet", "Images", "load_images"]
 

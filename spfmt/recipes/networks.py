@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from spfmt import models
 from spfmt.errors import format_error
 from spfmt.recipes.readers import read_arrays
-from spfmt.recipes.recipe import Model
 from spfmt.recipes.schema import choice, keywords, read_options
+from spfmt.recipes.tables import Model
 
 __all__ = ["NETWORKS", "build_network", "lenet", "mlp", "network_options"]
 

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from spfmt._files import replace_file
 from spfmt.errors import MissingDependency, format_error
 from spfmt.recipes.networks import build_network
-from spfmt.recipes.recipe import Model, Recipe
+from spfmt.recipes.recipe import Recipe
 from spfmt.recipes.results import write_text
 from spfmt.recipes.run import SeedRun
+from spfmt.recipes.tables import Model
 from spfmt.torch import sparsify_like
 
 __all__ = ["check_installed", "dense_layers", "load_model", "write_outputs"]

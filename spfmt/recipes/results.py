@@ -17,7 +17,7 @@ from spfmt.recipes.recipe import Recipe, differences, load_recipe
 __all__ = ["Metrics", "claimed", "read_metrics", "seed_folder", "settle", "write_text"]
 
 RECIPE, METRICS = "recipe.toml", "metrics.jsonl"
-_LOCK = ".lock"
+_LOCK = ".spfmt-lock"
 _REMNANT = ".spfmt-*.tmp"  # what a killed process had begun to write, see replace_file
 
 
@@ -54,14 +54,16 @@ def claimed(out: Path, recipe: Recipe, resume: bool) -> Iterator[None]:
     if out.exists() and not out.is_dir():
         raise format_error(f"--out {out}, which is a file", "a folder", "name another one")
     out.mkdir(parents=True, exist_ok=True)
-    with (out / _LOCK).open("w") as lock:
+    _check_foreign(out)
+    with (out / _LOCK).open("a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however
         except OSError:
             raise format_error(
                 f"{out}, in which another process trains", "a directory of its own", "wait for it"
             ) from None
-        _check_owner(out, recipe, resume)
+        if (out / RECIPE).exists():
+            _check_recipe(out, recipe, resume)
         for remnant in out.rglob(_REMNANT):
             remnant.unlink()
         yield
@@ -73,17 +75,18 @@ def settle(out: Path, recipe: Recipe) -> None:
         write_text(out / RECIPE, recipe.to_toml())
 
 
-def _check_owner(out: Path, recipe: Recipe, resume: bool) -> None:
+def _check_foreign(out: Path) -> None:
     ours = {_LOCK, *(p.name for p in out.glob(_REMNANT))}
-    others = [p.name for p in out.iterdir() if p.name not in ours]
-    if not others:
-        return
-    if RECIPE not in others:
+    others = sorted(p.name for p in out.iterdir() if p.name not in ours)
+    if others and RECIPE not in others:
         raise format_error(
-            f"{out}, which holds {sorted(others)[0]} and no {RECIPE}",
+            f"{out}, which holds {others[0]} and no {RECIPE}",
             "an empty directory or one of results",
             "name another --out",
         )
+
+
+def _check_recipe(out: Path, recipe: Recipe, resume: bool) -> None:
     changed = differences(recipe, _recipe_in(out))
     if changed:
         raise format_error(

@@ -22,7 +22,8 @@ from spfmt.recipes.checkpoint import random_state, set_random_state
 from spfmt.recipes.data import Images
 from spfmt.recipes.methods import build_method
 from spfmt.recipes.networks import build_network
-from spfmt.recipes.recipe import Optimizer, Recipe
+from spfmt.recipes.recipe import Recipe
+from spfmt.recipes.tables import Optimizer
 from spfmt.torch import decay_groups
 
 __all__ = ["Diverged", "Progress", "SeedRun", "build_optimizer", "rate_at"]
