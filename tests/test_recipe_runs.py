@@ -178,6 +178,18 @@ def test_recipe_in_the_results_repeats_them(done: tuple[Summary, Path], tmp_path
         assert metrics(done[1] / f"seed-{seed}") == metrics(tmp_path / f"again/seed-{seed}")
 
 
+def test_density_has_a_curve_where_it_changes(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from spfmt.recipes.curves import draw_curves
+
+    line = {"epoch": 1.0, "loss": 1.0, "accuracy": 0.5, "test_loss": None, "density": 0.1}
+    widths = []
+    for density in (0.1, 0.2):
+        draw_curves({0: [line, {**line, "epoch": 2.0, "density": density}]}, tmp_path / "c.png")
+        widths.append(int.from_bytes((tmp_path / "c.png").read_bytes()[16:20], "big"))
+    assert 2 * widths[1] == 3 * widths[0]
+
+
 def test_damaged_models_are_refused(done: tuple[Summary, Path], tmp_path: Path) -> None:
     whole = (done[1] / "seed-3/model.safetensors").read_bytes()
     path = tmp_path / "model.safetensors"
@@ -554,6 +566,27 @@ def test_command_line_shows_where_it_is(tmp_path: Path, capsys: pytest.CaptureFi
     assert kept == json.loads((tmp_path / "out/summary.json").read_text())
     assert main([*args, "--set", "train.steps=30", "--resume", "--quiet"]) == 0
     assert capsys.readouterr().err == ""
+
+
+def test_ctrl_c_says_how_to_go_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import spfmt.recipes
+
+    class Interrupts(Watcher):
+        def step(self, progress: Progress) -> None:
+            raise KeyboardInterrupt
+
+    def interrupted(found: Recipe, out: Path, **options: Any) -> Summary:
+        return run_recipe(found, out, watcher=Interrupts())
+
+    (tmp_path / "tiny.toml").write_text(TINY)
+    args = ["train", str(tmp_path / "tiny.toml"), "--out", str(tmp_path / "out"), "--quiet"]
+    with monkeypatch.context() as patch:
+        patch.setattr(spfmt.recipes, "run_recipe", interrupted)
+        assert main(args) == 130
+    assert capsys.readouterr().err == f"spfmt: stopped; --resume --out {tmp_path}/out goes on\n"
+    assert main([*args, "--resume"]) == 0
 
 
 def test_command_line_refuses_in_one_line(

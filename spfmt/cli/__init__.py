@@ -41,8 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns
     -------
     int
-        Exit code: 0; 1 where the demo found a wrong result; 2 for input that cannot be used,
-        which is explained in one line on stderr; 130 after Ctrl-C.
+        Exit code: 0; 1 where the demo found a wrong result or a training diverged; 2 for input that
+        cannot be used, which is explained in one line on stderr; 130 after Ctrl-C.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

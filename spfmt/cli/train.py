@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +58,12 @@ def run(args: argparse.Namespace) -> None:
 
     recipe = load_recipe(args.recipe, args.changes, data_dir=args.data)
     out = args.out or Path("runs") / args.recipe.stem
-    with watcher(recipe, quiet=args.quiet) as seen:
-        summary = run_recipe(recipe, out, resume=args.resume, watcher=seen)
+    try:
+        with watcher(recipe, quiet=args.quiet) as seen:
+            summary = run_recipe(recipe, out, resume=args.resume, watcher=seen)
+    except KeyboardInterrupt:
+        print(f"spfmt: stopped; --resume --out {out} goes on", file=sys.stderr)
+        raise
     print(summary)
     print(f"Results are in {out}.")
     if args.json:
