@@ -187,6 +187,9 @@ def test_changes_are_toml_or_plain_text(tmp_path: Path) -> None:
     assert found.model.options == {"hidden": [8]}
     assert (found.method.name, found.method.exclude) == ("rigl", ("out*",))
     assert found.optimizer.weight_decay == 1e-4
+    names = ("density", "exclude", "delta_t")
+    dense = load_recipe(path, ["method.name=dense", *(f"method.{name}=" for name in names)])
+    assert dict(dense.entries())["method.name"] == "dense"
     path.write_text(TINY.replace("digits", "mnist"))
     assert load_recipe(path, ["data.dir=/a"], data_dir="/b").data.dir == "/b"
 

@@ -32,7 +32,7 @@ def add_parser(commands: argparse._SubParsersAction[Any]) -> None:
     add = train.add_argument
     add("recipe", type=Path, metavar="RECIPE", help="a file of TOML")
     add("--set", action="append", default=[], metavar="KEY=VALUE", dest="changes",
-        help="replace a key: method.density=0.05 (may be repeated)")  # fmt: skip
+        help="replace a key (may be repeated); KEY= takes it away")  # fmt: skip
     add("--data", metavar="DIR", help="of the data set's files (default: SPFMT_DATA)")
     add("--out", type=Path, metavar="DIR", help="results (default: runs/ and the recipe's name)")
     add("--resume", action="store_true", help="go on with what is there, or begin")

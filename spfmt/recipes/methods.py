@@ -18,13 +18,13 @@ from spfmt.recipes.recipe import Recipe
 from spfmt.recipes.schema import choice, keywords, read_options
 from spfmt.torch import ModelReport
 
-__all__ = ["DENSE", "METHODS", "build_method", "method_options"]
+__all__ = ["DENSE", "METHODS", "Trainer", "build_method", "method_options"]
 
 DENSE = "dense"
 """The name of plain training, without a method."""
 
 
-class Method(Protocol):
+class Trainer(Protocol):
     """What a recipe needs of a method's class, besides a constructor with the usual keywords.
 
     One with a ``finish()`` is ended by it before the model is written.
@@ -110,7 +110,7 @@ def _default_format(cls: type) -> str:
 
 def build_method(
     recipe: Recipe, model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, seed: int
-) -> Method | None:
+) -> Trainer | None:
     """Make the model sparse, as the recipe's method wants it; None for dense training.
 
     Raises
@@ -124,7 +124,7 @@ def build_method(
     cls, options = METHODS[recipe.method.name], method_options(recipe)
     if "seed" in _keywords(cls):  # one without draws nothing
         options["seed"] = seed
-    method: Method = cls(model, optimizer, total_steps=steps, **options)
+    method: Trainer = cls(model, optimizer, total_steps=steps, **options)
     assert method.report is not None
     _check_patterns(recipe, [name for row in method.report for name in (row.name, *row.aliases)])
     return method

@@ -94,7 +94,7 @@ def load_recipe(
         A TOML file.
     changes : sequence of str
         ``table.key=value`` each, which replace what the file says; a value is one of TOML, or a
-        text without quotes.
+        text without quotes. ``table.key=`` takes the key away.
     data_dir : str, optional
         Replaces ``data.dir``.
 
@@ -153,7 +153,10 @@ def _apply(tables: dict[str, Any], change: str) -> None:
         tables = tables.setdefault(part, {})
         if not isinstance(tables, dict):
             raise format_error(f"--set {change}", f"{part} to be a table", "name a key of a table")
-    tables[parts[-1]] = read
+    if value.strip():
+        tables[parts[-1]] = read
+    else:
+        tables.pop(parts[-1], None)
 
 
 def differences(recipe: Recipe, other: Recipe) -> list[str]:
