@@ -33,6 +33,9 @@ from spfmt.recipes.tables import Model, Optimizer
 EXAMPLES = sorted((Path(__file__).resolve().parent.parent / "examples/recipes").glob("*.toml"))
 
 
+_BATCH = torch.zeros(2, 1, 8, 8), torch.zeros(2, dtype=torch.int64)
+
+
 def check(*changes: str, without: tuple[str, ...] = ()) -> None:
     """Check all of a recipe that can be checked without its data."""
     found = recipe(*changes, without=without)
@@ -72,6 +75,7 @@ def check(*changes: str, without: tuple[str, ...] = ()) -> None:
         ("method.gamma_sal=true", "method.gamma_sal = true; expected a number"),
         ("method.delta_t=2.5", "method.delta_t = 2.5; expected a whole number"),
         ("method.seed=3", "unknown key method.seed"),
+        ("method.scores=snap", "method.scores = .snap.; expected one of random, .*'snip'"),
         ("method.exclude=[]", r"method.exclude = \[\]; expected a list, each a text"),
         ("method.name=dense", 'method.density with method.name = "dense".*leave out'),
         ("format.name=cs", "format.name = .cs.; expected one of .*did you mean 'csr'"),
@@ -314,14 +318,14 @@ def test_patterns_name_layers() -> None:
     found = recipe("method.exclude=ouput")
     model = build_network(found.model, (1, 8, 8), 10)
     with pytest.raises(FormatError, match=r"'ouput' in method.exclude.*did you mean 'output'"):
-        build_method(found, model, build_optimizer(found.optimizer, model), 20, 0)
+        build_method(found, model, build_optimizer(found.optimizer, model), 20, 0, _BATCH)
 
 
 def test_a_method_says_which_format_it_needs() -> None:
     found = recipe("format.name=csr")
     model = build_network(found.model, (1, 8, 8), 10)
     with pytest.raises(FormatError, match="condensed"):
-        build_method(found, model, build_optimizer(found.optimizer, model), 20, 0)
+        build_method(found, model, build_optimizer(found.optimizer, model), 20, 0, _BATCH)
 
 
 def test_every_method_of_the_library_has_a_name() -> None:

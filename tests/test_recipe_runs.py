@@ -228,6 +228,21 @@ def test_every_method_runs_and_resumes(name: str, tmp_path: Path) -> None:
     assert_same(tmp_path / "whole", tmp_path / "stopped")
 
 
+@pytest.mark.parametrize("scores", ["snip", "grasp"])
+def test_runs_begin_where_saliency_says(scores: str, tmp_path: Path) -> None:
+    found = recipe("method.name=static", f"method.scores={scores}", without=["method.delta_t"])
+    whole = run_recipe(found, tmp_path / "whole")
+    assert abs(whole.seeds[0].density - 0.25) < 0.01
+    run_stopped(found, tmp_path / "stopped", 7)
+    assert_same(tmp_path / "whole", tmp_path / "stopped")
+    # Its own densities differ from those that ERK gives the same scores.
+    spread = recipe("method.name=static", f"method.scores={scores}", "method.distribution=erk",
+                    without=["method.delta_t"])  # fmt: skip
+    run_recipe(spread, tmp_path / "erk")
+    layers = [(tmp_path / name / "seed-0/layers.txt").read_text() for name in ("whole", "erk")]
+    assert layers[0] != layers[1]
+
+
 def test_dense_training_runs_and_resumes(tmp_path: Path) -> None:
     found = recipe("method.name=dense", "optimizer.name=adamw", "rate.name=cosine",
                    without=["method.density", "method.exclude", "method.delta_t"])  # fmt: skip

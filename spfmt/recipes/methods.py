@@ -9,13 +9,13 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from spfmt import train
 from spfmt.errors import format_error
 from spfmt.formats import FORMATS
 from spfmt.recipes.recipe import Recipe
-from spfmt.recipes.schema import choice, keywords, read_options
+from spfmt.recipes.schema import choice, keywords, read_options, unknown_key
 from spfmt.torch import ModelReport
 
 __all__ = ["DENSE", "METHODS", "Trainer", "build_method", "method_options"]
@@ -66,9 +66,11 @@ METHODS: dict[str, type[Any]] = {
 
 # What the other keys of a recipe say, and what only code can pass.
 _OWN = (
-    "density", "sparsity", "distribution", "include", "exclude", "format", "seed", "total_steps",
-    "averages", "process_group", "schedule",
+    "density", "sparsity", "distribution", "scores", "include", "exclude", "format", "seed",
+    "total_steps", "averages", "process_group", "schedule",
 )  # fmt: skip
+_KEYS = ("density", "sparsity", "distribution", "scores", "include", "exclude")
+_SALIENCIES = {"snip": train.snip, "grasp": train.grasp}
 
 
 def method_options(recipe: Recipe) -> dict[str, Any]:
@@ -86,12 +88,13 @@ def method_options(recipe: Recipe) -> dict[str, Any]:
     choice(*METHODS, DENSE).read("method.name", method.name)
     cls = METHODS[method.name]
     known = {key: hint for key, hint in _keywords(cls).items() if key not in _OWN}
-    more = ("name", "density", "sparsity", "distribution", "include", "exclude")
-    given = read_options(method.options, "method", known, more)
+    given = read_options(method.options, "method", known, ("name", *_KEYS))
     name = choice(*FORMATS).read("format.name", format.name or _default_format(cls))
     params = read_options(format.options, "format", keywords(FORMATS[name].from_scores), ("name",))
-    keys = ("density", "sparsity", "distribution", "include", "exclude")
-    named = {name: getattr(method, name) for name in keys if getattr(method, name)}
+    named = {name: getattr(method, name) for name in _KEYS if getattr(method, name)}
+    for key in named:
+        if key not in _keywords(cls):
+            raise unknown_key("method", key, ("name", *known))
     return {**named, **({"format": format.name} if format.name else {}), **given, **params}
 
 
@@ -109,9 +112,23 @@ def _default_format(cls: type) -> str:
 
 
 def build_method(
-    recipe: Recipe, model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, seed: int
+    recipe: Recipe,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    steps: int,
+    seed: int,
+    batch: tuple[Tensor, Tensor],
 ) -> Trainer | None:
     """Make the model sparse, as the recipe's method wants it; None for dense training.
+
+    Parameters
+    ----------
+    recipe : Recipe
+    model : nn.Module
+    optimizer : torch.optim.Optimizer
+    steps, seed : int
+    batch : (Tensor, Tensor)
+        Images and classes, from which SNIP and GraSP tell where to begin.
 
     Raises
     ------
@@ -124,10 +141,30 @@ def build_method(
     cls, options = METHODS[recipe.method.name], method_options(recipe)
     if "seed" in _keywords(cls):  # one without draws nothing
         options["seed"] = seed
+    if recipe.method.scores in _SALIENCIES:
+        options |= _saliency(recipe, model, batch)
     method: Trainer = cls(model, optimizer, total_steps=steps, **options)
     assert method.report is not None
     _check_patterns(recipe, [name for row in method.report for name in (row.name, *row.aliases)])
     return method
+
+
+def _saliency(recipe: Recipe, model: nn.Module, batch: tuple[Tensor, Tensor]) -> dict[str, Any]:
+    """Return scores of the dense model, and densities as their ranking over all layers has them.
+
+    The densities are the recipe's where it says how they are spread, or where n:m do.
+    """
+    method = recipe.method
+    given = {name: getattr(method, name) or None for name in ("include", "exclude")}
+    scores = _SALIENCIES[str(method.scores)](model, _loss, [batch], **given)
+    share = method.density if method.sparsity is None else 1.0 - method.sparsity
+    if method.distribution is not None or share is None:
+        return {"scores": scores}
+    return {"scores": scores, "density": scores.densities(share), "sparsity": None}
+
+
+def _loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return nn.functional.cross_entropy(model(batch[0]), batch[1])
 
 
 def _check_patterns(recipe: Recipe, layers: list[str]) -> None:

@@ -167,7 +167,8 @@ class SeedRun:
         self.steps = recipe.train.steps or (recipe.train.epochs or 0) * per_epoch
         self.model = build_network(recipe.model, images.shape, images.classes)
         self.optimizer = build_optimizer(recipe.optimizer, self.model)
-        self.method = build_method(recipe, self.model, self.optimizer, self.steps, seed)
+        first = Batches(images, recipe.train.batch_size, seed, augmented=False).take()
+        self.method = build_method(recipe, self.model, self.optimizer, self.steps, seed, first)
         self.density = self._density()
         self.done = 0
         self.window = Window()

@@ -85,6 +85,9 @@ class Method:
         Share of weights that stay or that go: one of the two.
     distribution : {"uniform", "erk"}, optional
         Of the density over the layers.
+    scores : {"random", "magnitude", "snip", "grasp"}, optional
+        Where the first weights are. SNIP and GraSP see one batch; they also spread the density over
+        the layers, unless a distribution does.
     include, exclude : tuple of str
         Globs on the names of layers.
     options : mapping
@@ -95,6 +98,7 @@ class Method:
     density: float | None = key(_share(), None)
     sparsity: float | None = key(_share(), None)
     distribution: str | None = key(choice("uniform", "erk"), None)
+    scores: str | None = key(choice("random", "magnitude", "snip", "grasp"), None)
     include: tuple[str, ...] = key(list_of(text(), alone=True), ())
     exclude: tuple[str, ...] = key(list_of(text(), alone=True), ())
     options: Mapping[str, Any] = options()
