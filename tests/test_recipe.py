@@ -328,6 +328,27 @@ def test_a_method_says_which_format_it_needs() -> None:
         build_method(found, model, build_optimizer(found.optimizer, model), 20, 0, _BATCH)
 
 
+def test_a_method_need_not_take_every_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Other:
+        def __init__(
+            self,
+            model: Any,
+            optimizer: Any,
+            *,
+            density: float = 0.5,
+            exclude: str = "",
+            rest: int = 1,
+        ) -> None: ...
+
+    monkeypatch.setitem(METHODS, "other", Other)
+    own = ["method.name=other", "method.rest=3"]
+    options = method_options(recipe(*own, without=["method.delta_t"]))
+    assert options == {"density": 0.25, "exclude": ("output",), "rest": 3}
+    said = "unknown key method.scores; expected one of density, exclude, name, rest"
+    with pytest.raises(FormatError, match=said):
+        method_options(recipe(*own, "method.scores=snip", without=["method.delta_t"]))
+
+
 def test_every_method_of_the_library_has_a_name() -> None:
     import spfmt.train as train
 

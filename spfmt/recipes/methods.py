@@ -87,14 +87,16 @@ def method_options(recipe: Recipe) -> dict[str, Any]:
         return {}
     choice(*METHODS, DENSE).read("method.name", method.name)
     cls = METHODS[method.name]
-    known = {key: hint for key, hint in _keywords(cls).items() if key not in _OWN}
-    given = read_options(method.options, "method", known, ("name", *_KEYS))
+    taken = _keywords(cls)
+    known = {key: hint for key, hint in taken.items() if key not in _OWN}
+    more = ("name", *(key for key in _KEYS if key in taken))
+    given = read_options(method.options, "method", known, more)
     name = choice(*FORMATS).read("format.name", format.name or _default_format(cls))
     params = read_options(format.options, "format", keywords(FORMATS[name].from_scores), ("name",))
     named = {name: getattr(method, name) for name in _KEYS if getattr(method, name)}
     for key in named:
-        if key not in _keywords(cls):
-            raise unknown_key("method", key, ("name", *known))
+        if key not in taken:
+            raise unknown_key("method", key, (*more, *known))
     return {**named, **({"format": format.name} if format.name else {}), **given, **params}
 
 
