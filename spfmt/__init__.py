@@ -1,7 +1,7 @@
 """spfmt: structured sparse weights, one structure from mask to kernel to checkpoint to ONNX.
 
-Importing needs numpy alone. ``spfmt.torch``, ``spfmt.train`` and ``spfmt.onnx`` are imported on
-first use and say what to install if it is missing.
+Importing needs numpy alone. ``spfmt.torch``, ``spfmt.train``, ``spfmt.onnx`` and ``spfmt.recipes``
+are imported on first use and say what to install if it is missing.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ __all__ = [
     "spmm_t",
 ]
 
-_SUBPACKAGES = ("models", "onnx", "structure", "torch", "train")
+_SUBPACKAGES = ("models", "onnx", "recipes", "structure", "torch", "train")
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""The command line: ``spfmt demo``, ``spfmt bench``, ``spfmt info``, ``spfmt inspect``.
+"""The command line: ``spfmt demo``, ``train``, ``bench``, ``info``, ``inspect``.
 
 It sits on top of everything and holds no logic of its own; each command imports what it needs, so
 that ``spfmt info`` and ``spfmt inspect`` work where only numpy and safetensors are installed.
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import spfmt
-from spfmt.cli import bench
+from spfmt.cli import bench, train
 from spfmt.errors import FormatError, MissingDependency, SpfmtError
 
 __all__ = ["main"]
@@ -41,8 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns
     -------
     int
-        Exit code: 0; 1 where the demo found a wrong result; 2 for input that cannot be used,
-        which is explained in one line on stderr; 130 after Ctrl-C.
+        Exit code: 0; 1 where the demo found a wrong result or a training diverged; 2 for input that
+        cannot be used, which is explained in one line on stderr; 130 after Ctrl-C.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -72,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"spfmt {spfmt.__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_demo(commands)
+    train.add_parser(commands)
     bench.add_parser(commands)
     info = commands.add_parser("info", help="show versions, CPU level, threads and kernels")
     info.set_defaults(run=lambda args: print(spfmt.show_config()))

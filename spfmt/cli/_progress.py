@@ -1,4 +1,4 @@
-"""How the demo shows what it is doing: a bar on a terminal, a line per stage anywhere else."""
+"""How commands show what they are doing: a bar on a terminal, a line per stage anywhere else."""
 
 from __future__ import annotations
 
@@ -19,14 +19,16 @@ class Reporter:
     ----------
     total : float
         Sum of the amounts of all steps.
+    width : int
+        Of the bar; what is done now is written beside it.
     """
 
-    def __init__(self, total: float) -> None:
+    def __init__(self, total: float, width: int = 30) -> None:
         self._console = Console(stderr=True, highlight=False)
         self._started = time.monotonic()
         self._bar = Progress(
             SpinnerColumn(),
-            BarColumn(bar_width=30),
+            BarColumn(bar_width=width),
             TaskProgressColumn(),
             Elapsed(),
             TextColumn("{task.description}", markup=False),

@@ -1,0 +1,182 @@
+"""Methods by name; a new one is one line of `METHODS`."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import inspect
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from spfmt import train
+from spfmt.errors import format_error
+from spfmt.formats import FORMATS
+from spfmt.recipes.recipe import Recipe
+from spfmt.recipes.schema import choice, keywords, read_options, unknown_key
+from spfmt.torch import ModelReport
+
+__all__ = ["DENSE", "METHODS", "Trainer", "build_method", "method_options"]
+
+DENSE = "dense"
+"""The name of plain training, without a method."""
+
+
+class Trainer(Protocol):
+    """What a recipe needs of a method's class, besides a constructor with the usual keywords.
+
+    One with a ``finish()`` is ended by it before the model is written.
+    """
+
+    report: ModelReport | None
+    layers: Any
+
+    def step(self) -> bool:
+        """Count an optimizer step; tell whether the topology changed."""
+        ...  # pragma: no cover
+
+    def summary(self) -> Any:
+        """Return the state of every layer, which prints as a table."""
+        ...  # pragma: no cover
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a run needs to go on."""
+        ...  # pragma: no cover
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where another run was saved."""
+        ...  # pragma: no cover
+
+
+METHODS: dict[str, type[Any]] = {
+    "static": train.Static,
+    "set": train.SET,
+    "rigl": train.RigL,
+    "srigl": train.SRigL,
+    "dsb": train.DSB,
+    "dnsb": train.DNSB,
+    "ssb": train.SSB,
+    "hrbp": train.HRBP,
+    "gradual": train.GradualPruning,
+    "sampled": train.SampledGrowth,
+}
+"""Every method that a recipe can name, besides `DENSE`."""
+
+# What the other keys of a recipe say, and what only code can pass.
+_OWN = (
+    "density", "sparsity", "distribution", "scores", "include", "exclude", "format", "seed",
+    "total_steps", "averages", "process_group", "schedule",
+)  # fmt: skip
+_KEYS = ("density", "sparsity", "distribution", "scores", "include", "exclude")
+_SALIENCIES = {"snip": train.snip, "grasp": train.grasp}
+
+
+def method_options(recipe: Recipe) -> dict[str, Any]:
+    """Check ``[method]`` and ``[format]``, and return what the method's class takes.
+
+    Raises
+    ------
+    FormatError
+        For an unknown method or format, or a keyword that it does not have or that is of another
+        type.
+    """
+    method, format = recipe.method, recipe.format
+    if method.name == DENSE:
+        return {}
+    choice(*METHODS, DENSE).read("method.name", method.name)
+    cls = METHODS[method.name]
+    taken = _keywords(cls)
+    known = {key: hint for key, hint in taken.items() if key not in _OWN}
+    more = ("name", *(key for key in _KEYS if key in taken))
+    given = read_options(method.options, "method", known, more)
+    name = choice(*FORMATS).read("format.name", format.name or _default_format(cls))
+    params = read_options(format.options, "format", keywords(FORMATS[name].from_scores), ("name",))
+    named = {name: getattr(method, name) for name in _KEYS if getattr(method, name)}
+    for key in named:
+        if key not in taken:
+            raise unknown_key("method", key, (*more, *known))
+    return {**named, **({"format": format.name} if format.name else {}), **given, **params}
+
+
+def _keywords(cls: type) -> dict[str, Any]:
+    """Return what a class's constructor takes, and what those of its bases do."""
+    inits = [base.__dict__["__init__"] for base in cls.__mro__ if "__init__" in base.__dict__]
+    return keywords(*inits[:-1])  # the last one is that of object
+
+
+def _default_format(cls: type) -> str:
+    """Return the format of a method whose recipe names none."""
+    own = inspect.signature(cls).parameters.get("format")
+    name: str = getattr(cls, "FORMAT", None) or (own.default if own else "csr")
+    return name
+
+
+def build_method(
+    recipe: Recipe,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    steps: int,
+    seed: int,
+    batch: tuple[Tensor, Tensor],
+) -> Trainer | None:
+    """Make the model sparse, as the recipe's method wants it; None for dense training.
+
+    Parameters
+    ----------
+    recipe : Recipe
+    model : nn.Module
+    optimizer : torch.optim.Optimizer
+    steps, seed : int
+    batch : (Tensor, Tensor)
+        Images and classes, from which SNIP and GraSP tell where to begin.
+
+    Raises
+    ------
+    FormatError
+        As `method_options`; where the method cannot train the model, or a pattern of
+        ``method.include`` or ``method.exclude`` names no layer.
+    """
+    if recipe.method.name == DENSE:
+        return None
+    cls, options = METHODS[recipe.method.name], method_options(recipe)
+    if "seed" in _keywords(cls):  # one without draws nothing
+        options["seed"] = seed
+    if recipe.method.scores in _SALIENCIES:
+        options |= _saliency(recipe, model, batch)
+    method: Trainer = cls(model, optimizer, total_steps=steps, **options)
+    assert method.report is not None
+    _check_patterns(recipe, [name for row in method.report for name in (row.name, *row.aliases)])
+    return method
+
+
+def _saliency(recipe: Recipe, model: nn.Module, batch: tuple[Tensor, Tensor]) -> dict[str, Any]:
+    """Return scores of the dense model, and densities as their ranking over all layers has them.
+
+    The densities are the recipe's where it says how they are spread, or where n:m do.
+    """
+    method = recipe.method
+    given = {name: getattr(method, name) or None for name in ("include", "exclude")}
+    scores = _SALIENCIES[str(method.scores)](model, _loss, [batch], **given)
+    share = method.density if method.sparsity is None else 1.0 - method.sparsity
+    if method.distribution is not None or share is None:
+        return {"scores": scores}
+    return {"scores": scores, "density": scores.densities(share), "sparsity": None}
+
+
+def _loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+
+def _check_patterns(recipe: Recipe, layers: list[str]) -> None:
+    """Refuse a pattern without a layer: a slip of the pen would train another network."""
+    for key in ("include", "exclude"):
+        for pattern in getattr(recipe.method, key):
+            if not fnmatch.filter(layers, pattern):
+                near = difflib.get_close_matches(pattern, layers, 1)
+                raise format_error(
+                    f"{pattern!r} in method.{key}, which names no layer",
+                    f"a glob on {', '.join(layers)}",
+                    f"did you mean {near[0]!r}?" if near else "change it",
+                )

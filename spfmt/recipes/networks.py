@@ -1,0 +1,205 @@
+"""Networks by name: two small ones for small images, and those of `spfmt.models`."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spfmt import models
+from spfmt.errors import format_error
+from spfmt.recipes.readers import read_arrays
+from spfmt.recipes.schema import choice, keywords, read_options
+from spfmt.recipes.tables import Model
+
+__all__ = ["NETWORKS", "build_network", "lenet", "mlp", "network_options"]
+
+
+def mlp(
+    *,
+    num_classes: int = 10,
+    in_channels: int = 1,
+    image_size: int = 28,
+    hidden: tuple[int, ...] = (300, 100),
+) -> nn.Module:
+    """Linear layers with ReLUs between them; 300 and 100 neurons are LeNet-300-100.
+
+    Parameters
+    ----------
+    num_classes, in_channels : int
+        Outputs, and channels of the images.
+    image_size : int
+        Height and width of the images.
+    hidden : tuple of int
+        Neurons of the hidden layers, which are named hidden1, hidden2, …; the last is "output".
+
+    Returns
+    -------
+    nn.Module
+        Maps images (N, in_channels, image_size, image_size) to (N, num_classes).
+
+    References
+    ----------
+    LeCun et al., *Gradient-Based Learning Applied to Document Recognition*, 1998, section III.B.
+    """
+    if any(size < 1 for size in hidden):
+        raise format_error(f"hidden={list(hidden)}", "at least one neuron in each", "change it")
+    layers: OrderedDict[str, nn.Module] = OrderedDict(flatten=nn.Flatten())
+    size = in_channels * image_size**2
+    for i, width in enumerate(hidden, start=1):
+        layers[f"hidden{i}"] = nn.Linear(size, width)
+        layers[f"relu{i}"] = nn.ReLU()
+        size = width
+    layers["output"] = nn.Linear(size, num_classes)
+    return nn.Sequential(layers)
+
+
+def lenet(*, num_classes: int = 10, in_channels: int = 1, image_size: int = 28) -> nn.Module:
+    """LeNet-5 with ReLUs and max pools.
+
+    Parameters
+    ----------
+    num_classes, in_channels : int
+        Outputs, and channels of the images.
+    image_size : int
+        Height and width of the images, from 16 on.
+
+    Returns
+    -------
+    nn.Module
+        Maps images (N, in_channels, image_size, image_size) to (N, num_classes).
+
+    References
+    ----------
+    LeCun et al., *Gradient-Based Learning Applied to Document Recognition*, 1998, section II.B.
+    """
+    side = (image_size // 2 - 4) // 2
+    if side < 1:
+        raise format_error(f"images of {image_size} pixels", "at least 12", "use mlp")
+    return nn.Sequential(
+        OrderedDict(
+            conv1=nn.Conv2d(in_channels, 6, 5, padding=2),
+            relu1=nn.ReLU(),
+            pool1=nn.MaxPool2d(2),
+            conv2=nn.Conv2d(6, 16, 5),
+            relu2=nn.ReLU(),
+            pool2=nn.MaxPool2d(2),
+            flatten=nn.Flatten(),
+            linear1=nn.Linear(16 * side**2, 120),
+            relu3=nn.ReLU(),
+            linear2=nn.Linear(120, 84),
+            relu4=nn.ReLU(),
+            output=nn.Linear(84, num_classes),
+        )
+    )
+
+
+NETWORKS: dict[str, Callable[..., nn.Module]] = {
+    "mlp": mlp,
+    "lenet": lenet,
+    **{name: getattr(models, name) for name in models.__all__},
+}
+"""Every network that a recipe can name."""
+
+_FROM_DATA = ("num_classes", "in_channels", "image_size")
+
+
+def network_options(model: Model) -> dict[str, Any]:
+    """Check name and options of ``[model]``.
+
+    Raises
+    ------
+    FormatError
+        For an unknown network, or a keyword that it does not have or that is of another type.
+    """
+    choice(*NETWORKS).read("model.name", model.name)
+    known = keywords(NETWORKS[model.name], without=_FROM_DATA)
+    return read_options(model.options, "model", known, ("name", "weights"))
+
+
+def build_network(model: Model, shape: tuple[int, int, int], classes: int) -> nn.Module:
+    """Make the network of a recipe for images of a shape.
+
+    Parameters
+    ----------
+    model : Model
+    shape : (channels, height, width)
+    classes : int
+
+    Raises
+    ------
+    FormatError
+        As `network_options`; where the network cannot take such images, or its weights do not fit.
+    OSError
+        Where the weights cannot be read.
+    """
+    channels, height, width = shape
+    factory = NETWORKS[model.name]
+    options: dict[str, Any] = {"num_classes": classes, "in_channels": channels}
+    if "image_size" in keywords(factory):
+        if height != width:
+            raise format_error(
+                f"images of {height} x {width} pixels", "square ones", "set data.size"
+            )
+        options["image_size"] = height
+    network = factory(**options, **network_options(model))
+    _try(network, model.name, shape)
+    if model.weights is not None:
+        _load(network, Path(model.weights).expanduser())
+    return network
+
+
+def _try(network: nn.Module, name: str, shape: tuple[int, int, int]) -> None:
+    """Show the network an image, before anything is trained."""
+    network.eval()
+    try:
+        with torch.no_grad():
+            network(torch.zeros(2, *shape))
+    except RuntimeError as error:
+        size = " x ".join(map(str, shape))
+        raise format_error(
+            f"images of {size} for model.name = {name!r} ({str(error).splitlines()[0]})",
+            "larger ones, as those networks are made for",
+            "use mlp for small images",
+        ) from None
+    network.train()
+
+
+def _load(network: nn.Module, path: Path) -> None:
+    """Load a trained state of the dense network."""
+    state = _read_state(path)
+    try:
+        missing = network.load_state_dict(state, strict=False)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise format_error(f"model.weights = {str(path)!r}: {reason}", "arrays that fit", "check"
+                           " model.name and its options") from None  # fmt: skip
+    absent = [k for k in missing.missing_keys if not k.endswith("num_batches_tracked")]
+    if absent or missing.unexpected_keys:
+        raise format_error(
+            f"model.weights = {str(path)!r} without {', '.join(absent[:3]) or 'nothing'}, with "
+            f"{', '.join(missing.unexpected_keys[:3]) or 'nothing'} besides",
+            "the names of the network's state_dict",
+            "check model.name and its options",
+        )
+
+
+def _read_state(path: Path) -> Mapping[str, Tensor]:
+    if path.suffix == ".npz":
+        return {name: torch.from_numpy(array) for name, array in read_arrays(path).items()}
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    try:
+        state: dict[str, Tensor] = load(path.read_bytes())
+    except SafetensorError as error:
+        raise format_error(
+            f"model.weights = {str(path)!r}, which cannot be read ({error})",
+            "a file of type .safetensors or .npz",
+            "save the state_dict again",
+        ) from None
+    return state

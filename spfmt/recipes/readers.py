@@ -1,0 +1,241 @@
+"""The files of image data sets: idx, npz, CIFAR's batches, and a folder of images per class.
+
+Every reader returns images (n, channels, height, width) uint8 and classes (n,) int64, and says
+which file is wrong and what was expected in it.
+"""
+
+from __future__ import annotations
+
+import gzip
+import math
+import pickle
+import zipfile
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from spfmt.errors import FormatError, MissingDependency, format_error
+
+__all__ = [
+    "Split",
+    "read_arrays",
+    "read_cifar_binary",
+    "read_cifar_pickle",
+    "read_folder",
+    "read_idx",
+]
+
+Array = NDArray[Any]
+Split = tuple[NDArray[np.uint8], NDArray[np.int64]]
+
+_CIFAR = (3, 32, 32)
+_IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".pgm", ".webp", ".tif", ".tiff")
+
+
+def damaged(path: Path, got: str, expected: str) -> FormatError:
+    """Build the error for a file that is not what it should be."""
+    return format_error(f"{path}, which {got}", expected, "download the file again")
+
+
+def checked(path: Path, images: Array, labels: Array, classes: int) -> Split:
+    """Return images and classes that fit each other, or say which file is wrong."""
+    if images.ndim != 4 or images.dtype != np.uint8 or len(images) == 0:
+        got = f"holds images {images.shape} of {images.dtype}"
+        raise damaged(path, got, "uint8 images, at least one")
+    if labels.shape != (len(images),) or labels.dtype.kind not in "iu":
+        got = f"holds labels {labels.shape} of {labels.dtype} for {len(images)} images"
+        raise damaged(path, got, "one whole number for each")
+    if labels.min() < 0 or labels.max() >= classes:
+        got = f"holds the labels {labels.min()} to {labels.max()}"
+        raise damaged(path, got, f"0 to {classes - 1}")
+    return np.ascontiguousarray(images), labels.astype(np.int64)
+
+
+# ------------------------------------------------------------------------------------------- idx
+
+
+def read_idx(path: Path, ndim: int) -> NDArray[np.uint8]:
+    """Read an array of bytes as the MNIST files hold it, gzipped where the name ends so.
+
+    Parameters
+    ----------
+    path : Path
+    ndim : int
+        Dimensions: 3 of images, 1 of labels.
+    """
+    try:
+        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise damaged(path, f"cannot be unpacked: {error}", "a whole gzip file") from None
+    head = 4 + 4 * ndim
+    if len(data) < head or data[:4] != bytes((0, 0, 8, ndim)):
+        got = f"begins with the bytes {data[:4].hex(' ') or 'of nothing'}"
+        raise damaged(path, got, f"00 00 08 {ndim:02x}, an idx file of {ndim} dimensions")
+    shape = tuple(int(n) for n in np.frombuffer(data, ">u4", ndim, 4))
+    if len(data) != head + math.prod(shape):
+        got = f"has {len(data)} bytes for {' x '.join(map(str, shape))} values"
+        raise damaged(path, got, f"{head + math.prod(shape)} bytes")
+    return np.frombuffer(data, np.uint8, offset=head).reshape(shape)
+
+
+# ------------------------------------------------------------------------------------------- npz
+
+
+def read_arrays(path: Path, names: Sequence[str] | None = None) -> dict[str, Array]:
+    """Read arrays of an .npz file, all by default."""
+    try:
+        # Opened here: numpy forgets to close what it cannot read.
+        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
+            found = {name: file[name] for name in file if names is None or name in names}
+    except (ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+        raise damaged(path, f"cannot be read: {error}", "a whole .npz file") from None
+    except (AttributeError, TypeError):
+        raise damaged(path, "is a single array", "an .npz file") from None
+    missing = [name for name in names or () if name not in found]
+    if missing:
+        got = f"has no {', '.join(missing)}, but {', '.join(found) or 'nothing'}"
+        raise damaged(path, got, f"the arrays {', '.join(names or ())}")
+    return found
+
+
+# ----------------------------------------------------------------------------------------- CIFAR
+
+
+class _Arrays(pickle.Unpickler):
+    """Reads arrays, numbers, texts and containers; a pickle can name nothing else."""
+
+    _ALLOWED = frozenset(
+        {
+            ("numpy", "ndarray"),
+            ("numpy", "dtype"),
+            ("numpy.core.multiarray", "_reconstruct"),
+            ("numpy._core.multiarray", "_reconstruct"),
+            ("_codecs", "encode"),
+        }
+    )
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Return what an array needs, and refuse everything else."""
+        if (module, name) not in self._ALLOWED:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no array needs")
+        # numpy 2 keeps the old place of _reconstruct, with a warning.
+        module = module.replace("numpy.core", "numpy._core") if hasattr(np, "_core") else module
+        return super().find_class(module, name)
+
+
+def read_cifar_pickle(path: Path, label: str) -> tuple[Array, Array]:
+    """Read a batch of CIFAR's Python version: a pickled dictionary.
+
+    Parameters
+    ----------
+    path : Path
+    label : str
+        Key of the classes: "labels" of CIFAR-10, "fine_labels" of CIFAR-100.
+    """
+    try:
+        with path.open("rb") as file:
+            found = _Arrays(file, encoding="latin1").load()
+    except OSError:
+        raise
+    except Exception as error:  # a damaged pickle fails in any way there is
+        raise damaged(path, f"cannot be read: {error}", "a pickled batch of CIFAR") from None
+    data = found.get("data") if isinstance(found, dict) else None
+    labels = found.get(label) if isinstance(found, dict) else None
+    if not isinstance(data, np.ndarray) or labels is None or data.shape[1:] != (3072,):
+        raise damaged(path, "is another pickle", f"'data' (n, 3072) and {label!r}")
+    return data.reshape(-1, *_CIFAR), np.array(labels)
+
+
+def read_cifar_binary(path: Path, heads: int) -> tuple[Array, Array]:
+    """Read a file of CIFAR's binary version.
+
+    Parameters
+    ----------
+    path : Path
+    heads : int
+        Bytes before every image, the last of which is its class: 1 of CIFAR-10, 2 of CIFAR-100.
+    """
+    data, record = np.fromfile(path, np.uint8), heads + math.prod(_CIFAR)
+    if data.size == 0 or data.size % record:
+        raise damaged(path, f"has {data.size} bytes", f"a multiple of {record}, that of an image")
+    records = data.reshape(-1, record)
+    return records[:, heads:].reshape(-1, *_CIFAR), records[:, heads - 1]
+
+
+# ---------------------------------------------------------------------------------- image folders
+
+
+def read_folder(
+    path: Path, size: int | None, names: Sequence[str] | None = None
+) -> tuple[Split, tuple[str, ...]]:
+    """Read a folder with one directory of images for every class.
+
+    Parameters
+    ----------
+    path : Path
+    size : int, optional
+        Height and width that images are scaled to; without it they must have one size.
+    names : sequence of str, optional
+        The classes that are expected, in the order of their numbers.
+
+    Returns
+    -------
+    (images, labels), names
+        Grey images have one channel where all of them are grey, else all have three.
+    """
+    found = tuple(sorted(p.name for p in path.iterdir() if p.is_dir() and p.name[0] != "."))
+    if not found or (names is not None and found != tuple(names)):
+        expected = f"the directories {', '.join(names)}" if names else "one for each class"
+        got = f"has the directories {', '.join(found) or 'of no class'}"
+        raise format_error(f"{path}, which {got}", expected, "sort the images into classes")
+    files, labels = [], []
+    for label, name in enumerate(found):
+        images = sorted(p for p in (path / name).iterdir() if p.suffix.lower() in _IMAGES)
+        if not images:
+            raise format_error(
+                f"{path / name} without images", f"files of {', '.join(_IMAGES)}", "add some"
+            )
+        files += images
+        labels += [label] * len(images)
+    return (_images(files, size), np.array(labels)), found
+
+
+def _images(files: Sequence[Path], size: int | None) -> NDArray[np.uint8]:
+    grey = all(_open(path).mode in ("1", "L") for path in files)
+    arrays = []
+    for path in files:
+        image = _open(path).convert("L" if grey else "RGB")
+        if size is not None:
+            image = image.resize((size, size))
+        array = np.asarray(image, np.uint8)
+        arrays.append(array[None] if grey else array.transpose(2, 0, 1))
+        if arrays[-1].shape != arrays[0].shape:
+            raise format_error(
+                f"{path} of {array.shape[0]} x {array.shape[1]} pixels",
+                f"{arrays[0].shape[1]} x {arrays[0].shape[2]}, as {files[0]}",
+                "set data.size to scale all images to one size",
+            )
+    return np.stack(arrays)
+
+
+def _open(path: Path) -> Any:
+    """Open an image; its pixels are read where they are asked for."""
+    try:
+        from PIL import Image
+    except ImportError:
+        raise MissingDependency(
+            "got no module PIL; expected it for folders of images; fix: pip install pillow (it "
+            "comes with matplotlib, as in 'spfmt[demo]')"
+        ) from None
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return image
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        if isinstance(error, FileNotFoundError | PermissionError):
+            raise
+        raise damaged(path, f"cannot be read: {error}", "a whole image") from None
