@@ -4,7 +4,7 @@ Runs ``spfmt train`` on the recipes of examples/recipes, once for each way of tr
 process of its own, two seeds:
 
 - ``digits``: 64 → 512 → 512 → 10 on scikit-learn's digits, a tenth of the weights, 15 epochs
-- ``mnist``: 784 → 3 × 1024 → 10, a twentieth of the weights, 10 epochs
+- ``mnist``: 784 → 1024 → 1024 → 10, a twentieth of the weights, 10 epochs
 - ``prune``: the trained ResNet-20 that ``--weights`` names, on CIFAR-10, pruned to a fifth and a
   tenth in each format, three epochs; then its inference in ONNX Runtime, one thread, dense and
   pruned ones in turn
@@ -27,14 +27,26 @@ from spfmt._files import replace_file
 from spfmt.bench import machine
 
 RECIPES = Path(__file__).resolve().parent.parent / "examples" / "recipes"
-SUITES = ("digits", "mnist", "prune")
+# The recipe of each suite, and what all its rows change in it.
+SUITES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "digits": ("digits-srigl", ("method.gamma_sal=",)),
+    "mnist": (
+        "mnist-dsb",
+        ("model.hidden=[1024,1024]", "method.density=0.05", "format.name=", "format.block_shape="),
+    ),
+    "prune": ("cifar10-gradual", ("train.epochs=3",)),
+}
 
-# What each row changes in the recipe of its suite.
+# What each row changes, too.
+_DENSE = (
+    "method.name=dense", "method.density=", "method.distribution=", "method.exclude=",
+    "method.delta_t=", "method.alpha=", "method.t_end=",
+)  # fmt: skip
 METHODS: dict[str, tuple[str, ...]] = {
-    "dense": ("method.name=dense", "method.density=", "method.exclude=", "method.delta_t="),
+    "dense": _DENSE,
     "static, CSR": ("method.name=static",),
     "SNIP, CSR": ("method.name=static", "method.scores=snip"),
-    "GraSP, CSR": ("method.name=static", "method.scores=grasp"),
+    "GraSP, CSR": ("method.name=static", "method.scores=grasp", "method.reset=true"),
     "SET, CSR": ("method.name=set",),
     "RigL, CSR": ("method.name=rigl",),
     "RigL, N:M": ("method.name=rigl", "format.name=nm"),
@@ -58,19 +70,21 @@ def rows(suite: str, weights: Path | None) -> dict[str, tuple[str, ...]]:
     if suite != "prune":
         return METHODS
     begin = f"model.weights={weights}"
-    return {
+    pruned = {
         f"{format}, {density:g}": (begin, f"format.name={format}", f"method.density={density}")
         for density in DENSITIES
         for format in FORMATS
     }
+    return {"dense": (begin, *_DENSE, "format.name="), **pruned}
 
 
 def train(suite: str, changes: Sequence[str], data: Path | None, out: Path) -> dict[str, Any]:
     """Run a recipe to its end in a process of its own, and return its summary."""
-    command = [sys.executable, "-m", "spfmt.cli", "train", str(RECIPES / f"{suite}.toml")]
+    recipe, common = SUITES[suite]
+    command = [sys.executable, "-m", "spfmt.cli", "train", str(RECIPES / f"{recipe}.toml")]
     command += ["--out", str(out), "--resume", "--quiet"]
     command += [] if data is None else ["--data", str(data)]
-    for change in changes:
+    for change in (*common, *changes):
         command += ["--set", change]
     subprocess.run(command, check=True)
     summary: dict[str, Any] = json.loads((out / "summary.json").read_text())
@@ -110,7 +124,7 @@ def main() -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--suite", choices=SUITES, action="append", help="may be repeated (default: all)")
+    add("--suite", choices=list(SUITES), action="append", help="may be repeated (default: all)")
     add("--data", type=Path, metavar="DIR", help="with the files of MNIST and CIFAR-10")
     add("--weights", type=Path, metavar="FILE", help="of the trained ResNet-20")
     add("--out", type=Path, required=True, metavar="DIR", help="results of every run")
