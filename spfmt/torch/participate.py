@@ -17,10 +17,9 @@ from spfmt.torch.sparsify import (
     _decide,
     _leave_full,
     _row,
-    _selectors,
     _Targets,
 )
-from spfmt.torch.survey import Found, Selector, is_plain, survey, swap
+from spfmt.torch.survey import Found, Selector, is_plain, selectors, survey, swap
 from spfmt.torch.wrappers import unwrapped
 
 __all__ = ["participate", "planned", "why_dense"]
@@ -96,7 +95,7 @@ def planned(
     if isinstance(density, str):
         raise format_error(f"density={density!r}", "a number or a mapping", "pass density=0.1")
     found = survey(unwrapped(model))
-    _decide(found, targets, _selectors(include), _selectors(exclude), why_dense)
+    _decide(found, targets, selectors(include), selectors(exclude), why_dense)
     for entry in found:
         if not entry.reason and not is_plain(entry.module):
             entry.reason = f"{type(entry.module).__name__} keeps its weight transposed"
