@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -136,6 +136,8 @@ class Rewire:
     ([False, False, False, False, False], ['1'])
     """
 
+    FORMAT: ClassVar[str] = "csr"
+
     def __init__(
         self,
         model: nn.Module,
@@ -168,7 +170,7 @@ class Rewire:
         chosen = {"include": include, "exclude": exclude}
         if _says_how_many(density, sparsity, format_params):
             self.report, swaps = planned(
-                model, format or "csr", density, sparsity=sparsity, distribution=distribution,
+                model, format or self.FORMAT, density, sparsity=sparsity, distribution=distribution,
                 gradient_scale=gradient_scale, **chosen, **format_params,
             )  # fmt: skip
         else:
