@@ -6,7 +6,7 @@ Every function fills arrays that the Python side has allocated and checked; noth
 shapes or values. The GIL is released inside every loop.
 """
 
-from libc.stdint cimport int32_t, int64_t, uint8_t, uint64_t
+from libc.stdint cimport int16_t, int32_t, int64_t, uint8_t, uint64_t
 from libc.stdlib cimport free
 from libc.string cimport memset
 
@@ -46,6 +46,12 @@ cdef extern from *:
     }
     """
     uint64_t spfmt_content_hash(const int32_t *words, int64_t n) noexcept nogil
+
+
+ctypedef fused element:  # of values, whatever they mean: only moved
+    int16_t
+    int32_t
+    int64_t
 
 
 def content_hash(const int32_t[::1] words):
@@ -89,6 +95,40 @@ def mark(const int32_t[::1] rows, const int64_t[:, ::1] runs, const int32_t[::1]
             for j in range(runs[1, i]):
                 at = base + mine[j]
                 bits[at >> 3] |= <uint8_t> (0x80 >> (at & 7))
+
+
+def gather(const int32_t[::1] rows, const int64_t[:, ::1] runs, const int32_t[::1] columns,
+           int64_t n_cols, const element[::1] dense, element[::1] out):
+    """out[place] = dense[rows[i] * n_cols + column] of every value; for `runs` see moves.py."""
+    cdef Py_ssize_t i, j
+    cdef int64_t place, step
+    cdef const int32_t *mine
+    cdef const element *row
+    if columns.shape[0] == 0 or out.shape[0] == 0:
+        return
+    with nogil:
+        for i in range(rows.shape[0]):
+            place, step = runs[2, i], runs[3, i]
+            mine, row = &columns[0] + runs[0, i], &dense[0] + rows[i] * n_cols
+            for j in range(runs[1, i]):
+                out[place + j * step] = row[mine[j]]
+
+
+def scatter(const int32_t[::1] rows, const int64_t[:, ::1] runs, const int32_t[::1] columns,
+            int64_t n_cols, const element[::1] values, element[::1] dense):
+    """dense[rows[i] * n_cols + column] = values[place] of every value; the way back of `gather`."""
+    cdef Py_ssize_t i, j
+    cdef int64_t place, step
+    cdef const int32_t *mine
+    cdef element *row
+    if columns.shape[0] == 0 or values.shape[0] == 0:
+        return
+    with nogil:
+        for i in range(rows.shape[0]):
+            place, step = runs[2, i], runs[3, i]
+            mine, row = &columns[0] + runs[0, i], &dense[0] + rows[i] * n_cols
+            for j in range(runs[1, i]):
+                row[mine[j]] = values[place + j * step]
 
 
 def sources(const int32_t[::1] rows, const int64_t[:, ::1] runs, const int32_t[::1] columns,

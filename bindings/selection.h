@@ -132,27 +132,40 @@ SPFMT_CLONES static void spfmt_groups(const int64_t* keys, int64_t cols, int64_t
   }
 }
 
-typedef double spfmt_doubles __attribute__((vector_size(64)));
-typedef int64_t spfmt_ints __attribute__((vector_size(64)));
+/* The largest magnitudes of columns, as bits, with one row more; NaN is the largest. */
+SPFMT_CLONES static void spfmt_top_magnitudes(const float* row, int64_t n, int32_t* top) {
+  for (int64_t i = 0; i < n; ++i) {
+    int32_t bits;
+    memcpy(&bits, row + i, sizeof bits);
+    bits &= INT32_MAX;
+    top[i] = bits > top[i] ? bits : top[i];
+  }
+}
+
+/* Of 32 bytes: compilers take wider ones apart, element by element, where registers are no wider. */
+typedef double spfmt_doubles __attribute__((vector_size(32)));
+typedef int64_t spfmt_ints __attribute__((vector_size(32)));
 
 /* The best pattern of each of eight 4 x 4 tiles, whose pairs of columns lie side by side. */
 SPFMT_CLONES static void spfmt_best_patterns(const double* pairs, const int32_t* patterns,
                                              int64_t n, int64_t* which) {
-  spfmt_doubles pair[24], halves[2][36], best = {0};
-  spfmt_ints chosen = {0};
-  memcpy(pair, pairs, sizeof pair);
-  for (int i = 0; i < 36; ++i) {
-    halves[0][i] = pair[i / 6] + pair[6 + i % 6];
-    halves[1][i] = pair[12 + i / 6] + pair[18 + i % 6];
+  for (int first = 0; first < 8; first += 4) { /* four tiles at a time */
+    spfmt_doubles pair[24], halves[2][36], best = {0};
+    spfmt_ints chosen = {0};
+    for (int i = 0; i < 24; ++i) memcpy(&pair[i], pairs + 8 * i + first, sizeof pair[i]);
+    for (int i = 0; i < 36; ++i) {
+      halves[0][i] = pair[i / 6] + pair[6 + i % 6];
+      halves[1][i] = pair[12 + i / 6] + pair[18 + i % 6];
+    }
+    const int32_t* rows = patterns;
+    for (int64_t p = 0; p < n; ++p, rows += 4) {
+      spfmt_doubles total = halves[0][6 * rows[0] + rows[1]] + halves[1][6 * rows[2] + rows[3]];
+      spfmt_ints better = p ? total > best : ~chosen;
+      chosen = (chosen & ~better) | (better & p);
+      best = (spfmt_doubles)(((spfmt_ints)best & ~better) | ((spfmt_ints)total & better));
+    }
+    memcpy(which + first, &chosen, sizeof chosen);
   }
-  for (int64_t p = 0; p < n; ++p, patterns += 4) {
-    spfmt_doubles total =
-        halves[0][6 * patterns[0] + patterns[1]] + halves[1][6 * patterns[2] + patterns[3]];
-    spfmt_ints better = p ? total > best : ~chosen;
-    chosen = (chosen & ~better) | (better & p);
-    best = (spfmt_doubles)(((spfmt_ints)best & ~better) | ((spfmt_ints)total & better));
-  }
-  memcpy(which, &chosen, sizeof chosen);
 }
 static const uint8_t spfmt_pairs[6][4] = {{1, 1, 0, 0}, {1, 0, 1, 0}, {1, 0, 0, 1},
                                           {0, 1, 1, 0}, {0, 1, 0, 1}, {0, 0, 1, 1}};

@@ -7,8 +7,8 @@ shapes or values. Arrays are typed memoryviews, so the extension needs no numpy 
 released inside every loop. Masks are uint8 (0 or 1).
 """
 
-from libc.math cimport sqrt
-from libc.stdint cimport INT64_MAX, INT64_MIN, int32_t, int64_t, uint8_t, uint64_t
+from libc.math cimport INFINITY, sqrt
+from libc.stdint cimport INT64_MAX, INT64_MIN, int32_t, int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport free
 from libc.string cimport memcpy, memset
 
@@ -28,8 +28,24 @@ cdef extern from "selection.h":
     void spfmt_mark(const int64_t *keys, int64_t n, int64_t bound, uint8_t *keep) noexcept nogil
     int64_t spfmt_largest(const int64_t *keys, int64_t m, int64_t n, int64_t bound,
                           int32_t first, int32_t *out) noexcept nogil
+    void spfmt_top_magnitudes(const float *row, int64_t n, int32_t *top) noexcept nogil
     void spfmt_groups(const int64_t *keys, int64_t cols, int64_t n, int64_t m,
                       int32_t *out) noexcept nogil
+
+cdef extern from "floats.h":
+    int64_t spfmt_count_floats(const float *scores, int64_t n, float bound) noexcept nogil
+    int64_t spfmt_between_floats(const float *scores, int64_t n, uint32_t mask, float low,
+                                 float high, int64_t *above, float *out) noexcept nogil
+    float spfmt_bound_floats(const float *scores, int64_t n, int64_t k, float low,
+                             float high) noexcept nogil
+    float spfmt_next_float(float score) noexcept nogil
+    float spfmt_masked(float score, uint32_t mask) noexcept nogil
+    int64_t spfmt_emit_floats(const float *scores, int64_t n, uint32_t mask, float bound,
+                              int64_t *ties, int32_t *out, int64_t room) noexcept nogil
+    void spfmt_fours_floats(const float *scores, int64_t cols, int64_t n, uint32_t mask,
+                            int32_t *out) noexcept nogil
+
+cdef uint32_t _MAGNITUDE = 0x7FFFFFFF, _AS_IT_IS = 0xFFFFFFFF
 
 ctypedef fused real:
     float
@@ -206,23 +222,27 @@ def nm_columns(const real[:, ::1] scores, Py_ssize_t n, Py_ssize_t m, Py_ssize_t
     cdef Bracket b
     if rows == 0 or kept == 0:
         return
-    keys = <int64_t *> allocate((3 * cols + 3) * sizeof(int64_t) + (cols + 1) * sizeof(int32_t)
+    keys = <int64_t *> allocate((3 * cols + 3) * sizeof(int64_t) + (cols + 4) * sizeof(int32_t)
                                 + cols)
     b.low, b.high, b.work = 1, 0, keys + 2 * cols + 1  # no bracket yet
     columns = <int32_t *> (b.work + cols + 1)
     with nogil:
         for r in range(rows):
+            if real is float and cells == 1 and m == 4:
+                spfmt_fours_floats(&scores[r, 0], cols, n, _AS_IT_IS, columns)
+                memcpy(&out[r, 0], columns, kept * sizeof(int32_t))
+                continue
             _keys(&scores[r, 0], cols, keys)
             if cells == 1:
                 _groups(keys, cols, n, m, &b, columns)
             else:
                 _cell_groups(keys, cols // cells, cells, n, m, kept, &b, keys + cols,
-                             <uint8_t *> (columns + cols + 1), columns)
+                             <uint8_t *> (columns + cols + 4), columns)
             memcpy(&out[r, 0], columns, kept * sizeof(int32_t))
     free(keys)
 
 
-cdef void _sample_bracket(const real[:, ::1] scores, Py_ssize_t k, Bracket *b) noexcept nogil:
+cdef void _sample_bracket(const double[:, ::1] scores, Py_ssize_t k, Bracket *b) noexcept nogil:
     """Keys between which the k-th largest of all scores most likely lies."""
     cdef Py_ssize_t cols = scores.shape[1], total = scores.shape[0] * cols, i, rank, reach
     cdef Py_ssize_t size = min(total, 8192)
@@ -241,7 +261,7 @@ cdef void _sample_bracket(const real[:, ::1] scores, Py_ssize_t k, Bracket *b) n
         b.high = _kth_largest(b.work, size, rank - reach)
 
 
-cdef int64_t _kth_of_all(const real[:, ::1] scores, Py_ssize_t k, Bracket *b, int64_t *keys,
+cdef int64_t _kth_of_all(const double[:, ::1] scores, Py_ssize_t k, Bracket *b, int64_t *keys,
                          int64_t *ties) noexcept nogil:
     """The bound of the k largest keys of a matrix: those above it and the first `ties` equal to it."""
     cdef Py_ssize_t cols = scores.shape[1], r, inside
@@ -276,12 +296,106 @@ cdef Py_ssize_t _mark_row(const int64_t *keys, Py_ssize_t n, int64_t bound, int6
     return ties
 
 
+cdef float _float_of_all(const float *scores, Py_ssize_t n, uint32_t mask, Py_ssize_t k,
+                         float *work, int64_t *ties) noexcept nogil:
+    """The bound of the k largest: all that reach it, but of those equal to it only `ties`.
+
+    -1 ties are all; `work` has room for n + 2, and for 8192.
+    """
+    cdef Py_ssize_t i, inside, size = min(n, 8192), reach
+    cdef double share = <double> k / n
+    cdef uint64_t state = 0x9E3779B97F4A7C15ULL
+    cdef float low = -INFINITY, high = INFINITY, bound
+    cdef int64_t above, reached, larger
+    for i in range(size):
+        state = state * 6364136223846793005ULL + 1442695040888963407ULL
+        work[i] = spfmt_masked(scores[(state >> 20) % <uint64_t> n], mask)
+    reach = 4 + <Py_ssize_t> (4 * sqrt(size * share * (1 - share)))
+    i = <Py_ssize_t> (share * size)
+    if i + reach <= size:
+        low = spfmt_bound_floats(work, size, i + reach, low, high)
+    if i > reach:
+        high = spfmt_bound_floats(work, size, i - reach, low, high)
+    inside = spfmt_between_floats(scores, n, mask, low, high, &above, work)
+    if not above < k <= above + inside:  # a sample that misleads
+        low, high = -INFINITY, INFINITY
+        inside = spfmt_between_floats(scores, n, mask, low, high, &above, work)
+    if k <= above:
+        bound, reached, larger = INFINITY, above, 0
+    else:
+        bound = spfmt_bound_floats(work, inside, k - above, low, high)
+        reached = above + spfmt_count_floats(work, inside, bound)
+        larger = above + spfmt_count_floats(work, inside, spfmt_next_float(bound))
+    ties[0] = -1 if reached == k else k - larger
+    return bound
+
+
+cdef int64_t _mark_floats(const float *scores, Py_ssize_t n, float bound, int64_t ties,
+                          uint8_t *keep) noexcept nogil:
+    """keep = scores that reach bound, of those equal to it the first `ties`; returns what is left."""
+    cdef Py_ssize_t i
+    for i in range(n):
+        keep[i] = scores[i] > bound if ties >= 0 else scores[i] >= bound
+    for i in range(n if ties > 0 else 0):
+        if ties and scores[i] == bound:
+            keep[i] = 1
+            ties -= 1
+    return ties
+
+
+cdef void _top_floats(const float[:, ::1] scores, Py_ssize_t k, int64_t[::1] row_ptr,
+                      int32_t[::1] columns, uint8_t[:, ::1] keep, uint32_t mask):
+    cdef Py_ssize_t rows = scores.shape[0], cols = scores.shape[1], r
+    cdef int64_t ties = 0
+    cdef float bound
+    # Memory that is not touched costs nothing: most often few scores lie around the bound.
+    cdef float *work = <float *> allocate(max(8192, rows * cols + 2) * sizeof(float))
+    with nogil:
+        bound = _float_of_all(&scores[0, 0], rows * cols, mask, k, work, &ties)
+        for r in range(rows):
+            if keep.shape[0]:
+                ties = _mark_floats(&scores[r, 0], cols, bound, ties, &keep[r, 0])
+            else:
+                row_ptr[r + 1] = row_ptr[r] + spfmt_emit_floats(
+                    &scores[r, 0], cols, mask, bound, &ties, &columns[0] + row_ptr[r],
+                    k - row_ptr[r])
+    free(work)
+
+
+def top_magnitudes(const float[:, ::1] weights, Py_ssize_t k, int64_t[::1] row_ptr,
+                   int32_t[::1] columns, uint8_t[:, ::1] keep):
+    """`top_columns` of magnitudes, without a mask: `keep` is empty."""
+    _top_floats(weights, k, row_ptr, columns, keep, _MAGNITUDE)
+
+
+def fours_of_magnitudes(const float[:, ::1] weights, Py_ssize_t n, int32_t[:, ::1] out):
+    """`nm_columns` of magnitudes, for groups of four in a matrix."""
+    cdef Py_ssize_t cols = weights.shape[1], kept = out.shape[1], r
+    cdef int32_t *columns
+    if weights.shape[0] == 0 or kept == 0:
+        return
+    columns = <int32_t *> allocate((cols + 4) * sizeof(int32_t))
+    with nogil:
+        for r in range(weights.shape[0]):
+            spfmt_fours_floats(&weights[r, 0], cols, n, _MAGNITUDE, columns)
+            memcpy(&out[r, 0], columns, kept * sizeof(int32_t))
+    free(columns)
+
+
 def top_columns(const real[:, ::1] scores, Py_ssize_t k, int64_t[::1] row_ptr,
                 int32_t[::1] columns, uint8_t[:, ::1] keep):
     """The k largest of all scores, ties to the first: their columns, row after row, or their mask.
 
     `columns` has k elements, or none where `keep` has some.
     """
+    if real is float:
+        _top_floats(scores, k, row_ptr, columns, keep, _AS_IT_IS)
+    else:
+        _top_doubles(scores, k, row_ptr, columns, keep)
+
+
+cdef void _top_doubles(const double[:, ::1] scores, Py_ssize_t k, int64_t[::1] row_ptr,
+                       int32_t[::1] columns, uint8_t[:, ::1] keep):
     cdef Py_ssize_t cols = scores.shape[1], r
     cdef int64_t *keys
     cdef int64_t bound, ties = 0
@@ -525,6 +639,31 @@ def column_counts(const int32_t[:, ::1] columns, Py_ssize_t m, int32_t[:, ::1] o
         for r in range(out.shape[0] * m):
             for i in range(columns.shape[1]):
                 out[r // m, columns[r, i]] += 1
+
+
+# ---- blocks of the grid ----------------------------------------------------------------------
+
+
+def grid_magnitudes(const float[:, ::1] weights, Py_ssize_t block_rows, Py_ssize_t block_cols,
+                    float[:, ::1] out):
+    """Largest magnitude of every block of the grid, NaN where there is one."""
+    cdef Py_ssize_t rows = weights.shape[0], cols = weights.shape[1], g, r, b, c
+    cdef int32_t *top
+    cdef int32_t best
+    if out.shape[0] == 0 or out.shape[1] == 0:
+        return
+    top = <int32_t *> allocate(cols * sizeof(int32_t))
+    with nogil:
+        for g in range(out.shape[0]):
+            memset(top, 0, cols * sizeof(int32_t))
+            for r in range(g * block_rows, min(rows, (g + 1) * block_rows)):
+                spfmt_top_magnitudes(&weights[r, 0], cols, top)
+            for b in range(out.shape[1]):
+                best = 0
+                for c in range(b * block_cols, min(cols, (b + 1) * block_cols)):
+                    best = max(best, top[c])
+                memcpy(&out[g, b], &best, sizeof(int32_t))
+    free(top)
 
 
 # ---- shuffled blocks -------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from torch.optim.swa_utils import AveragedModel  # noqa: E402
 from train_cases import stepped  # noqa: E402
 
 from spfmt.errors import FormatError  # noqa: E402
-from spfmt.train import SET  # noqa: E402
+from spfmt.train import SET, Rewire  # noqa: E402
 
 # ------------------------------------------------------------------------------ wrapped optimizers
 
@@ -299,3 +299,34 @@ def _fully_shard(rank: int) -> None:
 
 def test_fsdp2_trains_and_moves():
     in_two_processes(_fully_shard)
+
+
+def _rewire(rank: int) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32), nn.Linear(32, 4))
+    alone = copy.deepcopy(model)
+    ddp = nn.parallel.DistributedDataParallel(model)
+    runs = []
+    for used, inner in ((ddp, model), (alone, alone)):
+        optimizer = torch.optim.SGD(used.parameters(), lr=0.5, momentum=0.9)
+        method = Rewire(used, optimizer, density=0.25, mode="no_exploit")
+        for step in range(4):
+            x = torch.randn(8, 32, generator=torch.Generator().manual_seed(step))
+            own = x[rank::2] if used is ddp else x
+            optimizer.zero_grad()
+            used(own).square().sum(1).mean().backward()
+            optimizer.step()
+            method.step()
+        assert method.updates > 1
+        runs.append((inner[2].weight.detach(), inner[2].positions()))
+    torch.testing.assert_close(runs[0][0], runs[1][0])
+    np.testing.assert_array_equal(runs[0][1], runs[1][1])
+    found = [None, None]
+    dist.all_gather_object(found, runs[0])
+    assert torch.equal(found[0][0], found[1][0])
+    with pytest.raises(FormatError, match="different beta"):
+        Rewire(alone, optimizer, beta=0.1 * (rank + 1), mode="regularize")
+
+
+def test_all_weights_of_ranks_stay_equal():
+    in_two_processes(_rewire)

@@ -9,18 +9,25 @@ struct Transposed {
   int64_t nbytes() const { return plan->nbytes(); }
 };
 
+// So many columns are filled at a time that the lines being written to stay in the L1 cache.
+constexpr int64_t kTileCols = 256;
+
 std::shared_ptr<const Transposed> transpose(const Lists& a, std::shared_ptr<PackedValues> values) {
   const int64_t nnz = a.indptr[a.rows];
   std::vector<int64_t> indptr(a.cols + 1), source(nnz);
   std::vector<int32_t> rows(nnz);
   for (int64_t p = 0; p < nnz; ++p) ++indptr[a.col_indices[p] + 1];
   for (int64_t c = 0; c < a.cols; ++c) indptr[c + 1] += indptr[c];
-  std::vector<int64_t> next(indptr.begin(), indptr.end() - 1);
-  for (int64_t r = 0; r < a.rows; ++r) {
-    for (int64_t p = a.indptr[r]; p < a.indptr[r + 1]; ++p) {
-      const int64_t to = next[a.col_indices[p]]++;
-      rows[to] = static_cast<int32_t>(r);
-      source[to] = p;
+  std::vector<int64_t> next(indptr.begin(), indptr.end() - 1), at(a.indptr, a.indptr + a.rows);
+  for (int64_t end = kTileCols; end < a.cols + kTileCols; end += kTileCols) {
+    for (int64_t r = 0; r < a.rows; ++r) {
+      int64_t p = at[r];
+      for (const int64_t stop = a.indptr[r + 1]; p < stop && a.col_indices[p] < end; ++p) {
+        const int64_t to = next[a.col_indices[p]]++;
+        rows[to] = static_cast<int32_t>(r);
+        source[to] = p;
+      }
+      at[r] = p;
     }
   }
   auto made = std::make_shared<Transposed>();

@@ -108,7 +108,7 @@ const std::array<const char*, kTerms> kTermNames = {"call",     "operands",  "st
                                                     "multiply", "beyond_l2", "beyond_l3"};
 
 Summary summarize(const Lists& a) {
-  constexpr int64_t kSample = 32;
+  constexpr int64_t kSample = 8;
   const int64_t slices = divide_up(a.rows, kBandRows), sample = std::min(slices, kSample);
   std::vector<uint8_t> top(divide_up(a.cols, kChunk));
   int64_t steps = 0;

@@ -55,7 +55,8 @@ std::vector<OctetPiece> take_pieces(const Lists& a, int64_t first_row, int64_t c
   std::vector<OctetPiece> pieces;
   for (size_t i = 0; i < at.size(); ++i) {
     const int64_t start = at[i];
-    while (at[i] < a.indptr[first_row + i + 1] && a.col_indices[at[i]] < column) ++at[i];
+    const int32_t* stop = a.col_indices + a.indptr[first_row + i + 1];
+    at[i] = std::lower_bound(a.col_indices + start, stop, column) - a.col_indices;
     if (at[i] > start) pieces.push_back({start, at[i], static_cast<uint16_t>(i)});
   }
   std::stable_sort(pieces.begin(), pieces.end(), [](const OctetPiece& p, const OctetPiece& q) {

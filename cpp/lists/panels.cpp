@@ -38,41 +38,46 @@ int64_t tile_count(const Lists& a) {
   return std::max<int64_t>({1, least, std::min(wanted, mean / kLeastPerPiece)});
 }
 
-// The part of each row of a chunk that lies in the tile ending at `column`; `at` moves past it.
+// The parts of the rows of a chunk that lie in the tile ending at `column`, longest first and of
+// equal ones the first row first; `at` moves past them. `order` has room for a number per row.
 void append_pieces(const Lists& a, int64_t row, std::vector<int64_t>& at, int64_t column,
-                   bool first, PiecePack& pack) {
-  const size_t begin = pack.piece.size();
+                   bool first, std::vector<uint64_t>& order, PiecePack& pack) {
+  size_t n = 0;
   for (size_t i = 0; i < at.size(); ++i) {
     const int64_t start = at[i];
     at[i] = std::lower_bound(a.col_indices + start, a.col_indices + a.indptr[row + i + 1], column) -
             a.col_indices;
     if (at[i] == start && !first) continue;
-    pack.piece.push_back({static_cast<int32_t>(start - a.indptr[row]), static_cast<uint16_t>(i),
-                          static_cast<uint16_t>(at[i] - start)});
+    order[n++] = static_cast<uint64_t>(UINT16_MAX - (at[i] - start)) << 48 | i << 32 |
+                 static_cast<uint32_t>(start - a.indptr[row]);
   }
-  std::stable_sort(pack.piece.begin() + begin, pack.piece.end(),
-                   [](const Piece& p, const Piece& q) { return p.count > q.count; });
+  std::sort(order.begin(), order.begin() + static_cast<int64_t>(n));
+  for (size_t k = 0; k < n; ++k) {
+    pack.piece.push_back({static_cast<int32_t>(order[k]), static_cast<uint16_t>(order[k] >> 32),
+                          static_cast<uint16_t>(UINT16_MAX - (order[k] >> 48))});
+  }
 }
 
-void append_columns(const Lists& a, int64_t row, int64_t tile_start, size_t first_piece,
-                    PiecePack& pack) {
+// Columns of the pieces from a first one on, counted from a tile's start, at `to`; returns their
+// end.
+uint16_t* write_columns(const Lists& a, int64_t row, int64_t tile_start, size_t first_piece,
+                        const PiecePack& pack, uint16_t* to) {
   for (size_t i = first_piece; i < pack.piece.size(); ++i) {
     const Piece& piece = pack.piece[i];
     const int32_t* col = a.col_indices + a.indptr[row] + piece.start;
-    const size_t at = pack.col.size();
-    pack.col.resize(at + piece.count);
-    uint16_t* to = pack.col.data() + at;
     for (int k = 0; k < piece.count; ++k) to[k] = static_cast<uint16_t>(col[k] - tile_start);
+    to += piece.count;
   }
-  pack.piece_ptr.push_back(pack.piece.size());
-  pack.visit_ptr.push_back(pack.col.size());
+  return to;
 }
 
 std::shared_ptr<const PiecePack> make_pieces(const Lists& a) {
   auto pack = std::make_shared<PiecePack>();
   const int64_t tiles = tile_count(a);
   const int64_t width = std::max<int64_t>(1, (a.cols + tiles - 1) / tiles);
-  pack->col.reserve(a.indptr[a.rows]);
+  pack->col.resize(a.indptr[a.rows]);
+  uint16_t* to = pack->col.data();
+  std::vector<uint64_t> order(kRowChunk);
   pack->piece_ptr.push_back(0);
   pack->visit_ptr.push_back(0);
   for (int64_t row = 0; row < a.rows; row += kRowChunk) {
@@ -84,8 +89,11 @@ std::shared_ptr<const PiecePack> make_pieces(const Lists& a) {
     std::vector<int64_t> at(a.indptr + row, a.indptr + row + rows);
     for (int64_t t = 0; t < tiles; ++t) {
       const size_t first_piece = pack->piece.size();
-      append_pieces(a, row, at, t == tiles - 1 ? a.cols : (t + 1) * width, t == 0, *pack);
-      append_columns(a, row, t * width, first_piece, *pack);
+      const int64_t end = t == tiles - 1 ? a.cols : (t + 1) * width;
+      append_pieces(a, row, at, end, t == 0, order, *pack);
+      to = write_columns(a, row, t * width, first_piece, *pack, to);
+      pack->piece_ptr.push_back(pack->piece.size());
+      pack->visit_ptr.push_back(to - pack->col.data());
     }
   }
   pack->view = {tiles,

@@ -17,6 +17,7 @@ as it is: one broadcast input meets one contiguous load of weights.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -39,8 +40,16 @@ class _Positions:
 
     cols: int
 
-    def row_runs(self) -> RowRuns:
+    def _row_runs(self) -> RowRuns:
         raise NotImplementedError
+
+    @functools.cached_property
+    def _runs(self) -> RowRuns:
+        return self._row_runs()
+
+    def row_runs(self) -> RowRuns:
+        """The columns and places of every row's values, made once."""
+        return self._runs
 
     def flat_indices(self) -> Int64s:
         """Row-major flat index of every stored position, in the order of the values."""
@@ -77,8 +86,7 @@ class Lists(_Positions):
         """Number of stored positions."""
         return int(self.col_indices.size)
 
-    def row_runs(self) -> RowRuns:
-        """The columns and places of every row's values."""
+    def _row_runs(self) -> RowRuns:
         rows, begin = np.arange(self.rows, dtype=np.int32), self.indptr[:-1]
         runs = np.stack([begin, np.diff(self.indptr), begin, np.ones_like(begin)])
         return RowRuns((self.rows, self.cols), rows, runs, self.col_indices)
@@ -116,8 +124,7 @@ class Groups(_Positions):
         """Number of stored positions."""
         return int(self.value_ptr[-1])
 
-    def row_runs(self) -> RowRuns:
-        """The columns and places of every row's values."""
+    def _row_runs(self) -> RowRuns:
         heights = np.diff(self.row_ptr)
         band = np.repeat(np.arange(heights.size), heights)
         lane = np.arange(self.rows, dtype=np.int64) - self.row_ptr[band]

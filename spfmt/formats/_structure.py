@@ -44,6 +44,9 @@ class Structure:
         The format's `PARAMS`.
     copy : bool
         False shares the memory of arrays that already have the right dtype and order.
+    legal : bool
+        Whether the arrays are known to form a legal structure, since a search of this package has
+        just made them: to check them takes as long as to find them.
 
     Raises
     ------
@@ -58,6 +61,7 @@ class Structure:
         arrays: Mapping[str, Any],
         params: Mapping[str, Any],
         copy: bool = True,
+        legal: bool = False,
     ) -> None:
         check_names("arrays", arrays, cls.STRUCTURE, cls.__name__)
         check_names("parameters", params, cls.PARAMS, cls.__name__)
@@ -76,7 +80,8 @@ class Structure:
         )
         self._layout: Layout | None = None
         self._plan: Plan | None = None
-        cls._check(self)
+        if not legal:
+            cls._check(self)
         self.values_shape: Shape = cls._values_shape(self)
 
     def __getitem__(self, name: str) -> Array:

@@ -115,10 +115,19 @@ class CSR(SparseTensor):
         values : array_like of the same shape, optional
             Dense array to take the values from; zeros by default.
         """
-        from spfmt.structure.unstructured import topk_columns
+        return cls._largest(scores, density, True, values)
+
+    @classmethod
+    def from_magnitudes(cls, weights: Any, density: float) -> CSR:  # type: ignore[override]
+        """Keep the weights of largest magnitude; see `SparseTensor.from_magnitudes`."""
+        return cls._largest(weights, density, False, None)
+
+    @classmethod
+    def _largest(cls, scores: Any, density: float, signed: bool, values: Any) -> CSR:
+        from spfmt.structure.unstructured import columns_of_largest
 
         matrix, shape, budget = scores_budget(scores, density)
-        indptr, columns = topk_columns(matrix, budget)
+        indptr, columns = columns_of_largest(matrix, budget, signed)
         return cls._found(matrix, shape, {"indptr": indptr, "col_indices": columns}, {}, values)
 
     def caption(self) -> str:

@@ -200,7 +200,33 @@ class NM(SparseTensor):
         values : array_like of the same shape, optional
             Dense array to take the values from; zeros by default.
         """
-        from spfmt.structure.nm import nm_columns, transposable_nm_columns
+        return cls._best(scores, density, m, n, transposable, True, values)
+
+    @classmethod
+    def from_magnitudes(  # type: ignore[override]
+        cls,
+        weights: Any,
+        density: float | None = None,
+        *,
+        m: int = 32,
+        n: int | None = None,
+        transposable: int = 0,
+    ) -> NM:
+        """Keep the largest magnitudes of every group; see `SparseTensor.from_magnitudes`."""
+        return cls._best(weights, density, m, n, transposable, False, None)
+
+    @classmethod
+    def _best(
+        cls,
+        scores: Any,
+        density: float | None,
+        m: int,
+        n: int | None,
+        transposable: int,
+        signed: bool,
+        values: Any,
+    ) -> NM:
+        from spfmt.structure.nm import columns_of_groups, transposable_nm_columns
 
         matrix, shape, budget = scores_budget(scores, 0.0 if density is None else density)
         cells = kernel_cells(shape)
@@ -209,9 +235,10 @@ class NM(SparseTensor):
         n = _choose_n(shape, density, n, m, budget)
         params = {"n": n, "m": m, "transposable": as_int("transposable", transposable, 0, 1)}
         if transposable:
-            columns = transposable_nm_columns(matrix, n, m, max(1, cells))
+            ranked = matrix if signed else np.abs(matrix)
+            columns = transposable_nm_columns(ranked, n, m, max(1, cells))
         else:
-            columns = nm_columns(matrix, n, m, max(1, cells))
+            columns = columns_of_groups(matrix, n, m, max(1, cells), signed)
         return cls._found(matrix, shape, {"col_indices": columns}, params, values)
 
     SPECS = ("M", "N:M with N <= M")

@@ -16,6 +16,7 @@ from spfmt.formats._coords import Coordinates, group_by_support
 from spfmt.formats._layout import Groups, lower_groups
 from spfmt.formats._registry import register
 from spfmt.formats._structure import Structure
+from spfmt.structure import _selection
 from spfmt.structure._checks import (
     as_density,
     as_int,
@@ -27,6 +28,7 @@ from spfmt.structure._checks import (
     check_range,
     plain_array,
 )
+from spfmt.structure.unstructured import topk_mask
 
 __all__ = ["ShuffledBlock"]
 
@@ -240,6 +242,7 @@ class ShuffledBlock(SparseTensor):
         row_perm: Any = None,
         row_groups: int | None = None,
         aligned: bool = False,
+        norm: float = 1.0,
         values: Any = None,
         method: str = "paper",
         metric: str = "jaccard",
@@ -269,13 +272,15 @@ class ShuffledBlock(SparseTensor):
         aligned : bool
             True shuffles nothing: blocks lie on the grid of S1 x S2, and the best of the grid win
             (the paper's baseline DNSB).
+        norm : float
+            Of aligned blocks: their score is the p-norm of their scores for this p, at least 1,
+            ``math.inf`` for the largest (Advances in sparse training, appendix E.1). At 1 it is the
+            sum, where negative scores speak against a block; else magnitudes count.
         values : array_like of the same shape, optional
             Dense array to take the values from; zeros by default.
         method, metric, linkage, min_overlap
             How rows are ordered, see `spfmt.structure.rows.order_rows`; `row_perm` replaces them.
         """
-        from spfmt.structure.unstructured import topk_mask
-
         matrix, shape, budget = scores_budget(scores, density)
         block = _block(block_shape, row_groups, matrix.shape[0])
         how = {"method": method, "metric": metric, "linkage": linkage, "min_overlap": min_overlap}
@@ -284,13 +289,34 @@ class ShuffledBlock(SparseTensor):
             mask = topk_mask(matrix, budget)
             perm = _order(mask, block, how) if perm is None else perm
             matrix = matrix if row_groups is None else _counted(mask, matrix)
-        if aligned:
-            pointer, columns = _best_aligned(
-                _sums(matrix, block[0]), matrix.shape[0], block, budget
-            )
-        else:
+        if not aligned:
             pointer, columns = _best_blocks(matrix, perm, block, budget)
+        else:
+            norms = _grid_norms(matrix, block, _check_norm(norm))
+            pointer, columns = _best_of_grid(norms, matrix.shape, block, budget)
         return cls._blocks(shape, block, perm, pointer, columns, dtype, values)
+
+    @classmethod
+    def from_magnitudes(
+        cls, weights: Any, density: float | None = None, **params: Any
+    ) -> ShuffledBlock:
+        """Keep the blocks of largest magnitude; see `SparseTensor.from_magnitudes`."""
+        known = {"aligned": True, "norm": np.inf, "block_shape": BLOCK_SHAPE}
+        fused = all(params.get(name) == known[name] for name in ("aligned", "norm"))
+        single = getattr(weights, "dtype", None) == np.float32
+        if not (fused and single and params.keys() <= known.keys()):
+            return super().from_magnitudes(weights, density, **params)
+        shape = check_shape(weights.shape)
+        rows, cols = matrix_shape(shape)
+        block = as_pair("block_shape", params.get("block_shape", BLOCK_SHAPE), *_NAMES)
+        norms = np.empty((-(-rows // block[0]), -(-cols // block[1])), np.float32)
+        matrix = np.ascontiguousarray(plain_array("weights", weights)).reshape(rows, cols)
+        _selection.grid_magnitudes(matrix, *block, norms)
+        if np.isnan(norms).any():  # to say where
+            return super().from_magnitudes(weights, density, **params)
+        budget = round(as_density(density) * (rows * cols))
+        found = _best_of_grid(norms, (rows, cols), block, budget)
+        return cls._blocks(shape, block, np.arange(rows, dtype=np.int32), *found, np.float32)
 
     @classmethod
     def from_weights(
@@ -346,8 +372,11 @@ class ShuffledBlock(SparseTensor):
         np.take((group - np.arange(rows)) * cols, keys, out=keys, mode="clip")
         keys += positions
         sums = np.bincount(keys, weights, groups * cols).reshape(groups, cols)
-        search = _best_aligned if aligned else _best_of_groups
-        found = search(sums, rows, block, budget)
+        if aligned:
+            norms = _over_columns(np.add, sums, block[1])
+            found = _best_of_grid(norms, (rows, cols), block, budget)
+        else:
+            found = _best_of_groups(sums, rows, block, budget)
         return cls._blocks(shape, block, perm, *found, np.dtype(np.float32))
 
     @classmethod
@@ -499,30 +528,59 @@ def _count(
     return n_blocks + bisect_left(range(n_blocks, most), budget, key=held)
 
 
-def _sums(scores: Array, block_rows: int) -> Array:
-    """Sums over every `block_rows` consecutive rows, (G, C)."""
+def _check_norm(norm: float) -> float:
+    if not norm >= 1.0:
+        raise format_error(f"norm={norm}", "at least 1, or math.inf", "1 sums magnitudes")
+    return float(norm)
+
+
+def _grid_norms(scores: Array, block_shape: tuple[int, int], norm: float) -> Array:
+    """Score of every block of the grid, (G, ceil(C / S2))."""
+    scores = bounded(scores)
+    ufunc: np.ufunc = np.add
+    if norm == np.inf:
+        ufunc, scores = np.maximum, np.abs(scores)
+    elif norm > 1.0:  # of the largest, so that no power overflows; the root changes no order
+        scale = max(np.abs(scores).max(initial=0.0), np.finfo(scores.dtype).tiny)
+        scores = (np.abs(scores) / scale).astype(np.float64) ** norm
+    dtype = scores.dtype if norm == np.inf else np.dtype(np.float64)
+    return _over_columns(ufunc, _over_rows(ufunc, scores, dtype, block_shape[0]), block_shape[1])
+
+
+def _over_rows(ufunc: np.ufunc, scores: Array, dtype: np.dtype[Any], block_rows: int) -> Array:
+    """Reduce every `block_rows` consecutive rows, (G, C)."""
     starts = range(0, len(scores), block_rows)
-    sums = [bounded(scores[i : i + block_rows]).sum(0, np.float64) for i in starts]
-    return np.array(sums).reshape(len(sums), scores.shape[1])
+    reduced = [ufunc.reduce(scores[i : i + block_rows], axis=0, dtype=dtype) for i in starts]
+    return np.array(reduced, dtype).reshape(len(starts), scores.shape[1])
 
 
-def _best_aligned(
-    sums: Array, rows: int, block_shape: tuple[int, int], budget: int
+def _over_columns(ufunc: np.ufunc, scores: Array, block_cols: int) -> Array:
+    """Reduce every `block_cols` consecutive columns."""
+    left = np.arange(0, scores.shape[1], block_cols)
+    return np.asarray(ufunc.reduceat(scores, left, axis=1) if scores.size else scores)
+
+
+def _best_of_grid(
+    norms: Array, shape: tuple[int, int], block_shape: tuple[int, int], budget: int
 ) -> tuple[Array, Array]:
     """Fewest of the best blocks of the grid that hold at least `budget` values."""
-    groups, cols = sums.shape
-    left = np.arange(0, cols, block_shape[1])
-    heights, widths = np.diff(_group_rows(rows, block_shape[0])), np.diff(left, append=cols)
-    if not sums.size:
-        return np.zeros(groups + 1, np.int64), np.empty(0, np.int32)
-    norms = np.add.reduceat(sums, left, axis=1)
+    (rows, cols), (block_rows, block_cols) = shape, block_shape
+    if not norms.size:
+        return np.zeros(len(norms) + 1, np.int64), np.empty(0, np.int32)
+    if rows % block_rows == 0 and cols % block_cols == 0:
+        kept = topk_mask(norms, -(-budget // (block_rows * block_cols)))
+        columns = np.flatnonzero(kept)[:, None] % norms.shape[1] * block_cols
+        pointer = np.append(0, np.cumsum(kept.sum(axis=1) * block_cols))
+        return pointer, (columns + np.arange(block_cols)).astype(np.int32).reshape(-1)
+    left = np.arange(0, cols, block_cols)
+    heights, widths = np.diff(_group_rows(rows, block_rows)), np.diff(left, append=cols)
     best = np.argsort(-norms, axis=None, kind="stable")
     held = np.cumsum(np.outer(heights, widths).reshape(-1)[best])
     kept = np.zeros(norms.shape, np.bool_)
     kept.reshape(-1)[best[: np.searchsorted(held, budget) + 1 if budget else 0]] = True
-    columns = np.repeat(kept, widths, axis=1)  # (G, C)
-    pointer = np.append(0, np.cumsum(columns.sum(axis=1)))
-    return pointer, np.nonzero(columns)[1]
+    taken = np.repeat(kept, widths, axis=1)  # (G, C)
+    pointer = np.append(0, np.cumsum(taken.sum(axis=1)))
+    return pointer, np.nonzero(taken)[1]
 
 
 def _rows_by_support(coords: Coordinates, block_rows: int) -> Array:

@@ -61,6 +61,7 @@ METHODS: dict[str, type[Any]] = {
     "hrbp": train.HRBP,
     "gradual": train.GradualPruning,
     "sampled": train.SampledGrowth,
+    "rewire": train.Rewire,
 }
 """Every method that a recipe can name, besides `DENSE`."""
 

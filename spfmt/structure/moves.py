@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -11,7 +11,7 @@ from ..errors import format_error
 from . import _positions
 from ._checks import Int32Array, Int64Array, as_int
 
-__all__ = ["RowRuns", "flat_indices", "packed_mask", "sources"]
+__all__ = ["RowRuns", "flat_indices", "gather", "packed_mask", "scatter", "sources"]
 
 
 class RowRuns(NamedTuple):
@@ -60,6 +60,28 @@ def packed_mask(positions: RowRuns) -> npt.NDArray[np.uint8]:
     bits = np.zeros(-(-positions.shape[0] * positions.shape[1] // 8), np.uint8)
     _positions.mark(positions.rows, positions.runs, positions.col_indices, positions.shape[1], bits)
     return bits
+
+
+def gather(positions: RowRuns, dense: npt.NDArray[Any], out: npt.NDArray[Any]) -> None:
+    """Write the elements of a dense matrix at the positions into the first of `out`.
+
+    Parameters
+    ----------
+    positions : RowRuns
+    dense : ndarray of int16, int32 or int64, shape (R * C,)
+        Elements of any type, as integers of its size.
+    out : ndarray of the same dtype, shape (at least nnz,)
+    """
+    _positions.gather(
+        positions.rows, positions.runs, positions.col_indices, positions.shape[1], dense, out
+    )
+
+
+def scatter(positions: RowRuns, values: npt.NDArray[Any], dense: npt.NDArray[Any]) -> None:
+    """Write values to their positions in a dense matrix: the way back of `gather`."""
+    _positions.scatter(
+        positions.rows, positions.runs, positions.col_indices, positions.shape[1], values, dense
+    )
 
 
 def sources(old: RowRuns, new: RowRuns, capacity: int | None = None) -> Int64Array:

@@ -20,7 +20,9 @@ __all__ = [
 ]
 
 
-def nm_columns(scores: npt.ArrayLike, n: int, m: int, cells: int = 1) -> Int32Array:
+def nm_columns(
+    scores: npt.ArrayLike, n: int, m: int, cells: int = 1, *, signed: bool = True
+) -> Int32Array:
     """Best n of every group of m columns, row by row: the exact optimum of each group.
 
     Parameters
@@ -33,6 +35,8 @@ def nm_columns(scores: npt.ArrayLike, n: int, m: int, cells: int = 1) -> Int32Ar
     cells : int, default 1
         Kh*Kw of a convolution. Groups then run along C_in at a fixed cell: group members are
         `cells` columns apart (HRBP paper, Appendix H; Advances in sparse training, App. E.2).
+    signed : bool, default True
+        False ranks by magnitude.
 
     Returns
     -------
@@ -50,11 +54,21 @@ def nm_columns(scores: npt.ArrayLike, n: int, m: int, cells: int = 1) -> Int32Ar
     [[0, 2, 4, 5]]
     """
     plain = as_scores(scores, ndim=2)
-    n, m, cells = _check_groups(plain, n, m, cells)
+    return columns_of_groups(plain, *_check_groups(plain, n, m, cells), signed)
+
+
+def columns_of_groups(
+    plain: FloatArray, n: int, m: int, cells: int, signed: bool = True
+) -> Int32Array:
+    """`nm_columns` of scores and numbers that were checked."""
     channels = plain.shape[1] // cells
     whole, rest = divmod(channels, m)
     columns = np.empty((plain.shape[0], (whole * n + min(n, rest)) * cells), np.int32)
-    _selection.nm_columns(plain, n, min(m, max(1, channels)), cells, columns)
+    if not signed and plain.dtype == np.float32 and m == 4 and cells == 1:
+        _selection.fours_of_magnitudes(plain, n, columns)
+    else:
+        ranked = plain if signed else np.abs(plain)
+        _selection.nm_columns(ranked, n, min(m, max(1, channels)), cells, columns)
     return columns
 
 

@@ -6,12 +6,14 @@ import numpy as np
 import numpy.typing as npt
 
 from . import _selection
-from ._checks import BoolArray, Int32Array, Int64Array, as_int, as_scores
+from ._checks import BoolArray, FloatArray, Int32Array, Int64Array, as_int, as_scores
 
-__all__ = ["per_row_topk", "topk_columns", "topk_mask"]
+__all__ = ["columns_of_largest", "per_row_topk", "topk_columns", "topk_mask"]
 
 
-def topk_columns(scores: npt.ArrayLike, n: int) -> tuple[Int64Array, Int32Array]:
+def topk_columns(
+    scores: npt.ArrayLike, n: int, *, signed: bool = True
+) -> tuple[Int64Array, Int32Array]:
     """Columns of the n largest scores of a whole matrix, row after row.
 
     Parameters
@@ -20,6 +22,8 @@ def topk_columns(scores: npt.ArrayLike, n: int) -> tuple[Int64Array, Int32Array]
         Larger is better.
     n : int
         How many positions to keep, 0 <= n <= R*C.
+    signed : bool, default True
+        False ranks by magnitude.
 
     Returns
     -------
@@ -39,10 +43,19 @@ def topk_columns(scores: npt.ArrayLike, n: int) -> tuple[Int64Array, Int32Array]
     ([0, 1, 2], [1, 0])
     """
     plain = as_scores(scores, ndim=2)
-    n = as_int("n", n, 0, plain.size)
+    return columns_of_largest(plain, as_int("n", n, 0, plain.size), signed)
+
+
+def columns_of_largest(
+    plain: FloatArray, n: int, signed: bool = True
+) -> tuple[Int64Array, Int32Array]:
+    """`topk_columns` of scores and a number that were checked."""
     indptr, columns = np.zeros(len(plain) + 1, np.int64), np.empty(n, np.int32)
     if n:
-        _selection.top_columns(plain, n, indptr, columns, np.empty((0, 0), np.uint8))
+        fused = not signed and plain.dtype == np.float32
+        search = _selection.top_magnitudes if fused else _selection.top_columns
+        ranked = plain if signed or fused else np.abs(plain)
+        search(ranked, n, indptr, columns, np.empty((0, 0), np.uint8))
     return indptr, columns
 
 

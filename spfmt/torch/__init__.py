@@ -20,6 +20,8 @@ from spfmt.torch.layer import resolve_density
 from spfmt.torch.linear import SparseLinear
 from spfmt.torch.module import SparseModule, follow
 from spfmt.torch.ops import sddmm, spmm, spmm_t
+from spfmt.torch.participate import participate
+from spfmt.torch.participating import Participating
 from spfmt.torch.report import LayerReport, ModelReport
 from spfmt.torch.sparsify import decay_groups, densify, layer_densities, sparsify, sparsify_like
 
@@ -27,6 +29,7 @@ __all__ = [
     "FrozenLinear",
     "LayerReport",
     "ModelReport",
+    "Participating",
     "SparseConv1d",
     "SparseConv2d",
     "SparseLinear",
@@ -40,6 +43,7 @@ __all__ = [
     "follow",
     "freeze",
     "layer_densities",
+    "participate",
     "resolve_density",
     "sddmm",
     "sparsify",

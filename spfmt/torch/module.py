@@ -20,7 +20,7 @@ from spfmt.cost import Geometry
 from spfmt.errors import FormatError, format_error
 from spfmt.formats import SparseTensor, Structure, decode_structure, encode, words_capacity
 from spfmt.torch.convert import to_numpy, to_torch_values, whole, write_whole
-from spfmt.torch.values import compiled_structure
+from spfmt.torch.values import compiled_structure, write_structure
 from spfmt.torch.weight import WeightInfo
 
 __all__ = ["SparseModule", "follow", "move", "powers"]
@@ -343,14 +343,12 @@ class SparseModule(nn.Module):
         for twin in averages:
             _log.info("an average of a %s layer moves along", self.format)
             twin._move(old, new, words, source.to(twin.values.device))
-        self.structure.copy_(torch.from_numpy(words))
+        write_structure(self.structure, words, new)
         if taken is None:
             move(self.values, source)
         else:
             write_whole(self.values, taken)
         self.__dict__["_kept"] = new
-        if self.structure.device.type == "cpu":
-            self._as_written()  # while `new` lives: so the words are not decoded and checked
 
     def _leave(self, old: Structure) -> None:
         """Remember that whoever stands on a structure now does not stand where this layer does."""

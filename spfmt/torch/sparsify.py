@@ -19,6 +19,7 @@ from spfmt.torch.attention import set_fast_paths
 from spfmt.torch.frozen import unfreeze
 from spfmt.torch.layer import SparseLayer, implied_density, resolve_density
 from spfmt.torch.module import SparseModule
+from spfmt.torch.participating import Participating
 from spfmt.torch.report import LayerReport, ModelReport
 from spfmt.torch.survey import (
     Found,
@@ -277,8 +278,12 @@ def _decide(
     targets: _Targets,
     include: tuple[Selector, ...],
     exclude: tuple[Selector, ...],
+    rule: Callable[[Found, list[Found]], str] = why_kept,
 ) -> None:
-    """Write into every entry why it is left, or leave the reason empty."""
+    """Write into every entry why it is left, or leave the reason empty.
+
+    The rule says what stays dense unless it is named.
+    """
     tied = ties(found)
     for entry in found:
         entry.reason = why_unfit(entry, tied)
@@ -291,7 +296,7 @@ def _decide(
         elif targets.by_name is not None and entry.name not in targets.by_name:
             entry.reason = "not named in density"
         elif not include and targets.by_name is None:
-            entry.reason = why_kept(entry, found)
+            entry.reason = rule(entry, found)
     unknown = set(targets.by_name or ()) - {name for entry in found for name in entry.names[:1]}
     if unknown:
         raise format_error(
@@ -331,10 +336,10 @@ def _make(
     return _row(entry, layer, remark), layer
 
 
-def _row(entry: Found, layer: SparseLayer | None, remark: str) -> LayerReport:
+def _row(entry: Found, layer: SparseLayer | Participating | None, remark: str) -> LayerReport:
     kind, aliases = type(entry.module).__name__, tuple(entry.names[1:])
     now = layer if layer is not None else entry.module
-    if isinstance(now, SparseModule):
+    if isinstance(now, SparseModule | Participating):
         nnz = now.capacity if now.structure.is_meta else now.nnz
         sparse = (now.format, now.target_density, nnz / max(1, entry.size), nnz)
     else:

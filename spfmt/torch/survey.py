@@ -22,6 +22,7 @@ __all__ = [
     "Found",
     "Selector",
     "as_dense",
+    "is_plain",
     "matches",
     "places",
     "selectors",
@@ -152,6 +153,11 @@ _SPARSE: dict[type[nn.Module], type[SparseLayer]] = {
 }
 
 
+def is_plain(module: nn.Module) -> bool:
+    """Tell whether a module is a dense layer of torch that a sparse one stands for."""
+    return type(module) in _SPARSE
+
+
 def sparse_class(dense: nn.Module) -> type[SparseLayer]:
     """Return the sparse layer that stands for a dense one."""
     return _SPARSE[type(dense)]
@@ -159,7 +165,7 @@ def sparse_class(dense: nn.Module) -> type[SparseLayer]:
 
 def as_dense(module: nn.Module) -> Any:
     """Return a dense layer with a module's map, on the module's own memory and bias."""
-    if type(module) in _SPARSE:
+    if is_plain(module):
         return module
     if isinstance(module, SparseLayer):
         return module.to_dense()
@@ -231,7 +237,7 @@ def why_unfit(entry: Found, tied: Mapping[int, list[str]], empty: bool = False) 
         return "its weight is quantised; sparsify before quantising"
     if parametrize.is_parametrized(module):
         return _COMPUTED.format("weight")
-    if type(module) not in _SPARSE and not _is_conv1d(module):
+    if not is_plain(module) and not _is_conv1d(module):
         kind = type(module).__name__
         for dense in _SPARSE:
             if isinstance(module, dense):

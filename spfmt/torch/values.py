@@ -44,7 +44,10 @@ __all__ = [
     "compiled_structure",
     "multiply",
     "sample",
+    "write_structure",
 ]
+
+Words = NDArray[np.int32]
 
 SPMM, SPMM_T = 0, 1
 WRITTEN: int = _kernels.WRITTEN  # `constant` of values that are written before each product
@@ -70,13 +73,12 @@ class CompiledStructure:
 
     __slots__ = ("_end", "_ref", "_state", "_words", "nnz", "plan", "shape", "structure")
 
-    def __init__(self, words: Tensor) -> None:
+    def __init__(self, words: Tensor, written: tuple[Words, Structure] | None = None) -> None:
         array: NDArray[np.int32] = words.numpy()
-        self.structure: Structure = decode_structure(array)
+        self._words, self.structure = written or (array.copy(), decode_structure(array))
         self.shape = self.structure.matrix_shape
         self.plan: Plan = self.structure.plan
         self.nnz = self.structure.nnz
-        self._words = array.copy()
         self._ref = StorageWeakRef(words.untyped_storage())  # type: ignore[no-untyped-call]
         self._end = weakref.ref(words, functools.partial(_release, words.data_ptr()))
         self._state = _state(words)
@@ -120,6 +122,23 @@ def _state(words: Tensor) -> _State | None:
 
 _compiled: dict[int, CompiledStructure] = {}  # by address
 atexit.register(_compiled.clear)  # tensors that die later find modules half taken down
+
+
+def write_structure(buffer: Tensor, words: Words, structure: Structure) -> None:
+    """Write a structure's words into a buffer, whose content then needs no decoding.
+
+    Parameters
+    ----------
+    buffer : Tensor, shape (n_words,), int32
+    words : ndarray of int32, shape (n_words,)
+        What :func:`spfmt.formats.encode` has just made of the structure; not to be written again.
+    structure : Structure
+    """
+    with torch.no_grad():
+        buffer.copy_(torch.from_numpy(words))
+    if buffer.device.type == "cpu" and buffer.is_contiguous():
+        fresh = CompiledStructure(buffer, (words, structure))
+        _compiled[buffer.data_ptr()] = fresh
 
 
 def compiled_structure(structure: Tensor) -> CompiledStructure:

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from spfmt.torch import layer_densities  # first: says what to install where torch is missing
 from spfmt.train.base import SparseTrainer
+from spfmt.train.decorrelation import Decorrelation, decorrelation_times
 from spfmt.train.dsb import DNSB, DSB, SSB
 from spfmt.train.gradient import GradientTrainer
 from spfmt.train.gradual import GradualPruning
 from spfmt.train.hrbp import HRBP
+from spfmt.train.lottery import Lottery
 from spfmt.train.memory import Memory, workspace
 from spfmt.train.observe import Observation
 from spfmt.train.presets import PRESETS, Preset, Training, preset
+from spfmt.train.rewire import Rewire
 from spfmt.train.rigl import RigL
 from spfmt.train.saliency import Saliency, grasp, random_saliency, snip
 from spfmt.train.sampled import SampledGrowth
-from spfmt.train.schedule import CosineSchedule, CubicSchedule
+from spfmt.train.schedule import CosineSchedule, CubicSchedule, IntervalSchedule
 from spfmt.train.set import SET
+from spfmt.train.small import small, small_width
 from spfmt.train.srigl import SRigL
 from spfmt.train.static import Static
 from spfmt.train.summary import LayerSummary, TrainerSummary
@@ -29,12 +33,16 @@ __all__ = [
     "SSB",
     "CosineSchedule",
     "CubicSchedule",
+    "Decorrelation",
     "GradientTrainer",
     "GradualPruning",
+    "IntervalSchedule",
     "LayerSummary",
+    "Lottery",
     "Memory",
     "Observation",
     "Preset",
+    "Rewire",
     "RigL",
     "SRigL",
     "Saliency",
@@ -43,10 +51,13 @@ __all__ = [
     "Static",
     "TrainerSummary",
     "Training",
+    "decorrelation_times",
     "grasp",
     "layer_densities",
     "preset",
     "random_saliency",
+    "small",
+    "small_width",
     "snip",
     "workspace",
 ]

@@ -27,7 +27,7 @@ from spfmt.train.order import StepOrder
 from spfmt.train.ranks import agreed, check_ranks
 from spfmt.train.schedule import CosineSchedule, Schedule
 from spfmt.train.start import Start, started
-from spfmt.train.summary import LayerSummary, TrainerSummary
+from spfmt.train.summary import LayerSummary, TrainerSummary, summarise
 
 # A structure drawn with the caller's seed 0 and growth drawn with the trainer's seed 0 must not be
 # the same random numbers: every dropped weight would be the first to grow again.
@@ -372,21 +372,8 @@ class SparseTrainer(ABC):
         return TrainerSummary(self.steps, self.updates, tuple(rows))
 
     def _summarise(self, name: str, layer: SparseModule) -> LayerSummary:
-        tensor = layer.tensor()
-        active = np.unique(layer.positions() // max(1, math.prod(layer.shape[1:]))).size
         explored = int(np.unpackbits(self._explored[name]).sum())
-        return LayerSummary(
-            name=name,
-            shape=layer.shape,
-            format=layer.format,
-            structure=tensor._summary(),
-            target_density=layer.target_density,
-            density=tensor.density,
-            active_rows=active,
-            mean_fan_in=tensor.nnz / max(1, active),
-            fill=np.count_nonzero(tensor.values) / max(1, tensor.nnz),
-            exploration=explored / max(1, math.prod(layer.shape)),
-        )
+        return summarise(name, layer, explored / max(1, math.prod(layer.shape)))
 
     def memory(self) -> Memory:
         """Return the bytes that the sparse layers hold now, by kind; print it for a line."""

@@ -10,6 +10,7 @@ import torch
 
 from spfmt.errors import format_error
 from spfmt.torch.module import SparseModule
+from spfmt.torch.participating import Participating
 
 __all__ = ["StepOrder"]
 
@@ -21,10 +22,12 @@ class StepOrder:
     ----------
     optimizers : iterable
         The optimizer and all that it wraps.
-    layers : mapping of str to SparseModule
+    layers : mapping of str to SparseModule or Participating
     """
 
-    def __init__(self, optimizers: Iterable[Any], layers: Mapping[str, SparseModule]) -> None:
+    def __init__(
+        self, optimizers: Iterable[Any], layers: Mapping[str, SparseModule | Participating]
+    ) -> None:
         self._layers = layers
         self._stepped = False
         alone = weakref.ref(self)  # a trainer that is gone must not stay with its optimizer
@@ -54,7 +57,7 @@ class StepOrder:
         """
         if self._stepped or self._versions() != self._written:
             return
-        grads = [layer.values.grad for layer in self._layers.values()]
+        grads = [weights.grad for weights in self._weights()]
         if all(g is None or bool(torch.isfinite(g).all()) for g in grads):
             raise format_error(
                 "step() without an optimizer.step() since the last one",
@@ -64,4 +67,8 @@ class StepOrder:
             )
 
     def _versions(self) -> list[int]:
-        return [layer.values._version for layer in self._layers.values()]
+        return [weights._version for weights in self._weights()]
+
+    def _weights(self) -> list[torch.nn.Parameter]:
+        layers = self._layers.values()
+        return [m.values if isinstance(m, SparseModule) else m.weight for m in layers]

@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 
 from spfmt.errors import format_error
 from spfmt.formats import HEADER, SparseTensor, decode_structure, encode
-from spfmt.torch.module import SparseModule
 
 __all__ = ["agreed", "check_ranks", "world_size"]
 
@@ -24,14 +23,13 @@ def world_size(group: Any) -> int:
     return distributed.get_world_size(group) if ready else 1
 
 
-def check_ranks(
-    layers: Mapping[str, SparseModule], settings: Mapping[str, Any], group: Any
-) -> None:
+def check_ranks(layers: Mapping[str, Any], settings: Mapping[str, Any], group: Any) -> None:
     """Refuse ranks with other options or structures; all of them must call this.
 
     Parameters
     ----------
-    layers : mapping of str to SparseModule
+    layers : mapping of str to nn.Module
+        With a buffer `structure`.
     settings : mapping of str to Any
         What a method was made with; numbers, texts and dataclasses are compared.
     group : ProcessGroup or None

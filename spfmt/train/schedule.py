@@ -8,7 +8,7 @@ from typing import Protocol
 
 from spfmt.errors import format_error
 
-__all__ = ["CosineSchedule", "CubicSchedule", "Schedule"]
+__all__ = ["CosineSchedule", "CubicSchedule", "IntervalSchedule", "Schedule"]
 
 
 class Schedule(Protocol):
@@ -171,6 +171,56 @@ class CubicSchedule:
         """Return the share of the weights that must go which is still there after step `t`."""
         done = (t - self.t_start) / (self.updates * self.delta_t)
         return float((1.0 - min(1.0, max(0.0, done))) ** 3)
+
+
+@dataclass(frozen=True)
+class IntervalSchedule:
+    """Update every so many steps, until a step if one is given.
+
+    Parameters
+    ----------
+    interval : int
+        Steps between two updates.
+    end : int, optional
+        The step from which on nothing is updated.
+
+    Raises
+    ------
+    FormatError
+        Where a number is out of its range.
+
+    Examples
+    --------
+    >>> schedule = IntervalSchedule(interval=2, end=5)
+    >>> [t for t in range(9) if schedule.is_update(t)]
+    [2, 4]
+    """
+
+    interval: int = 1
+    end: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.interval < 1 or (self.end is not None and self.end < 0):
+            raise format_error(
+                f"interval={self.interval}, end={self.end}",
+                "an interval of at least 1 step, and an end of at least 0 or None",
+                "pass interval=1 for an update after every step",
+            )
+
+    @classmethod
+    def until(
+        cls, end: int | float, total_steps: int | None, *, interval: int, name: str = "end"
+    ) -> IntervalSchedule:
+        """Build a schedule whose end is a step (int), or a fraction of all steps (float)."""
+        return cls(interval, _step(name, end, total_steps))
+
+    def is_update(self, t: int) -> bool:
+        """Tell whether step `t` (steps count from 1) is one of an update."""
+        return t > 0 and t % self.interval == 0 and not self.ended(t)
+
+    def ended(self, t: int) -> bool:
+        """Tell whether step `t` is the end or behind it."""
+        return self.end is not None and t >= self.end
 
 
 def _step(name: str, given: int | float, total_steps: int | None) -> int:

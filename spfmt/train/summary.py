@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
 
 from spfmt.torch.report import table
 
-__all__ = ["LayerSummary", "TrainerSummary"]
+__all__ = ["LayerSummary", "TrainerSummary", "summarise"]
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,24 @@ class LayerSummary:
             f"{self.exploration:.4f}",
             self.structure,
         )
+
+
+def summarise(name: str, layer: Any, exploration: float) -> LayerSummary:
+    """Return the row of a layer with `tensor`, `positions`, `shape` and `target_density`."""
+    tensor = layer.tensor()
+    active = np.unique(layer.positions() // max(1, math.prod(layer.shape[1:]))).size
+    return LayerSummary(
+        name=name,
+        shape=layer.shape,
+        format=layer.format,
+        structure=tensor._summary(),
+        target_density=layer.target_density,
+        density=tensor.density,
+        active_rows=active,
+        mean_fan_in=tensor.nnz / max(1, active),
+        fill=np.count_nonzero(tensor.values) / max(1, tensor.nnz),
+        exploration=exploration,
+    )
 
 
 _HEAD = (
