@@ -5,17 +5,21 @@
   ``python -m benchmarks.linear --suite all --json docs/linear-....json`` wrote
 - docs/convolution.md's measured part and its figures, from the records docs/conv-*.json and
   docs/models-*.json of ``python -m benchmarks.conv`` and ``python -m benchmarks.models``, if any
+- docs/training.md's measured part, from docs/training-*.json of ``python -m benchmarks.methods``
+  and docs/updates-*.json of ``python -m benchmarks.updates``, if any
 - docs/patterns.png, the formats' patterns
 """
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import convolutions
 import numpy as np
 import results
+import trainings
 from matplotlib.figure import Figure
 
 import spfmt
@@ -28,6 +32,7 @@ README = ROOT / "README.md"
 PAGE = ROOT / "docs" / "benchmarks.md"
 SPEED = ROOT / "docs" / "linear-zen4.json"
 CONVOLUTION = ROOT / "docs" / "convolution.md"
+TRAINING = ROOT / "docs" / "training.md"
 
 
 def support_table() -> str:
@@ -66,6 +71,18 @@ def convolution() -> str:
     return insert(CONVOLUTION.read_text(), "measurements", measured)
 
 
+def training() -> str:
+    """docs/training.md with its measured part up to date."""
+    found = {
+        benchmark: [(path.name, json.loads(path.read_text())) for path in sorted(paths)]
+        for benchmark in ("training", "updates")
+        for paths in [TRAINING.parent.glob(f"{benchmark}-*.json")]
+    }
+    latest = {name: records[-1] if records else None for name, records in found.items()}
+    measured = trainings.section(latest["training"], latest["updates"])
+    return insert(TRAINING.read_text(), "measurements", measured)
+
+
 def insert(text: str, title: str, table: str) -> str:
     """Replace what stands between the markers of one table."""
     before, start, rest = text.partition(f"<!-- {title}: ")
@@ -100,6 +117,7 @@ def main() -> None:
     CONVOLUTION.write_text(convolution())
     if record := record_of("conv"):
         convolutions.draw(record[1], CONVOLUTION.parent)
+    TRAINING.write_text(training())
     PAGE.write_text(benchmarks())
     results.draw(read_record(SPEED), PAGE.parent)
     draw_patterns()

@@ -34,6 +34,7 @@ def test_readme_tables_are_up_to_date(monkeypatch: pytest.MonkeyPatch) -> None:
     assert generate.convolution() == generate.CONVOLUTION.read_text(), (
         "run: python docs/generate.py"
     )
+    assert generate.training() == generate.TRAINING.read_text(), "run: python docs/generate.py"
     assert generate.benchmarks() == generate.PAGE.read_text(), "run: python docs/generate.py"
 
 
