@@ -56,9 +56,9 @@ METHODS: dict[str, tuple[str, ...]] = {
     "DSB": ("method.name=dsb", "format.block_shape=[8,8]"),
     "HRBP, static": ("method.name=static", "format.name=hrbp"),
     "HRBP, dynamic": ("method.name=hrbp",),
-    "Rewire, CSR": ("method.name=rewire",),
-    "Rewire, N:M": ("method.name=rewire", "format.name=nm"),
-    "gradual, CSR": ("method.name=gradual",),
+    "Rewire, CSR": ("method.name=rewire", "method.delta_t=", "method.alpha="),
+    "Rewire, N:M": ("method.name=rewire", "format.name=nm", "method.delta_t=", "method.alpha="),
+    "gradual, CSR": ("method.name=gradual", "method.alpha="),
 }
 FORMATS = ("csr", "condensed", "nm", "shuffled_block", "hrbp")
 DENSITIES = (0.2, 0.1)
