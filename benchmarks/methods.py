@@ -83,7 +83,7 @@ def train(suite: str, changes: Sequence[str], data: Path | None, out: Path) -> d
     recipe, common = SUITES[suite]
     command = [sys.executable, "-m", "spfmt.cli", "train", str(RECIPES / f"{recipe}.toml")]
     command += ["--out", str(out), "--resume", "--quiet"]
-    command += [] if data is None else ["--data", str(data)]
+    command += [] if data is None or suite == "digits" else ["--data", str(data)]
     for change in (*common, *changes):
         command += ["--set", change]
     subprocess.run(command, check=True)
