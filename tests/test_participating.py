@@ -14,7 +14,7 @@ from torch import nn  # noqa: E402
 from torch.nn import functional  # noqa: E402
 
 from spfmt.errors import FormatError, KernelNotFound  # noqa: E402
-from spfmt.formats import CSR, NM  # noqa: E402
+from spfmt.formats import CSR, NM, ShuffledBlock, encode  # noqa: E402
 from spfmt.torch import Participating, SparseConv2d, SparseLinear  # noqa: E402
 from spfmt.torch.gather import gathered, scattered, write_at  # noqa: E402
 
@@ -279,6 +279,21 @@ def test_a_state_of_another_structure_is_refused_whole(other, message):
     assert torch.equal(layer.weight, before)
 
 
+def test_a_structure_of_few_words_and_too_many_positions_is_refused_whole():
+    blocks = {"format": "shuffled_block", "block_shape": (8, 8), "aligned": True}
+    layer = Participating(nn.Linear(20, 20), density=0.3, **blocks)
+    scores = np.random.default_rng(0).random((20, 20))
+    larger = ShuffledBlock.from_scores(scores, 0.6, block_shape=(8, 8), aligned=True)
+    state, before = layer.state_dict(), layer.positions()
+    state["structure"] = torch.from_numpy(encode(larger, layer.structure.numel()))
+    expected = f"{larger.nnz} positions; expected at most the capacity of {layer.capacity}"
+    with pytest.raises(FormatError, match=expected):
+        layer.set_structure(larger)
+    with pytest.raises(RuntimeError, match=expected):
+        layer.load_state_dict(state)
+    np.testing.assert_array_equal(layer.positions(), before)
+
+
 def test_a_state_with_corrupt_words_is_refused():
     layer = small_layer()
     state = layer.state_dict()
@@ -329,7 +344,7 @@ def test_traced_as_one_node():
         (lambda: small_layer().set_structure(NM.from_scores(np.ones((16, 24)), n=1, m=4)),
          "format nm"),
         (lambda: small_layer().set_structure(CSR.from_scores(np.ones((16, 24)), 0.9)),
-         "words"),
+         "positions"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_refused(make, message):
@@ -349,10 +364,15 @@ def test_weights_that_are_nan_cannot_be_ranked():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
-def test_gather_and_scatter(format, dtype):
+@pytest.mark.parametrize(
+    "strided",
+    [lambda: torch.randn(24, 16).t(), lambda: torch.randn(16, 48)[:, ::2]],
+    ids=["transposed", "in steps"],
+)
+def test_gather_and_scatter(format, dtype, strided):
     layer = Participating(nn.Linear(24, 16), format=format, **FORMATS[format])
     places = torch.from_numpy(layer.positions())
-    weight = torch.randn(24, 16).t().to(dtype)  # of strides that are not row-major
+    weight = strided().to(dtype)  # of strides that are not row-major
     values = gathered(weight, layer.structure, layer.capacity)
     assert torch.equal(values[: layer.nnz], weight.reshape(-1)[places])
     assert not values[layer.nnz :].any()

@@ -195,11 +195,20 @@ class Participating(nn.Module):
                 f"format {self.format} and shape {self.shape}",
                 "make a new layer",
             )
+        if new.nnz > self.capacity:
+            raise self._too_large(new.nnz)
         words = encode(new, self.structure.shape[0])
         if words[:HEADER].tolist() == self.structure[:HEADER].tolist():  # they stand for all
             return False
         write_structure(self.structure, words, new._structure)
         return True
+
+    def _too_large(self, nnz: int) -> FormatError:
+        return format_error(
+            f"a structure with {nnz} positions",
+            f"at most the capacity of {self.capacity}",
+            "lower its density, or make the layer with that density",
+        )
 
     def _found(self) -> Structure:
         """Return the present structure, read at most once per content of the buffer."""
@@ -319,7 +328,7 @@ class Participating(nn.Module):
                 f"got a {found.cls.format} structure of shape {found.shape}, expected "
                 f"{self.format} of shape {self.shape}; make the layer in the checkpoint's format"
             )
-        return None
+        return None if found.nnz <= self.capacity else str(self._too_large(found.nnz))
 
 
 class _DenseGradient(torch.autograd.Function):
