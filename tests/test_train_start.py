@@ -196,10 +196,12 @@ def untouched(method, optimizer=momentum, **options) -> FormatError:
     model = network()
     made = optimizer(model)
     modules, params = list(model.modules()), [list(g["params"]) for g in made.param_groups]
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(FormatError) as error:
         method(model, made, **{"t_end": 1000, **options})
     assert list(model.modules()) == modules
     assert [list(g["params"]) for g in made.param_groups] == params
+    assert all(torch.equal(model.state_dict()[name], state[name]) for name in state)
     return error.value
 
 
@@ -227,6 +229,20 @@ def test_layers_that_a_method_cannot_take_are_told_and_nothing_has_changed():
 def test_an_optimizer_of_another_model():
     error = untouched(SET, lambda _: momentum(network()), density=0.1)
     assert "an optimizer without the weight of 0, 2, 4" in str(error)
+
+
+def test_a_transformer_that_was_not_changed_goes_on_as_before():
+    model = nn.TransformerEncoder(
+        nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 1, enable_nested_tensor=True
+    )
+    seen = []
+    model.layers[0].linear1.register_load_state_dict_pre_hook(lambda m, *_: seen.append(m))
+    with pytest.raises(FormatError, match="without the weight of"):
+        SET(model, momentum(network()), density=0.2, **RUN)
+    assert model.use_nested_tensor
+    assert model.layers[0].activation_relu_or_gelu
+    model.load_state_dict(model.state_dict())
+    assert seen == [model.layers[0].linear1]
 
 
 def test_an_optimizer_that_wraps_another():
