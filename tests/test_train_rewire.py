@@ -383,6 +383,30 @@ def test_finished_models_hold_ordinary_sparse_layers():
         method.step()
 
 
+def test_a_layer_that_is_the_model_is_not_finished():
+    model = Participating(nn.Linear(16, 16), density=0.5)
+    method = Rewire(model, torch.optim.SGD(model.parameters(), lr=0.1), mode="reset")
+    with pytest.raises(FormatError, match=r"to_sparse\(\)"):
+        method.finish()
+    assert list(method.layers) == [""]
+
+
+def test_transformers_multiply_with_what_participates():
+    """The fast path of torch would read the whole `linear1.weight`."""
+    torch.manual_seed(0)
+    block = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, dropout=0.0)
+    model, x = nn.TransformerEncoder(block, 2).eval(), torch.randn(3, 5, 16)
+    dense = model(x)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    method = Rewire(model, optimizer, density=0.2, include="*", mode="no_exploit")
+    expected = model(x)
+    assert (expected - dense).abs().max() > 0.1
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), expected)
+        method.finish()
+        torch.testing.assert_close(model(x), expected)
+
+
 def test_finished_sr_ste_leaves_the_optimizer_alone():
     _model, optimizer, method = network(mode="sr_ste")
     assert len(optimizer._optimizer_step_pre_hooks) == 1

@@ -17,11 +17,11 @@ from spfmt.errors import format_error
 from spfmt.formats import SparseTensor
 from spfmt.torch.gather import gathered, write_at
 from spfmt.torch.layer import implied_density
-from spfmt.torch.participate import planned
+from spfmt.torch.participate import planned, put_in
 from spfmt.torch.participating import Participating
 from spfmt.torch.report import ModelReport
 from spfmt.torch.sparsify import Distribution, _row
-from spfmt.torch.survey import Found, Selector, places, swap
+from spfmt.torch.survey import Found, Selector, places
 from spfmt.torch.wrappers import changeable, unwrapped
 from spfmt.train.followers import OptimizerState
 from spfmt.train.order import StepOrder
@@ -180,8 +180,7 @@ class Rewire:
         check_ranks(self.layers, vars(self), group)
         self._hook = self._hooked() if mode == "sr_ste" else None
         self._order = StepOrder(OptimizerState(optimizer).all(), self.layers)
-        for entry, layer in swaps:  # nothing fails from here on
-            swap(entry, layer)
+        put_in(model, swaps)  # nothing fails from here on
         self._scale_gradients()
 
     def _take(self, model: nn.Module, swaps: list[tuple[Found, Participating]]) -> None:
@@ -304,14 +303,19 @@ class Rewire:
         Raises
         ------
         FormatError
-            For a model inside DDP: its parameters change.
+            For a model inside DDP: its parameters change; and for one that is itself such a layer.
         """
-        model, rows = changeable(self.model), []
-        for entry in places(model):
-            if isinstance(entry.module, Participating):
-                layer = entry.module.to_sparse()
-                rows.append(_row(entry, layer, ""))
-                swap(entry, layer)
+        model = changeable(self.model)
+        if isinstance(model, Participating):
+            raise format_error(
+                "a layer that is the model itself",
+                "a model that holds it, to put another one in its place",
+                "use the layer's to_sparse()",
+            )
+        found = [(entry, entry.module) for entry in places(model)]
+        swaps = [(e, layer.to_sparse()) for e, layer in found if isinstance(layer, Participating)]
+        rows = [_row(entry, layer, "") for entry, layer in swaps]
+        put_in(model, swaps)
         if self._hook is not None:
             self._hook.remove()
         self._finished, self.layers = True, {}
