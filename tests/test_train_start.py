@@ -294,6 +294,18 @@ def test_a_step_that_a_gradient_scaler_skipped_counts():
     assert method.steps == 1
 
 
+def test_a_scaler_skips_for_any_parameter_of_the_optimizer():
+    model = nn.ModuleList([nn.Embedding(8, 16, sparse=True), nn.Linear(16, 16), nn.Linear(16, 4)])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    method = SET(model, optimizer, density=0.2, exclude="2", total_steps=100)
+    model[2](model[1](model[0](torch.arange(4)))).sum().backward()
+    with pytest.raises(FormatError, match=r"without an optimizer\.step\(\)"):
+        method.step()
+    model[2].bias.grad.fill_(float("inf"))  # where no sparse layer has such a gradient
+    method.step()
+    assert method.steps == 1
+
+
 def test_written_weights_are_a_step_whoever_wrote_them():
     """As where an optimizer of another kind, or a compiled one, calls no hooks."""
     model = network()
