@@ -227,11 +227,11 @@ def test_every_rewiring_counts_and_what_participated_is_remembered():
 # ---------------------------------------------------------------------------------- exploitation
 
 
-def network(seed: int = 0, **options):
+def network(seed: int = 0, steps=(), **options):
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(32, 48), nn.ReLU(inplace=True), nn.Linear(48, 48), nn.ReLU(),
                           nn.Linear(48, 8))  # fmt: skip
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, **dict(steps))
     options = {"density": 0.25, "total_steps": 12, **options}
     return model, optimizer, Rewire(model, optimizer, **options)
 
@@ -256,6 +256,35 @@ def test_regularisation_ignores_the_learning_rate_and_sr_ste_does_not():
         assert model[0].weight.tolist() == [
             [8.0, 2.0, 2.0, 2.0] if shrinks else [8.0, 4.0, 4.0, 4.0]
         ]
+
+
+@pytest.mark.parametrize("how", ["closure", "closure by name", "maximize", "scaled"])
+def test_sr_ste_decays_whatever_way_the_optimizer_comes_to_its_gradients(how):
+    def trained(how: str) -> torch.Tensor:
+        steps = {"maximize": how == "maximize", "fused": how == "scaled"}
+        model, optimizer, method = network(mode="sr_ste", lambda_w=0.5, steps=steps)
+        scaler = torch.amp.GradScaler("cpu", init_scale=256.0, enabled=how == "scaled")
+        generator, sign = torch.Generator().manual_seed(1), -1 if how == "maximize" else 1
+
+        def closure() -> torch.Tensor:
+            optimizer.zero_grad()
+            loss = scaler.scale(sign * model(batches(generator)).square().mean())
+            loss.backward()
+            return loss
+
+        for _ in range(3):
+            if how == "closure":
+                optimizer.step(closure)
+            elif how == "closure by name":
+                optimizer.step(closure=closure)
+            else:
+                closure()
+                scaler.step(optimizer)
+                scaler.update()
+            method.step()
+        return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+    torch.testing.assert_close(trained(how), trained("plain"))
 
 
 def test_resets_leave_the_state_of_the_optimizer_alone():

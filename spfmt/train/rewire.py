@@ -86,7 +86,8 @@ class Rewire:
     lambda_w : float
         λ of "sr_ste", not negative.
     gradient_scale : float
-        Factor s of the gradients of weights that do not participate (figure 2), in [0, 1].
+        Factor s of the gradients of weights that do not participate (figure 2), in [0, 1]. It
+        replaces what layers have that are there already.
     interval : int
         Steps r between two choices (figure 2).
     total_steps : int, optional
@@ -201,7 +202,7 @@ class Rewire:
                 "one that lets a gradient be changed before its step",
                 "use an optimizer of torch.optim, or mode='regularize'",
             )
-        return register(self._decay)
+        return register(self._before_step)
 
     def _check_layers(self) -> None:
         if not self.layers:
@@ -268,13 +269,34 @@ class Rewire:
     def _resets(self) -> bool:
         return self.mode == "reset" and self.steps % self.z == 0
 
-    def _decay(self, *_: Any) -> None:
-        """Add λ·n to the gradients (SR-STE), just before the optimizer uses them."""
+    def _before_step(
+        self, _: Any, args: tuple[Any, ...], options: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Decay just before the optimizer uses gradients; a closure computes them later."""
+        closure = options.get("closure", args[1] if len(args) > 1 else None)  # args: itself first
+        if closure is None:
+            self._decay()
+            return None
+
+        def decayed() -> Any:
+            loss = closure()
+            self._decay()
+            return loss
+
+        return args[:1], {**options, "closure": decayed}
+
+    @torch.no_grad()
+    def _decay(self) -> None:
+        """Add λ·n to the gradients (SR-STE), in the sign and the scale that they have."""
+        groups = [group for group in self.optimizer.param_groups if group.get("maximize")]
+        rising = {id(p) for group in groups for p in group["params"]}
+        scale = getattr(self.optimizer, "grad_scale", None)  # of a GradScaler, for fused optimizers
+        factor = self.lambda_w * (1.0 if scale is None else float(scale))
         for layer in self._trained().values():
             gradient, weight = layer.weight.grad, layer.weight
             if gradient is not None:
                 kept = gathered(gradient, layer.structure, layer.capacity)
-                gradient.add_(weight.detach(), alpha=self.lambda_w)
+                gradient.add_(weight, alpha=-factor if id(weight) in rising else factor)
                 write_at(gradient, layer.structure, kept)
 
     def _scale_gradients(self) -> None:
