@@ -149,8 +149,9 @@ def test_pruned_networks_still_learn() -> None:
         ({"density": {"0": 0.5, "2": 0.5, "7": 0.5}}, "densities of 0, 2, 7"),
         ({"t_end": 0.5}, "t_end=0.5 with total_steps=None"),
         ({"t_end": 1}, "room for an update"),
-        ({"t_start": -1}, "room for an update"),
-        ({"delta_t": 0}, "room for an update"),
+        ({"t_start": -1}, "t_start=-1"),
+        ({"delta_t": 0}, "delta_t=0"),
+        ({"delta_t": 1.5}, "delta_t=1.5"),
     ],
 )
 def test_bad_input(options, message) -> None:

@@ -528,7 +528,9 @@ def test_compiled_models_go_on_after_a_change():
         ({"gradient_scale": 2.0, "total_steps": 4}, "gradient_scale=2.0"),
         ({"interval": 0, "total_steps": 4}, "interval=0"),
         ({}, "v=0.5 with total_steps=None"),
-        ({"v": -1}, "end=-1"),
+        ({"v": -1}, "v=-1"),
+        ({"mode": "reset", "z": 1.5}, "z=1.5"),
+        ({"mode": "reset", "interval": 1.5}, "interval=1.5"),
         ({"density": None, "v": 1}, "without a layer that would train"),
         ({"exclude": "*", "v": 1}, "excluded"),
         ({"density": "keep", "v": 1}, "density='keep'"),
@@ -600,7 +602,8 @@ def test_nan_weights_are_refused():
 
 def test_intervals():
     assert [t for t in range(12) if IntervalSchedule(4).is_update(t)] == [4, 8]
-    assert IntervalSchedule.until(0.5, 10, interval=1).end == 5
+    for half in (0.5, np.float32(0.5)):  # not a step, that would end at once
+        assert IntervalSchedule.until(half, 10, interval=1).end == 5
     assert not IntervalSchedule(1).ended(10**9)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from spfmt.errors import format_error
 from spfmt.formats import SparseTensor
+from spfmt.structure._checks import as_int
 from spfmt.torch.gather import gathered, write_at
 from spfmt.torch.layer import implied_density
 from spfmt.torch.participate import planned, put_in
@@ -394,8 +395,8 @@ def _check(mode: str, z: int, beta: float, lambda_w: float, gradient_scale: floa
     if mode not in MODES:
         choices = ", ".join(map(repr, MODES))
         raise format_error(f"mode={mode!r}", f"one of {choices}", "the paper mostly uses 'reset'")
+    as_int("z", z, 1)
     ranges = {
-        "z": (z, z >= 1, "at least 1 step"),
         "beta": (beta, 0.0 <= beta <= 1.0, "a share in [0, 1]"),
         "lambda_w": (lambda_w, lambda_w >= 0.0, "at least 0"),
         "gradient_scale": (gradient_scale, 0.0 <= gradient_scale <= 1.0, "a factor in [0, 1]"),
