@@ -52,7 +52,7 @@ def check_ranks(layers: Mapping[str, Any], settings: Mapping[str, Any], group: A
     own = {**plain, "layers or structures": headers}
     found: list[Any] = [None] * count
     torch.distributed.all_gather_object(found, own, group)
-    differing = [what for what in own if any(other[what] != own[what] for other in found)]
+    differing = [what for what in own if any(other.get(what) != own[what] for other in found)]
     if not differing:  # the same answer on every rank: each compares itself with all
         return
     raise format_error(
