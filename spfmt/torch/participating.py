@@ -75,8 +75,8 @@ class Participating(nn.Module):
     Raises
     ------
     FormatError
-        For a layer of another class, a scale outside [0, 1], or where the format cannot hold the
-        weight at this density.
+        For a layer of another class, a weight that is sharded, a scale outside [0, 1], or where the
+        format cannot hold the weight at this density.
 
     Examples
     --------
@@ -114,6 +114,7 @@ class Participating(nn.Module):
                 f"gradient_scale={gradient_scale}", "a factor in [0, 1]", "1 leaves gradients alone"
             )
         self.weight = cast(nn.Parameter, dense.weight)
+        self.check_whole()
         self.register_parameter("bias", cast(nn.Parameter, dense.bias))
         self.shape = sparse_class(dense)._flat_shape(dense.weight.shape)  # type: ignore[arg-type]
         self.format, self.format_params = get_format(format).format, dict(params)
@@ -149,6 +150,21 @@ class Participating(nn.Module):
         like.register_parameter("weight", nn.Parameter(weight, False))
         like.register_parameter("bias", None)
         return like
+
+    def check_whole(self) -> None:
+        """Refuse a weight of which this process has a part alone.
+
+        Raises
+        ------
+        FormatError
+            For a DTensor, as FSDP2 makes them.
+        """
+        if hasattr(self.weight, "full_tensor"):
+            raise format_error(
+                "a weight that is sharded over processes",
+                "the whole weight: all of it is ranked, and read at every call",
+                "train with DistributedDataParallel instead of fully_shard",
+            )
 
     # ------------------------------------------------------------------------------- structure
 

@@ -110,14 +110,15 @@ class Rewire:
     ------
     FormatError
         Where a number is out of its range, no layer is left to train like this, the optimizer lacks
-        a weight, or ranks differ.
+        a weight, weights are sharded, or ranks differ.
 
     Notes
     -----
     **Memory** is that of dense training, as the paper says (section 4): all weights, gradients and
     optimizer state, and the structure on top. What is saved is time, in the forward pass and in the
     gradients of inputs. **DDP** works as it is: weights are ordinary Parameters, equal on all ranks
-    after a step, and what participates follows from them and from positions alone.
+    after a step, and what participates follows from them and from positions alone. FSDP2 is
+    refused: its ranks have no whole weights.
     A frozen layer (``weight.requires_grad`` is False) stays as it is.
 
     Examples
@@ -215,6 +216,7 @@ class Rewire:
             )
         held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
         for name, layer in self._trained().items():
+            layer.check_whole()
             if id(layer.weight) not in held:
                 raise format_error(
                     f"an optimizer without {name}.weight",
