@@ -96,6 +96,17 @@ def test_gradients_add_up_over_calls_and_flow_past_a_frozen_weight():
     torch.testing.assert_close(x.grad, dx)
 
 
+@pytest.mark.parametrize(("features", "batch"), [((0, 8), 3), ((8, 0), 3), ((8, 4), 0)])
+@pytest.mark.filterwarnings("ignore:Initializing zero-element")
+def test_what_is_empty_trains(features, batch):
+    layer = Participating(nn.Linear(*features), density=0.5, gradient_scale=0.5)
+    y = layer(torch.randn(batch, features[0]))
+    y.sum().backward()
+    assert y.shape == (batch, features[1])
+    assert torch.equal(layer.weight.grad, torch.zeros(features[::-1]))
+    assert not layer.choose()
+
+
 def test_what_follows_may_write_in_place():
     layer, x = small_layer(), torch.randn(2, 3, 24)
     layer(x).relu().sum().backward()
