@@ -53,9 +53,9 @@ static inline float spfmt_key_float(int64_t key) {
 #include "floats-inl.h"
 #undef SPFMT_LEVEL
 #pragma GCC pop_options
-#define SPFMT_CALL(name, ...)                                       \
-  (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi")  \
-       ? spfmt_##name##_avx2(__VA_ARGS__)                           \
+#define SPFMT_CALL(name, ...)                                      \
+  (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi") \
+       ? spfmt_##name##_avx2(__VA_ARGS__)                          \
        : spfmt_##name##_plain(__VA_ARGS__))
 #else
 #define SPFMT_CALL(name, ...) spfmt_##name##_plain(__VA_ARGS__)

@@ -150,7 +150,7 @@ def _replaced(before: Iterable[Found]) -> dict[Any, tuple[str, SparseModule]]:
     """Return, of every weight that was replaced, the name of its layer and the new layer."""
     found: dict[Any, tuple[str, SparseModule]] = {}
     for entry in before:
-        layer = getattr(*entry.places[0]) if entry.places else entry.module
+        layer: Any = getattr(*entry.places[0]) if entry.places else entry.module
         if layer is not entry.module:
             found[entry.module.weight] = entry.name, layer
     return found
