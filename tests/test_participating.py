@@ -15,7 +15,7 @@ from torch.nn import functional  # noqa: E402
 
 from spfmt.errors import FormatError, KernelNotFound  # noqa: E402
 from spfmt.formats import CSR, NM, ShuffledBlock, encode  # noqa: E402
-from spfmt.torch import Participating, SparseConv2d, SparseLinear  # noqa: E402
+from spfmt.torch import Participating, SparseConv2d, SparseLinear, densify  # noqa: E402
 from spfmt.torch.gather import gathered, scattered, write_at  # noqa: E402
 
 LAYERS = {
@@ -325,6 +325,14 @@ def test_the_sparse_layer_has_the_same_map(kind, cls):
     assert sparse.format_params["m"] == 4
     torch.testing.assert_close(sparse(x), layer(x))
     assert sparse.tensor() == layer.tensor()
+
+
+def test_densify_leaves_it_and_says_why():
+    model = nn.Sequential(small_layer(), nn.ReLU())
+    (row,) = densify(model).layers
+    assert not row.taken
+    assert "dense()" in row.reason
+    assert type(model[0]) is Participating
 
 
 def test_printed():
