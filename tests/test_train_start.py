@@ -315,6 +315,23 @@ def test_written_weights_are_a_step_whoever_wrote_them():
     assert method.step()
 
 
+def test_optimizers_of_another_make_are_believed():
+    class ThroughData:
+        def __init__(self, params) -> None:
+            self.param_groups, self.state = [{"params": list(params)}], {}
+
+        def step(self) -> None:
+            for p in self.param_groups[0]["params"]:
+                p.data.sub_(p.grad, alpha=0.1)
+
+    model = network()
+    optimizer = ThroughData(model.parameters())
+    method = SET(model, optimizer, density=0.2, delta_t=1, total_steps=100)
+    loss(model).backward()
+    optimizer.step()
+    assert method.step()
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch itself
 def test_compiled_optimizers_are_seen():
     model = nn.Sequential(nn.Linear(16, 16))

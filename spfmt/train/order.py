@@ -36,9 +36,10 @@ class StepOrder:
             if (order := alone()) is not None:
                 order._stepped = True
 
-        for optimizer in self._optimizers:
-            if isinstance(optimizer, torch.optim.Optimizer):
-                optimizer.register_step_post_hook(note)
+        known = [o for o in self._optimizers if isinstance(o, torch.optim.Optimizer)]
+        for optimizer in known:
+            optimizer.register_step_post_hook(note)
+        self._blind = not known  # others may write through .data, which torch does not count
         self.look()
 
     def look(self) -> None:
@@ -47,7 +48,7 @@ class StepOrder:
         self._written = self._versions()
 
     def check(self) -> None:
-        """Refuse where nothing has changed since the last look.
+        """Refuse where nothing has changed since the last look, as far as that can be seen.
 
         Gradients that are not finite, of whatever the optimizer holds, excuse it: a gradient scaler
         skips such a step.
@@ -56,7 +57,7 @@ class StepOrder:
         ------
         FormatError
         """
-        if self._stepped or self._versions() != self._written:
+        if self._blind or self._stepped or self._versions() != self._written:
             return
         groups = [group for optimizer in self._optimizers for group in optimizer.param_groups]
         grads = [p.grad for group in groups for p in group["params"] if p.grad is not None]
