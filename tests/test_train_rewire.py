@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import itertools
 import math
 
@@ -441,6 +442,16 @@ def test_finished_sr_ste_leaves_the_optimizer_alone():
     assert len(optimizer._optimizer_step_pre_hooks) == 1
     method.finish()
     assert not optimizer._optimizer_step_pre_hooks
+
+
+def test_sr_ste_that_is_gone_decays_nothing():
+    model, optimizer, method = network(mode="sr_ste", lambda_w=0.5)
+    model(torch.ones(1, 32)).sum().backward()
+    gradient = model[2].weight.grad.clone()
+    del method
+    gc.collect()
+    optimizer.step()
+    assert torch.equal(model[2].weight.grad, gradient)
 
 
 # ------------------------------------------------------------------------- what stays dense

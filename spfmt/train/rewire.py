@@ -6,6 +6,7 @@ The sections, figures and algorithm 1 named here are the paper's.
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Literal
 
@@ -204,7 +205,12 @@ class Rewire:
                 "one that lets a gradient be changed before its step",
                 "use an optimizer of torch.optim, or mode='regularize'",
             )
-        return register(self._before_step)
+        alone = weakref.WeakMethod(self._before_step)  # a method that is gone decays nothing
+
+        def before(*call: Any) -> Any:
+            return None if (method := alone()) is None else method(*call)
+
+        return register(before)
 
     def _check_layers(self) -> None:
         if not self.layers:
