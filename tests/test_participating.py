@@ -217,6 +217,23 @@ def test_torch_s_own_average_follows():
     torch.testing.assert_close(average(x), expected, atol=1e-5, rtol=1e-5)
 
 
+def test_an_average_of_buffers_chooses_again():
+    model, x = nn.Sequential(small_layer()), torch.randn(3, 24)
+    ema = torch.optim.swa_utils.get_ema_multi_avg_fn(0.9)
+    average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=ema, use_buffers=True)
+    for _ in range(3):
+        with torch.no_grad():
+            model[0].weight.copy_(torch.randn(16, 24))
+        model[0].choose()
+        average.update_parameters(model)
+    mine = average.module[0]
+    with pytest.raises(FormatError, match="structure words"):
+        average(x)
+    assert mine.choose()
+    expected = functional.linear(x, mine.weight * mask_of(mine), mine.bias)
+    torch.testing.assert_close(average(x), expected, atol=1e-5, rtol=1e-5)
+
+
 def test_a_structure_that_changes_between_the_passes_is_noticed():
     layer = small_layer(gradient_scale=0.5)
     y = layer(torch.randn(4, 24))

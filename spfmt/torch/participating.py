@@ -44,7 +44,9 @@ class Participating(nn.Module):
 
     Participating values are read from `weight` at every call, so whoever writes it and however (an
     optimizer, an average that is swapped in, ``load_state_dict``), a product never sees old ones.
-    Only :meth:`choose` moves positions.
+    Only :meth:`choose` moves positions. (An average that averages buffers as well, as
+    ``AveragedModel(use_buffers=True)`` does, ruins those of `structure`, and its calls say so:
+    call :meth:`choose` on its layers first.)
 
     Parameters
     ----------
