@@ -231,6 +231,10 @@ def _ranks_that_differ(rank: int) -> None:
         resting(network(), seed=rank)
     with pytest.raises(FormatError, match="different layers or structures"):
         resting(network(seed=rank))
+    begun = nn.Sequential(nn.Linear(32, 32))
+    with pytest.raises(FormatError, match="with different layers or structures;"):
+        SET(begun, torch.optim.SGD(begun.parameters(), lr=0.1), density=0.1 + 0.1 * rank, t_end=100)
+    assert type(begun[0]) is nn.Linear
     own = [dist.new_group([r]) for r in (0, 1)][rank]
     resting(network(seed=rank), seed=rank, process_group=own)
     model = network()

@@ -47,6 +47,7 @@ def check_ranks(layers: Mapping[str, Any], settings: Mapping[str, Any], group: A
         name.strip("_"): value
         for name, value in settings.items()
         if isinstance(value, int | float | str | tuple) or dataclasses.is_dataclass(value)
+        if name != "report"  # it tells of layers, which are compared themselves
     }
     headers = {name: layer.structure[:HEADER].tolist() for name, layer in layers.items()}
     own = {**plain, "layers or structures": headers}
