@@ -1,8 +1,8 @@
 /* Loops over scores in float32, compiled once for every level; see floats.h. A mask of bits is
    and-ed to every score: it makes magnitudes of them. */
 
-/* Of up to 32 scores, a bit for each that reaches bound. */
-SPFMT_INLINE uint32_t SPFMT_LEVEL(reach)(const float* scores, int64_t n, float bound,
+/* Of up to 32 scores, a bit for each that reaches bound, or exceeds it. */
+SPFMT_INLINE uint32_t SPFMT_LEVEL(reach)(const float* scores, int64_t n, float bound, int exceeds,
                                          uint32_t mask) {
   uint32_t bits = 0;
 #ifdef __AVX2__
@@ -10,23 +10,29 @@ SPFMT_INLINE uint32_t SPFMT_LEVEL(reach)(const float* scores, int64_t n, float b
     const __m256 b = _mm256_set1_ps(bound), m = _mm256_castsi256_ps(_mm256_set1_epi32((int)mask));
     for (int k = 0; k < 4; ++k) {
       const __m256 v = _mm256_and_ps(_mm256_loadu_ps(scores + 8 * k), m);
-      bits |= (uint32_t)_mm256_movemask_ps(_mm256_cmp_ps(v, b, _CMP_GE_OQ)) << 8 * k;
+      const __m256 more =
+          exceeds ? _mm256_cmp_ps(v, b, _CMP_GT_OQ) : _mm256_cmp_ps(v, b, _CMP_GE_OQ);
+      bits |= (uint32_t)_mm256_movemask_ps(more) << 8 * k;
     }
     return bits;
   }
 #endif
   for (int64_t i = 0; i < n && i < 32; ++i) {
-    bits |= (uint32_t)(spfmt_masked(scores[i], mask) >= bound) << i;
+    const float v = spfmt_masked(scores[i], mask);
+    bits |= (uint32_t)(exceeds ? v > bound : v >= bound) << i;
   }
   return bits;
 }
 
-static int64_t SPFMT_LEVEL(count)(const float* scores, int64_t n, float bound) {
+static int64_t SPFMT_LEVEL(count)(const float* scores, int64_t n, float bound, int exceeds) {
   int64_t count = 0;
   for (int64_t i = 0; i < n; i += 4096) { /* 32-bit lanes hold so many */
     int32_t part = 0;
     int64_t stop = n - i < 4096 ? n : i + 4096;
-    for (int64_t j = i; j < stop; ++j) part += scores[j] >= bound;
+    if (exceeds)
+      for (int64_t j = i; j < stop; ++j) part += scores[j] > bound;
+    else
+      for (int64_t j = i; j < stop; ++j) part += scores[j] >= bound;
     count += part;
   }
   return count;
@@ -38,8 +44,8 @@ static int64_t SPFMT_LEVEL(between)(const float* scores, int64_t n, uint32_t mas
                                     float high, int64_t* above, float* out) {
   int64_t at = 0, larger = 0;
   for (int64_t i = 0; i < n; i += 32) {
-    const uint32_t top = SPFMT_LEVEL(reach)(scores + i, n - i, high, mask);
-    uint32_t bits = SPFMT_LEVEL(reach)(scores + i, n - i, low, mask) & ~top;
+    const uint32_t top = SPFMT_LEVEL(reach)(scores + i, n - i, high, 0, mask);
+    uint32_t bits = SPFMT_LEVEL(reach)(scores + i, n - i, low, 0, mask) & ~top;
     const uint32_t last = 1U << (n - i < 32 ? n - i - 1 : 31); /* a place that can be read */
     const int64_t count = __builtin_popcount(bits);
     larger += __builtin_popcount(top);
@@ -57,18 +63,18 @@ static int64_t SPFMT_LEVEL(between)(const float* scores, int64_t n, uint32_t mas
 }
 
 /* Indices of the scores that reach bound, of those equal to it the first `ties`, counted down; -1
-   ties are all. `out` has room for `room`. */
+   ties are all. `out` has room for `room`: no more are written, even if scores change meanwhile. */
 static int64_t SPFMT_LEVEL(emit)(const float* scores, int64_t n, uint32_t mask, float bound,
                                  int64_t* ties, int32_t* out, int64_t room) {
   int64_t at = 0, left = *ties;
-  const float next = spfmt_next_float(bound);
   for (int64_t i = 0; i < n; i += 32) {
-    uint32_t bits = SPFMT_LEVEL(reach)(scores + i, n - i, left < 0 ? bound : next, mask);
+    uint32_t bits = left < 0 ? SPFMT_LEVEL(reach)(scores + i, n - i, bound, 0, mask)
+                             : SPFMT_LEVEL(reach)(scores + i, n - i, bound, 1, mask);
     if (left > 0) {
-      uint32_t equal = SPFMT_LEVEL(reach)(scores + i, n - i, bound, mask) & ~bits;
+      uint32_t equal = SPFMT_LEVEL(reach)(scores + i, n - i, bound, 0, mask) & ~bits;
       for (; equal && left; equal &= equal - 1, --left) bits |= equal & (0 - equal);
     }
-    const int64_t count = __builtin_popcount(bits);
+    const int64_t found = __builtin_popcount(bits), count = found < room - at ? found : room - at;
     int32_t* to = out + at;
     int64_t k = 0;
     if (at + 8 <= room) { /* so many without a branch on each */

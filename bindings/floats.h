@@ -1,7 +1,8 @@
 /* What the structure search does with scores in float32, compared as they are: -0 equals 0.
 
    No keys are made of them, as selection.h does of others: half of the memory traffic, and eight at
-   a time. */
+   a time. Numbers of scores and their indices come from the same comparisons, never from the next
+   larger float: where the processor takes denormal numbers for zero, that is no larger. */
 #pragma once
 #include <stdint.h>
 #include <string.h>
@@ -40,10 +41,6 @@ static inline float spfmt_key_float(int64_t key) {
   memcpy(&score, &bits, sizeof score);
   return score;
 }
-/* The next larger float. */
-static inline float spfmt_next_float(float score) {
-  return spfmt_key_float(spfmt_float_key(score + 0.0f) + 1);
-}
 
 #define SPFMT_LEVEL(name) spfmt_##name##_plain
 #include "floats-inl.h"
@@ -56,15 +53,16 @@ static inline float spfmt_next_float(float score) {
 #include "floats-inl.h"
 #undef SPFMT_LEVEL
 #pragma GCC pop_options
-#define SPFMT_CALL(name, ...)                                        \
-  (__builtin_cpu_supports("avx2") ? spfmt_##name##_avx2(__VA_ARGS__) \
-                                  : spfmt_##name##_plain(__VA_ARGS__))
+#define SPFMT_CALL(name, ...)                                      \
+  (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi") \
+       ? spfmt_##name##_avx2(__VA_ARGS__)                          \
+       : spfmt_##name##_plain(__VA_ARGS__))
 #else
 #define SPFMT_CALL(name, ...) spfmt_##name##_plain(__VA_ARGS__)
 #endif
 
-static int64_t spfmt_count_floats(const float* scores, int64_t n, float bound) {
-  return SPFMT_CALL(count, scores, n, bound);
+static int64_t spfmt_count_floats(const float* scores, int64_t n, float bound, int exceeds) {
+  return SPFMT_CALL(count, scores, n, bound, exceeds);
 }
 static int64_t spfmt_between_floats(const float* scores, int64_t n, uint32_t mask, float low,
                                     float high, int64_t* above, float* out) {
@@ -85,7 +83,7 @@ static float spfmt_bound_floats(const float* scores, int64_t n, int64_t k, float
   int64_t low = spfmt_float_key(from), high = spfmt_float_key(to);
   while (low < high) {
     int64_t middle = low + (high - low) / 2 + 1;
-    int64_t count = spfmt_count_floats(scores, n, spfmt_key_float(middle));
+    int64_t count = spfmt_count_floats(scores, n, spfmt_key_float(middle), 0);
     if (count == k) return spfmt_key_float(middle);
     if (count > k)
       low = middle;

@@ -33,12 +33,12 @@ cdef extern from "selection.h":
                       int32_t *out) noexcept nogil
 
 cdef extern from "floats.h":
-    int64_t spfmt_count_floats(const float *scores, int64_t n, float bound) noexcept nogil
+    int64_t spfmt_count_floats(const float *scores, int64_t n, float bound,
+                               int exceeds) noexcept nogil
     int64_t spfmt_between_floats(const float *scores, int64_t n, uint32_t mask, float low,
                                  float high, int64_t *above, float *out) noexcept nogil
     float spfmt_bound_floats(const float *scores, int64_t n, int64_t k, float low,
                              float high) noexcept nogil
-    float spfmt_next_float(float score) noexcept nogil
     float spfmt_masked(float score, uint32_t mask) noexcept nogil
     int64_t spfmt_emit_floats(const float *scores, int64_t n, uint32_t mask, float bound,
                               int64_t *ties, int32_t *out, int64_t room) noexcept nogil
@@ -324,8 +324,8 @@ cdef float _float_of_all(const float *scores, Py_ssize_t n, uint32_t mask, Py_ss
         bound, reached, larger = INFINITY, above, 0
     else:
         bound = spfmt_bound_floats(work, inside, k - above, low, high)
-        reached = above + spfmt_count_floats(work, inside, bound)
-        larger = above + spfmt_count_floats(work, inside, spfmt_next_float(bound))
+        reached = above + spfmt_count_floats(work, inside, bound, 0)
+        larger = above + spfmt_count_floats(work, inside, bound, 1)
     ties[0] = -1 if reached == k else k - larger
     return bound
 

@@ -18,6 +18,7 @@ from torch.optim.swa_utils import AveragedModel  # noqa: E402
 from train_cases import stepped  # noqa: E402
 
 from spfmt.errors import FormatError  # noqa: E402
+from spfmt.torch import Participating, participate  # noqa: E402
 from spfmt.train import SET, Rewire  # noqa: E402
 
 # ------------------------------------------------------------------------------ wrapped optimizers
@@ -230,6 +231,10 @@ def _ranks_that_differ(rank: int) -> None:
         resting(network(), seed=rank)
     with pytest.raises(FormatError, match="different layers or structures"):
         resting(network(seed=rank))
+    begun = nn.Sequential(nn.Linear(32, 32))
+    with pytest.raises(FormatError, match="with different layers or structures;"):
+        SET(begun, torch.optim.SGD(begun.parameters(), lr=0.1), density=0.1 + 0.1 * rank, t_end=100)
+    assert type(begun[0]) is nn.Linear
     own = [dist.new_group([r]) for r in (0, 1)][rank]
     resting(network(seed=rank), seed=rank, process_group=own)
     model = network()
@@ -295,6 +300,22 @@ def _fully_shard(rank: int) -> None:
         stepped(method)
     alone.reshard()
     assert stepped(method)
+    _refuse_sharded_weights(fully_shard)
+
+
+def _refuse_sharded_weights(fully_shard) -> None:
+    dense = [fully_shard(nn.Sequential(nn.Linear(32, 32))) for _ in range(2)]
+    taken = nn.Sequential(nn.Linear(32, 32))
+    participate(taken, density=0.25, include="*")
+    for model, method, options in (
+        (dense[0], SET, {"density": 0.25, "t_end": 9}),
+        (dense[1], Rewire, {"density": 0.25, "mode": "reset", "include": "*"}),
+        (fully_shard(taken), Rewire, {"mode": "reset"}),
+    ):
+        with pytest.raises(FormatError, match="sharded" if method is Rewire else "SparseModule"):
+            method(model, torch.optim.SGD(model.parameters(), lr=0.1), **options)
+    with pytest.raises(FormatError, match="sharded"):
+        Participating(dense[0][0], density=0.25)
 
 
 def test_fsdp2_trains_and_moves():

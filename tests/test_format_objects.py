@@ -148,3 +148,22 @@ def test_importing_needs_numpy_alone() -> None:
     )
     result = run_python(code)
     assert result.returncode == 0, result.stderr
+
+
+# ---------------------------------------------------------------------------------------- drawn
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_drawn_tensors_keep_what_is_asked_and_know_no_other_options(name: str) -> None:
+    draw = get_format(name).random
+    assert draw((16, 16), 0.0, RNG).nnz == 0
+    assert draw((4, 0), 0.5, RNG).nnz == 0
+    with pytest.raises(TypeError, match="nonsense"):
+        draw((16, 16), 0.5, RNG, nonsense=1)
+
+
+def test_drawn_groups_are_transposable_where_asked_and_end_with_the_channels() -> None:
+    a = NM.random((16, 16), 0.5, RNG, n=2, m=4, transposable=1)
+    assert a.transposable
+    assert (a.mask().reshape(4, 4, 16).sum(1) == 2).all()
+    assert NM.random((8, 3, 3, 3), 0.5, RNG).density == pytest.approx(1 / 3)  # one of 3, not 16

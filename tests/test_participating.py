@@ -14,8 +14,8 @@ from torch import nn  # noqa: E402
 from torch.nn import functional  # noqa: E402
 
 from spfmt.errors import FormatError, KernelNotFound  # noqa: E402
-from spfmt.formats import CSR, NM  # noqa: E402
-from spfmt.torch import Participating, SparseConv2d, SparseLinear  # noqa: E402
+from spfmt.formats import CSR, NM, ShuffledBlock, encode  # noqa: E402
+from spfmt.torch import Participating, SparseConv2d, SparseLinear, densify  # noqa: E402
 from spfmt.torch.gather import gathered, scattered, write_at  # noqa: E402
 
 LAYERS = {
@@ -94,6 +94,17 @@ def test_gradients_add_up_over_calls_and_flow_past_a_frozen_weight():
     layer(x).sum().backward()
     assert layer.weight.grad is None
     torch.testing.assert_close(x.grad, dx)
+
+
+@pytest.mark.parametrize(("features", "batch"), [((0, 8), 3), ((8, 0), 3), ((8, 4), 0)])
+@pytest.mark.filterwarnings("ignore:Initializing zero-element")
+def test_what_is_empty_trains(features, batch):
+    layer = Participating(nn.Linear(*features), density=0.5, gradient_scale=0.5)
+    y = layer(torch.randn(batch, features[0]))
+    y.sum().backward()
+    assert y.shape == (batch, features[1])
+    assert torch.equal(layer.weight.grad, torch.zeros(features[::-1]))
+    assert not layer.choose()
 
 
 def test_what_follows_may_write_in_place():
@@ -206,6 +217,23 @@ def test_torch_s_own_average_follows():
     torch.testing.assert_close(average(x), expected, atol=1e-5, rtol=1e-5)
 
 
+def test_an_average_of_buffers_chooses_again():
+    model, x = nn.Sequential(small_layer()), torch.randn(3, 24)
+    ema = torch.optim.swa_utils.get_ema_multi_avg_fn(0.9)
+    average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=ema, use_buffers=True)
+    for _ in range(3):
+        with torch.no_grad():
+            model[0].weight.copy_(torch.randn(16, 24))
+        model[0].choose()
+        average.update_parameters(model)
+    mine = average.module[0]
+    with pytest.raises(FormatError, match="structure words"):
+        average(x)
+    assert mine.choose()
+    expected = functional.linear(x, mine.weight * mask_of(mine), mine.bias)
+    torch.testing.assert_close(average(x), expected, atol=1e-5, rtol=1e-5)
+
+
 def test_a_structure_that_changes_between_the_passes_is_noticed():
     layer = small_layer(gradient_scale=0.5)
     y = layer(torch.randn(4, 24))
@@ -279,6 +307,21 @@ def test_a_state_of_another_structure_is_refused_whole(other, message):
     assert torch.equal(layer.weight, before)
 
 
+def test_a_structure_of_few_words_and_too_many_positions_is_refused_whole():
+    blocks = {"format": "shuffled_block", "block_shape": (8, 8), "aligned": True}
+    layer = Participating(nn.Linear(20, 20), density=0.3, **blocks)
+    scores = np.random.default_rng(0).random((20, 20))
+    larger = ShuffledBlock.from_scores(scores, 0.6, block_shape=(8, 8), aligned=True)
+    state, before = layer.state_dict(), layer.positions()
+    state["structure"] = torch.from_numpy(encode(larger, layer.structure.numel()))
+    expected = f"{larger.nnz} positions; expected at most the capacity of {layer.capacity}"
+    with pytest.raises(FormatError, match=expected):
+        layer.set_structure(larger)
+    with pytest.raises(RuntimeError, match=expected):
+        layer.load_state_dict(state)
+    np.testing.assert_array_equal(layer.positions(), before)
+
+
 def test_a_state_with_corrupt_words_is_refused():
     layer = small_layer()
     state = layer.state_dict()
@@ -299,6 +342,14 @@ def test_the_sparse_layer_has_the_same_map(kind, cls):
     assert sparse.format_params["m"] == 4
     torch.testing.assert_close(sparse(x), layer(x))
     assert sparse.tensor() == layer.tensor()
+
+
+def test_densify_leaves_it_and_says_why():
+    model = nn.Sequential(small_layer(), nn.ReLU())
+    (row,) = densify(model).layers
+    assert not row.taken
+    assert "dense()" in row.reason
+    assert type(model[0]) is Participating
 
 
 def test_printed():
@@ -329,7 +380,7 @@ def test_traced_as_one_node():
         (lambda: small_layer().set_structure(NM.from_scores(np.ones((16, 24)), n=1, m=4)),
          "format nm"),
         (lambda: small_layer().set_structure(CSR.from_scores(np.ones((16, 24)), 0.9)),
-         "words"),
+         "positions"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_refused(make, message):
@@ -349,10 +400,15 @@ def test_weights_that_are_nan_cannot_be_ranked():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
-def test_gather_and_scatter(format, dtype):
+@pytest.mark.parametrize(
+    "strided",
+    [lambda: torch.randn(24, 16).t(), lambda: torch.randn(16, 48)[:, ::2]],
+    ids=["transposed", "in steps"],
+)
+def test_gather_and_scatter(format, dtype, strided):
     layer = Participating(nn.Linear(24, 16), format=format, **FORMATS[format])
     places = torch.from_numpy(layer.positions())
-    weight = torch.randn(24, 16).t().to(dtype)  # of strides that are not row-major
+    weight = strided().to(dtype)  # of strides that are not row-major
     values = gathered(weight, layer.structure, layer.capacity)
     assert torch.equal(values[: layer.nnz], weight.reshape(-1)[places])
     assert not values[layer.nnz :].any()

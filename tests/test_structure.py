@@ -27,6 +27,7 @@ from spfmt.structure import (
     transposable_nm_mask,
     transposable_patterns,
     uniform_densities,
+    unstructured,
 )
 
 REAL_DTYPES = ["f2", "f4", "f8", ">f4", "i2", "u1", "?"]
@@ -210,6 +211,36 @@ def test_a_misleading_sample_costs_nothing_but_time():
     for n in (1, 30000, 59000):
         best = np.sort(np.argsort(-scores, kind="stable")[:n])
         np.testing.assert_array_equal(np.flatnonzero(topk_mask(scores.reshape(200, 300), n)), best)
+
+
+@pytest.fixture
+def flushed_denormals():
+    torch = pytest.importorskip("torch")
+    if not torch.set_flush_denormal(True):
+        pytest.skip("a processor that does not flush denormal numbers")
+    yield
+    torch.set_flush_denormal(False)
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_denormal_scores_tie_with_zero_where_the_processor_takes_them_for_it(
+    flushed_denormals, signed
+):
+    scores = np.zeros((64, 70), np.float32)
+    scores[::9, 1::3] = np.linspace(0.5, 2.0, scores[::9, 1::3].size).reshape(8, 23)
+    scores[::4, ::2] = np.uint32(7).view(np.float32)
+    order = np.argsort(-np.where(scores < 0.5, 0, scores).ravel(), kind="stable")
+    for n in (100, scores[::9].size, 4000, scores.size):
+        indptr, columns = topk_columns(scores, n, signed=signed)
+        got = np.repeat(np.arange(64), np.diff(indptr)) * 70 + columns
+        np.testing.assert_array_equal(got, np.sort(order[:n]))
+        np.testing.assert_array_equal(np.flatnonzero(topk_mask(scores, n)), got)
+
+
+def test_scores_that_change_while_they_are_ranked_are_an_error(monkeypatch):
+    monkeypatch.setattr(unstructured._selection, "top_columns", lambda *args: None)
+    with pytest.raises(FormatError, match="scores that changed while they were ranked"):
+        topk_columns(np.ones((2, 2)), 3)
 
 
 @pytest.mark.parametrize("pattern", ["ascending", "descending", "organ pipe", "sawtooth"])

@@ -79,7 +79,7 @@ def test_schedule_end_as_step_or_fraction():
     for wrong in ((0.5, None), (1.5, 100), (0.0, 100)):
         with pytest.raises(FormatError, match="total_steps"):
             until(*wrong, alpha=0.3, delta_t=10)
-    for wrong in ({"alpha": 2.0}, {"delta_t": 0}, {"t_end": -1}):
+    for wrong in ({"alpha": 2.0}, {"delta_t": 0}, {"delta_t": 1.5}, {"t_end": -1}):
         with pytest.raises(FormatError):
             CosineSchedule(**wrong)
 

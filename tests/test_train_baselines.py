@@ -212,3 +212,7 @@ def test_recorders_that_cannot_be_are_refused():
         Decorrelation(nn.LayerNorm(4))
     with pytest.raises(FormatError, match="samples=0"):
         Decorrelation(nn.Linear(4, 4), samples=0)
+    empty = Decorrelation(nn.Linear(4, 4), every=3)
+    for read in (empty.magnitudes, lambda: empty.by_magnitude("weight")):
+        with pytest.raises(FormatError, match="no record after 0 steps; expected at least 3"):
+            read()

@@ -149,8 +149,9 @@ def test_pruned_networks_still_learn() -> None:
         ({"density": {"0": 0.5, "2": 0.5, "7": 0.5}}, "densities of 0, 2, 7"),
         ({"t_end": 0.5}, "t_end=0.5 with total_steps=None"),
         ({"t_end": 1}, "room for an update"),
-        ({"t_start": -1}, "room for an update"),
-        ({"delta_t": 0}, "room for an update"),
+        ({"t_start": -1}, "t_start=-1"),
+        ({"delta_t": 0}, "delta_t=0"),
+        ({"delta_t": 1.5}, "delta_t=1.5"),
     ],
 )
 def test_bad_input(options, message) -> None:
@@ -175,3 +176,14 @@ def test_densities_of_erk_can_be_given() -> None:
     method = GradualPruning(model, optimizer, density=densities, delta_t=1, t_end=1)
     train(model, optimizer, method, 1, inputs)
     assert sum(layer.nnz for layer in method.layers.values()) == round(0.3 * (32 * 48 + 48 * 8))
+
+
+@pytest.mark.parametrize(
+    "option", [{"sparsity": 0.5}, {"reset": True}, {"scores": "magnitude"}, {"alpha": 0.3}]
+)
+def test_options_of_other_methods_are_refused(option) -> None:
+    model = nn.Sequential(nn.Linear(8, 8))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(TypeError, match=next(iter(option))):
+        GradualPruning(model, optimizer, density=0.5, t_end=100, **option)
+    assert type(model[0]) is nn.Linear

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import itertools
 import math
 
@@ -227,11 +228,11 @@ def test_every_rewiring_counts_and_what_participated_is_remembered():
 # ---------------------------------------------------------------------------------- exploitation
 
 
-def network(seed: int = 0, **options):
+def network(seed: int = 0, steps=(), **options):
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(32, 48), nn.ReLU(inplace=True), nn.Linear(48, 48), nn.ReLU(),
                           nn.Linear(48, 8))  # fmt: skip
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, **dict(steps))
     options = {"density": 0.25, "total_steps": 12, **options}
     return model, optimizer, Rewire(model, optimizer, **options)
 
@@ -256,6 +257,35 @@ def test_regularisation_ignores_the_learning_rate_and_sr_ste_does_not():
         assert model[0].weight.tolist() == [
             [8.0, 2.0, 2.0, 2.0] if shrinks else [8.0, 4.0, 4.0, 4.0]
         ]
+
+
+@pytest.mark.parametrize("how", ["closure", "closure by name", "maximize", "scaled"])
+def test_sr_ste_decays_whatever_way_the_optimizer_comes_to_its_gradients(how):
+    def trained(how: str) -> torch.Tensor:
+        steps = {"maximize": how == "maximize", "fused": how == "scaled"}
+        model, optimizer, method = network(mode="sr_ste", lambda_w=0.5, steps=steps)
+        scaler = torch.amp.GradScaler("cpu", init_scale=256.0, enabled=how == "scaled")
+        generator, sign = torch.Generator().manual_seed(1), -1 if how == "maximize" else 1
+
+        def closure() -> torch.Tensor:
+            optimizer.zero_grad()
+            loss = scaler.scale(sign * model(batches(generator)).square().mean())
+            loss.backward()
+            return loss
+
+        for _ in range(3):
+            if how == "closure":
+                optimizer.step(closure)
+            elif how == "closure by name":
+                optimizer.step(closure=closure)
+            else:
+                closure()
+                scaler.step(optimizer)
+                scaler.update()
+            method.step()
+        return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+    torch.testing.assert_close(trained(how), trained("plain"))
 
 
 def test_resets_leave_the_state_of_the_optimizer_alone():
@@ -383,11 +413,45 @@ def test_finished_models_hold_ordinary_sparse_layers():
         method.step()
 
 
+def test_a_layer_that_is_the_model_is_not_finished():
+    model = Participating(nn.Linear(16, 16), density=0.5)
+    method = Rewire(model, torch.optim.SGD(model.parameters(), lr=0.1), mode="reset")
+    with pytest.raises(FormatError, match=r"to_sparse\(\)"):
+        method.finish()
+    assert list(method.layers) == [""]
+
+
+def test_transformers_multiply_with_what_participates():
+    """The fast path of torch would read the whole `linear1.weight`."""
+    torch.manual_seed(0)
+    block = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, dropout=0.0)
+    model, x = nn.TransformerEncoder(block, 2).eval(), torch.randn(3, 5, 16)
+    dense = model(x)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    method = Rewire(model, optimizer, density=0.2, include="*", mode="no_exploit")
+    expected = model(x)
+    assert (expected - dense).abs().max() > 0.1
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), expected)
+        method.finish()
+        torch.testing.assert_close(model(x), expected)
+
+
 def test_finished_sr_ste_leaves_the_optimizer_alone():
     _model, optimizer, method = network(mode="sr_ste")
     assert len(optimizer._optimizer_step_pre_hooks) == 1
     method.finish()
     assert not optimizer._optimizer_step_pre_hooks
+
+
+def test_sr_ste_that_is_gone_decays_nothing():
+    model, optimizer, method = network(mode="sr_ste", lambda_w=0.5)
+    model(torch.ones(1, 32)).sum().backward()
+    gradient = model[2].weight.grad.clone()
+    del method
+    gc.collect()
+    optimizer.step()
+    assert torch.equal(model[2].weight.grad, gradient)
 
 
 # ------------------------------------------------------------------------- what stays dense
@@ -475,7 +539,9 @@ def test_compiled_models_go_on_after_a_change():
         ({"gradient_scale": 2.0, "total_steps": 4}, "gradient_scale=2.0"),
         ({"interval": 0, "total_steps": 4}, "interval=0"),
         ({}, "v=0.5 with total_steps=None"),
-        ({"v": -1}, "end=-1"),
+        ({"v": -1}, "v=-1"),
+        ({"mode": "reset", "z": 1.5}, "z=1.5"),
+        ({"mode": "reset", "interval": 1.5}, "interval=1.5"),
         ({"density": None, "v": 1}, "without a layer that would train"),
         ({"exclude": "*", "v": 1}, "excluded"),
         ({"density": "keep", "v": 1}, "density='keep'"),
@@ -547,7 +613,8 @@ def test_nan_weights_are_refused():
 
 def test_intervals():
     assert [t for t in range(12) if IntervalSchedule(4).is_update(t)] == [4, 8]
-    assert IntervalSchedule.until(0.5, 10, interval=1).end == 5
+    for half in (0.5, np.float32(0.5)):  # not a step, that would end at once
+        assert IntervalSchedule.until(half, 10, interval=1).end == 5
     assert not IntervalSchedule(1).ended(10**9)
 
 

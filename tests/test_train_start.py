@@ -196,10 +196,12 @@ def untouched(method, optimizer=momentum, **options) -> FormatError:
     model = network()
     made = optimizer(model)
     modules, params = list(model.modules()), [list(g["params"]) for g in made.param_groups]
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(FormatError) as error:
         method(model, made, **{"t_end": 1000, **options})
     assert list(model.modules()) == modules
     assert [list(g["params"]) for g in made.param_groups] == params
+    assert all(torch.equal(model.state_dict()[name], state[name]) for name in state)
     return error.value
 
 
@@ -227,6 +229,20 @@ def test_layers_that_a_method_cannot_take_are_told_and_nothing_has_changed():
 def test_an_optimizer_of_another_model():
     error = untouched(SET, lambda _: momentum(network()), density=0.1)
     assert "an optimizer without the weight of 0, 2, 4" in str(error)
+
+
+def test_a_transformer_that_was_not_changed_goes_on_as_before():
+    model = nn.TransformerEncoder(
+        nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 1, enable_nested_tensor=True
+    )
+    seen = []
+    model.layers[0].linear1.register_load_state_dict_pre_hook(lambda m, *_: seen.append(m))
+    with pytest.raises(FormatError, match="without the weight of"):
+        SET(model, momentum(network()), density=0.2, **RUN)
+    assert model.use_nested_tensor
+    assert model.layers[0].activation_relu_or_gelu
+    model.load_state_dict(model.state_dict())
+    assert seen == [model.layers[0].linear1]
 
 
 def test_an_optimizer_that_wraps_another():
@@ -278,12 +294,41 @@ def test_a_step_that_a_gradient_scaler_skipped_counts():
     assert method.steps == 1
 
 
+def test_a_scaler_skips_for_any_parameter_of_the_optimizer():
+    model = nn.ModuleList([nn.Embedding(8, 16, sparse=True), nn.Linear(16, 16), nn.Linear(16, 4)])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    method = SET(model, optimizer, density=0.2, exclude="2", total_steps=100)
+    model[2](model[1](model[0](torch.arange(4)))).sum().backward()
+    with pytest.raises(FormatError, match=r"without an optimizer\.step\(\)"):
+        method.step()
+    model[2].bias.grad.fill_(float("inf"))  # where no sparse layer has such a gradient
+    method.step()
+    assert method.steps == 1
+
+
 def test_written_weights_are_a_step_whoever_wrote_them():
     """As where an optimizer of another kind, or a compiled one, calls no hooks."""
     model = network()
     method = SET(model, momentum(model), density=0.2, delta_t=1, total_steps=100)
     with torch.no_grad():
         model[4].values.mul_(0.5)
+    assert method.step()
+
+
+def test_optimizers_of_another_make_are_believed():
+    class ThroughData:
+        def __init__(self, params) -> None:
+            self.param_groups, self.state = [{"params": list(params)}], {}
+
+        def step(self) -> None:
+            for p in self.param_groups[0]["params"]:
+                p.data.sub_(p.grad, alpha=0.1)
+
+    model = network()
+    optimizer = ThroughData(model.parameters())
+    method = SET(model, optimizer, density=0.2, delta_t=1, total_steps=100)
+    loss(model).backward()
+    optimizer.step()
     assert method.step()
 
 

@@ -22,7 +22,14 @@ from spfmt.formats._coords import Coordinates, fill_short_lists, group_by_suppor
 from spfmt.formats._layout import Groups, lower_groups
 from spfmt.formats._registry import register
 from spfmt.formats._structure import Structure
-from spfmt.structure._checks import INT32_MAX, as_int, check_permutation, check_range, plain_array
+from spfmt.structure._checks import (
+    INT32_MAX,
+    as_density,
+    as_int,
+    check_permutation,
+    check_range,
+    plain_array,
+)
 
 __all__ = ["HRBP"]
 
@@ -272,6 +279,10 @@ class HRBP(SparseTensor):
         from spfmt.structure.fan_in import random_columns
         from spfmt.structure.hrbp import group_ptr, hrbp_block_density
 
+        if unknown := params.keys() - {"block_density", "groups", "method", "row_perm", "seed"}:
+            raise TypeError(f"HRBP.random() got unexpected keywords: {', '.join(sorted(unknown))}")
+        if as_density(density) == 0.0 or math.prod(shape) == 0:
+            return cls.from_scores(np.zeros(shape, np.float32), density, **params)
         rows, cols, cells = shape[0], shape[1], math.prod(shape[2:])
         starts = group_ptr(rows, params.get("groups"))
         share = hrbp_block_density(density, shape, params.get("block_density"))

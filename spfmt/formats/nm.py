@@ -261,12 +261,10 @@ class NM(SparseTensor):
     def random(
         cls, shape: Sequence[int], density: float, rng: np.random.Generator, **params: Any
     ) -> NM:
-        """Draw n of every m, n the nearest to the density; see `SparseTensor.random`."""
-        m = params.get("m", 32)
-        n = params.get("n", max(1, round(density * m)))
+        """Draw n of every m, n by the density unless it is given; see `SparseTensor.random`."""
         scores = rng.random(shape, dtype=np.float32)
-        values = rng.standard_normal(shape, dtype=np.float32)
-        return cls.from_scores(scores, n=n, m=m, values=values)
+        found = cls.from_scores(scores, None if "n" in params else density, **params)
+        return found.with_values(rng.standard_normal(found.values.shape, dtype=np.float32))
 
     def caption(self) -> str:
         """What every group holds."""

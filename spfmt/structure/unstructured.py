@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from ..errors import format_error
 from . import _selection
 from ._checks import BoolArray, FloatArray, Int32Array, Int64Array, as_int, as_scores
 
@@ -56,6 +57,12 @@ def columns_of_largest(
         search = _selection.top_magnitudes if fused else _selection.top_columns
         ranked = plain if signed or fused else np.abs(plain)
         search(ranked, n, indptr, columns, np.empty((0, 0), np.uint8))
+        if indptr[-1] != n:
+            raise format_error(
+                "scores that changed while they were ranked",
+                "scores that nobody writes meanwhile",
+                "wait for the threads that train these weights, or rank a copy of them",
+            )
     return indptr, columns
 
 

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from spfmt.errors import format_error
 from spfmt.torch.frozen import FrozenLinear
 from spfmt.torch.linear import SparseLinear
+from spfmt.torch.participating import Participating
 from spfmt.torch.wrappers import changeable
 
 __all__ = ["UnpackedAttention", "unpack_attention"]
@@ -163,9 +164,10 @@ def unpack_attention(model: nn.Module) -> tuple[str, ...]:
 
 
 def set_fast_paths(model: nn.Module) -> None:
-    """Switch the fast path of transformer encoders off where it would read a missing weight.
+    """Switch the fast path of transformer encoders off where it would read a weight itself.
 
     The path passes ``linear1.weight`` and ``self_attn.in_proj_weight`` straight to a fused kernel.
+    Sparse layers have none; that of a `Participating` layer is there, but not all of it takes part.
     Its own conditions offer one switch per layer (an activation it does not know) and one per
     stack (no nested tensors). Where everything is dense again, it is switched on again.
     """
@@ -176,7 +178,7 @@ def set_fast_paths(model: nn.Module) -> None:
             switch = "use_nested_tensor"
         else:
             continue
-        changed = (SparseLinear, FrozenLinear, UnpackedAttention)
+        changed = (SparseLinear, FrozenLinear, Participating, UnpackedAttention)
         sparse = any(isinstance(child, changed) for child in module.modules())
         saved = module.__dict__.get("_dense_fast_path")
         if sparse and saved is None:

@@ -56,7 +56,7 @@ def scattered(values: Tensor, structure: Tensor, size: int) -> Tensor:
 @torch.no_grad()
 def write_at(weight: Tensor, structure: Tensor, values: Tensor) -> None:
     """Write values to their positions in a dense weight, in place."""
-    flat = weight.detach().reshape(-1)
+    flat = weight.detach().contiguous().reshape(-1)
     positions = _positions(structure, flat.numel(), values.numel())
     scatter(positions, _bits(values), _bits(flat))
     if flat.data_ptr() != weight.data_ptr():  # strides of its own: that was a copy

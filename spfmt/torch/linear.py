@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, TypeVar, cast
 
 import torch
@@ -164,7 +165,8 @@ class SparseLinear(SparseLayer):
 
     def samples(self, x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
         """Return inputs (B, in_features) and output gradients (B, out_features) of a call."""
-        return x.reshape(-1, self.in_features), dy.reshape(-1, self.out_features)
+        batch = math.prod(x.shape[:-1])  # not -1: a layer may be empty
+        return x.reshape(batch, self.in_features), dy.reshape(batch, self.out_features)
 
     def extra_repr(self) -> str:
         """Describe the layer as it is printed inside a model."""

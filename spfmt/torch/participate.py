@@ -10,6 +10,7 @@ from torch import nn
 
 from spfmt.errors import FormatError, format_error
 from spfmt.formats import ShuffledBlock, SparseTensor, get_format
+from spfmt.torch.attention import set_fast_paths
 from spfmt.torch.participating import Participating
 from spfmt.torch.report import LayerReport, ModelReport
 from spfmt.torch.sparsify import (
@@ -22,7 +23,7 @@ from spfmt.torch.sparsify import (
 from spfmt.torch.survey import Found, Selector, is_plain, selectors, survey, swap
 from spfmt.torch.wrappers import unwrapped
 
-__all__ = ["participate", "planned", "why_dense"]
+__all__ = ["participate", "planned", "put_in", "why_dense"]
 
 
 def participate(
@@ -73,9 +74,15 @@ def participate(
         model, format, density, sparsity=sparsity, include=include, exclude=exclude,
         distribution=distribution, gradient_scale=gradient_scale, **params,
     )  # fmt: skip
+    put_in(model, swaps)
+    return report
+
+
+def put_in(model: nn.Module, swaps: Iterable[tuple[Found, nn.Module]]) -> None:
+    """Replace layers of a model, whose transformers then call them."""
     for entry, layer in swaps:
         swap(entry, layer)
-    return report
+    set_fast_paths(model)
 
 
 def planned(

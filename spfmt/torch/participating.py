@@ -44,7 +44,9 @@ class Participating(nn.Module):
 
     Participating values are read from `weight` at every call, so whoever writes it and however (an
     optimizer, an average that is swapped in, ``load_state_dict``), a product never sees old ones.
-    Only :meth:`choose` moves positions.
+    Only :meth:`choose` moves positions. (An average that averages buffers as well, as
+    ``AveragedModel(use_buffers=True)`` does, ruins those of `structure`, and its calls say so:
+    call :meth:`choose` on its layers first.)
 
     Parameters
     ----------
@@ -75,8 +77,8 @@ class Participating(nn.Module):
     Raises
     ------
     FormatError
-        For a layer of another class, a scale outside [0, 1], or where the format cannot hold the
-        weight at this density.
+        For a layer of another class, a weight that is sharded, a scale outside [0, 1], or where the
+        format cannot hold the weight at this density.
 
     Examples
     --------
@@ -114,6 +116,7 @@ class Participating(nn.Module):
                 f"gradient_scale={gradient_scale}", "a factor in [0, 1]", "1 leaves gradients alone"
             )
         self.weight = cast(nn.Parameter, dense.weight)
+        self.check_whole()
         self.register_parameter("bias", cast(nn.Parameter, dense.bias))
         self.shape = sparse_class(dense)._flat_shape(dense.weight.shape)  # type: ignore[arg-type]
         self.format, self.format_params = get_format(format).format, dict(params)
@@ -149,6 +152,21 @@ class Participating(nn.Module):
         like.register_parameter("weight", nn.Parameter(weight, False))
         like.register_parameter("bias", None)
         return like
+
+    def check_whole(self) -> None:
+        """Refuse a weight of which this process has a part alone.
+
+        Raises
+        ------
+        FormatError
+            For a DTensor, as FSDP2 makes them.
+        """
+        if hasattr(self.weight, "full_tensor"):
+            raise format_error(
+                "a weight that is sharded over processes",
+                "the whole weight: all of it is ranked, and read at every call",
+                "train with DistributedDataParallel instead of fully_shard",
+            )
 
     # ------------------------------------------------------------------------------- structure
 
@@ -195,11 +213,20 @@ class Participating(nn.Module):
                 f"format {self.format} and shape {self.shape}",
                 "make a new layer",
             )
+        if new.nnz > self.capacity:
+            raise self._too_large(new.nnz)
         words = encode(new, self.structure.shape[0])
         if words[:HEADER].tolist() == self.structure[:HEADER].tolist():  # they stand for all
             return False
         write_structure(self.structure, words, new._structure)
         return True
+
+    def _too_large(self, nnz: int) -> FormatError:
+        return format_error(
+            f"a structure with {nnz} positions",
+            f"at most the capacity of {self.capacity}",
+            "lower its density, or make the layer with that density",
+        )
 
     def _found(self) -> Structure:
         """Return the present structure, read at most once per content of the buffer."""
@@ -319,7 +346,7 @@ class Participating(nn.Module):
                 f"got a {found.cls.format} structure of shape {found.shape}, expected "
                 f"{self.format} of shape {self.shape}; make the layer in the checkpoint's format"
             )
-        return None
+        return None if found.nnz <= self.capacity else str(self._too_large(found.nnz))
 
 
 class _DenseGradient(torch.autograd.Function):

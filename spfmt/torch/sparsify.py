@@ -387,6 +387,8 @@ def densify(model: nn.Module) -> ModelReport:
 def _why_not_densified(entry: Found) -> str:
     if isinstance(entry.module, SparseLayer):
         return "it is the model itself: use to_dense()"
+    if isinstance(entry.module, Participating):
+        return "it holds all its weights: use dense() for them, or to_sparse()"
     return "already dense"
 
 

@@ -257,6 +257,8 @@ def _why_unfit_weight(entry: Found, tied: Mapping[int, list[str]], empty: bool) 
     if id(weight) in tied:
         others = [place for place in tied[id(weight)] if place != f"{entry.name}.weight"]
         return f"its weight is tied to {', '.join(others)}"
+    if hasattr(weight, "full_tensor"):
+        return "its weight is sharded: make the layer sparse before fully_shard(model)"
     if weight.layout is not torch.strided:
         return f"its weight has the layout {weight.layout}: make it dense; 'keep' keeps its zeros"
     if not weight.is_floating_point():

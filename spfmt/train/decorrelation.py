@@ -151,8 +151,24 @@ class Decorrelation:
         return {n: self.every * decorrelation_times(self.history(n)) for n in self._weights}
 
     def magnitudes(self) -> dict[str, NDArray[np.float32]]:
-        """Return the last ``|w|`` of every sampled weight, by parameter."""
-        return {name: np.abs(self.history(name)[-1]) for name in self._weights}
+        """Return the last ``|w|`` of every sampled weight, by parameter.
+
+        Raises
+        ------
+        FormatError
+            Before the first record.
+        """
+        return {name: self._last(name) for name in self._weights}
+
+    def _last(self, name: str) -> NDArray[np.float32]:
+        records = self._records[name]
+        if not records:
+            raise format_error(
+                f"no record after {self.steps} steps",
+                f"at least {self.every} steps",
+                "call step() after every optimizer.step()",
+            )
+        return np.abs(records[-1])
 
     def by_magnitude(
         self, name: str, bins: int = 10
@@ -169,9 +185,14 @@ class Decorrelation:
         -------
         magnitudes, medians : ndarray of float64, shape (bins,)
             Median ``|w|`` of every bin, ascending, and its median Δ over all steps, in [0, 1].
+
+        Raises
+        ------
+        FormatError
+            Before the first record, or for more bins than sampled weights.
         """
-        history = self.history(name)
-        final, times = np.abs(history[-1]), decorrelation_times(history) / len(history)
+        final, history = self._last(name), self.history(name)
+        times = decorrelation_times(history) / len(history)
         parts = np.array_split(
             np.argsort(final, kind="stable"), as_int("bins", bins, 1, final.size)
         )

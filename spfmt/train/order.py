@@ -28,7 +28,7 @@ class StepOrder:
     def __init__(
         self, optimizers: Iterable[Any], layers: Mapping[str, SparseModule | Participating]
     ) -> None:
-        self._layers = layers
+        self._optimizers, self._layers = list(optimizers), layers
         self._stepped = False
         alone = weakref.ref(self)  # a trainer that is gone must not stay with its optimizer
 
@@ -36,9 +36,10 @@ class StepOrder:
             if (order := alone()) is not None:
                 order._stepped = True
 
-        for optimizer in optimizers:
-            if isinstance(optimizer, torch.optim.Optimizer):
-                optimizer.register_step_post_hook(note)
+        known = [o for o in self._optimizers if isinstance(o, torch.optim.Optimizer)]
+        for optimizer in known:
+            optimizer.register_step_post_hook(note)
+        self._blind = not known  # others may write through .data, which torch does not count
         self.look()
 
     def look(self) -> None:
@@ -47,18 +48,20 @@ class StepOrder:
         self._written = self._versions()
 
     def check(self) -> None:
-        """Refuse where nothing has changed since the last look.
+        """Refuse where nothing has changed since the last look, as far as that can be seen.
 
-        Gradients that are not finite excuse it: a gradient scaler skips such a step.
+        Gradients that are not finite, of whatever the optimizer holds, excuse it: a gradient scaler
+        skips such a step.
 
         Raises
         ------
         FormatError
         """
-        if self._stepped or self._versions() != self._written:
+        if self._blind or self._stepped or self._versions() != self._written:
             return
-        grads = [weights.grad for weights in self._weights()]
-        if all(g is None or bool(torch.isfinite(g).all()) for g in grads):
+        groups = [group for optimizer in self._optimizers for group in optimizer.param_groups]
+        grads = [p.grad for group in groups for p in group["params"] if p.grad is not None]
+        if all(torch.isfinite(g._values() if g.is_sparse else g).all() for g in grads):
             raise format_error(
                 "step() without an optimizer.step() since the last one",
                 "one call of it after every optimizer.step()",
@@ -67,8 +70,5 @@ class StepOrder:
             )
 
     def _versions(self) -> list[int]:
-        return [weights._version for weights in self._weights()]
-
-    def _weights(self) -> list[torch.nn.Parameter]:
         layers = self._layers.values()
-        return [m.values if isinstance(m, SparseModule) else m.weight for m in layers]
+        return [(m.values if isinstance(m, SparseModule) else m.weight)._version for m in layers]

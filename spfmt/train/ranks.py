@@ -47,12 +47,13 @@ def check_ranks(layers: Mapping[str, Any], settings: Mapping[str, Any], group: A
         name.strip("_"): value
         for name, value in settings.items()
         if isinstance(value, int | float | str | tuple) or dataclasses.is_dataclass(value)
+        if name != "report"  # it tells of layers, which are compared themselves
     }
     headers = {name: layer.structure[:HEADER].tolist() for name, layer in layers.items()}
     own = {**plain, "layers or structures": headers}
     found: list[Any] = [None] * count
     torch.distributed.all_gather_object(found, own, group)
-    differing = [what for what in own if any(other[what] != own[what] for other in found)]
+    differing = [what for what in own if any(other.get(what) != own[what] for other in found)]
     if not differing:  # the same answer on every rank: each compares itself with all
         return
     raise format_error(

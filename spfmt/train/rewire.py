@@ -6,6 +6,7 @@ The sections, figures and algorithm 1 named here are the paper's.
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Literal
 
@@ -15,13 +16,14 @@ from torch import Tensor, nn
 
 from spfmt.errors import format_error
 from spfmt.formats import SparseTensor
+from spfmt.structure._checks import as_int
 from spfmt.torch.gather import gathered, write_at
 from spfmt.torch.layer import implied_density
-from spfmt.torch.participate import planned
+from spfmt.torch.participate import planned, put_in
 from spfmt.torch.participating import Participating
 from spfmt.torch.report import ModelReport
 from spfmt.torch.sparsify import Distribution, _row
-from spfmt.torch.survey import Found, Selector, places, swap
+from spfmt.torch.survey import Found, Selector, places
 from spfmt.torch.wrappers import changeable, unwrapped
 from spfmt.train.followers import OptimizerState
 from spfmt.train.order import StepOrder
@@ -86,7 +88,8 @@ class Rewire:
     lambda_w : float
         λ of "sr_ste", not negative.
     gradient_scale : float
-        Factor s of the gradients of weights that do not participate (figure 2), in [0, 1].
+        Factor s of the gradients of weights that do not participate (figure 2), in [0, 1]. It
+        replaces what layers have that are there already.
     interval : int
         Steps r between two choices (figure 2).
     total_steps : int, optional
@@ -108,14 +111,15 @@ class Rewire:
     ------
     FormatError
         Where a number is out of its range, no layer is left to train like this, the optimizer lacks
-        a weight, or ranks differ.
+        a weight, weights are sharded, or ranks differ.
 
     Notes
     -----
     **Memory** is that of dense training, as the paper says (section 4): all weights, gradients and
     optimizer state, and the structure on top. What is saved is time, in the forward pass and in the
     gradients of inputs. **DDP** works as it is: weights are ordinary Parameters, equal on all ranks
-    after a step, and what participates follows from them and from positions alone.
+    after a step, and what participates follows from them and from positions alone. FSDP2 is
+    refused: its ranks have no whole weights.
     A frozen layer (``weight.requires_grad`` is False) stays as it is.
 
     Examples
@@ -180,8 +184,7 @@ class Rewire:
         check_ranks(self.layers, vars(self), group)
         self._hook = self._hooked() if mode == "sr_ste" else None
         self._order = StepOrder(OptimizerState(optimizer).all(), self.layers)
-        for entry, layer in swaps:  # nothing fails from here on
-            swap(entry, layer)
+        put_in(model, swaps)  # nothing fails from here on
         self._scale_gradients()
 
     def _take(self, model: nn.Module, swaps: list[tuple[Found, Participating]]) -> None:
@@ -202,7 +205,12 @@ class Rewire:
                 "one that lets a gradient be changed before its step",
                 "use an optimizer of torch.optim, or mode='regularize'",
             )
-        return register(self._decay)
+        alone = weakref.WeakMethod(self._before_step)  # a method that is gone decays nothing
+
+        def before(*call: Any) -> Any:
+            return None if (method := alone()) is None else method(*call)
+
+        return register(before)
 
     def _check_layers(self) -> None:
         if not self.layers:
@@ -214,6 +222,7 @@ class Rewire:
             )
         held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
         for name, layer in self._trained().items():
+            layer.check_whole()
             if id(layer.weight) not in held:
                 raise format_error(
                     f"an optimizer without {name}.weight",
@@ -269,13 +278,34 @@ class Rewire:
     def _resets(self) -> bool:
         return self.mode == "reset" and self.steps % self.z == 0
 
-    def _decay(self, *_: Any) -> None:
-        """Add λ·n to the gradients (SR-STE), just before the optimizer uses them."""
+    def _before_step(
+        self, _: Any, args: tuple[Any, ...], options: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Decay just before the optimizer uses gradients; a closure computes them later."""
+        closure = options.get("closure", args[1] if len(args) > 1 else None)  # args: itself first
+        if closure is None:
+            self._decay()
+            return None
+
+        def decayed() -> Any:
+            loss = closure()
+            self._decay()
+            return loss
+
+        return args[:1], {**options, "closure": decayed}
+
+    @torch.no_grad()
+    def _decay(self) -> None:
+        """Add λ·n to the gradients (SR-STE), in the sign and the scale that they have."""
+        groups = [group for group in self.optimizer.param_groups if group.get("maximize")]
+        rising = {id(p) for group in groups for p in group["params"]}
+        scale = getattr(self.optimizer, "grad_scale", None)  # of a GradScaler, for fused optimizers
+        factor = self.lambda_w * (1.0 if scale is None else float(scale))
         for layer in self._trained().values():
             gradient, weight = layer.weight.grad, layer.weight
             if gradient is not None:
                 kept = gathered(gradient, layer.structure, layer.capacity)
-                gradient.add_(weight.detach(), alpha=self.lambda_w)
+                gradient.add_(weight, alpha=-factor if id(weight) in rising else factor)
                 write_at(gradient, layer.structure, kept)
 
     def _scale_gradients(self) -> None:
@@ -304,14 +334,19 @@ class Rewire:
         Raises
         ------
         FormatError
-            For a model inside DDP: its parameters change.
+            For a model inside DDP: its parameters change; and for one that is itself such a layer.
         """
-        model, rows = changeable(self.model), []
-        for entry in places(model):
-            if isinstance(entry.module, Participating):
-                layer = entry.module.to_sparse()
-                rows.append(_row(entry, layer, ""))
-                swap(entry, layer)
+        model = changeable(self.model)
+        if isinstance(model, Participating):
+            raise format_error(
+                "a layer that is the model itself",
+                "a model that holds it, to put another one in its place",
+                "use the layer's to_sparse()",
+            )
+        found = [(entry, entry.module) for entry in places(model)]
+        swaps = [(e, layer.to_sparse()) for e, layer in found if isinstance(layer, Participating)]
+        rows = [_row(entry, layer, "") for entry, layer in swaps]
+        put_in(model, swaps)
         if self._hook is not None:
             self._hook.remove()
         self._finished, self.layers = True, {}
@@ -368,8 +403,8 @@ def _check(mode: str, z: int, beta: float, lambda_w: float, gradient_scale: floa
     if mode not in MODES:
         choices = ", ".join(map(repr, MODES))
         raise format_error(f"mode={mode!r}", f"one of {choices}", "the paper mostly uses 'reset'")
+    as_int("z", z, 1)
     ranges = {
-        "z": (z, z >= 1, "at least 1 step"),
         "beta": (beta, 0.0 <= beta <= 1.0, "a share in [0, 1]"),
         "lambda_w": (lambda_w, lambda_w >= 0.0, "at least 0"),
         "gradient_scale": (gradient_scale, 0.0 <= gradient_scale <= 1.0, "a factor in [0, 1]"),

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+
 from spfmt.errors import format_error
+from spfmt.structure._checks import as_int
 
 __all__ = ["CosineSchedule", "CubicSchedule", "IntervalSchedule", "Schedule"]
 
@@ -57,14 +61,8 @@ class CosineSchedule:
     def __post_init__(self) -> None:
         if not 0.0 <= self.alpha <= 1.0:
             raise format_error(f"alpha={self.alpha}", "a share in [0, 1]", "DSB uses alpha=0.3")
-        if self.delta_t < 1:
-            raise format_error(f"delta_t={self.delta_t}", "at least 1 step", "DSB uses delta_t=100")
-        if self.t_end < 0:
-            raise format_error(
-                f"t_end={self.t_end}",
-                "a step, or a fraction of total_steps",
-                "see CosineSchedule.until",
-            )
+        _whole("delta_t", self.delta_t, 1)
+        _whole("t_end", self.t_end)
 
     @classmethod
     def until(
@@ -135,10 +133,12 @@ class CubicSchedule:
     t_end: int = 75_000
 
     def __post_init__(self) -> None:
-        if self.t_start < 0 or self.delta_t < 1 or self.t_end < self.t_start + self.delta_t:
+        for name in ("t_start", "delta_t", "t_end"):
+            _whole(name, getattr(self, name), 1 if name == "delta_t" else 0)
+        if self.t_end < self.t_start + self.delta_t:
             raise format_error(
                 f"t_start={self.t_start}, delta_t={self.delta_t}, t_end={self.t_end}",
-                "0 <= t_start, 1 <= delta_t, and room for an update: t_start + delta_t <= t_end",
+                "room for an update: t_start + delta_t <= t_end",
                 "lower delta_t, or raise t_end or total_steps",
             )
 
@@ -200,12 +200,9 @@ class IntervalSchedule:
     end: int | None = None
 
     def __post_init__(self) -> None:
-        if self.interval < 1 or (self.end is not None and self.end < 0):
-            raise format_error(
-                f"interval={self.interval}, end={self.end}",
-                "an interval of at least 1 step, and an end of at least 0 or None",
-                "pass interval=1 for an update after every step",
-            )
+        _whole("interval", self.interval, 1)
+        if self.end is not None:
+            _whole("end", self.end)
 
     @classmethod
     def until(
@@ -223,10 +220,14 @@ class IntervalSchedule:
         return self.end is not None and t >= self.end
 
 
+def _whole(name: str, value: int, least: int = 0) -> int:
+    return as_int(name, value, least, sys.maxsize)
+
+
 def _step(name: str, given: int | float, total_steps: int | None) -> int:
     """Return a step that may be given as a fraction of all."""
-    if not isinstance(given, float):
-        return given
+    if not isinstance(given, float | np.floating):
+        return _whole(name, given)
     if not 0.0 < given <= 1.0 or total_steps is None:
         raise format_error(
             f"{name}={given} with total_steps={total_steps}",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,10 +11,12 @@ import torch
 from torch import nn
 
 from spfmt.errors import format_error
+from spfmt.torch.attention import set_fast_paths
 from spfmt.torch.layer import implied_density, resolve_density
+from spfmt.torch.module import SparseModule
 from spfmt.torch.report import ModelReport
 from spfmt.torch.sparsify import sparsify
-from spfmt.torch.survey import places
+from spfmt.torch.survey import Found, places, swap
 from spfmt.torch.wrappers import changeable
 
 __all__ = ["Start"]
@@ -121,42 +123,42 @@ def started(
         anything fails inside.
     """
     model = changeable(model)
-    before = [
-        (parent, name, found.module) for found in places(model) for parent, name in found.places
-    ]
-    report = sparsify(model, **options)
+    before = places(model)
+    # Values and biases, which are the dense layers' own, are drawn when nothing can fail any more.
+    report = sparsify(model, **{**options, "reset": False})
     groups = [list(group["params"]) for group in optimizer.param_groups]
     try:
         new = _replaced(before)
         _check(optimizer, new, keeps=not options["reset"])
         for group in optimizer.param_groups:
-            group["params"] = [new[p][1] if p in new else p for p in group["params"]]
+            group["params"] = [new[p][1].values if p in new else p for p in group["params"]]
         yield report
     except BaseException:
-        for parent, name, module in before:
-            setattr(parent, name, module)
+        for entry in before:
+            swap(entry, entry.module)
+        set_fast_paths(model)
         for group, params in zip(optimizer.param_groups, groups, strict=True):
             group["params"] = params
         raise
-    for old in new:
+    for old, (_, layer) in new.items():
         optimizer.state.pop(old, None)
+        if options["reset"]:
+            layer.reset_parameters(options["generator"])
 
 
-def _replaced(
-    before: list[tuple[nn.Module, str, nn.Module]],
-) -> dict[nn.Parameter, tuple[str, nn.Parameter]]:
-    """Return, of every weight that was replaced, the layer's attribute and its new parameter."""
-    found: dict[Any, tuple[str, Any]] = {}
-    for parent, name, module in before:
-        layer = getattr(parent, name)
-        if layer is not module:
-            found[module.weight] = name, layer.values
+def _replaced(before: Iterable[Found]) -> dict[Any, tuple[str, SparseModule]]:
+    """Return, of every weight that was replaced, the name of its layer and the new layer."""
+    found: dict[Any, tuple[str, SparseModule]] = {}
+    for entry in before:
+        layer: Any = getattr(*entry.places[0]) if entry.places else entry.module
+        if layer is not entry.module:
+            found[entry.module.weight] = entry.name, layer
     return found
 
 
-def _check(optimizer: Any, new: Mapping[nn.Parameter, tuple[str, Any]], keeps: bool) -> None:
+def _check(optimizer: Any, new: Mapping[Any, tuple[str, SparseModule]], keeps: bool) -> None:
     held = {p for group in optimizer.param_groups for p in group["params"]}
-    missing = [name for old, (name, values) in new.items() if old.requires_grad and old not in held]
+    missing = [name for old, (name, _) in new.items() if old.requires_grad and old not in held]
     if missing:
         raise format_error(
             f"an optimizer without the weight of {', '.join(missing)}",
