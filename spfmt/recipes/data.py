@@ -16,6 +16,7 @@ from spfmt.errors import FormatError, MissingDependency, format_error
 from spfmt.recipes.readers import (
     Split,
     checked,
+    damaged,
     read_arrays,
     read_cifar_binary,
     read_cifar_pickle,
@@ -197,8 +198,8 @@ def _mnist(
         if archive is not None:
             names = ("x_train", "y_train", "x_test", "y_test")
             x, y, x_test, y_test = map(read_arrays(archive, names).__getitem__, names)
-            train = checked(archive, x[:, None], y, 10)
-            return train, checked(archive, x_test[:, None], y_test, 10), 10
+            train = checked(archive, x, y, 10)
+            return train, checked(archive, x_test, y_test, 10), 10
         train = _idx_split(title, directory, folders, npz, "train")
         return train, _idx_split(title, directory, folders, npz, "t10k"), 10
 
@@ -220,7 +221,7 @@ def _idx_split(
             raise _absent(title, directory, layouts)
         paths.append(path)
     images, labels = read_idx(paths[0], 3), read_idx(paths[1], 1)
-    return checked(paths[0], images[:, None], labels, 10)
+    return checked(paths[0], images, labels, 10)
 
 
 # -------------------------------------------------------------------------------------- CIFAR
@@ -247,7 +248,7 @@ class _Cifar:
         ):
             if place is not None:
                 train, test = place
-                return _joined([load(path) for path in train]), load(test), self.classes
+                return _joined(train, [load(path) for path in train]), load(test), self.classes
         raise _absent(
             self.title, directory,
             f"{self.folder}/train_0.npz and so on with test.npz, {self.pickles[0]}, or "
@@ -296,7 +297,11 @@ def _complete(train: list[Path], test: Path) -> tuple[list[Path], Path]:
     return train, test
 
 
-def _joined(parts: Sequence[Split]) -> Split:
+def _joined(paths: Sequence[Path], parts: Sequence[Split]) -> Split:
+    for path, (x, _) in zip(paths, parts, strict=True):
+        if x.shape[1:] != parts[0][0].shape[1:]:
+            got = f"holds images of {x.shape[1:]}"
+            raise damaged(path, got, f"{parts[0][0].shape[1:]}, as {paths[0].name}")
     return np.concatenate([x for x, _ in parts]), np.concatenate([y for _, y in parts])
 
 
