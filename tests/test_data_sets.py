@@ -95,6 +95,7 @@ def test_mnist_in_every_layout(name: str, layout: str, tmp_path: Path) -> None:
     np.testing.assert_array_equal(found.y_test, Y_TEST)
     assert found.classes == 10
     assert found.shape == (1, 28, 28)
+    Batches(found, 4, seed=0, augmented=False)  # torch warns of arrays that it must not write
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,9 @@ def checked(path: Path, images: Array, labels: Array, classes: int) -> Split:
     if labels.min() < 0 or labels.max() >= classes:
         got = f"holds the labels {labels.min()} to {labels.max()}"
         raise damaged(path, got, f"0 to {classes - 1}")
-    return np.require(images, requirements="CW"), labels.astype(np.int64)  # torch wants to write
+    return np.require(images, requirements=("C", "W")), labels.astype(
+        np.int64
+    )  # torch wants to write
 
 
 # ------------------------------------------------------------------------------------------- idx
