@@ -142,8 +142,11 @@ def build_method(
     if recipe.method.name == DENSE:
         return None
     cls, options = METHODS[recipe.method.name], method_options(recipe)
-    if "seed" in _keywords(cls):  # one without draws nothing
+    taken = _keywords(cls)
+    if "seed" in taken:  # one without draws nothing
         options["seed"] = seed
+    if "reset" in taken and recipe.model.weights is not None:
+        options.setdefault("reset", False)  # random scores would draw the trained weights anew
     if recipe.method.scores in _SALIENCIES:
         options |= _saliency(recipe, model, batch)
     method: Trainer = cls(model, optimizer, total_steps=steps, **options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -121,7 +122,9 @@ def network_options(model: Model) -> dict[str, Any]:
     return read_options(model.options, "model", known, ("name", "weights"))
 
 
-def build_network(model: Model, shape: tuple[int, int, int], classes: int) -> nn.Module:
+def build_network(
+    model: Model, shape: tuple[int, int, int], classes: int, batch: int = 2
+) -> nn.Module:
     """Make the network of a recipe for images of a shape.
 
     Parameters
@@ -129,11 +132,14 @@ def build_network(model: Model, shape: tuple[int, int, int], classes: int) -> nn
     model : Model
     shape : (channels, height, width)
     classes : int
+    batch : int
+        The fewest images that the network is trained on at once.
 
     Raises
     ------
     FormatError
-        As `network_options`; where the network cannot take such images, or its weights do not fit.
+        As `network_options`; where the network is too large or cannot take such images, or its
+        weights do not fit.
     OSError
         Where the weights cannot be read.
     """
@@ -146,27 +152,36 @@ def build_network(model: Model, shape: tuple[int, int, int], classes: int) -> nn
                 f"images of {height} x {width} pixels", "square ones", "set data.size"
             )
         options["image_size"] = height
-    network = factory(**options, **network_options(model))
-    _try(network, model.name, shape)
+    options |= network_options(model)
+    try:
+        network = factory(**options)
+    except (RuntimeError, TypeError, MemoryError, OverflowError) as error:
+        reason = str(error).splitlines()[0]
+        raise format_error(
+            f"model.name = {model.name!r} with {options} ({reason})", "what fits", "make it smaller"
+        ) from None
+    _try(network, model.name, (min(batch, 2), *shape))
     if model.weights is not None:
         _load(network, Path(model.weights).expanduser())
     return network
 
 
-def _try(network: nn.Module, name: str, shape: tuple[int, int, int]) -> None:
-    """Show the network an image, before anything is trained."""
-    network.eval()
+def _try(network: nn.Module, name: str, shape: tuple[int, ...]) -> None:
+    """Show a copy of the network images, before anything is trained."""
+    network = copy.deepcopy(network)  # a batch norm would count them
     try:
         with torch.no_grad():
-            network(torch.zeros(2, *shape))
-    except RuntimeError as error:
-        size = " x ".join(map(str, shape))
+            network.eval()(torch.zeros(shape))
+            if shape[0] == 1:  # of which a batch norm may have no variance
+                network.train()(torch.zeros(shape))
+    except (RuntimeError, ValueError) as error:
+        size = " x ".join(map(str, shape[1:]))
         raise format_error(
             f"images of {size} for model.name = {name!r} ({str(error).splitlines()[0]})",
             "larger ones, as those networks are made for",
-            "use mlp for small images",
+            "use mlp for small images"
+            + (", or another train.batch_size: the last batch has one image" * (shape[0] == 1)),
         ) from None
-    network.train()
 
 
 def _load(network: nn.Module, path: Path) -> None:
@@ -190,7 +205,17 @@ def _load(network: nn.Module, path: Path) -> None:
 
 def _read_state(path: Path) -> Mapping[str, Tensor]:
     if path.suffix == ".npz":
-        return {name: torch.from_numpy(array) for name, array in read_arrays(path).items()}
+        arrays = read_arrays(path)
+        for name, array in arrays.items():
+            if array.dtype.kind not in "fiu":
+                raise format_error(
+                    f"model.weights = {str(path)!r} with {name} of {array.dtype}", "numbers",
+                    "save the state_dict again",
+                )  # fmt: skip
+        return {
+            name: torch.from_numpy(array.astype(array.dtype.newbyteorder("=")))
+            for name, array in arrays.items()
+        }
     from safetensors import SafetensorError
     from safetensors.torch import load
 
