@@ -77,6 +77,7 @@ class Recipe:
         return "\n".join(lines) + "\n"
 
 
+_ANY = {"errors": "surrogatepass"}  # arguments that are no text: their kind says so
 _SEEDS = list_of(whole(0), alone=True)
 
 
@@ -125,7 +126,7 @@ def read_recipe(tables: Mapping[str, Any]) -> Recipe:
     return Recipe(**read, seeds=_SEEDS.read("seeds", tables.get("seeds", 0)))
 
 
-def _parse(data: bytes, where: str) -> dict[str, Any]:
+def _parse(data: bytes, where: str, errors: str = "strict") -> dict[str, Any]:
     try:
         tomllib = importlib.import_module("tomllib")
     except ImportError:
@@ -133,7 +134,7 @@ def _parse(data: bytes, where: str) -> dict[str, Any]:
             "got a Python without tomllib; expected Python 3.11 or later for recipes; fix: upgrade"
         ) from None
     try:
-        found: dict[str, Any] = tomllib.loads(data.decode())
+        found: dict[str, Any] = tomllib.loads(data.decode(errors=errors))
     except ValueError as error:  # also of bytes that are no text
         raise format_error(f"{where}, which is no TOML: {error}", "TOML", "mend it") from None
     return found
@@ -146,7 +147,7 @@ def _apply(tables: dict[str, Any], change: str) -> None:
     if not equals or not all(parts):
         raise format_error(f"--set {change}", "table.key=value", "write --set method.density=0.1")
     try:
-        read = _parse(f"value = {value}".encode(), "")["value"]
+        read = _parse(f"value = {value}".encode(**_ANY), "", **_ANY)["value"]
     except FormatError:
         read = value.strip()  # a text needs no quotes
     for part in parts[:-1]:

@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import inspect
 import json
-import sys
+import re
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
@@ -33,6 +33,8 @@ __all__ = [
 ]
 
 T = TypeVar("T")
+_SURROGATE = re.compile("[\ud800-\udfff]")  # what no file can hold: bytes that were no text
+_LARGEST = 1e30  # weights have 32 bits, and optimizers multiply
 
 
 def _as_it_is(value: Any) -> Any:
@@ -84,17 +86,16 @@ def whole(low: int, high: int = 2**31 - 1) -> Kind:
 
 def number(expected: str, accepts: Callable[[float], bool]) -> Kind:
     """Return the kind of numbers that satisfy a condition; NaN and infinity never do."""
-    largest = sys.float_info.max  # TOML has whole numbers of any length
 
     def fits(value: Any) -> bool:
-        return _is_number(value) and abs(value) <= largest and accepts(float(value))
+        return _is_number(value) and abs(value) <= _LARGEST and accepts(float(value))
 
     return Kind(expected, fits, float)
 
 
 def text() -> Kind:
     """Return the kind of texts that are not empty."""
-    return Kind("a text", lambda v: isinstance(v, str) and bool(v))
+    return Kind("a text", lambda v: isinstance(v, str) and bool(v) and not _SURROGATE.search(v))
 
 
 def flag() -> Kind:
