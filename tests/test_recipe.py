@@ -88,6 +88,8 @@ def check(*changes: str, without: tuple[str, ...] = ()) -> None:
         ("optimizer.lr=-1", "optimizer.lr = -1; expected a number above 0"),
         ("optimizer.lr=inf", "optimizer.lr = inf; expected a number above 0"),
         ("optimizer.lr=1" + "0" * 400, "expected a number above 0"),
+        ("optimizer.weight_decay=1e308", "expected a number from 0 on"),
+        ("model.weights=\udcff", "expected a text"),
         ("optimizer.betas=[0.9, 0.99]", 'optimizer.betas with optimizer.name = "sgd"'),
         ("optimizer.momentum=1.0", r"momentum = 1.0; expected a number in \[0, 1\)"),
         ("rate.name=cosin", "did you mean 'cosine'"),
@@ -290,6 +292,17 @@ def test_images_that_a_network_cannot_take() -> None:
         build_network(Model("lenet"), (1, 8, 8), 10)
     with pytest.raises(FormatError, match="at least one neuron"):
         build_network(Model("mlp", options={"hidden": [0]}), (1, 8, 8), 10)
+    for hidden in ([10**15], [10**25]):
+        with pytest.raises(FormatError, match=r"'mlp' with .*; fix: make it smaller"):
+            build_network(Model("mlp", options={"hidden": hidden}), (1, 8, 8), 10)
+
+
+def test_a_batch_of_one_image_has_no_variance() -> None:
+    model = Model("resnet18", options={"width": 0.125})
+    with pytest.raises(FormatError, match=r"Expected more than 1 value.*train.batch_size"):
+        build_network(model, (3, 8, 8), 10, batch=1)
+    norms = build_network(model, (3, 8, 8), 10).modules()
+    assert {int(m.num_batches_tracked) for m in norms if isinstance(m, nn.BatchNorm2d)} == {0}
 
 
 def test_networks_begin_with_trained_weights(tmp_path: Path) -> None:
@@ -312,6 +325,30 @@ def test_networks_begin_with_trained_weights(tmp_path: Path) -> None:
         Path(path).write_bytes(b"nothing")
         with pytest.raises(FormatError, match="cannot be read"):
             build_network(Model("mlp", path, {"hidden": [5]}), (1, 4, 4), 3)
+
+
+@pytest.mark.parametrize("dtype", ["U1", "complex64"])
+def test_weights_are_numbers(dtype: str, tmp_path: Path) -> None:
+    state = build_network(Model("mlp"), (1, 8, 8), 10).state_dict()
+    arrays = {name: value.numpy() for name, value in state.items()}
+    np.savez(tmp_path / "w.npz", **{**arrays, "output.bias": np.zeros(10, dtype)})
+    with pytest.raises(FormatError, match=r"with output.bias of .*; expected numbers"):
+        build_network(Model("mlp", str(tmp_path / "w.npz")), (1, 8, 8), 10)
+
+
+@pytest.mark.parametrize("name", ["static", "srigl", "gradual"])
+def test_trained_weights_are_kept(name: str, tmp_path: Path) -> None:
+    trained = build_network(recipe().model, (1, 8, 8), 10)
+    arrays = {name: value.numpy() + 1 for name, value in trained.state_dict().items()}
+    np.savez(tmp_path / "w.npz", **arrays)
+    found = recipe(f"method.name={name}", f"model.weights={tmp_path / 'w.npz'}")
+    model = build_network(found.model, (1, 8, 8), 10)
+    build_method(found, model, build_optimizer(found.optimizer, model), 20, 0, _BATCH)
+    for layer in ("hidden1", "hidden2"):
+        weights = model.get_submodule(layer).to_dense().weight.detach().numpy()  # type: ignore[operator]
+        np.testing.assert_array_equal(
+            weights[weights != 0], arrays[f"{layer}.weight"][weights != 0]
+        )
 
 
 def test_patterns_name_layers() -> None:

@@ -203,6 +203,12 @@ def test_damaged_models_are_refused(done: tuple[Summary, Path], tmp_path: Path) 
     path.write_bytes(save({"a": torch.zeros(3)}))
     with pytest.raises(FormatError, match=r"expected the model.safetensors of a recipe"):
         load_model(path)
+    about = {"network": {"name": "mlp", "options": {}}, "shape": [1, 8, 8], "classes": 10}
+    for change in ({"network": {"name": "mlp", "options": 3}}, {"classes": -1}, {"shape": [1]}):
+        metadata = {"spfmt_recipe": json.dumps({**about, **change})}
+        path.write_bytes(save({"a": torch.zeros(3)}, metadata=metadata))
+        with pytest.raises(FormatError, match=r"expected the model.safetensors of a recipe"):
+            load_model(path)
 
 
 # ------------------------------------------------------------------------------------- methods
@@ -283,6 +289,8 @@ def test_convolutions_with_augmentation_resume(cifar: str, tmp_path: Path) -> No
 def test_a_run_ends_where_its_loss_is_no_number(tmp_path: Path) -> None:
     with pytest.raises(Diverged, match=r"loss of nan in step \d+ of seed 0; .*lower optimizer.lr"):
         run_recipe(recipe("optimizer.lr=1e30"), tmp_path / "out")
+    with pytest.raises(Diverged, match="a test loss of nan in step 1"):  # after the last step
+        run_recipe(recipe("optimizer.lr=1e30", "train.steps=1"), tmp_path / "one")
 
 
 def test_globals_are_left_as_they_were(tmp_path: Path) -> None:
@@ -386,7 +394,9 @@ def stopped(tmp_path: Path) -> Path:
 def test_a_damaged_checkpoint_is_named(stopped: Path) -> None:
     path = stopped / "seed-0/checkpoint.pt"
     whole = path.read_bytes()
-    for damaged in (b"", b"nothing", whole[: len(whole) // 2], whole[:-30]):
+    half = len(whole) // 2
+    flipped = whole[:half] + bytes([whole[half] ^ 1]) + whole[half + 1 :]
+    for damaged in (b"", b"nothing", whole[:half], whole[:-30], flipped):
         path.write_bytes(damaged)
         with pytest.raises(FormatError, match=r"checkpoint.pt, which cannot be read"):
             run_recipe(recipe(), stopped, resume=True)
@@ -427,13 +437,17 @@ def test_other_data_is_noticed(cifar: str, tmp_path: Path) -> None:
                "train.checkpoint_every=1"]  # fmt: skip
     with pytest.raises(Stopped):
         run_recipe(recipe(*changes), tmp_path / "out", watcher=StopAfter(3))
+    seeds = recipe(*changes, "seeds=[0, 1]")
+    with pytest.raises(Stopped):
+        run_recipe(seeds, tmp_path / "seeds", watcher=_StopInSeed(1, 1))
     path = Path(cifar) / "cifar10/test.npz"
     with np.load(path) as file:
         arrays = dict(file)
     arrays["labels"] = (arrays["labels"] + 1) % 10
     np.savez(path, **arrays)
-    with pytest.raises(FormatError, match="other images than those"):
-        run_recipe(recipe(*changes), tmp_path / "out", resume=True)
+    for found, out in ((recipe(*changes), "out"), (seeds, "seeds")):
+        with pytest.raises(FormatError, match="other images than those"):
+            run_recipe(found, tmp_path / out, resume=True)
 
 
 def test_threads_of_the_run_are_kept(tmp_path: Path) -> None:

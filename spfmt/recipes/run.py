@@ -165,7 +165,8 @@ class SeedRun:
         self.batches = Batches(images, recipe.train.batch_size, seed, recipe.data.augment)
         per_epoch = self.batches.per_epoch
         self.steps = recipe.train.steps or (recipe.train.epochs or 0) * per_epoch
-        self.model = build_network(recipe.model, images.shape, images.classes)
+        last = len(images.x) % recipe.train.batch_size or recipe.train.batch_size
+        self.model = build_network(recipe.model, images.shape, images.classes, last)
         self.optimizer = build_optimizer(recipe.optimizer, self.model)
         first = Batches(images, recipe.train.batch_size, seed, augmented=False).take()
         self.method = build_method(recipe, self.model, self.optimizer, self.steps, seed, first)
@@ -198,14 +199,17 @@ class SeedRun:
         self.done += 1
         if changed:
             self.density = self._density()
-        found = loss.item()
-        if not math.isfinite(found):
-            raise Diverged(
-                f"got a loss of {found} in step {self.done} of seed {self.seed}; expected a number;"
-                " fix: lower optimizer.lr, or add rate.warmup"
-            )
+        found = self._finite(loss.item(), "loss")
         correct = int((outputs.argmax(1) == y).sum())
         self.window.add(found, correct, len(y), time.perf_counter() - started, changed)
+
+    def _finite(self, loss: float, name: str) -> float:
+        if not math.isfinite(loss):
+            raise Diverged(
+                f"got a {name} of {loss} in step {self.done} of seed {self.seed}; expected a "
+                "number; fix: lower optimizer.lr, or add rate.warmup"
+            )
+        return loss
 
     @property
     def rate(self) -> float:
@@ -237,8 +241,9 @@ class SeedRun:
         )
 
     def test(self) -> None:
-        """Evaluate the model on the test images."""
-        self.tested = evaluate(self.model, held_back(self.images, _EVALUATION_BATCH))
+        """Evaluate the model on the test images; raises Diverged as `step`."""
+        loss, accuracy = evaluate(self.model, held_back(self.images, _EVALUATION_BATCH))
+        self.tested = self._finite(loss, "test loss"), accuracy
 
     # -------------------------------------------------------------------------------- reporting
 

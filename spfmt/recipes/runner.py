@@ -74,7 +74,10 @@ class SeedResult:
     seconds_per_step : float
         Mean over the run.
     peak_memory : int
-        Bytes that the process took, all its libraries among them.
+        Bytes that the process took, all its libraries among them: a seed that follows another in
+        one process has those that wrote the other's ONNX, too.
+    data : int
+        Checksum of the images.
     dense_layers : dict of str to str
         Layers that run dense, and why.
     """
@@ -87,6 +90,7 @@ class SeedResult:
     updates: int
     seconds_per_step: float
     peak_memory: int
+    data: int
     dense_layers: dict[str, str]
 
 
@@ -206,7 +210,9 @@ def _run_seed(recipe: Recipe, images: Images, seed: int, out: Path, watcher: Wat
     """Train one seed, or go on with it, or take its result where it is done."""
     folder = seed_folder(out, seed)
     if (folder / RESULT).exists():
-        return _read_result(folder / RESULT)
+        result = _read_result(folder / RESULT)
+        _check_data(images, result.data, folder / RESULT)
+        return result
     saved = folder / CHECKPOINT
     state: dict[str, Any] = load_checkpoint(saved) if saved.exists() else {"metrics": 0}
     # Sums depend on how many threads share them: a run keeps the number that it began with.
@@ -239,7 +245,7 @@ def _read_result(path: Path) -> SeedResult:
 def _check_data(images: Images, checksum: int, saved: Path) -> None:
     if images.checksum() != checksum:
         raise format_error(
-            f"other images than those that {saved} was trained on",
+            f"other images than those that {saved} came from",
             "the same data set",
             "pass the --data DIR of the run that is resumed",
         )
@@ -276,5 +282,6 @@ def _result(run: SeedRun, metrics: list[dict[str, Any]]) -> SeedResult:
         updates=sum(m["updates"] for m in metrics),
         seconds_per_step=seconds / run.steps,
         peak_memory=max(m["peak_memory"] for m in metrics),
+        data=run.images.checksum(),
         dense_layers=dense_layers(run),
     )
