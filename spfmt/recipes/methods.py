@@ -15,7 +15,7 @@ from spfmt import train
 from spfmt.errors import format_error
 from spfmt.formats import FORMATS
 from spfmt.recipes.recipe import Recipe
-from spfmt.recipes.schema import choice, keywords, read_options, unknown_key
+from spfmt.recipes.schema import keywords, read_options, read_value, unknown_key
 from spfmt.torch import ModelReport
 
 __all__ = ["DENSE", "METHODS", "Trainer", "build_method", "method_options"]
@@ -86,13 +86,13 @@ def method_options(recipe: Recipe) -> dict[str, Any]:
     method, format = recipe.method, recipe.format
     if method.name == DENSE:
         return {}
-    choice(*METHODS, DENSE).read("method.name", method.name)
+    read_value("method.name", method.name, str, known=(*METHODS, DENSE))
     cls = METHODS[method.name]
     taken = _keywords(cls)
     known = {key: hint for key, hint in taken.items() if key not in _OWN}
     more = ("name", *(key for key in _KEYS if key in taken))
     given = read_options(method.options, "method", known, more)
-    name = choice(*FORMATS).read("format.name", format.name or _default_format(cls))
+    name = read_value("format.name", format.name or _default_format(cls), str, known=FORMATS)
     params = read_options(format.options, "format", keywords(FORMATS[name].from_scores), ("name",))
     named = {name: getattr(method, name) for name in _KEYS if getattr(method, name)}
     for key in named:

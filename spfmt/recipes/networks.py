@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from spfmt import models
 from spfmt.errors import format_error
 from spfmt.recipes.readers import read_arrays
-from spfmt.recipes.schema import choice, keywords, read_options
+from spfmt.recipes.schema import keywords, read_options, read_value
 from spfmt.recipes.tables import Model
 
 __all__ = ["NETWORKS", "build_network", "lenet", "mlp", "network_options"]
@@ -117,7 +117,7 @@ def network_options(model: Model) -> dict[str, Any]:
     FormatError
         For an unknown network, or a keyword that it does not have or that is of another type.
     """
-    choice(*NETWORKS).read("model.name", model.name)
+    read_value("model.name", model.name, str, known=NETWORKS)
     known = keywords(NETWORKS[model.name], without=_FROM_DATA)
     return read_options(model.options, "model", known, ("name", "weights"))
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from spfmt.errors import FormatError, MissingDependency, format_error
 from spfmt.recipes.contradictions import check
-from spfmt.recipes.schema import list_of, read_table, toml, unknown_key, whole
+from spfmt.recipes.schema import read_table, read_value, toml, unknown_key, whole
 from spfmt.recipes.tables import (
     TABLES,
     Data,
@@ -78,7 +78,6 @@ class Recipe:
 
 
 _ANY = {"errors": "surrogatepass"}  # arguments that are no text: their kind says so
-_SEEDS = list_of(whole(0), alone=True)
 
 
 # -------------------------------------------------------------------------------------- reading
@@ -123,7 +122,9 @@ def read_recipe(tables: Mapping[str, Any]) -> Recipe:
     read: dict[str, Any] = {
         name: read_table(cls, tables.get(name, {}), name) for name, cls in TABLES.items()
     }
-    return Recipe(**read, seeds=_SEEDS.read("seeds", tables.get("seeds", 0)))
+    given = tables.get("seeds", 0)
+    seeds = read_value("seeds", given, tuple[int, ...], alone=True, **whole(0))
+    return Recipe(**read, seeds=seeds)
 
 
 def _parse(data: bytes, where: str, errors: str = "strict") -> dict[str, Any]:
