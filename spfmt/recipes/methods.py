@@ -5,8 +5,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import inspect
-from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +15,6 @@ from spfmt.errors import format_error
 from spfmt.formats import FORMATS
 from spfmt.recipes.recipe import Recipe
 from spfmt.recipes.schema import keywords, read_options, read_value, unknown_key
-from spfmt.torch import ModelReport
 
 __all__ = ["DENSE", "METHODS", "Trainer", "build_method", "method_options"]
 
@@ -24,31 +22,8 @@ DENSE = "dense"
 """The name of plain training, without a method."""
 
 
-class Trainer(Protocol):
-    """What a recipe needs of a method's class, besides a constructor with the usual keywords.
-
-    One with a ``finish()`` is ended by it before the model is written.
-    """
-
-    report: ModelReport | None
-    layers: Any
-
-    def step(self) -> bool:
-        """Count an optimizer step; tell whether the topology changed."""
-        ...  # pragma: no cover
-
-    def summary(self) -> Any:
-        """Return the state of every layer, which prints as a table."""
-        ...  # pragma: no cover
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return what a run needs to go on."""
-        ...  # pragma: no cover
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where another run was saved."""
-        ...  # pragma: no cover
-
+Trainer = train.SparseTrainer | train.Rewire
+"""What a recipe trains with."""
 
 METHODS: dict[str, type[Any]] = {
     "static": train.Static,
@@ -63,7 +38,7 @@ METHODS: dict[str, type[Any]] = {
     "sampled": train.SampledGrowth,
     "rewire": train.Rewire,
 }
-"""Every method that a recipe can name, besides `DENSE`."""
+"""Every method that a recipe can name, besides `DENSE`; one with a ``finish()`` is ended by it."""
 
 # What the other keys of a recipe say, and what only code can pass.
 _OWN = (
@@ -124,14 +99,7 @@ def build_method(
 ) -> Trainer | None:
     """Make the model sparse, as the recipe's method wants it; None for dense training.
 
-    Parameters
-    ----------
-    recipe : Recipe
-    model : nn.Module
-    optimizer : torch.optim.Optimizer
-    steps, seed : int
-    batch : (Tensor, Tensor)
-        Images and classes, from which SNIP and GraSP tell where to begin.
+    SNIP and GraSP tell from `batch`, images and classes, where to begin.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""Networks by name: two small ones for small images, and those of `spfmt.models`."""
+"""Networks by name: linear layers for small images, and those of `spfmt.models`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from spfmt.recipes.readers import read_arrays
 from spfmt.recipes.schema import keywords, read_options, read_value
 from spfmt.recipes.tables import Model
 
-__all__ = ["NETWORKS", "build_network", "lenet", "mlp", "network_options"]
+__all__ = ["NETWORKS", "build_network", "mlp", "network_options"]
 
 
 def mlp(
@@ -59,49 +59,8 @@ def mlp(
     return nn.Sequential(layers)
 
 
-def lenet(*, num_classes: int = 10, in_channels: int = 1, image_size: int = 28) -> nn.Module:
-    """LeNet-5 with ReLUs and max pools.
-
-    Parameters
-    ----------
-    num_classes, in_channels : int
-        Outputs, and channels of the images.
-    image_size : int
-        Height and width of the images, from 16 on.
-
-    Returns
-    -------
-    nn.Module
-        Maps images (N, in_channels, image_size, image_size) to (N, num_classes).
-
-    References
-    ----------
-    LeCun et al., *Gradient-Based Learning Applied to Document Recognition*, 1998, section II.B.
-    """
-    side = (image_size // 2 - 4) // 2
-    if side < 1:
-        raise format_error(f"images of {image_size} pixels", "at least 12", "use mlp")
-    return nn.Sequential(
-        OrderedDict(
-            conv1=nn.Conv2d(in_channels, 6, 5, padding=2),
-            relu1=nn.ReLU(),
-            pool1=nn.MaxPool2d(2),
-            conv2=nn.Conv2d(6, 16, 5),
-            relu2=nn.ReLU(),
-            pool2=nn.MaxPool2d(2),
-            flatten=nn.Flatten(),
-            linear1=nn.Linear(16 * side**2, 120),
-            relu3=nn.ReLU(),
-            linear2=nn.Linear(120, 84),
-            relu4=nn.ReLU(),
-            output=nn.Linear(84, num_classes),
-        )
-    )
-
-
 NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "mlp": mlp,
-    "lenet": lenet,
     **{name: getattr(models, name) for name in models.__all__},
 }
 """Every network that a recipe can name."""
@@ -188,34 +147,26 @@ def _load(network: nn.Module, path: Path) -> None:
     """Load a trained state of the dense network."""
     state = _read_state(path)
     try:
-        missing = network.load_state_dict(state, strict=False)
+        network.load_state_dict(state)
     except RuntimeError as error:
         reason = " ".join(str(error).split())
-        raise format_error(f"model.weights = {str(path)!r}: {reason}", "arrays that fit", "check"
-                           " model.name and its options") from None  # fmt: skip
-    absent = [k for k in missing.missing_keys if not k.endswith("num_batches_tracked")]
-    if absent or missing.unexpected_keys:
         raise format_error(
-            f"model.weights = {str(path)!r} without {', '.join(absent[:3]) or 'nothing'}, with "
-            f"{', '.join(missing.unexpected_keys[:3]) or 'nothing'} besides",
-            "the names of the network's state_dict",
+            f"model.weights = {str(path)!r}: {reason if len(reason) < 400 else reason[:400] + '…'}",
+            "the names and shapes of the network's state_dict",
             "check model.name and its options",
-        )
+        ) from None
 
 
 def _read_state(path: Path) -> Mapping[str, Tensor]:
     if path.suffix == ".npz":
         arrays = read_arrays(path)
-        for name, array in arrays.items():
-            if array.dtype.kind not in "fiu":
-                raise format_error(
-                    f"model.weights = {str(path)!r} with {name} of {array.dtype}", "numbers",
-                    "save the state_dict again",
-                )  # fmt: skip
-        return {
-            name: torch.from_numpy(array.astype(array.dtype.newbyteorder("=")))
-            for name, array in arrays.items()
-        }
+        bad = [f"{name} of {a.dtype}" for name, a in arrays.items() if a.dtype.kind not in "fiu"]
+        if bad:
+            raise format_error(
+                f"model.weights = {str(path)!r} with {bad[0]}", "numbers", "save them again"
+            )
+        native = {name: a.astype(a.dtype.newbyteorder("=")) for name, a in arrays.items()}
+        return {name: torch.from_numpy(a) for name, a in native.items()}
     from safetensors import SafetensorError
     from safetensors.torch import load
 

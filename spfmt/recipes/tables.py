@@ -55,7 +55,7 @@ class Model:
     Attributes
     ----------
     name : str
-        "mlp", "lenet", or a network of `spfmt.models`.
+        "mlp", or a network of `spfmt.models`.
     weights : str, optional
         File (.safetensors or .npz) of a trained state to begin with.
     options : mapping
