@@ -29,6 +29,7 @@ from spfmt.recipes.networks import build_network, network_options
 from spfmt.recipes.recipe import differences
 from spfmt.recipes.run import build_optimizer, rate_at
 from spfmt.recipes.tables import Model, Optimizer
+from spfmt.train import PRESETS
 
 EXAMPLES = sorted((Path(__file__).resolve().parent.parent / "examples/recipes").glob("*.toml"))
 
@@ -347,6 +348,38 @@ def test_trained_weights_are_kept(name: str, tmp_path: Path) -> None:
         np.testing.assert_array_equal(
             weights[weights != 0], arrays[f"{layer}.weight"][weights != 0]
         )
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_defaults_of_method_and_format(name: str) -> None:
+    changes = [f"method.preset={name}", "method.exclude=conv1", "model.name=resnet20"]
+    gone = ["method.name", "method.delta_t", "model.hidden"]
+    found, paper = recipe(*changes, without=gone), PRESETS[name]
+    assert METHODS[found.method.name] is paper.method
+    options = method_options(found)
+    assert options["distribution"] == paper.distribution
+    assert {k: options[k] for k in (*paper.options, *paper.params)} == {
+        **paper.options, **paper.params
+    }  # fmt: skip
+    model = build_network(found.model, (3, 32, 32), 10)
+    optimizer = build_optimizer(found.optimizer, model)
+    method = build_method(found, model, optimizer, 1000, 0, _BATCH)
+    schedule = getattr(method, "schedule", None)
+    if paper.t_end is not None:
+        assert schedule.t_end == pytest.approx(1000 * paper.end, abs=1)
+    again = read_recipe(tomllib.loads(found.to_toml()))
+    assert differences(found, again) == []
+
+
+def test_keys_come_before_those_of_a_preset() -> None:
+    own = ["method.preset=dsb-cifar", "method.delta_t=7", "format.block_shape=[8,8]"]
+    found = recipe(*own, without=["method.name"])
+    assert found.method.options == {"alpha": 0.3, "delta_t": 7, "t_end": 75_000 / 97_656}
+    assert found.format.options == {"block_shape": [8, 8]}
+    other = recipe(*own[:2], "method.name=set", "format.name=csr")
+    assert (other.method.name, other.format.options) == ("set", {})
+    with pytest.raises(FormatError, match=r'preset = "dsb"; expected one of .*dsb-cifar'):
+        recipe("method.preset=dsb")
 
 
 def test_patterns_name_layers() -> None:

@@ -41,7 +41,7 @@ from spfmt.recipes import (
 )
 from spfmt.recipes.batches import held_back
 from spfmt.recipes.checkpoint import load_checkpoint, random_state, save_checkpoint
-from spfmt.recipes.run import evaluate
+from spfmt.recipes.run import SeedRun, evaluate
 from spfmt.torch import SparseModule
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples/recipes"
@@ -284,6 +284,21 @@ def test_convolutions_with_augmentation_resume(cifar: str, tmp_path: Path) -> No
     plain = recipe(*changes, "data.augment=false", without=["model.hidden"])
     run_recipe(plain, tmp_path / "plain")
     assert metrics(tmp_path / "plain/seed-0") != random_crops
+
+
+def test_gradients_are_clipped_and_labels_smoothed(tmp_path: Path) -> None:
+    smooth = recipe("train.label_smoothing=0.3", "train.steps=1", "train.log_every=1")
+    run = SeedRun(smooth, load_images(smooth.data), 0)
+    x, y = run.batches.take()
+    want = torch.nn.CrossEntropyLoss(label_smoothing=0.3)(run.model(x), y).item()
+    run_recipe(smooth, tmp_path / "smooth")
+    assert metrics(tmp_path / "smooth/seed-0")[0]["loss"] == want
+    clipped = recipe("train.clip_norm=1e-3", "optimizer.momentum=0.0")
+    run = SeedRun(clipped, load_images(clipped.data), 0)
+    before = [p.detach().clone() for p in run.model.parameters()]
+    run.step()
+    moved = [(p - q).norm() for p, q in zip(run.model.parameters(), before, strict=True)]
+    assert torch.stack(moved).norm().item() == pytest.approx(0.1 * 1e-3, rel=1e-3)
 
 
 def test_a_run_ends_where_its_loss_is_no_number(tmp_path: Path) -> None:

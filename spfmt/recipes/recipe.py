@@ -24,6 +24,7 @@ from spfmt.recipes.tables import (
     Rate,
     Train,
 )
+from spfmt.train.presets import PRESETS
 
 __all__ = ["Recipe", "differences", "load_recipe", "read_recipe"]
 
@@ -119,12 +120,30 @@ def read_recipe(tables: Mapping[str, Any]) -> Recipe:
     for name in tables:
         if name not in (*TABLES, "seeds"):
             raise unknown_key("", name, (*TABLES, "seeds"))
+    tables = _written_out(tables)
     read: dict[str, Any] = {
         name: read_table(cls, tables.get(name, {}), name) for name, cls in TABLES.items()
     }
     given = tables.get("seeds", 0)
     seeds = read_value("seeds", given, tuple[int, ...], alone=True, **whole(0))
     return Recipe(**read, seeds=seeds)
+
+
+def _written_out(tables: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Replace ``method.preset`` by the keys that it stands for; those that are given stay."""
+    method, format = tables.get("method", {}), tables.get("format", {})
+    if not (isinstance(method, Mapping) and isinstance(format, Mapping) and "preset" in method):
+        return tables
+    found = PRESETS[read_value("method.preset", method["preset"], str, known=PRESETS)]
+    own = {"name": found.method.__name__.lower(), "distribution": found.distribution}
+    own |= found.options
+    if found.t_end is not None:
+        own["t_end"] = found.end  # of this run, whatever its length
+    own |= {key: value for key, value in method.items() if key != "preset"}
+    if format.get("name", found.format) == found.format:
+        params = {k: list(v) if isinstance(v, tuple) else v for k, v in found.params.items()}
+        format = {"name": found.format, **params, **format}
+    return {**tables, "method": own, "format": format}
 
 
 def _parse(data: bytes, where: str, errors: str = "strict") -> dict[str, Any]:

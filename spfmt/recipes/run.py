@@ -191,9 +191,12 @@ class SeedRun:
             group["lr"] = self.rate
         x, y = self.batches.take()
         outputs = self.model(x)
-        loss = nn.functional.cross_entropy(outputs, y)
+        train = self.recipe.train
+        loss = nn.functional.cross_entropy(outputs, y, label_smoothing=train.label_smoothing)
         self.optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
+        if train.clip_norm is not None:
+            nn.utils.clip_grad_norm_(self.model.parameters(), train.clip_norm)
         self.optimizer.step()
         changed = self.method is not None and self.method.step()
         self.done += 1

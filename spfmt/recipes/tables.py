@@ -71,6 +71,9 @@ class Model:
 class Method:
     """``[method]``: how the weights get and stay sparse.
 
+    A key ``preset`` names one of `spfmt.train.PRESETS`, whose method, options and format are then
+    the defaults of this table and of ``[format]``.
+
     Attributes
     ----------
     name : str
@@ -129,6 +132,10 @@ class Train:
         Steps between two lines of metrics, and between two checkpoints.
     evaluate_every : int
         Epochs between two evaluations; the last epoch always has one.
+    label_smoothing : float
+        Of the loss that is trained.
+    clip_norm : float, optional
+        Largest norm of all gradients together.
     """
 
     epochs: int | None = key(None, **whole(1))
@@ -138,6 +145,8 @@ class Train:
     log_every: int = key(50, **whole(1))
     checkpoint_every: int = key(500, **whole(1))
     evaluate_every: int = key(1, **whole(1))
+    label_smoothing: float = key(0.0, **_DECAY)
+    clip_norm: float | None = key(None, **_ABOVE)
 
 
 @dataclass(frozen=True)
