@@ -23,28 +23,14 @@ VERSION = 1
 
 
 def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
-    """Write a checkpoint beside the one that is there, flush it to the disk, and replace that.
-
-    Parameters
-    ----------
-    path : Path
-    state : mapping
-        Tensors, numbers and texts, in containers.
-    """
+    """Write tensors, numbers and texts; the file is whole, or what it was before."""
     buffer = io.BytesIO()
     torch.save({**state, "version": VERSION, "spfmt": spfmt.__version__}, buffer)
     replace_file(os.path.realpath(path), buffer.getvalue())
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint; nothing in it can run code.
-
-    Raises
-    ------
-    FormatError
-        For a file that is damaged or of another version.
-    OSError
-    """
+    """Read a checkpoint, which cannot run code; a damaged one is a FormatError."""
     data = path.read_bytes()
     try:
         damaged = zipfile.ZipFile(io.BytesIO(data)).testzip()  # torch does not look at checksums

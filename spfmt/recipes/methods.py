@@ -50,14 +50,7 @@ _SALIENCIES = {"snip": train.snip, "grasp": train.grasp}
 
 
 def method_options(recipe: Recipe) -> dict[str, Any]:
-    """Check ``[method]`` and ``[format]``, and return what the method's class takes.
-
-    Raises
-    ------
-    FormatError
-        For an unknown method or format, or a keyword that it does not have or that is of another
-        type.
-    """
+    """Check ``[method]`` and ``[format]``, and return what the method's class takes."""
     method, format = recipe.method, recipe.format
     if method.name == DENSE:
         return {}

@@ -69,13 +69,7 @@ _FROM_DATA = ("num_classes", "in_channels", "image_size")
 
 
 def network_options(model: Model) -> dict[str, Any]:
-    """Check name and options of ``[model]``.
-
-    Raises
-    ------
-    FormatError
-        For an unknown network, or a keyword that it does not have or that is of another type.
-    """
+    """Check name and options of ``[model]``."""
     read_value("model.name", model.name, str, known=NETWORKS)
     known = keywords(NETWORKS[model.name], without=_FROM_DATA)
     return read_options(model.options, "model", known, ("name", "weights"))
@@ -84,21 +78,14 @@ def network_options(model: Model) -> dict[str, Any]:
 def build_network(
     model: Model, shape: tuple[int, int, int], classes: int, batch: int = 2
 ) -> nn.Module:
-    """Make the network of a recipe for images of a shape.
+    """Make the network of a recipe for images (channels, height, width).
 
-    Parameters
-    ----------
-    model : Model
-    shape : (channels, height, width)
-    classes : int
-    batch : int
-        The fewest images that the network is trained on at once.
+    It is tried with `batch` images, the fewest that it is trained on at once.
 
     Raises
     ------
     FormatError
-        As `network_options`; where the network is too large or cannot take such images, or its
-        weights do not fit.
+        Where the network is too large or cannot take such images, or its weights do not fit.
     OSError
         Where the weights cannot be read.
     """

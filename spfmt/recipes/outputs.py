@@ -28,12 +28,7 @@ _NEEDS = {"onnx": ("onnx", "onnxscript"), "curves": ("matplotlib",)}
 
 
 def check_installed(recipe: Recipe) -> None:
-    """Say before the training what would be missing after it.
-
-    Raises
-    ------
-    MissingDependency
-    """
+    """Say before the training, by a MissingDependency, what would be missing after it."""
     for key, modules in _NEEDS.items():
         missing = [name for name in modules if importlib.util.find_spec(name) is None]
         if missing and getattr(recipe.output, key):

@@ -74,14 +74,7 @@ def checked(path: Path, images: Array, labels: Array, classes: int) -> Split:
 
 
 def read_idx(path: Path, ndim: int) -> NDArray[np.uint8]:
-    """Read an array of bytes as the MNIST files hold it, gzipped where the name ends so.
-
-    Parameters
-    ----------
-    path : Path
-    ndim : int
-        Dimensions: 3 of images, 1 of labels.
-    """
+    """Read an MNIST file of 3 dimensions (images) or 1 (labels), gzipped where its name says so."""
     opened = gzip.open if path.suffix == ".gz" else open
     with whole(path, "a whole file"), opened(path, "rb") as file:
         head = file.read(4 + 4 * ndim)
@@ -142,14 +135,7 @@ class _Arrays(pickle.Unpickler):
 
 
 def read_cifar_pickle(path: Path, label: str) -> tuple[Array, Array]:
-    """Read a batch of CIFAR's Python version: a pickled dictionary.
-
-    Parameters
-    ----------
-    path : Path
-    label : str
-        Key of the classes: "labels" of CIFAR-10, "fine_labels" of CIFAR-100.
-    """
+    """Read a batch of CIFAR's Python version, a pickled dictionary with the classes as `label`."""
     with whole(path, "a pickled batch of CIFAR"), path.open("rb") as file:
         found = _Arrays(file, encoding="latin1").load()
     data = found.get("data") if isinstance(found, dict) else None
@@ -161,14 +147,7 @@ def read_cifar_pickle(path: Path, label: str) -> tuple[Array, Array]:
 
 
 def read_cifar_binary(path: Path, heads: int) -> tuple[Array, Array]:
-    """Read a file of CIFAR's binary version.
-
-    Parameters
-    ----------
-    path : Path
-    heads : int
-        Bytes before every image, the last of which is its class: 1 of CIFAR-10, 2 of CIFAR-100.
-    """
+    """Read CIFAR's binary version; the last of `heads` bytes before an image is its class."""
     data, record = np.fromfile(path, np.uint8), heads + math.prod(_CIFAR)
     if data.size == 0 or data.size % record:
         raise damaged(path, f"has {data.size} bytes", f"a multiple of {record}, that of an image")
@@ -182,20 +161,10 @@ def read_cifar_binary(path: Path, heads: int) -> tuple[Array, Array]:
 def read_folder(
     path: Path, size: int | None, names: Sequence[str] | None = None
 ) -> tuple[Split, tuple[str, ...]]:
-    """Read a folder with one directory of images for every class.
+    """Read a folder with one directory of images for every class: (images, classes), names.
 
-    Parameters
-    ----------
-    path : Path
-    size : int, optional
-        Height and width that images are scaled to; without it they must have one size.
-    names : sequence of str, optional
-        The classes that are expected, in the order of their numbers.
-
-    Returns
-    -------
-    (images, labels), names
-        Grey images have one channel where all of them are grey, else all have three.
+    Images are scaled to `size`, or must have one size. They have one channel where all of them are
+    grey, else three. Other classes than `names` are refused.
     """
     found = tuple(sorted(p.name for p in path.iterdir() if p.is_dir() and p.name[0] != "."))
     if len(found) < 2 or (names is not None and found != tuple(names)):

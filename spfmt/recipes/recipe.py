@@ -135,7 +135,10 @@ def _written_out(tables: Mapping[str, Any]) -> Mapping[str, Any]:
     if not (isinstance(method, Mapping) and isinstance(format, Mapping) and "preset" in method):
         return tables
     found = PRESETS[read_value("method.preset", method["preset"], str, known=PRESETS)]
-    own = {"name": found.method.__name__.lower(), "distribution": found.distribution}
+    own: dict[str, Any] = {
+        "name": found.method.__name__.lower(),
+        "distribution": found.distribution,
+    }
     own |= found.options
     if found.t_end is not None:
         own["t_end"] = found.end  # of this run, whatever its length

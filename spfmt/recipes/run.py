@@ -109,16 +109,7 @@ def build_optimizer(optimizer: Optimizer, model: nn.Module) -> torch.optim.Optim
 
 
 def rate_at(recipe: Recipe, step: int, steps: int, per_epoch: int) -> float:
-    """Return the learning rate of a step; a rate without state needs no place in checkpoints.
-
-    Parameters
-    ----------
-    recipe : Recipe
-    step : int
-        Steps that are done, from 0.
-    steps, per_epoch : int
-        Of the whole run, and of an epoch.
-    """
+    """Return the learning rate after so many steps; it has no state to save."""
     rate, unit = recipe.rate, per_epoch if recipe.train.epochs else 1
     warmup = rate.warmup * unit
     factor = min(1.0, (step + 1) / warmup) if warmup else 1.0
@@ -135,25 +126,14 @@ class SeedRun:
 
     Seeds the global generators of torch, numpy and Python.
 
-    Parameters
-    ----------
-    recipe : Recipe
-    images : Images
-    seed : int
-
     Attributes
     ----------
     model : nn.Module
-    method : SparseTrainer or None
+    method : SparseTrainer, Rewire or None
     done, steps : int
         Optimizer steps so far, and of the whole run.
     density : float
         Stored weights over all weights of the sparse layers; 1 without any.
-
-    Raises
-    ------
-    FormatError
-        Where the network cannot take the images, or the method the network.
     """
 
     def __init__(self, recipe: Recipe, images: Images, seed: int) -> None:
@@ -179,13 +159,7 @@ class SeedRun:
     # --------------------------------------------------------------------------------- stepping
 
     def step(self) -> None:
-        """Train on the next batch.
-
-        Raises
-        ------
-        Diverged
-            Where the loss is not finite.
-        """
+        """Train on the next batch. Raises Diverged where the loss is not finite."""
         started = time.perf_counter()
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate
@@ -251,13 +225,7 @@ class SeedRun:
     # -------------------------------------------------------------------------------- reporting
 
     def record(self, tested: bool) -> dict[str, Any]:
-        """Return the metrics since the last record, and begin to count anew.
-
-        Parameters
-        ----------
-        tested : bool
-            Whether an evaluation came with this step.
-        """
+        """Return the metrics since the last record, and those of a test at this step."""
         window, self.window = self.window, Window()
         test_loss, test_accuracy = self.tested if tested and self.tested else (None, None)
         return {

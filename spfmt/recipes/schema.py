@@ -33,14 +33,7 @@ _LARGEST = 1e30  # weights have 32 bits, and optimizers multiply
 
 
 def key(default: Any = MISSING, **limits: Any) -> Any:
-    """Declare a key of a table as a field; without a default it is required.
-
-    Parameters
-    ----------
-    default : object
-    **limits
-        As for `read_value`.
-    """
+    """Declare a key and its limits, those of `read_value`; required without a default."""
     return dataclasses.field(default=default, metadata=limits)
 
 
