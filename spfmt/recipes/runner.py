@@ -76,8 +76,6 @@ class SeedResult:
     peak_memory : int
         Bytes that the process took, all its libraries among them: a seed that follows another in
         one process has those that wrote the other's ONNX, too.
-    data : int
-        Checksum of the images.
     dense_layers : dict of str to str
         Layers that run dense, and why.
     """
@@ -90,7 +88,6 @@ class SeedResult:
     updates: int
     seconds_per_step: float
     peak_memory: int
-    data: int
     dense_layers: dict[str, str]
 
 
@@ -210,9 +207,7 @@ def _run_seed(recipe: Recipe, images: Images, seed: int, out: Path, watcher: Wat
     """Train one seed, or go on with it, or take its result where it is done."""
     folder = seed_folder(out, seed)
     if (folder / RESULT).exists():
-        result = _read_result(folder / RESULT)
-        _check_data(images, result.data, folder / RESULT)
-        return result
+        return _read_result(folder / RESULT, images)
     saved = folder / CHECKPOINT
     state: dict[str, Any] = load_checkpoint(saved) if saved.exists() else {"metrics": 0}
     # Sums depend on how many threads share them: a run keeps the number that it began with.
@@ -229,17 +224,23 @@ def _run_seed(recipe: Recipe, images: Images, seed: int, out: Path, watcher: Wat
     watcher.writing(run.progress())
     write_outputs(run, folder)
     result = _result(run, read_metrics(folder / METRICS))
-    write_text(folder / RESULT, json.dumps(asdict(result), indent=1) + "\n")
+    kept = {**asdict(result), "data": images.checksum()}
+    write_text(folder / RESULT, json.dumps(kept, indent=1) + "\n")
     return result
 
 
-def _read_result(path: Path) -> SeedResult:
+def _read_result(path: Path, images: Images) -> SeedResult:
     try:
-        return SeedResult(**json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        checksum = kept.pop("data", None)
+        result = SeedResult(**kept)
+    except (ValueError, TypeError, AttributeError) as error:
         raise format_error(
             f"a damaged {path} ({error})", "what a run wrote", "remove it: it is written again"
         ) from None
+    if checksum is not None:  # earlier versions kept none
+        _check_data(images, checksum, path)
+    return result
 
 
 def _check_data(images: Images, checksum: int, saved: Path) -> None:
@@ -282,6 +283,5 @@ def _result(run: SeedRun, metrics: list[dict[str, Any]]) -> SeedResult:
         updates=sum(m["updates"] for m in metrics),
         seconds_per_step=seconds / run.steps,
         peak_memory=max(m["peak_memory"] for m in metrics),
-        data=run.images.checksum(),
         dense_layers=dense_layers(run),
     )
