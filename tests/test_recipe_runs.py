@@ -52,13 +52,13 @@ class Stopped(Exception):
 
 
 class StopAfter(Watcher):
-    """Ends a run after a step; everything before it has happened."""
+    """Ends a run after a step of a seed; everything before it has happened."""
 
-    def __init__(self, step: int) -> None:
-        self.at = step
+    def __init__(self, step: int, seed: int = 0) -> None:
+        self.at = (seed, step)
 
     def step(self, progress: Progress) -> None:
-        if progress.step == self.at:
+        if (progress.seed, progress.step) == self.at:
             raise Stopped
 
 
@@ -325,21 +325,12 @@ def test_finished_seeds_stay(tmp_path: Path) -> None:
     out = tmp_path / "out"
     found = recipe("seeds=[0, 1]", "train.steps=6")
     with pytest.raises(Stopped):  # in the second seed's step 7, which never comes
-        run_recipe(found, out, watcher=_StopInSeed(1, 4))
+        run_recipe(found, out, watcher=StopAfter(4, seed=1))
     first = (out / "seed-0/metrics.jsonl").stat().st_mtime_ns
     summary = run_recipe(found, out, resume=True)
     assert (out / "seed-0/metrics.jsonl").stat().st_mtime_ns == first
     assert [seed.steps for seed in summary.seeds] == [6, 6]
     assert str(run_recipe(found, out, resume=True)) == str(summary)  # nothing is left to do
-
-
-class _StopInSeed(Watcher):
-    def __init__(self, seed: int, step: int) -> None:
-        self.at = (seed, step)
-
-    def step(self, progress: Progress) -> None:
-        if (progress.seed, progress.step) == self.at:
-            raise Stopped
 
 
 def test_outputs_are_written_again(tmp_path: Path) -> None:
@@ -454,7 +445,7 @@ def test_other_data_is_noticed(cifar: str, tmp_path: Path) -> None:
         run_recipe(recipe(*changes), tmp_path / "out", watcher=StopAfter(3))
     seeds = recipe(*changes, "seeds=[0, 1]")
     with pytest.raises(Stopped):
-        run_recipe(seeds, tmp_path / "seeds", watcher=_StopInSeed(1, 1))
+        run_recipe(seeds, tmp_path / "seeds", watcher=StopAfter(1, seed=1))
     path = Path(cifar) / "cifar10/test.npz"
     with np.load(path) as file:
         arrays = dict(file)
@@ -713,21 +704,8 @@ def test_bar_shows_every_number(capsys: pytest.CaptureFixture[str], tmp_path: Pa
 def test_digits_example_learns(tmp_path: Path) -> None:
     for module in ("onnx", "onnxscript", "matplotlib"):
         pytest.importorskip(module)
-    out = tmp_path / "digits"
-    assert (
-        main(
-            [
-                "train",
-                str(EXAMPLES / "digits-srigl.toml"),
-                "--out",
-                str(out),
-                "--quiet",
-                "--set",
-                "seeds=0",
-            ]
-        )
-        == 0
-    )
+    out, recipe = tmp_path / "digits", str(EXAMPLES / "digits-srigl.toml")
+    assert main(["train", recipe, "--out", str(out), "--quiet", "--set", "seeds=0"]) == 0
     kept = json.loads((out / "summary.json").read_text())
     assert kept["test_accuracy"] > 0.95
     assert all(abs(seed["density"] - 0.1) < 0.01 for seed in kept["seeds"])

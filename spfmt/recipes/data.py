@@ -78,8 +78,6 @@ class DataSet:
 
     Attributes
     ----------
-    read : callable
-        From the directory and ``[data]`` to training images, test images and the number of classes.
     augments : bool
         Whether a shifted or mirrored image is still one of its class.
     built_in : bool

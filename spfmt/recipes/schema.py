@@ -58,27 +58,16 @@ def read_value(
     known: Iterable[str] = (),
     alone: bool = False,
 ) -> Any:
-    """Return a value as the recipe holds it.
+    """Return a value, as TOML gives it, as the recipe holds it: of the annotated type `hint`.
 
     Parameters
     ----------
-    name : str
-        Of its key, for the error.
-    value : object
-        As TOML gives it.
-    hint : type
-        Annotation of the key.
     expected, accepts : str, callable
         What the value, or every item of a list, must be besides, in words and in code.
     known : iterable of str
         All the words that are accepted.
     alone : bool
         Whether an item stands for a list of one.
-
-    Raises
-    ------
-    FormatError
-        Names the key, and suggests the nearest of the known words.
     """
     known = [*known, *_choices(hint)]
     fits, found = _fit(hint, [value] if alone and not isinstance(value, list) else value)
@@ -92,13 +81,7 @@ def read_value(
 
 
 def read_table(cls: type[T], table: Any, name: str) -> T:
-    """Read a table of a recipe into a dataclass whose fields are of `key` and `options`.
-
-    Raises
-    ------
-    FormatError
-        For no table, an unknown or missing key, or a value that its key does not accept.
-    """
+    """Read a table of a recipe into a dataclass whose fields are of `key` and `options`."""
     if not isinstance(table, Mapping):
         raise format_error(f"{name} = {toml(table)}", "a table", f"write [{name}] above its keys")
     hints, every = typing.get_type_hints(cls), dataclasses.fields(cls)  # type: ignore[arg-type]
