@@ -91,6 +91,10 @@ def check(*changes: str, without: tuple[str, ...] = ()) -> None:
         ("optimizer.lr=1" + "0" * 400, "expected a number above 0"),
         ("optimizer.weight_decay=1e308", "expected a number from 0 on"),
         ("model.weights=\udcff", "expected a text"),
+        ('model.weights="a\\u0000"', "expected a text"),
+        ("seeds=0x" + "f" * 6000, "expected a list, each a whole number"),
+        ("seeds=" + "[" * 5000 + "]" * 5000, "expected a list, each a whole number"),
+        ("format.values=[1]", "unknown key format.values"),
         ("optimizer.betas=[0.9, 0.99]", 'optimizer.betas with optimizer.name = "sgd"'),
         ("optimizer.momentum=1.0", r"momentum = 1.0; expected a number in \[0, 1\)"),
         ("rate.name=cosin", "did you mean 'cosine'"),
@@ -386,6 +390,9 @@ def test_patterns_name_layers() -> None:
     found = recipe("method.exclude=ouput")
     model = build_network(found.model, (1, 8, 8), 10)
     with pytest.raises(FormatError, match=r"'ouput' in method.exclude.*did you mean 'output'"):
+        build_method(found, model, build_optimizer(found.optimizer, model), 20, 0, _BATCH)
+    found = recipe("method.include=hiden*")
+    with pytest.raises(FormatError, match=r"'hiden\*' in method.include, which names no layer"):
         build_method(found, model, build_optimizer(found.optimizer, model), 20, 0, _BATCH)
 
 

@@ -149,7 +149,7 @@ def _directory(data: Data) -> Path:
             "the one with its files",
             "pass --data DIR, set SPFMT_DATA, or write data.dir",
         )
-    path = Path(named).expanduser()
+    path = Path(os.path.expanduser(named))
     if not path.is_dir():
         raise format_error(f"the data directory {path}", "a directory that exists", "check --data")
     return path

@@ -15,6 +15,7 @@ from spfmt.errors import format_error
 from spfmt.formats import FORMATS
 from spfmt.recipes.recipe import Recipe
 from spfmt.recipes.schema import keywords, read_options, read_value, unknown_key
+from spfmt.torch.survey import survey
 
 __all__ = ["DENSE", "METHODS", "Trainer", "build_method", "method_options"]
 
@@ -61,7 +62,9 @@ def method_options(recipe: Recipe) -> dict[str, Any]:
     more = ("name", *(key for key in _KEYS if key in taken))
     given = read_options(method.options, "method", known, more)
     name = read_value("format.name", format.name or _default_format(cls), str, known=FORMATS)
-    params = read_options(format.options, "format", keywords(FORMATS[name].from_scores), ("name",))
+    every = keywords(FORMATS[name].from_scores).items()
+    params = {key: hint for key, hint in every if hint is not Any}  # arrays: no recipe has those
+    params = read_options(format.options, "format", params, ("name",))
     named = {name: getattr(method, name) for name in _KEYS if getattr(method, name)}
     for key in named:
         if key not in taken:
@@ -102,6 +105,7 @@ def build_method(
     """
     if recipe.method.name == DENSE:
         return None
+    _check_patterns(recipe, [name for entry in survey(model) for name in entry.names])
     cls, options = METHODS[recipe.method.name], method_options(recipe)
     taken = _keywords(cls)
     if "seed" in taken:  # one without draws nothing
@@ -111,8 +115,6 @@ def build_method(
     if recipe.method.scores in _SALIENCIES:
         options |= _saliency(recipe, model, batch)
     method: Trainer = cls(model, optimizer, total_steps=steps, **options)
-    assert method.report is not None
-    _check_patterns(recipe, [name for row in method.report for name in (row.name, *row.aliases)])
     return method
 
 

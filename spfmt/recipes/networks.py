@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -108,7 +109,7 @@ def build_network(
         ) from None
     _try(network, model.name, (min(batch, 2), *shape))
     if model.weights is not None:
-        _load(network, Path(model.weights).expanduser())
+        _load(network, Path(os.path.expanduser(model.weights)))
     return network
 
 

@@ -158,7 +158,7 @@ def _parse(data: bytes, where: str, errors: str = "strict") -> dict[str, Any]:
         ) from None
     try:
         found: dict[str, Any] = tomllib.loads(data.decode(errors=errors))
-    except ValueError as error:  # also of bytes that are no text
+    except (ValueError, RecursionError) as error:  # also of bytes that are no text
         raise format_error(f"{where}, which is no TOML: {error}", "TOML", "mend it") from None
     return found
 

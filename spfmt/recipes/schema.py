@@ -28,7 +28,7 @@ __all__ = [
 ]
 
 T = TypeVar("T")
-_SURROGATE = re.compile("[\ud800-\udfff]")  # what no file can hold: bytes that were no text
+_UNFIT = re.compile("[\0\ud800-\udfff]")  # what no name of a file can hold
 _LARGEST = 1e30  # weights have 32 bits, and optimizers multiply
 
 
@@ -73,7 +73,7 @@ def read_value(
     fits, found = _fit(hint, [value] if alone and not isinstance(value, list) else value)
     items = found if isinstance(found, tuple) else (found,)
     if not fits or not all(accepts(v) and (not known or v in known) for v in items):
-        near = difflib.get_close_matches(str(value), known, 1)
+        near = difflib.get_close_matches(value if isinstance(value, str) else "", known, 1)
         words = _words(hint, f"one of {', '.join(known)}" if known else expected)
         fix = f"did you mean {near[0]!r}?" if near else f"change {name}"
         raise format_error(f"{name} = {toml(value)}", words, fix)
@@ -145,8 +145,6 @@ def keywords(*functions: Callable[..., Any], without: Iterable[str] = ()) -> dic
 def _fit(hint: Any, value: Any) -> tuple[bool, Any]:
     """Tell whether a value is of an annotated type, and return it as that type."""
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
-    if hint is Any or isinstance(hint, TypeVar):
-        return True, value
     if origin in (typing.Union, types.UnionType):
         fitting = [found for fits, found in (_fit(h, value) for h in inner) if fits]
         same = [found for found in fitting if type(found) is type(value)]  # 1 stays a whole number
@@ -161,7 +159,7 @@ def _fit(hint: Any, value: Any) -> tuple[bool, Any]:
     if hint is bool:
         return isinstance(value, bool), value
     if hint is str and isinstance(value, str):
-        return bool(value) and not _SURROGATE.search(value), value
+        return bool(value) and not _UNFIT.search(value), value
     if origin is tuple and isinstance(value, list) and value:
         hints = [inner[0]] * len(value) if inner[-1] is Ellipsis else list(inner)
         parts = [_fit(h, v) for h, v in zip(hints, value, strict=False)]
@@ -216,4 +214,6 @@ def toml(value: Any) -> str:
         return "{" + ", ".join(f"{toml(k)} = {toml(v)}" for k, v in value.items()) + "}"
     if isinstance(value, list | tuple):
         return "[" + ", ".join(map(toml, value)) + "]"
+    if isinstance(value, int) and abs(value) >= 2**63:
+        return hex(value)  # Python refuses to write thousands of digits
     return repr(value)
