@@ -125,6 +125,7 @@ def test_a_bad_key_has_one_clear_line(change: str, said: str) -> None:
         ([], ["optimizer.lr"], "without optimizer.lr"),
         ([], ["train.steps"], "neither train.epochs nor train.steps; expected exactly one"),
         ([], ["method.density"], "neither method.density nor method.sparsity"),
+        (["format.name=nm", "format.n=2"], [], "method.density and format.n; expected one of them"),
         (["rate.name=drops", "rate.at=[9, 5]"], [], "expected ascending times before the end"),
         (["rate.name=drops", "rate.at=[20]"], [], "before the end after 20 steps"),
         (["optimizer.nesterov=true", "optimizer.momentum=0.0"], [], "expected a momentum"),
@@ -134,6 +135,16 @@ def test_a_bad_key_has_one_clear_line(change: str, said: str) -> None:
 def test_keys_that_contradict_each_other(changes: list[str], without: list[str], said: str) -> None:
     with pytest.raises(FormatError, match=said):
         recipe(*changes, without=without)
+
+
+def test_pruning_needs_to_know_where_it_ends() -> None:
+    sparsity = recipe("method.name=gradual", "method.sparsity=0.75", without=["method.density"])
+    options = method_options(sparsity)
+    assert options["density"] == 0.25
+    assert "sparsity" not in options
+    implied = ["method.name=gradual", "format.name=nm", "format.n=2"]
+    with pytest.raises(FormatError, match=r"'gradual' without method.density"):
+        method_options(recipe(*implied, without=["method.density"]))
 
 
 def test_density_can_be_implied_by_the_format() -> None:

@@ -151,6 +151,9 @@ def test_pruned_networks_still_learn() -> None:
         ({"t_end": 1}, "room for an update"),
         ({"t_start": -1}, "room for an update"),
         ({"delta_t": 0}, "room for an update"),
+        ({"alpha": 0.3}, "alpha=0.3 for gradual pruning; expected none"),
+        ({"scores": "magnitude"}, "scores='magnitude' for gradual pruning"),
+        ({"reset": True}, "reset=True for gradual pruning"),
     ],
 )
 def test_bad_input(options, message) -> None:

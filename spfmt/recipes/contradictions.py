@@ -74,8 +74,16 @@ def _check_method(recipe: Recipe) -> None:
                 "no such key: nothing is sparse",
                 f"leave out {', '.join(given[1:])}",
             )
-    elif {"n", "fan_in"}.isdisjoint(recipe.format.options) or method.density is not None:
+        return
+    implied = [name for name in ("n", "fan_in") if name in recipe.format.options]
+    if not implied:
         _one_of("method", "density", "sparsity", method)
+    elif method.density is not None or method.sparsity is not None:
+        raise format_error(
+            f"method.{'sparsity' if method.density is None else 'density'} and format.{implied[0]}",
+            "one of them: both say how many weights stay",
+            f"leave out format.{implied[0]}",
+        )
 
 
 def _check_optimizer(optimizer: Optimizer) -> None:

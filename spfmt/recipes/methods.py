@@ -66,6 +66,13 @@ def method_options(recipe: Recipe) -> dict[str, Any]:
     params = {key: hint for key, hint in every if hint is not Any}  # arrays: no recipe has those
     params = read_options(format.options, "format", params, ("name",))
     named = {name: getattr(method, name) for name in _KEYS if getattr(method, name)}
+    if inspect.Parameter.empty is getattr(_own(cls, "density"), "default", None):  # needs one
+        if "sparsity" in named:
+            named["density"] = 1.0 - named.pop("sparsity")
+        if "density" not in named:
+            raise format_error(
+                f"method.name = {method.name!r} without method.density", "where it ends", "write it"
+            )
     for key in named:
         if key not in taken:
             raise unknown_key("method", key, (*more, *known))
@@ -78,9 +85,13 @@ def _keywords(cls: type) -> dict[str, Any]:
     return keywords(*inits[:-1])  # the last one is that of object
 
 
+def _own(cls: type, name: str) -> inspect.Parameter | None:
+    return inspect.signature(cls).parameters.get(name)
+
+
 def _default_format(cls: type) -> str:
     """Return the format of a method whose recipe names none."""
-    own = inspect.signature(cls).parameters.get("format")
+    own = _own(cls, "format")
     name: str = getattr(cls, "FORMAT", None) or (own.default if own else "csr")
     return name
 

@@ -72,7 +72,7 @@ class SeedResult:
     updates : int
         Changes of the topology.
     seconds_per_step : float
-        Mean over the run.
+        Mean over the run; evaluations and results are no part of it.
     peak_memory : int
         Bytes that the process took, all its libraries among them: a seed that follows another in
         one process has those that wrote the other's ONNX, too.

@@ -106,6 +106,13 @@ class GradualPruning(SparseTrainer):
     ) -> None:
         if scope not in ("layer", "model"):
             raise format_error(f"scope={scope!r}", "'layer' or 'model'", "use one of them")
+        for name in ("alpha", "scores", "reset"):
+            if params.get(name):
+                raise format_error(
+                    f"{name}={params[name]!r} for gradual pruning",
+                    "none: full layers lose their smallest weights on a cubic schedule",
+                    "leave it out",
+                )
         self._density, self._distribution, self.scope = density, distribution, scope
         self._shared: dict[str, int] = {}
         schedule = CubicSchedule.until(t_end, total_steps, t_start=t_start, delta_t=delta_t)
