@@ -8,6 +8,7 @@ import os
 import pickle
 import struct
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -94,6 +95,7 @@ def test_mnist_in_every_layout(name: str, layout: str, tmp_path: Path) -> None:
     np.testing.assert_array_equal(found.y_test, Y_TEST)
     assert found.classes == 10
     assert found.shape == (1, 28, 28)
+    Batches(found, 4, seed=0, augmented=False)  # torch warns of arrays that it must not write
 
 
 @pytest.mark.parametrize(
@@ -230,17 +232,19 @@ IMAGES, LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
 @pytest.mark.parametrize(
     ("name", "change", "said"),
     [
-        (IMAGES, lambda b: b[:100], "has 100 bytes for 7 x 28 x 28 values; expected 5504 bytes"),
-        (IMAGES, lambda b: b + b"x", "has 5505 bytes"),
+        (IMAGES, lambda b: b[:100], "has 84 bytes; expected 5488 for 7 x 28 x 28 values"),
+        (IMAGES, lambda b: b + b"x", "has more bytes; expected 5488"),
         (IMAGES, lambda b: b[:3], "begins with the bytes 00 00 08; expected 00 00 08 03"),
         (IMAGES, lambda b: b"", "begins with the bytes of nothing"),
         (IMAGES, lambda b: b"<html>" + b, "3c 68 74 6d; expected 00 00 08 03, an idx file of 3"),
         (IMAGES, lambda b: idx(X[:6]), r"holds labels \(7,\) of uint8 for 6 images"),
         (IMAGES, lambda b: idx(X[:0]), "at least one"),
         (LABELS, lambda b: idx(Y + 9), "holds the labels 9 to 15; expected 0 to 9"),
-        (IMAGES + ".gz", lambda b: b[:-9], "cannot be unpacked"),
-        (IMAGES + ".gz", lambda b: b"no gzip", "cannot be unpacked"),
-        (IMAGES + ".gz", lambda b: b[:40] + bytes(40) + b[80:], "cannot be unpacked"),
+        (IMAGES, lambda b: b[:4] + b"\xff" * 12, "has 0 bytes; expected 792281624"),
+        (IMAGES + ".gz", lambda b: b[:-9], "cannot be read"),
+        (IMAGES + ".gz", lambda b: b"no gzip", "cannot be read"),
+        (IMAGES + ".gz", lambda b: b[:40] + bytes(40) + b[80:], "cannot be read"),
+        (IMAGES + ".gz", lambda b: gzip.compress(idx(X) + bytes(10**6)), "has more bytes"),
     ],
 )
 def test_damaged_idx_files_are_named(
@@ -263,6 +267,7 @@ def test_damaged_idx_files_are_named(
         ({"x_train": X[:, 0, 0], "y_train": Y, "x_test": X, "y_test": Y}, "holds images"),
         ({"x_train": X, "y_train": Y, "x_test": X[:, 1:], "y_test": Y}, "one shape"),
         ({"x_train": X, "y_train": Y, "x_test": np.array([{}]), "y_test": Y}, "cannot be read"),
+        ({"x_train": np.uint8(3), "y_train": Y, "x_test": X, "y_test": Y}, r"holds images \(\)"),
     ],
 )
 def test_damaged_npz_files_are_named(content: Any, said: str, tmp_path: Path) -> None:
@@ -276,6 +281,41 @@ def test_damaged_npz_files_are_named(content: Any, said: str, tmp_path: Path) ->
         np.savez(path, **content)
     with pytest.raises(FormatError, match=said):
         read("mnist", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "{'descr': '|u1', 'fortran_order': False, 'shape': (999999999999999, 28, 28)}",
+        "{'descr': '|u1', 'fortran_order': False, 'shape': (99999999999999999999999,)}",
+        "{'descr': '|u1'",
+    ],
+)
+def test_headers_that_lie_are_refused(header: str, tmp_path: Path) -> None:
+    data = b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header.encode() + bytes(100)
+    with zipfile.ZipFile(tmp_path / "mnist.npz", "w") as archive:
+        archive.writestr("x_train.npy", data)
+    with pytest.raises(FormatError, match=r"mnist.npz, which cannot be read"):
+        read("mnist", tmp_path)
+
+
+def test_an_encrypted_npz_is_refused(tmp_path: Path) -> None:
+    np.savez(tmp_path / "mnist.npz", x_train=X)
+    content = (tmp_path / "mnist.npz").read_bytes()
+    for magic, flags in ((b"PK\x01\x02", 8), (b"PK\x03\x04", 6)):
+        at = content.index(magic) + flags
+        content = content[:at] + bytes([content[at] | 1]) + content[at + 1 :]
+    (tmp_path / "mnist.npz").write_bytes(content)
+    with pytest.raises(FormatError, match=r"cannot be read: .*encrypted"):
+        read("mnist", tmp_path)
+
+
+def test_batches_of_other_sizes_are_named(tmp_path: Path) -> None:
+    write_cifar10_npz(tmp_path, [cifar(3, 10) for _ in range(4)])
+    path = tmp_path / "cifar10" / "train_1.npz"
+    np.savez(path, images=np.zeros((3, 16, 16, 3), np.uint8), labels=np.zeros(3, int))
+    with pytest.raises(FormatError, match=r"train_1.npz, which holds .*16\); expected \(3, 32, 32"):
+        read("cifar10", tmp_path)
 
 
 def test_truncated_npz_is_named(tmp_path: Path) -> None:
@@ -300,6 +340,7 @@ def test_truncated_npz_is_named(tmp_path: Path) -> None:
         (pickle.dumps({"data": np.zeros((1, 3072), np.uint8), "labels": [10]}), "10 to 10"),
         (pickle.dumps({"data": np.zeros((1, 3072)), "labels": [1]}), "of float64"),
         (pickle.dumps({"data": np.zeros((1, 3072), np.uint8), "labels": ["a"]}), "labels"),
+        (pickle.dumps({"data": np.zeros((2, 3072)), "labels": [[1], [1, 2]]}), "cannot be read"),
     ],
 )
 def test_damaged_pickles_are_named(content: bytes, said: str, tmp_path: Path) -> None:
@@ -380,6 +421,18 @@ def test_folder_names_what_is_wrong(tmp_path: Path) -> None:
     (tmp_path / "b" / "1.png").unlink()
     with pytest.raises(FormatError, match="/b without images"):
         read("folder", tmp_path)
+    (tmp_path / "b").rmdir()
+    with pytest.raises(FormatError, match="the directories a; expected one for each of two"):
+        read("folder", tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.float32])
+def test_images_of_more_than_eight_bits_are_refused(dtype: Any, tmp_path: Path) -> None:
+    image = pytest.importorskip("PIL.Image")
+    write_images(tmp_path, {"a/1.png": (6, 6), "b/1.png": (6, 6)}, "L")
+    image.fromarray(np.full((6, 6), 7, dtype)).save(tmp_path / "b" / "2.tif")
+    with pytest.raises(FormatError, match=r"2.tif, which has pixels of mode [IF]"):
+        read("folder", tmp_path)
 
 
 def test_folder_of_other_classes_in_the_test(tmp_path: Path) -> None:
@@ -391,7 +444,7 @@ def test_folder_of_other_classes_in_the_test(tmp_path: Path) -> None:
 
 
 def test_missing_packages_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_images(tmp_path, {"a/1.png": (6, 6), "a/2.png": (6, 6)})
+    write_images(tmp_path, {"a/1.png": (6, 6), "b/1.png": (6, 6)})
     for module, name, said in (("PIL", "folder", "pip install pillow"),
                                ("sklearn", "digits", "pip install 'spfmt")):  # fmt: skip
         monkeypatch.setitem(sys.modules, module, None)

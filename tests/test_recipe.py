@@ -29,6 +29,7 @@ from spfmt.recipes.networks import build_network, network_options
 from spfmt.recipes.recipe import differences
 from spfmt.recipes.run import build_optimizer, rate_at
 from spfmt.recipes.tables import Model, Optimizer
+from spfmt.train import PRESETS
 
 EXAMPLES = sorted((Path(__file__).resolve().parent.parent / "examples/recipes").glob("*.toml"))
 
@@ -56,12 +57,12 @@ def check(*changes: str, without: tuple[str, ...] = ()) -> None:
         ("data=3", r"data = 3; expected a table; fix: write \[data\]"),
         ("data.augment=1", "data.augment = 1; expected true or false"),
         ("data.augment=true", "augment = true for digits; expected it with .*cifar10"),
-        ("data.dir=/x", "data.dir for digits; expected none"),
+        ("data.dir=/x", "data.dir for digits; expected it with others"),
         ("data.size=3", "data.size for digits"),
         ("data.mean=[0.5]", "one of data.mean and data.std"),
         ("model.name=resnet200", 'model.name = "resnet200"; .*did you mean .resnet20'),
         ("model.hiden=[3]", "unknown key model.hiden; expected one of hidden, .*mean 'hidden'"),
-        ("model.hidden=3", r"model.hidden = 3; expected a list like \[…\]"),
+        ("model.hidden=3", r"model.hidden = 3; expected a list, each a whole number"),
         ("model.hidden=[3, 0.5]", r"model.hidden = \[3, 0.5\]; expected a list"),
         ("method.name=sgirl", "expected one of static, .*, dense; fix: did you mean 'srigl'"),
         ("method.densty=0.1", "unknown key method.densty; expected one of .*mean 'density'"),
@@ -88,6 +89,12 @@ def check(*changes: str, without: tuple[str, ...] = ()) -> None:
         ("optimizer.lr=-1", "optimizer.lr = -1; expected a number above 0"),
         ("optimizer.lr=inf", "optimizer.lr = inf; expected a number above 0"),
         ("optimizer.lr=1" + "0" * 400, "expected a number above 0"),
+        ("optimizer.weight_decay=1e308", "expected a number from 0 on"),
+        ("model.weights=\udcff", "expected a text"),
+        ('model.weights="a\\u0000"', "expected a text"),
+        ("seeds=0x" + "f" * 6000, "expected a list, each a whole number"),
+        ("seeds=" + "[" * 5000 + "]" * 5000, "expected a list, each a whole number"),
+        ("format.values=[1]", "unknown key format.values"),
         ("optimizer.betas=[0.9, 0.99]", 'optimizer.betas with optimizer.name = "sgd"'),
         ("optimizer.momentum=1.0", r"momentum = 1.0; expected a number in \[0, 1\)"),
         ("rate.name=cosin", "did you mean 'cosine'"),
@@ -114,10 +121,11 @@ def test_a_bad_key_has_one_clear_line(change: str, said: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "without", "said"),
     [
-        ([], ["data.name"], r"without data.name; expected one of .*write name = … below \[data\]"),
+        ([], ["data.name"], r"without data.name; expected it below \[data\]; fix: write name = …"),
         ([], ["optimizer.lr"], "without optimizer.lr"),
         ([], ["train.steps"], "neither train.epochs nor train.steps; expected exactly one"),
         ([], ["method.density"], "neither method.density nor method.sparsity"),
+        (["format.name=nm", "format.n=2"], [], "method.density and format.n; expected one of them"),
         (["rate.name=drops", "rate.at=[9, 5]"], [], "expected ascending times before the end"),
         (["rate.name=drops", "rate.at=[20]"], [], "before the end after 20 steps"),
         (["optimizer.nesterov=true", "optimizer.momentum=0.0"], [], "expected a momentum"),
@@ -127,6 +135,16 @@ def test_a_bad_key_has_one_clear_line(change: str, said: str) -> None:
 def test_keys_that_contradict_each_other(changes: list[str], without: list[str], said: str) -> None:
     with pytest.raises(FormatError, match=said):
         recipe(*changes, without=without)
+
+
+def test_pruning_needs_to_know_where_it_ends() -> None:
+    sparsity = recipe("method.name=gradual", "method.sparsity=0.75", without=["method.density"])
+    options = method_options(sparsity)
+    assert options["density"] == 0.25
+    assert "sparsity" not in options
+    implied = ["method.name=gradual", "format.name=nm", "format.n=2"]
+    with pytest.raises(FormatError, match=r"'gradual' without method.density"):
+        method_options(recipe(*implied, without=["method.density"]))
 
 
 def test_density_can_be_implied_by_the_format() -> None:
@@ -274,7 +292,7 @@ def test_optimizers_get_their_options() -> None:
 @pytest.mark.parametrize("name", NETWORKS)
 def test_networks_take_images(name: str) -> None:
     options = {"depth": 1, "dim": 24} if name == "vit_tiny" else {}
-    if name not in ("mlp", "lenet", "vit_tiny", "wide_resnet22_2"):
+    if name not in ("mlp", "vit_tiny", "wide_resnet22_2"):
         options = {"width": 0.125}
     network = build_network(Model(name, options=options), (3, 32, 32), 7).eval()
     with torch.no_grad():
@@ -286,10 +304,19 @@ def test_images_that_a_network_cannot_take() -> None:
         build_network(Model("vgg16", options={"width": 0.125}), (1, 8, 8), 10)
     with pytest.raises(FormatError, match="images of 8 x 6 pixels; expected square ones"):
         build_network(Model("mlp"), (1, 8, 6), 10)
-    with pytest.raises(FormatError, match="images of 8 pixels; expected at least 12"):
-        build_network(Model("lenet"), (1, 8, 8), 10)
     with pytest.raises(FormatError, match="at least one neuron"):
         build_network(Model("mlp", options={"hidden": [0]}), (1, 8, 8), 10)
+    for hidden in ([10**15], [10**25]):
+        with pytest.raises(FormatError, match=r"'mlp' with .*; fix: make it smaller"):
+            build_network(Model("mlp", options={"hidden": hidden}), (1, 8, 8), 10)
+
+
+def test_a_batch_of_one_image_has_no_variance() -> None:
+    model = Model("resnet18", options={"width": 0.125})
+    with pytest.raises(FormatError, match=r"Expected more than 1 value.*train.batch_size"):
+        build_network(model, (3, 8, 8), 10, batch=1)
+    norms = build_network(model, (3, 8, 8), 10).modules()
+    assert {int(m.num_batches_tracked) for m in norms if isinstance(m, nn.BatchNorm2d)} == {0}
 
 
 def test_networks_begin_with_trained_weights(tmp_path: Path) -> None:
@@ -307,17 +334,76 @@ def test_networks_begin_with_trained_weights(tmp_path: Path) -> None:
                                                       strict=True))  # fmt: skip
         with pytest.raises(FormatError, match="size mismatch"):
             build_network(Model("mlp", path, {"hidden": [6]}), (1, 4, 4), 3)
-        with pytest.raises(FormatError, match=r"without hidden2.weight"):
+        with pytest.raises(FormatError, match=r"Missing key.*hidden2.weight"):
             build_network(Model("mlp", path, {"hidden": [5, 5]}), (1, 4, 4), 3)
         Path(path).write_bytes(b"nothing")
         with pytest.raises(FormatError, match="cannot be read"):
             build_network(Model("mlp", path, {"hidden": [5]}), (1, 4, 4), 3)
 
 
+@pytest.mark.parametrize("dtype", ["U1", "complex64"])
+def test_weights_are_numbers(dtype: str, tmp_path: Path) -> None:
+    state = build_network(Model("mlp"), (1, 8, 8), 10).state_dict()
+    arrays = {name: value.numpy() for name, value in state.items()}
+    np.savez(tmp_path / "w.npz", **{**arrays, "output.bias": np.zeros(10, dtype)})
+    with pytest.raises(FormatError, match=r"with output.bias of .*; expected numbers"):
+        build_network(Model("mlp", str(tmp_path / "w.npz")), (1, 8, 8), 10)
+
+
+@pytest.mark.parametrize("name", ["static", "srigl", "gradual"])
+def test_trained_weights_are_kept(name: str, tmp_path: Path) -> None:
+    trained = build_network(recipe().model, (1, 8, 8), 10)
+    arrays = {name: value.numpy() + 1 for name, value in trained.state_dict().items()}
+    np.savez(tmp_path / "w.npz", **arrays)
+    found = recipe(f"method.name={name}", f"model.weights={tmp_path / 'w.npz'}")
+    model = build_network(found.model, (1, 8, 8), 10)
+    build_method(found, model, build_optimizer(found.optimizer, model), 20, 0, _BATCH)
+    for layer in ("hidden1", "hidden2"):
+        weights = model.get_submodule(layer).to_dense().weight.detach().numpy()  # type: ignore[operator]
+        np.testing.assert_array_equal(
+            weights[weights != 0], arrays[f"{layer}.weight"][weights != 0]
+        )
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_defaults_of_method_and_format(name: str) -> None:
+    changes = [f"method.preset={name}", "method.exclude=conv1", "model.name=resnet20"]
+    gone = ["method.name", "method.delta_t", "model.hidden"]
+    found, paper = recipe(*changes, without=gone), PRESETS[name]
+    assert METHODS[found.method.name] is paper.method
+    options = method_options(found)
+    assert options["distribution"] == paper.distribution
+    assert {k: options[k] for k in (*paper.options, *paper.params)} == {
+        **paper.options, **paper.params
+    }  # fmt: skip
+    model = build_network(found.model, (3, 32, 32), 10)
+    optimizer = build_optimizer(found.optimizer, model)
+    method = build_method(found, model, optimizer, 1000, 0, _BATCH)
+    schedule = getattr(method, "schedule", None)
+    if paper.t_end is not None:
+        assert schedule.t_end == pytest.approx(1000 * paper.end, abs=1)
+    again = read_recipe(tomllib.loads(found.to_toml()))
+    assert differences(found, again) == []
+
+
+def test_keys_come_before_those_of_a_preset() -> None:
+    own = ["method.preset=dsb-cifar", "method.delta_t=7", "format.block_shape=[8,8]"]
+    found = recipe(*own, without=["method.name"])
+    assert found.method.options == {"alpha": 0.3, "delta_t": 7, "t_end": 75_000 / 97_656}
+    assert found.format.options == {"block_shape": [8, 8]}
+    other = recipe(*own[:2], "method.name=set", "format.name=csr")
+    assert (other.method.name, other.format.options) == ("set", {})
+    with pytest.raises(FormatError, match=r'preset = "dsb"; expected one of .*dsb-cifar'):
+        recipe("method.preset=dsb")
+
+
 def test_patterns_name_layers() -> None:
     found = recipe("method.exclude=ouput")
     model = build_network(found.model, (1, 8, 8), 10)
     with pytest.raises(FormatError, match=r"'ouput' in method.exclude.*did you mean 'output'"):
+        build_method(found, model, build_optimizer(found.optimizer, model), 20, 0, _BATCH)
+    found = recipe("method.include=hiden*")
+    with pytest.raises(FormatError, match=r"'hiden\*' in method.include, which names no layer"):
         build_method(found, model, build_optimizer(found.optimizer, model), 20, 0, _BATCH)
 
 

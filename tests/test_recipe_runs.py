@@ -41,7 +41,7 @@ from spfmt.recipes import (
 )
 from spfmt.recipes.batches import held_back
 from spfmt.recipes.checkpoint import load_checkpoint, random_state, save_checkpoint
-from spfmt.recipes.run import evaluate
+from spfmt.recipes.run import SeedRun, evaluate
 from spfmt.torch import SparseModule
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples/recipes"
@@ -52,13 +52,13 @@ class Stopped(Exception):
 
 
 class StopAfter(Watcher):
-    """Ends a run after a step; everything before it has happened."""
+    """Ends a run after a step of a seed; everything before it has happened."""
 
-    def __init__(self, step: int) -> None:
-        self.at = step
+    def __init__(self, step: int, seed: int = 0) -> None:
+        self.at = (seed, step)
 
     def step(self, progress: Progress) -> None:
-        if progress.step == self.at:
+        if (progress.seed, progress.step) == self.at:
             raise Stopped
 
 
@@ -203,6 +203,12 @@ def test_damaged_models_are_refused(done: tuple[Summary, Path], tmp_path: Path) 
     path.write_bytes(save({"a": torch.zeros(3)}))
     with pytest.raises(FormatError, match=r"expected the model.safetensors of a recipe"):
         load_model(path)
+    about = {"network": {"name": "mlp", "options": {}}, "shape": [1, 8, 8], "classes": 10}
+    for change in ({"network": {"name": "mlp", "options": 3}}, {"classes": -1}, {"shape": [1]}):
+        metadata = {"spfmt_recipe": json.dumps({**about, **change})}
+        path.write_bytes(save({"a": torch.zeros(3)}, metadata=metadata))
+        with pytest.raises(FormatError, match=r"expected the model.safetensors of a recipe"):
+            load_model(path)
 
 
 # ------------------------------------------------------------------------------------- methods
@@ -280,9 +286,26 @@ def test_convolutions_with_augmentation_resume(cifar: str, tmp_path: Path) -> No
     assert metrics(tmp_path / "plain/seed-0") != random_crops
 
 
+def test_gradients_are_clipped_and_labels_smoothed(tmp_path: Path) -> None:
+    smooth = recipe("train.label_smoothing=0.3", "train.steps=1", "train.log_every=1")
+    run = SeedRun(smooth, load_images(smooth.data), 0)
+    x, y = run.batches.take()
+    want = torch.nn.CrossEntropyLoss(label_smoothing=0.3)(run.model(x), y).item()
+    run_recipe(smooth, tmp_path / "smooth")
+    assert metrics(tmp_path / "smooth/seed-0")[0]["loss"] == want
+    clipped = recipe("train.clip_norm=1e-3", "optimizer.momentum=0.0")
+    run = SeedRun(clipped, load_images(clipped.data), 0)
+    before = [p.detach().clone() for p in run.model.parameters()]
+    run.step()
+    moved = [(p - q).norm() for p, q in zip(run.model.parameters(), before, strict=True)]
+    assert torch.stack(moved).norm().item() == pytest.approx(0.1 * 1e-3, rel=1e-3)
+
+
 def test_a_run_ends_where_its_loss_is_no_number(tmp_path: Path) -> None:
     with pytest.raises(Diverged, match=r"loss of nan in step \d+ of seed 0; .*lower optimizer.lr"):
         run_recipe(recipe("optimizer.lr=1e30"), tmp_path / "out")
+    with pytest.raises(Diverged, match="a test loss of nan in step 1"):  # after the last step
+        run_recipe(recipe("optimizer.lr=1e30", "train.steps=1"), tmp_path / "one")
 
 
 def test_globals_are_left_as_they_were(tmp_path: Path) -> None:
@@ -302,21 +325,12 @@ def test_finished_seeds_stay(tmp_path: Path) -> None:
     out = tmp_path / "out"
     found = recipe("seeds=[0, 1]", "train.steps=6")
     with pytest.raises(Stopped):  # in the second seed's step 7, which never comes
-        run_recipe(found, out, watcher=_StopInSeed(1, 4))
+        run_recipe(found, out, watcher=StopAfter(4, seed=1))
     first = (out / "seed-0/metrics.jsonl").stat().st_mtime_ns
     summary = run_recipe(found, out, resume=True)
     assert (out / "seed-0/metrics.jsonl").stat().st_mtime_ns == first
     assert [seed.steps for seed in summary.seeds] == [6, 6]
     assert str(run_recipe(found, out, resume=True)) == str(summary)  # nothing is left to do
-
-
-class _StopInSeed(Watcher):
-    def __init__(self, seed: int, step: int) -> None:
-        self.at = (seed, step)
-
-    def step(self, progress: Progress) -> None:
-        if (progress.seed, progress.step) == self.at:
-            raise Stopped
 
 
 def test_outputs_are_written_again(tmp_path: Path) -> None:
@@ -386,7 +400,9 @@ def stopped(tmp_path: Path) -> Path:
 def test_a_damaged_checkpoint_is_named(stopped: Path) -> None:
     path = stopped / "seed-0/checkpoint.pt"
     whole = path.read_bytes()
-    for damaged in (b"", b"nothing", whole[: len(whole) // 2], whole[:-30]):
+    half = len(whole) // 2
+    flipped = whole[:half] + bytes([whole[half] ^ 1]) + whole[half + 1 :]
+    for damaged in (b"", b"nothing", whole[:half], whole[:-30], flipped):
         path.write_bytes(damaged)
         with pytest.raises(FormatError, match=r"checkpoint.pt, which cannot be read"):
             run_recipe(recipe(), stopped, resume=True)
@@ -427,13 +443,17 @@ def test_other_data_is_noticed(cifar: str, tmp_path: Path) -> None:
                "train.checkpoint_every=1"]  # fmt: skip
     with pytest.raises(Stopped):
         run_recipe(recipe(*changes), tmp_path / "out", watcher=StopAfter(3))
+    seeds = recipe(*changes, "seeds=[0, 1]")
+    with pytest.raises(Stopped):
+        run_recipe(seeds, tmp_path / "seeds", watcher=StopAfter(1, seed=1))
     path = Path(cifar) / "cifar10/test.npz"
     with np.load(path) as file:
         arrays = dict(file)
     arrays["labels"] = (arrays["labels"] + 1) % 10
     np.savez(path, **arrays)
-    with pytest.raises(FormatError, match="other images than those"):
-        run_recipe(recipe(*changes), tmp_path / "out", resume=True)
+    for found, out in ((recipe(*changes), "out"), (seeds, "seeds")):
+        with pytest.raises(FormatError, match="other images than those"):
+            run_recipe(found, tmp_path / out, resume=True)
 
 
 def test_threads_of_the_run_are_kept(tmp_path: Path) -> None:
@@ -684,21 +704,8 @@ def test_bar_shows_every_number(capsys: pytest.CaptureFixture[str], tmp_path: Pa
 def test_digits_example_learns(tmp_path: Path) -> None:
     for module in ("onnx", "onnxscript", "matplotlib"):
         pytest.importorskip(module)
-    out = tmp_path / "digits"
-    assert (
-        main(
-            [
-                "train",
-                str(EXAMPLES / "digits-srigl.toml"),
-                "--out",
-                str(out),
-                "--quiet",
-                "--set",
-                "seeds=0",
-            ]
-        )
-        == 0
-    )
+    out, recipe = tmp_path / "digits", str(EXAMPLES / "digits-srigl.toml")
+    assert main(["train", recipe, "--out", str(out), "--quiet", "--set", "seeds=0"]) == 0
     kept = json.loads((out / "summary.json").read_text())
     assert kept["test_accuracy"] > 0.95
     assert all(abs(seed["density"] - 0.1) < 0.01 for seed in kept["seeds"])

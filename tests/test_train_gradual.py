@@ -184,6 +184,6 @@ def test_densities_of_erk_can_be_given() -> None:
 def test_options_of_other_methods_are_refused(option) -> None:
     model = nn.Sequential(nn.Linear(8, 8))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with pytest.raises(TypeError, match=next(iter(option))):
+    with pytest.raises(FormatError, match=f"{next(iter(option))}=.* for gradual pruning"):
         GradualPruning(model, optimizer, density=0.5, t_end=100, **option)
     assert type(model[0]) is nn.Linear

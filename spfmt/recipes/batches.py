@@ -17,16 +17,7 @@ _PAD = 4
 
 
 class Batches:
-    """Batches of the training images, shuffled anew in every epoch.
-
-    Parameters
-    ----------
-    images : Images
-    batch_size : int
-        The last batch of an epoch holds what is left.
-    seed : int
-    augmented : bool
-        Whether images are cropped and mirrored, see `augment`.
+    """Batches of the training images, shuffled anew in every epoch; the last is what is left.
 
     Attributes
     ----------
@@ -80,18 +71,8 @@ class Batches:
 def augment(x: Tensor, generator: torch.Generator) -> Tensor:
     """Crop every image out of itself with four black pixels on each side, and mirror half of them.
 
-    Parameters
-    ----------
-    x : Tensor (n, channels, height, width)
-    generator : torch.Generator
-
-    Returns
-    -------
-    Tensor of the same shape
-
-    References
-    ----------
-    He et al., *Deep Residual Learning for Image Recognition*, CVPR 2016, section 4.2.
+    As He et al., *Deep Residual Learning for Image Recognition*, CVPR 2016, section 4.2; `x` is
+    (n, channels, height, width).
     """
     n, channels, height, width = x.shape
     padded = torch.nn.functional.pad(x, (_PAD,) * 4)

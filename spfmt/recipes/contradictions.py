@@ -9,61 +9,63 @@ from spfmt.recipes.data import DATA_SETS
 from spfmt.recipes.schema import toml
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from spfmt.recipes.recipe import Recipe
+    from spfmt.recipes.tables import Data, Optimizer
 
 __all__ = ["check"]
 
 
 def check(recipe: Recipe) -> None:
     """Raise a FormatError for keys that contradict each other, or that are missing together."""
-    _check_seeds(recipe)
-    _check_data(recipe)
+    if len(set(recipe.seeds)) < len(recipe.seeds):
+        raise format_error(f"seeds = {toml(recipe.seeds)}", "each seed once", "drop the second")
+    _check_data(recipe.data)
     _check_method(recipe)
-    _check_length(recipe)
-    _check_optimizer(recipe)
+    _one_of("train", "epochs", "steps", recipe.train)
+    _check_optimizer(recipe.optimizer)
     _check_rate(recipe)
 
 
-def _one_of(table: str, first: str, second: str, held: Any, needed: bool = True) -> None:
+def _one_of(table: str, first: str, second: str, held: Any) -> None:
     given = [name for name in (first, second) if getattr(held, name) is not None]
-    if len(given) == 2 or (needed and not given):
-        got = f"{table}.{first} and {table}.{second}" if given else "neither"
+    if len(given) != 1:
+        both = f"{table}.{first} and {table}.{second}"
         raise format_error(
-            f"{got}{'' if given else f' {table}.{first} nor {table}.{second}'}",
+            both if given else f"neither {both.replace('and', 'nor')}",
             "exactly one of them",
             f"write {table}.{first} alone",
         )
 
 
-def _check_seeds(recipe: Recipe) -> None:
-    if len(set(recipe.seeds)) < len(recipe.seeds):
-        raise format_error(f"seeds = {toml(recipe.seeds)}", "each seed once", "drop the second")
+def _refuse(table: Any, keys: Iterable[str], where: str, other: str) -> None:
+    """Refuse keys that mean something elsewhere alone."""
+    for key in keys:
+        if getattr(table, key) not in (None, ()):
+            name = f"{type(table).__name__.lower()}.{key}"
+            raise format_error(f"{name} {where}", f"it with {other}", f"leave out {name}")
 
 
-def _check_data(recipe: Recipe) -> None:
-    data, known = recipe.data, DATA_SETS[recipe.data.name]
-    if data.dir is not None and known.built_in:
-        raise format_error(
-            f"data.dir for {data.name}",
-            "none: it comes with scikit-learn",
-            "leave out data.dir or --data",
-        )
+def _check_data(data: Data) -> None:
+    known, where = DATA_SETS[data.name], f"for {data.name}"
+    if known.built_in:
+        _refuse(data, ["dir"], where, "others: this one comes with scikit-learn")
     if data.augment and not known.augments:
         names = ", ".join(name for name, other in DATA_SETS.items() if other.augments)
         raise format_error(
-            f"data.augment = true for {data.name}",
+            f"data.augment = true {where}",
             f"it with {names}: a mirrored or shifted digit is another one",
             "leave it out",
         )
-    for name in ("size", "test_share"):
-        if getattr(data, name) is not None and data.name != "folder":
-            raise format_error(f"data.{name} for {data.name}", "it with folder", "leave it out")
+    if data.name != "folder":
+        _refuse(data, ["size", "test_share"], where, "folder")
     if (data.mean is None) != (data.std is None):
         raise format_error("one of data.mean and data.std", "both or neither", "add the other")
 
 
 def _check_method(recipe: Recipe) -> None:
-    method, format = recipe.method, recipe.format
+    method = recipe.method
     if method.name == "dense":
         given = [name for name, _ in recipe.entries() if name.startswith(("method.", "format."))]
         if len(given) > 1:  # method.name is one of them
@@ -73,24 +75,22 @@ def _check_method(recipe: Recipe) -> None:
                 f"leave out {', '.join(given[1:])}",
             )
         return
-    implied = not {"n", "fan_in"}.isdisjoint(format.options)
-    _one_of("method", "density", "sparsity", method, needed=not implied)
+    implied = [name for name in ("n", "fan_in") if name in recipe.format.options]
+    if not implied:
+        _one_of("method", "density", "sparsity", method)
+    elif method.density is not None or method.sparsity is not None:
+        raise format_error(
+            f"method.{'sparsity' if method.density is None else 'density'} and format.{implied[0]}",
+            "one of them: both say how many weights stay",
+            f"leave out format.{implied[0]}",
+        )
 
 
-def _check_length(recipe: Recipe) -> None:
-    _one_of("train", "epochs", "steps", recipe.train)
-
-
-def _check_optimizer(recipe: Recipe) -> None:
-    optimizer = recipe.optimizer
-    foreign = ("betas", "eps") if optimizer.name == "sgd" else ("momentum", "nesterov")
-    for name in foreign:
-        if getattr(optimizer, name) is not None:
-            raise format_error(
-                f"optimizer.{name} with optimizer.name = {toml(optimizer.name)}",
-                f"it with {'adam or adamw' if optimizer.name == 'sgd' else 'sgd'}",
-                f"leave out optimizer.{name}",
-            )
+def _check_optimizer(optimizer: Optimizer) -> None:
+    sgd = optimizer.name == "sgd"
+    foreign = ("betas", "eps") if sgd else ("momentum", "nesterov")
+    where = f"with optimizer.name = {toml(optimizer.name)}"
+    _refuse(optimizer, foreign, where, "adam or adamw" if sgd else "sgd")
     if optimizer.nesterov and optimizer.momentum == 0:
         raise format_error(
             "optimizer.nesterov = true with optimizer.momentum = 0", "a momentum", "raise it"
@@ -100,13 +100,9 @@ def _check_optimizer(recipe: Recipe) -> None:
 def _check_rate(recipe: Recipe) -> None:
     rate, length = recipe.rate, recipe.train.epochs or recipe.train.steps or 0
     unit = "epochs" if recipe.train.epochs else "steps"
-    if rate.name != "drops" and (rate.at or rate.factor is not None):
-        raise format_error(
-            f"rate.{'at' if rate.at else 'factor'} with rate.name = {toml(rate.name)}",
-            'it with "drops"',
-            'write rate.name = "drops", or leave it out',
-        )
-    if rate.name == "drops" and not rate.at:
+    if rate.name != "drops":
+        _refuse(rate, ["at", "factor"], f"with rate.name = {toml(rate.name)}", '"drops"')
+    elif not rate.at:
         raise format_error(
             'rate.name = "drops" without rate.at', "the times of the drops", "add rate.at = [40]"
         )

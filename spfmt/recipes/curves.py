@@ -20,14 +20,7 @@ Records = Sequence[Mapping[str, Any]]
 
 
 def draw_curves(metrics: Mapping[int, Records], path: Path) -> None:
-    """Draw all seeds' curves into a PNG file.
-
-    Parameters
-    ----------
-    metrics : mapping of int to sequence of mappings
-        Lines of the metrics file of every seed.
-    path : Path
-    """
+    """Draw all seeds' curves, from the lines of their metrics files, into a PNG file."""
     panels = {"loss": 1.0, "accuracy": 100.0}
     if any(len({m["density"] for m in records}) > 1 for records in metrics.values()):
         panels["density"] = 1.0

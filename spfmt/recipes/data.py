@@ -6,6 +6,7 @@ import os
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from spfmt.errors import FormatError, MissingDependency, format_error
 from spfmt.recipes.readers import (
     Split,
     checked,
+    damaged,
     read_arrays,
     read_cifar_binary,
     read_cifar_pickle,
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = ["DATA_SETS", "DataSet", "Images", "load_images"]
 
+Reader = Callable[[Path, "Data"], tuple[Split, Split, int]]
 _SPLIT_SEED = 0  # of what is held back: one test set for all runs, so that seeds compare
 
 
@@ -75,8 +78,6 @@ class DataSet:
 
     Attributes
     ----------
-    read : callable
-        From the directory and ``[data]`` to training images, test images and the number of classes.
     augments : bool
         Whether a shifted or mirrored image is still one of its class.
     built_in : bool
@@ -85,7 +86,7 @@ class DataSet:
         The largest value that a pixel can have.
     """
 
-    read: Callable[[Path, Data], tuple[Split, Split, int]]
+    read: Reader
     augments: bool = True
     built_in: bool = False
     top: float = 255.0
@@ -148,7 +149,7 @@ def _directory(data: Data) -> Path:
             "the one with its files",
             "pass --data DIR, set SPFMT_DATA, or write data.dir",
         )
-    path = Path(named).expanduser()
+    path = Path(os.path.expanduser(named))
     if not path.is_dir():
         raise format_error(f"the data directory {path}", "a directory that exists", "check --data")
     return path
@@ -187,9 +188,7 @@ def _digits(directory: Path, data: Data) -> tuple[Split, Split, int]:
 # -------------------------------------------------------------------------------------- MNIST
 
 
-def _mnist(
-    title: str, npz: Sequence[str], folders: Sequence[str]
-) -> Callable[[Path, Data], tuple[Split, Split, int]]:
+def _mnist(title: str, npz: Sequence[str], folders: Sequence[str]) -> Reader:
     """Return the reader of MNIST or of a data set in its files."""
 
     def read(directory: Path, data: Data) -> tuple[Split, Split, int]:
@@ -197,8 +196,8 @@ def _mnist(
         if archive is not None:
             names = ("x_train", "y_train", "x_test", "y_test")
             x, y, x_test, y_test = map(read_arrays(archive, names).__getitem__, names)
-            train = checked(archive, x[:, None], y, 10)
-            return train, checked(archive, x_test[:, None], y_test, 10), 10
+            train = checked(archive, x, y, 10)
+            return train, checked(archive, x_test, y_test, 10), 10
         train = _idx_split(title, directory, folders, npz, "train")
         return train, _idx_split(title, directory, folders, npz, "t10k"), 10
 
@@ -220,98 +219,77 @@ def _idx_split(
             raise _absent(title, directory, layouts)
         paths.append(path)
     images, labels = read_idx(paths[0], 3), read_idx(paths[1], 1)
-    return checked(paths[0], images[:, None], labels, 10)
+    return checked(paths[0], images, labels, 10)
 
 
 # -------------------------------------------------------------------------------------- CIFAR
 
 
-@dataclass(frozen=True)
-class _Cifar:
-    """Where the files of CIFAR-10 and CIFAR-100 are, and what is in them."""
-
-    title: str
-    classes: int
-    folder: str  # of .npz files
-    pickles: tuple[str, tuple[str, ...], str]  # folder, training files, test file
-    binaries: tuple[str, tuple[str, ...], str]
-    label: str
-    heads: int
-
-    def read(self, directory: Path, data: Data) -> tuple[Split, Split, int]:
-        """Read whichever layout is there."""
-        for place, load in (
-            (self._npz(directory), self._archive),
-            (self._place(directory, self.pickles), self._pickle),
-            (self._place(directory, self.binaries), self._binary),
-        ):
-            if place is not None:
-                train, test = place
-                return _joined([load(path) for path in train]), load(test), self.classes
-        raise _absent(
-            self.title, directory,
-            f"{self.folder}/train_0.npz and so on with test.npz, {self.pickles[0]}, or "
-            f"{self.binaries[0]}",
-        )  # fmt: skip
-
-    def _npz(self, directory: Path) -> tuple[list[Path], Path] | None:
-        for folder in (directory / self.folder, directory):
-            train = sorted(folder.glob("train_*.npz"))
-            if train:
-                return _complete(
-                    [folder / f"train_{i}.npz" for i in range(len(train))], folder / "test.npz"
-                )
-        return None
-
-    def _place(
-        self, directory: Path, layout: tuple[str, tuple[str, ...], str]
-    ) -> tuple[list[Path], Path] | None:
-        name, train, test = layout
-        for folder in (directory / name, directory):
-            if _first(folder, (*train, test)):
-                return _complete([folder / part for part in train], folder / test)
-        return None
-
-    def _archive(self, path: Path) -> Split:
-        arrays = read_arrays(path, ("images", "labels"))
-        images, labels = arrays["images"], arrays["labels"]
-        if images.ndim == 4 and images.shape[-1] == 3:  # channels last
-            images = images.transpose(0, 3, 1, 2)
-        return checked(path, images, labels, self.classes)
-
-    def _pickle(self, path: Path) -> Split:
-        return checked(path, *read_cifar_pickle(path, self.label), self.classes)
-
-    def _binary(self, path: Path) -> Split:
-        return checked(path, *read_cifar_binary(path, self.heads), self.classes)
+_Layout = tuple[str, Callable[[Path], list[str]], str, Callable[[Path], tuple[Any, Any]]]
 
 
-def _complete(train: list[Path], test: Path) -> tuple[list[Path], Path]:
-    """Return files that are all there, or name the first that is not."""
-    for path in (*train, test):
-        if not path.is_file():
-            raise format_error(
-                f"no file {path}", f"it beside the others of {path.parent}", "download it again"
-            )
-    return train, test
+def _cifar(title: str, classes: int, layouts: Sequence[_Layout]) -> Reader:
+    """Return the reader of CIFAR-10 or CIFAR-100.
+
+    A layout is a folder, the names of its training files and of its test file, and how to read one.
+    """
+
+    def read(directory: Path, data: Data) -> tuple[Split, Split, int]:
+        for folder, training, test, load in layouts:
+            for place in (directory / folder, directory):
+                names = training(place)
+                if names and _first(place, (*names, test)):
+                    paths = [_there(place / name) for name in (*names, test)]
+                    parts = [checked(path, *load(path), classes) for path in paths]
+                    return _joined(paths[:-1], parts[:-1]), parts[-1], classes
+        folders = ", ".join(folder for folder, *_ in layouts)
+        raise _absent(title, directory, f"its files there or in {folders}")
+
+    return read
 
 
-def _joined(parts: Sequence[Split]) -> Split:
+def _archives(place: Path) -> list[str]:
+    return [f"train_{i}.npz" for i in range(len(list(place.glob("train_*.npz"))))]
+
+
+def _archive(path: Path) -> tuple[Any, Any]:
+    arrays = read_arrays(path, ("images", "labels"))
+    images = arrays["images"]
+    if images.ndim == 4 and images.shape[-1] == 3:  # channels last
+        images = images.transpose(0, 3, 1, 2)
+    return images, arrays["labels"]
+
+
+def _there(path: Path) -> Path:
+    if not path.is_file():
+        raise format_error(
+            f"no file {path}", f"it beside the others of {path.parent}", "download it again"
+        )
+    return path
+
+
+def _joined(paths: Sequence[Path], parts: Sequence[Split]) -> Split:
+    for path, (x, _) in zip(paths, parts, strict=True):
+        if x.shape[1:] != parts[0][0].shape[1:]:
+            got = f"holds images of {x.shape[1:]}"
+            raise damaged(path, got, f"{parts[0][0].shape[1:]}, as {paths[0].name}")
     return np.concatenate([x for x, _ in parts]), np.concatenate([y for _, y in parts])
 
 
-_CIFAR10 = _Cifar(
-    "CIFAR-10", 10, "cifar10",
-    ("cifar-10-batches-py", tuple(f"data_batch_{i}" for i in range(1, 6)), "test_batch"),
-    ("cifar-10-batches-bin", tuple(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin"),
-    "labels", 1,
-)  # fmt: skip
-_CIFAR100 = _Cifar(
-    "CIFAR-100", 100, "cifar100",
-    ("cifar-100-python", ("train",), "test"),
-    ("cifar-100-binary", ("train.bin",), "test.bin"),
-    "fine_labels", 2,
-)  # fmt: skip
+_BATCHES = [f"data_batch_{i}" for i in range(1, 6)]
+_CIFAR10: list[_Layout] = [
+    ("cifar10", _archives, "test.npz", _archive),
+    ("cifar-10-batches-py", lambda _: _BATCHES, "test_batch",
+     partial(read_cifar_pickle, label="labels")),
+    ("cifar-10-batches-bin", lambda _: [f"{name}.bin" for name in _BATCHES], "test_batch.bin",
+     partial(read_cifar_binary, heads=1)),
+]  # fmt: skip
+_CIFAR100: list[_Layout] = [
+    ("cifar100", _archives, "test.npz", _archive),
+    ("cifar-100-python", lambda _: ["train"], "test",
+     partial(read_cifar_pickle, label="fine_labels")),
+    ("cifar-100-binary", lambda _: ["train.bin"], "test.bin", partial(read_cifar_binary, heads=2)),
+]  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------- folders
@@ -352,8 +330,8 @@ DATA_SETS: dict[str, DataSet] = {
             ("fashion_mnist/", "fashion-mnist/", "FashionMNIST/raw/"),
         )
     ),
-    "cifar10": DataSet(_CIFAR10.read),
-    "cifar100": DataSet(_CIFAR100.read),
+    "cifar10": DataSet(_cifar("CIFAR-10", 10, _CIFAR10)),
+    "cifar100": DataSet(_cifar("CIFAR-100", 100, _CIFAR100)),
     "folder": DataSet(_folder),
 }
 """Every data set that a recipe can name."""

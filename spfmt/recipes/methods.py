@@ -5,8 +5,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import inspect
-from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +14,8 @@ from spfmt import train
 from spfmt.errors import format_error
 from spfmt.formats import FORMATS
 from spfmt.recipes.recipe import Recipe
-from spfmt.recipes.schema import choice, keywords, read_options, unknown_key
-from spfmt.torch import ModelReport
+from spfmt.recipes.schema import keywords, read_options, read_value, unknown_key
+from spfmt.torch.survey import survey
 
 __all__ = ["DENSE", "METHODS", "Trainer", "build_method", "method_options"]
 
@@ -24,31 +23,8 @@ DENSE = "dense"
 """The name of plain training, without a method."""
 
 
-class Trainer(Protocol):
-    """What a recipe needs of a method's class, besides a constructor with the usual keywords.
-
-    One with a ``finish()`` is ended by it before the model is written.
-    """
-
-    report: ModelReport | None
-    layers: Any
-
-    def step(self) -> bool:
-        """Count an optimizer step; tell whether the topology changed."""
-        ...  # pragma: no cover
-
-    def summary(self) -> Any:
-        """Return the state of every layer, which prints as a table."""
-        ...  # pragma: no cover
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return what a run needs to go on."""
-        ...  # pragma: no cover
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where another run was saved."""
-        ...  # pragma: no cover
-
+Trainer = train.SparseTrainer | train.Rewire
+"""What a recipe trains with."""
 
 METHODS: dict[str, type[Any]] = {
     "static": train.Static,
@@ -63,7 +39,7 @@ METHODS: dict[str, type[Any]] = {
     "sampled": train.SampledGrowth,
     "rewire": train.Rewire,
 }
-"""Every method that a recipe can name, besides `DENSE`."""
+"""Every method that a recipe can name, besides `DENSE`; one with a ``finish()`` is ended by it."""
 
 # What the other keys of a recipe say, and what only code can pass.
 _OWN = (
@@ -75,26 +51,28 @@ _SALIENCIES = {"snip": train.snip, "grasp": train.grasp}
 
 
 def method_options(recipe: Recipe) -> dict[str, Any]:
-    """Check ``[method]`` and ``[format]``, and return what the method's class takes.
-
-    Raises
-    ------
-    FormatError
-        For an unknown method or format, or a keyword that it does not have or that is of another
-        type.
-    """
+    """Check ``[method]`` and ``[format]``, and return what the method's class takes."""
     method, format = recipe.method, recipe.format
     if method.name == DENSE:
         return {}
-    choice(*METHODS, DENSE).read("method.name", method.name)
+    read_value("method.name", method.name, str, known=(*METHODS, DENSE))
     cls = METHODS[method.name]
     taken = _keywords(cls)
     known = {key: hint for key, hint in taken.items() if key not in _OWN}
     more = ("name", *(key for key in _KEYS if key in taken))
     given = read_options(method.options, "method", known, more)
-    name = choice(*FORMATS).read("format.name", format.name or _default_format(cls))
-    params = read_options(format.options, "format", keywords(FORMATS[name].from_scores), ("name",))
+    name = read_value("format.name", format.name or _default_format(cls), str, known=FORMATS)
+    every = keywords(FORMATS[name].from_scores).items()
+    params = {key: hint for key, hint in every if hint is not Any}  # arrays: no recipe has those
+    params = read_options(format.options, "format", params, ("name",))
     named = {name: getattr(method, name) for name in _KEYS if getattr(method, name)}
+    if inspect.Parameter.empty is getattr(_own(cls, "density"), "default", None):  # needs one
+        if "sparsity" in named:
+            named["density"] = 1.0 - named.pop("sparsity")
+        if "density" not in named:
+            raise format_error(
+                f"method.name = {method.name!r} without method.density", "where it ends", "write it"
+            )
     for key in named:
         if key not in taken:
             raise unknown_key("method", key, (*more, *known))
@@ -107,9 +85,13 @@ def _keywords(cls: type) -> dict[str, Any]:
     return keywords(*inits[:-1])  # the last one is that of object
 
 
+def _own(cls: type, name: str) -> inspect.Parameter | None:
+    return inspect.signature(cls).parameters.get(name)
+
+
 def _default_format(cls: type) -> str:
     """Return the format of a method whose recipe names none."""
-    own = inspect.signature(cls).parameters.get("format")
+    own = _own(cls, "format")
     name: str = getattr(cls, "FORMAT", None) or (own.default if own else "csr")
     return name
 
@@ -124,14 +106,7 @@ def build_method(
 ) -> Trainer | None:
     """Make the model sparse, as the recipe's method wants it; None for dense training.
 
-    Parameters
-    ----------
-    recipe : Recipe
-    model : nn.Module
-    optimizer : torch.optim.Optimizer
-    steps, seed : int
-    batch : (Tensor, Tensor)
-        Images and classes, from which SNIP and GraSP tell where to begin.
+    SNIP and GraSP tell from `batch`, images and classes, where to begin.
 
     Raises
     ------
@@ -141,14 +116,16 @@ def build_method(
     """
     if recipe.method.name == DENSE:
         return None
+    _check_patterns(recipe, [name for entry in survey(model) for name in entry.names])
     cls, options = METHODS[recipe.method.name], method_options(recipe)
-    if "seed" in _keywords(cls):  # one without draws nothing
+    taken = _keywords(cls)
+    if "seed" in taken:  # one without draws nothing
         options["seed"] = seed
+    if "reset" in taken and recipe.model.weights is not None:
+        options.setdefault("reset", False)  # random scores would draw the trained weights anew
     if recipe.method.scores in _SALIENCIES:
         options |= _saliency(recipe, model, batch)
     method: Trainer = cls(model, optimizer, total_steps=steps, **options)
-    assert method.report is not None
-    _check_patterns(recipe, [name for row in method.report for name in (row.name, *row.aliases)])
     return method
 
 

@@ -1,7 +1,9 @@
-"""Networks by name: two small ones for small images, and those of `spfmt.models`."""
+"""Networks by name: linear layers for small images, and those of `spfmt.models`."""
 
 from __future__ import annotations
 
+import copy
+import os
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,10 +15,10 @@ from torch import Tensor, nn
 from spfmt import models
 from spfmt.errors import format_error
 from spfmt.recipes.readers import read_arrays
-from spfmt.recipes.schema import choice, keywords, read_options
+from spfmt.recipes.schema import keywords, read_options, read_value
 from spfmt.recipes.tables import Model
 
-__all__ = ["NETWORKS", "build_network", "lenet", "mlp", "network_options"]
+__all__ = ["NETWORKS", "build_network", "mlp", "network_options"]
 
 
 def mlp(
@@ -58,49 +60,8 @@ def mlp(
     return nn.Sequential(layers)
 
 
-def lenet(*, num_classes: int = 10, in_channels: int = 1, image_size: int = 28) -> nn.Module:
-    """LeNet-5 with ReLUs and max pools.
-
-    Parameters
-    ----------
-    num_classes, in_channels : int
-        Outputs, and channels of the images.
-    image_size : int
-        Height and width of the images, from 16 on.
-
-    Returns
-    -------
-    nn.Module
-        Maps images (N, in_channels, image_size, image_size) to (N, num_classes).
-
-    References
-    ----------
-    LeCun et al., *Gradient-Based Learning Applied to Document Recognition*, 1998, section II.B.
-    """
-    side = (image_size // 2 - 4) // 2
-    if side < 1:
-        raise format_error(f"images of {image_size} pixels", "at least 12", "use mlp")
-    return nn.Sequential(
-        OrderedDict(
-            conv1=nn.Conv2d(in_channels, 6, 5, padding=2),
-            relu1=nn.ReLU(),
-            pool1=nn.MaxPool2d(2),
-            conv2=nn.Conv2d(6, 16, 5),
-            relu2=nn.ReLU(),
-            pool2=nn.MaxPool2d(2),
-            flatten=nn.Flatten(),
-            linear1=nn.Linear(16 * side**2, 120),
-            relu3=nn.ReLU(),
-            linear2=nn.Linear(120, 84),
-            relu4=nn.ReLU(),
-            output=nn.Linear(84, num_classes),
-        )
-    )
-
-
 NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "mlp": mlp,
-    "lenet": lenet,
     **{name: getattr(models, name) for name in models.__all__},
 }
 """Every network that a recipe can name."""
@@ -109,31 +70,23 @@ _FROM_DATA = ("num_classes", "in_channels", "image_size")
 
 
 def network_options(model: Model) -> dict[str, Any]:
-    """Check name and options of ``[model]``.
-
-    Raises
-    ------
-    FormatError
-        For an unknown network, or a keyword that it does not have or that is of another type.
-    """
-    choice(*NETWORKS).read("model.name", model.name)
+    """Check name and options of ``[model]``."""
+    read_value("model.name", model.name, str, known=NETWORKS)
     known = keywords(NETWORKS[model.name], without=_FROM_DATA)
     return read_options(model.options, "model", known, ("name", "weights"))
 
 
-def build_network(model: Model, shape: tuple[int, int, int], classes: int) -> nn.Module:
-    """Make the network of a recipe for images of a shape.
+def build_network(
+    model: Model, shape: tuple[int, int, int], classes: int, batch: int = 2
+) -> nn.Module:
+    """Make the network of a recipe for images (channels, height, width).
 
-    Parameters
-    ----------
-    model : Model
-    shape : (channels, height, width)
-    classes : int
+    It is tried with `batch` images, the fewest that it is trained on at once.
 
     Raises
     ------
     FormatError
-        As `network_options`; where the network cannot take such images, or its weights do not fit.
+        Where the network is too large or cannot take such images, or its weights do not fit.
     OSError
         Where the weights cannot be read.
     """
@@ -146,51 +99,62 @@ def build_network(model: Model, shape: tuple[int, int, int], classes: int) -> nn
                 f"images of {height} x {width} pixels", "square ones", "set data.size"
             )
         options["image_size"] = height
-    network = factory(**options, **network_options(model))
-    _try(network, model.name, shape)
+    options |= network_options(model)
+    try:
+        network = factory(**options)
+    except (RuntimeError, TypeError, MemoryError, OverflowError) as error:
+        reason = str(error).splitlines()[0]
+        raise format_error(
+            f"model.name = {model.name!r} with {options} ({reason})", "what fits", "make it smaller"
+        ) from None
+    _try(network, model.name, (min(batch, 2), *shape))
     if model.weights is not None:
-        _load(network, Path(model.weights).expanduser())
+        _load(network, Path(os.path.expanduser(model.weights)))
     return network
 
 
-def _try(network: nn.Module, name: str, shape: tuple[int, int, int]) -> None:
-    """Show the network an image, before anything is trained."""
-    network.eval()
+def _try(network: nn.Module, name: str, shape: tuple[int, ...]) -> None:
+    """Show a copy of the network images, before anything is trained."""
+    network = copy.deepcopy(network)  # a batch norm would count them
     try:
         with torch.no_grad():
-            network(torch.zeros(2, *shape))
-    except RuntimeError as error:
-        size = " x ".join(map(str, shape))
+            network.eval()(torch.zeros(shape))
+            if shape[0] == 1:  # of which a batch norm may have no variance
+                network.train()(torch.zeros(shape))
+    except (RuntimeError, ValueError) as error:
+        size = " x ".join(map(str, shape[1:]))
         raise format_error(
             f"images of {size} for model.name = {name!r} ({str(error).splitlines()[0]})",
             "larger ones, as those networks are made for",
-            "use mlp for small images",
+            "use mlp for small images"
+            + (", or another train.batch_size: the last batch has one image" * (shape[0] == 1)),
         ) from None
-    network.train()
 
 
 def _load(network: nn.Module, path: Path) -> None:
     """Load a trained state of the dense network."""
     state = _read_state(path)
     try:
-        missing = network.load_state_dict(state, strict=False)
+        network.load_state_dict(state)
     except RuntimeError as error:
         reason = " ".join(str(error).split())
-        raise format_error(f"model.weights = {str(path)!r}: {reason}", "arrays that fit", "check"
-                           " model.name and its options") from None  # fmt: skip
-    absent = [k for k in missing.missing_keys if not k.endswith("num_batches_tracked")]
-    if absent or missing.unexpected_keys:
         raise format_error(
-            f"model.weights = {str(path)!r} without {', '.join(absent[:3]) or 'nothing'}, with "
-            f"{', '.join(missing.unexpected_keys[:3]) or 'nothing'} besides",
-            "the names of the network's state_dict",
+            f"model.weights = {str(path)!r}: {reason if len(reason) < 400 else reason[:400] + '…'}",
+            "the names and shapes of the network's state_dict",
             "check model.name and its options",
-        )
+        ) from None
 
 
 def _read_state(path: Path) -> Mapping[str, Tensor]:
     if path.suffix == ".npz":
-        return {name: torch.from_numpy(array) for name, array in read_arrays(path).items()}
+        arrays = read_arrays(path)
+        bad = [f"{name} of {a.dtype}" for name, a in arrays.items() if a.dtype.kind not in "fiu"]
+        if bad:
+            raise format_error(
+                f"model.weights = {str(path)!r} with {bad[0]}", "numbers", "save them again"
+            )
+        native = {name: a.astype(a.dtype.newbyteorder("=")) for name, a in arrays.items()}
+        return {name: torch.from_numpy(a) for name, a in native.items()}
     from safetensors import SafetensorError
     from safetensors.torch import load
 

@@ -28,12 +28,7 @@ _NEEDS = {"onnx": ("onnx", "onnxscript"), "curves": ("matplotlib",)}
 
 
 def check_installed(recipe: Recipe) -> None:
-    """Say before the training what would be missing after it.
-
-    Raises
-    ------
-    MissingDependency
-    """
+    """Say before the training, by a MissingDependency, what would be missing after it."""
     for key, modules in _NEEDS.items():
         missing = [name for name in modules if importlib.util.find_spec(name) is None]
         if missing and getattr(recipe.output, key):
@@ -116,14 +111,14 @@ def load_model(path: str | os.PathLike[str]) -> nn.Module:
             about = json.loads((file.metadata() or {})[_ABOUT])
             state: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         network = Model(about["network"]["name"], options=about["network"]["options"])
-        shape, classes = tuple(about["shape"]), about["classes"]
-    except (SafetensorError, KeyError, ValueError, TypeError) as error:
+        model = build_network(network, tuple(about["shape"]), about["classes"])
+        sparsify_like(model, state)
+        model.load_state_dict(state)
+    except (SafetensorError, KeyError, ValueError, TypeError, AttributeError,
+            RuntimeError) as error:  # fmt: skip
         raise format_error(
             f"{os.fspath(path)!r}, which cannot be read ({error})",
             f"the {MODEL} of a recipe",
             "train again, or load it with safetensors and sparsify_like",
         ) from None
-    model = build_network(network, shape, classes)
-    sparsify_like(model, state)
-    model.load_state_dict(state)
     return model.eval()

@@ -6,19 +6,18 @@ which file is wrong and what was expected in it.
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import math
 import pickle
-import zipfile
-import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from spfmt.errors import FormatError, MissingDependency, format_error
+from spfmt.errors import FormatError, MissingDependency, SpfmtError, format_error
 
 __all__ = [
     "Split",
@@ -33,6 +32,7 @@ Array = NDArray[Any]
 Split = tuple[NDArray[np.uint8], NDArray[np.int64]]
 
 _CIFAR = (3, 32, 32)
+_LARGEST = 2**31  # bytes of an idx file
 _IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".pgm", ".webp", ".tif", ".tiff")
 
 
@@ -41,8 +41,21 @@ def damaged(path: Path, got: str, expected: str) -> FormatError:
     return format_error(f"{path}, which {got}", expected, "download the file again")
 
 
+@contextlib.contextmanager
+def whole(path: Path, expected: str) -> Iterator[None]:
+    """Name the file that its reader failed on: damaged files fail in any way there is."""
+    try:
+        yield
+    except (SpfmtError, FileNotFoundError, PermissionError):
+        raise
+    except Exception as error:
+        raise damaged(path, f"cannot be read: {error}", expected) from None
+
+
 def checked(path: Path, images: Array, labels: Array, classes: int) -> Split:
     """Return images and classes that fit each other, or say which file is wrong."""
+    if images.ndim == 3:  # grey
+        images = images[:, None]
     if images.ndim != 4 or images.dtype != np.uint8 or len(images) == 0:
         got = f"holds images {images.shape} of {images.dtype}"
         raise damaged(path, got, "uint8 images, at least one")
@@ -52,34 +65,30 @@ def checked(path: Path, images: Array, labels: Array, classes: int) -> Split:
     if labels.min() < 0 or labels.max() >= classes:
         got = f"holds the labels {labels.min()} to {labels.max()}"
         raise damaged(path, got, f"0 to {classes - 1}")
-    return np.ascontiguousarray(images), labels.astype(np.int64)
+    return np.require(images, requirements=("C", "W")), labels.astype(
+        np.int64
+    )  # torch wants to write
 
 
 # ------------------------------------------------------------------------------------------- idx
 
 
 def read_idx(path: Path, ndim: int) -> NDArray[np.uint8]:
-    """Read an array of bytes as the MNIST files hold it, gzipped where the name ends so.
-
-    Parameters
-    ----------
-    path : Path
-    ndim : int
-        Dimensions: 3 of images, 1 of labels.
-    """
-    try:
-        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise damaged(path, f"cannot be unpacked: {error}", "a whole gzip file") from None
-    head = 4 + 4 * ndim
-    if len(data) < head or data[:4] != bytes((0, 0, 8, ndim)):
-        got = f"begins with the bytes {data[:4].hex(' ') or 'of nothing'}"
-        raise damaged(path, got, f"00 00 08 {ndim:02x}, an idx file of {ndim} dimensions")
-    shape = tuple(int(n) for n in np.frombuffer(data, ">u4", ndim, 4))
-    if len(data) != head + math.prod(shape):
-        got = f"has {len(data)} bytes for {' x '.join(map(str, shape))} values"
-        raise damaged(path, got, f"{head + math.prod(shape)} bytes")
-    return np.frombuffer(data, np.uint8, offset=head).reshape(shape)
+    """Read an MNIST file of 3 dimensions (images) or 1 (labels), gzipped where its name says so."""
+    opened = gzip.open if path.suffix == ".gz" else open
+    with whole(path, "a whole file"), opened(path, "rb") as file:
+        head = file.read(4 + 4 * ndim)
+        if len(head) < 4 + 4 * ndim or head[:4] != bytes((0, 0, 8, ndim)):
+            got = f"begins with the bytes {head[:4].hex(' ') or 'of nothing'}"
+            raise damaged(path, got, f"00 00 08 {ndim:02x}, an idx file of {ndim} dimensions")
+        shape = tuple(int(n) for n in np.frombuffer(head, ">u4", ndim, 4))
+        size = math.prod(shape)
+        # One more than there may be, and no more: little can unpack to very much.
+        data = file.read(min(size, _LARGEST) + 1)
+    if len(data) != size:
+        got = f"has {'more' if len(data) > size else len(data)} bytes"
+        raise damaged(path, got, f"{size} for {' x '.join(map(str, shape))} values")
+    return np.frombuffer(data, np.uint8).reshape(shape)
 
 
 # ------------------------------------------------------------------------------------------- npz
@@ -87,14 +96,12 @@ def read_idx(path: Path, ndim: int) -> NDArray[np.uint8]:
 
 def read_arrays(path: Path, names: Sequence[str] | None = None) -> dict[str, Array]:
     """Read arrays of an .npz file, all by default."""
-    try:
-        # Opened here: numpy forgets to close what it cannot read.
-        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
-            found = {name: file[name] for name in file if names is None or name in names}
-    except (ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
-        raise damaged(path, f"cannot be read: {error}", "a whole .npz file") from None
-    except (AttributeError, TypeError):
-        raise damaged(path, "is a single array", "an .npz file") from None
+    # Opened here: numpy forgets to close what it cannot read.
+    with whole(path, "a whole .npz file"), path.open("rb") as raw:
+        file = np.load(raw, allow_pickle=False)
+        if isinstance(file, np.ndarray):
+            raise damaged(path, "is a single array", "an .npz file")
+        found = {name: file[name] for name in file if names is None or name in names}
     missing = [name for name in names or () if name not in found]
     if missing:
         got = f"has no {', '.join(missing)}, but {', '.join(found) or 'nothing'}"
@@ -128,37 +135,19 @@ class _Arrays(pickle.Unpickler):
 
 
 def read_cifar_pickle(path: Path, label: str) -> tuple[Array, Array]:
-    """Read a batch of CIFAR's Python version: a pickled dictionary.
-
-    Parameters
-    ----------
-    path : Path
-    label : str
-        Key of the classes: "labels" of CIFAR-10, "fine_labels" of CIFAR-100.
-    """
-    try:
-        with path.open("rb") as file:
-            found = _Arrays(file, encoding="latin1").load()
-    except OSError:
-        raise
-    except Exception as error:  # a damaged pickle fails in any way there is
-        raise damaged(path, f"cannot be read: {error}", "a pickled batch of CIFAR") from None
+    """Read a batch of CIFAR's Python version, a pickled dictionary with the classes as `label`."""
+    with whole(path, "a pickled batch of CIFAR"), path.open("rb") as file:
+        found = _Arrays(file, encoding="latin1").load()
     data = found.get("data") if isinstance(found, dict) else None
     labels = found.get(label) if isinstance(found, dict) else None
     if not isinstance(data, np.ndarray) or labels is None or data.shape[1:] != (3072,):
         raise damaged(path, "is another pickle", f"'data' (n, 3072) and {label!r}")
-    return data.reshape(-1, *_CIFAR), np.array(labels)
+    with whole(path, f"one number for each image in {label!r}"):
+        return data.reshape(-1, *_CIFAR), np.array(labels)
 
 
 def read_cifar_binary(path: Path, heads: int) -> tuple[Array, Array]:
-    """Read a file of CIFAR's binary version.
-
-    Parameters
-    ----------
-    path : Path
-    heads : int
-        Bytes before every image, the last of which is its class: 1 of CIFAR-10, 2 of CIFAR-100.
-    """
+    """Read CIFAR's binary version; the last of `heads` bytes before an image is its class."""
     data, record = np.fromfile(path, np.uint8), heads + math.prod(_CIFAR)
     if data.size == 0 or data.size % record:
         raise damaged(path, f"has {data.size} bytes", f"a multiple of {record}, that of an image")
@@ -172,24 +161,14 @@ def read_cifar_binary(path: Path, heads: int) -> tuple[Array, Array]:
 def read_folder(
     path: Path, size: int | None, names: Sequence[str] | None = None
 ) -> tuple[Split, tuple[str, ...]]:
-    """Read a folder with one directory of images for every class.
+    """Read a folder with one directory of images for every class: (images, classes), names.
 
-    Parameters
-    ----------
-    path : Path
-    size : int, optional
-        Height and width that images are scaled to; without it they must have one size.
-    names : sequence of str, optional
-        The classes that are expected, in the order of their numbers.
-
-    Returns
-    -------
-    (images, labels), names
-        Grey images have one channel where all of them are grey, else all have three.
+    Images are scaled to `size`, or must have one size. They have one channel where all of them are
+    grey, else three. Other classes than `names` are refused.
     """
     found = tuple(sorted(p.name for p in path.iterdir() if p.is_dir() and p.name[0] != "."))
-    if not found or (names is not None and found != tuple(names)):
-        expected = f"the directories {', '.join(names)}" if names else "one for each class"
+    if len(found) < 2 or (names is not None and found != tuple(names)):
+        expected = f"the directories {', '.join(names)}" if names else "one for each of two classes"
         got = f"has the directories {', '.join(found) or 'of no class'}"
         raise format_error(f"{path}, which {got}", expected, "sort the images into classes")
     files, labels = [], []
@@ -231,11 +210,8 @@ def _open(path: Path) -> Any:
             "got no module PIL; expected it for folders of images; fix: pip install pillow (it "
             "comes with matplotlib, as in 'spfmt[demo]')"
         ) from None
-    try:
-        with Image.open(path) as image:
-            image.load()
-            return image
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        if isinstance(error, FileNotFoundError | PermissionError):
-            raise
-        raise damaged(path, f"cannot be read: {error}", "a whole image") from None
+    with whole(path, "a whole image"), Image.open(path) as image:
+        image.load()
+        if image.mode[0] in "IF":  # Pillow would clip them
+            raise damaged(path, f"has pixels of mode {image.mode}", "8 bits for each colour")
+        return image

@@ -12,7 +12,7 @@ from typing import Any
 
 from spfmt.errors import FormatError, MissingDependency, format_error
 from spfmt.recipes.contradictions import check
-from spfmt.recipes.schema import list_of, read_table, toml, unknown_key, whole
+from spfmt.recipes.schema import read_table, read_value, toml, unknown_key, whole
 from spfmt.recipes.tables import (
     TABLES,
     Data,
@@ -24,6 +24,7 @@ from spfmt.recipes.tables import (
     Rate,
     Train,
 )
+from spfmt.train.presets import PRESETS
 
 __all__ = ["Recipe", "differences", "load_recipe", "read_recipe"]
 
@@ -77,7 +78,7 @@ class Recipe:
         return "\n".join(lines) + "\n"
 
 
-_SEEDS = list_of(whole(0), alone=True)
+_ANY = {"errors": "surrogatepass"}  # arguments that are no text: their kind says so
 
 
 # -------------------------------------------------------------------------------------- reading
@@ -119,13 +120,36 @@ def read_recipe(tables: Mapping[str, Any]) -> Recipe:
     for name in tables:
         if name not in (*TABLES, "seeds"):
             raise unknown_key("", name, (*TABLES, "seeds"))
+    tables = _written_out(tables)
     read: dict[str, Any] = {
         name: read_table(cls, tables.get(name, {}), name) for name, cls in TABLES.items()
     }
-    return Recipe(**read, seeds=_SEEDS.read("seeds", tables.get("seeds", 0)))
+    given = tables.get("seeds", 0)
+    seeds = read_value("seeds", given, tuple[int, ...], alone=True, **whole(0))
+    return Recipe(**read, seeds=seeds)
 
 
-def _parse(data: bytes, where: str) -> dict[str, Any]:
+def _written_out(tables: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Replace ``method.preset`` by the keys that it stands for; those that are given stay."""
+    method, format = tables.get("method", {}), tables.get("format", {})
+    if not (isinstance(method, Mapping) and isinstance(format, Mapping) and "preset" in method):
+        return tables
+    found = PRESETS[read_value("method.preset", method["preset"], str, known=PRESETS)]
+    own: dict[str, Any] = {
+        "name": found.method.__name__.lower(),
+        "distribution": found.distribution,
+    }
+    own |= found.options
+    if found.t_end is not None:
+        own["t_end"] = found.end  # of this run, whatever its length
+    own |= {key: value for key, value in method.items() if key != "preset"}
+    if format.get("name", found.format) == found.format:
+        params = {k: list(v) if isinstance(v, tuple) else v for k, v in found.params.items()}
+        format = {"name": found.format, **params, **format}
+    return {**tables, "method": own, "format": format}
+
+
+def _parse(data: bytes, where: str, errors: str = "strict") -> dict[str, Any]:
     try:
         tomllib = importlib.import_module("tomllib")
     except ImportError:
@@ -133,8 +157,8 @@ def _parse(data: bytes, where: str) -> dict[str, Any]:
             "got a Python without tomllib; expected Python 3.11 or later for recipes; fix: upgrade"
         ) from None
     try:
-        found: dict[str, Any] = tomllib.loads(data.decode())
-    except ValueError as error:  # also of bytes that are no text
+        found: dict[str, Any] = tomllib.loads(data.decode(errors=errors))
+    except (ValueError, RecursionError) as error:  # also of bytes that are no text
         raise format_error(f"{where}, which is no TOML: {error}", "TOML", "mend it") from None
     return found
 
@@ -146,7 +170,7 @@ def _apply(tables: dict[str, Any], change: str) -> None:
     if not equals or not all(parts):
         raise format_error(f"--set {change}", "table.key=value", "write --set method.density=0.1")
     try:
-        read = _parse(f"value = {value}".encode(), "")["value"]
+        read = _parse(f"value = {value}".encode(**_ANY), "", **_ANY)["value"]
     except FormatError:
         read = value.strip()  # a text needs no quotes
     for part in parts[:-1]:

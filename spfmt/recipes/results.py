@@ -33,23 +33,13 @@ def write_text(path: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def claimed(out: Path, recipe: Recipe, resume: bool) -> Iterator[None]:
-    """Hold a results directory for one run.
-
-    Parameters
-    ----------
-    out : Path
-        Made if it does not exist.
-    recipe : Recipe
-    resume : bool
-        Whether to go on with what is there.
+    """Hold a results directory, which is made if need be, for one run.
 
     Raises
     ------
     FormatError
         Where it holds the results of another recipe, or of this one without `resume`, or files of
         something else, or where another process trains there.
-    OSError
-        Where it cannot be made or written.
     """
     if out.exists() and not out.is_dir():
         raise format_error(f"--out {out}, which is a file", "a folder", "name another one")
@@ -110,19 +100,10 @@ def _recipe_in(out: Path) -> Recipe:
 
 
 class Metrics:
-    """A file of JSON lines that goes on exactly where a checkpoint was taken.
+    """A file of JSON lines that goes on exactly where a checkpoint was taken, at `size` bytes.
 
-    Parameters
-    ----------
-    path : Path
-    size : int
-        Bytes of it that the checkpoint knows; what a killed run wrote after that is taken away, for
-        it will come again.
-
-    Raises
-    ------
-    FormatError
-        Where the file is shorter than the checkpoint says.
+    What a killed run wrote after that is taken away, for it will come again. A file that is shorter
+    is a FormatError.
     """
 
     def __init__(self, path: Path, size: int) -> None:

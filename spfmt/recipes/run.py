@@ -109,16 +109,7 @@ def build_optimizer(optimizer: Optimizer, model: nn.Module) -> torch.optim.Optim
 
 
 def rate_at(recipe: Recipe, step: int, steps: int, per_epoch: int) -> float:
-    """Return the learning rate of a step; a rate without state needs no place in checkpoints.
-
-    Parameters
-    ----------
-    recipe : Recipe
-    step : int
-        Steps that are done, from 0.
-    steps, per_epoch : int
-        Of the whole run, and of an epoch.
-    """
+    """Return the learning rate after so many steps; it has no state to save."""
     rate, unit = recipe.rate, per_epoch if recipe.train.epochs else 1
     warmup = rate.warmup * unit
     factor = min(1.0, (step + 1) / warmup) if warmup else 1.0
@@ -135,25 +126,14 @@ class SeedRun:
 
     Seeds the global generators of torch, numpy and Python.
 
-    Parameters
-    ----------
-    recipe : Recipe
-    images : Images
-    seed : int
-
     Attributes
     ----------
     model : nn.Module
-    method : SparseTrainer or None
+    method : SparseTrainer, Rewire or None
     done, steps : int
         Optimizer steps so far, and of the whole run.
     density : float
         Stored weights over all weights of the sparse layers; 1 without any.
-
-    Raises
-    ------
-    FormatError
-        Where the network cannot take the images, or the method the network.
     """
 
     def __init__(self, recipe: Recipe, images: Images, seed: int) -> None:
@@ -165,7 +145,8 @@ class SeedRun:
         self.batches = Batches(images, recipe.train.batch_size, seed, recipe.data.augment)
         per_epoch = self.batches.per_epoch
         self.steps = recipe.train.steps or (recipe.train.epochs or 0) * per_epoch
-        self.model = build_network(recipe.model, images.shape, images.classes)
+        last = len(images.x) % recipe.train.batch_size or recipe.train.batch_size
+        self.model = build_network(recipe.model, images.shape, images.classes, last)
         self.optimizer = build_optimizer(recipe.optimizer, self.model)
         first = Batches(images, recipe.train.batch_size, seed, augmented=False).take()
         self.method = build_method(recipe, self.model, self.optimizer, self.steps, seed, first)
@@ -178,34 +159,34 @@ class SeedRun:
     # --------------------------------------------------------------------------------- stepping
 
     def step(self) -> None:
-        """Train on the next batch.
-
-        Raises
-        ------
-        Diverged
-            Where the loss is not finite.
-        """
+        """Train on the next batch. Raises Diverged where the loss is not finite."""
         started = time.perf_counter()
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate
         x, y = self.batches.take()
         outputs = self.model(x)
-        loss = nn.functional.cross_entropy(outputs, y)
+        train = self.recipe.train
+        loss = nn.functional.cross_entropy(outputs, y, label_smoothing=train.label_smoothing)
         self.optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
+        if train.clip_norm is not None:
+            nn.utils.clip_grad_norm_(self.model.parameters(), train.clip_norm)
         self.optimizer.step()
         changed = self.method is not None and self.method.step()
         self.done += 1
         if changed:
             self.density = self._density()
-        found = loss.item()
-        if not math.isfinite(found):
-            raise Diverged(
-                f"got a loss of {found} in step {self.done} of seed {self.seed}; expected a number;"
-                " fix: lower optimizer.lr, or add rate.warmup"
-            )
+        found = self._finite(loss.item(), "loss")
         correct = int((outputs.argmax(1) == y).sum())
         self.window.add(found, correct, len(y), time.perf_counter() - started, changed)
+
+    def _finite(self, loss: float, name: str) -> float:
+        if not math.isfinite(loss):
+            raise Diverged(
+                f"got a {name} of {loss} in step {self.done} of seed {self.seed}; expected a "
+                "number; fix: lower optimizer.lr, or add rate.warmup"
+            )
+        return loss
 
     @property
     def rate(self) -> float:
@@ -237,19 +218,14 @@ class SeedRun:
         )
 
     def test(self) -> None:
-        """Evaluate the model on the test images."""
-        self.tested = evaluate(self.model, held_back(self.images, _EVALUATION_BATCH))
+        """Evaluate the model on the test images; raises Diverged as `step`."""
+        loss, accuracy = evaluate(self.model, held_back(self.images, _EVALUATION_BATCH))
+        self.tested = self._finite(loss, "test loss"), accuracy
 
     # -------------------------------------------------------------------------------- reporting
 
     def record(self, tested: bool) -> dict[str, Any]:
-        """Return the metrics since the last record, and begin to count anew.
-
-        Parameters
-        ----------
-        tested : bool
-            Whether an evaluation came with this step.
-        """
+        """Return the metrics since the last record, and those of a test at this step."""
         window, self.window = self.window, Window()
         test_loss, test_accuracy = self.tested if tested and self.tested else (None, None)
         return {

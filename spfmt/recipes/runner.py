@@ -72,9 +72,10 @@ class SeedResult:
     updates : int
         Changes of the topology.
     seconds_per_step : float
-        Mean over the run.
+        Mean over the run; evaluations and results are no part of it.
     peak_memory : int
-        Bytes that the process took, all its libraries among them.
+        Bytes that the process took, all its libraries among them: a seed that follows another in
+        one process has those that wrote the other's ONNX, too.
     dense_layers : dict of str to str
         Layers that run dense, and why.
     """
@@ -206,7 +207,7 @@ def _run_seed(recipe: Recipe, images: Images, seed: int, out: Path, watcher: Wat
     """Train one seed, or go on with it, or take its result where it is done."""
     folder = seed_folder(out, seed)
     if (folder / RESULT).exists():
-        return _read_result(folder / RESULT)
+        return _read_result(folder / RESULT, images)
     saved = folder / CHECKPOINT
     state: dict[str, Any] = load_checkpoint(saved) if saved.exists() else {"metrics": 0}
     # Sums depend on how many threads share them: a run keeps the number that it began with.
@@ -223,23 +224,29 @@ def _run_seed(recipe: Recipe, images: Images, seed: int, out: Path, watcher: Wat
     watcher.writing(run.progress())
     write_outputs(run, folder)
     result = _result(run, read_metrics(folder / METRICS))
-    write_text(folder / RESULT, json.dumps(asdict(result), indent=1) + "\n")
+    kept = {**asdict(result), "data": images.checksum()}
+    write_text(folder / RESULT, json.dumps(kept, indent=1) + "\n")
     return result
 
 
-def _read_result(path: Path) -> SeedResult:
+def _read_result(path: Path, images: Images) -> SeedResult:
     try:
-        return SeedResult(**json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        checksum = kept.pop("data", None)
+        result = SeedResult(**kept)
+    except (ValueError, TypeError, AttributeError) as error:
         raise format_error(
             f"a damaged {path} ({error})", "what a run wrote", "remove it: it is written again"
         ) from None
+    if checksum is not None:  # earlier versions kept none
+        _check_data(images, checksum, path)
+    return result
 
 
 def _check_data(images: Images, checksum: int, saved: Path) -> None:
     if images.checksum() != checksum:
         raise format_error(
-            f"other images than those that {saved} was trained on",
+            f"other images than those that {saved} came from",
             "the same data set",
             "pass the --data DIR of the run that is resumed",
         )

@@ -1,4 +1,4 @@
-"""How tables of a recipe are read: every key has a kind, and what is wrong is said in one line."""
+"""How tables of a recipe are read: every key has a type, and what is wrong is said in one line."""
 
 from __future__ import annotations
 
@@ -6,166 +6,102 @@ import dataclasses
 import difflib
 import inspect
 import json
-import sys
+import re
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import MISSING, dataclass
+from dataclasses import MISSING
 from typing import Any, TypeVar
 
 from spfmt.errors import FormatError, format_error
 
 __all__ = [
-    "Kind",
-    "choice",
-    "flag",
     "key",
     "keywords",
-    "list_of",
-    "number",
     "options",
     "read_options",
     "read_table",
-    "text",
+    "read_value",
     "toml",
     "unknown_key",
     "whole",
 ]
 
 T = TypeVar("T")
+_UNFIT = re.compile("[\0\ud800-\udfff]")  # what no name of a file can hold
+_LARGEST = 1e30  # weights have 32 bits, and optimizers multiply
 
 
-def _as_it_is(value: Any) -> Any:
-    """Return the value."""
-    return value
-
-
-@dataclass(frozen=True)
-class Kind:
-    """What a key accepts.
-
-    Attributes
-    ----------
-    expected : str
-        In words, for the error.
-    accepts : callable
-    convert : callable
-        From what TOML gives to what the recipe holds.
-    known : tuple of str
-        Where only some words are accepted: they, from which the error suggests the nearest.
-    """
-
-    expected: str
-    accepts: Callable[[Any], bool]
-    convert: Callable[[Any], Any] = _as_it_is
-    known: tuple[str, ...] = ()
-
-    def read(self, name: str, value: Any) -> Any:
-        """Return a value as the recipe holds it, or raise a FormatError that names the key."""
-        if not self.accepts(value):
-            near = difflib.get_close_matches(str(value), self.known, 1)
-            fix = f"did you mean {near[0]!r}?" if near else f"change {name}"
-            raise format_error(f"{name} = {toml(value)}", self.expected, fix)
-        return self.convert(value)
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, float) or _is_whole(value)
-
-
-def whole(low: int, high: int = 2**31 - 1) -> Kind:
-    """Return the kind of whole numbers from `low` to `high`."""
-    return Kind(f"a whole number from {low} to {high}", lambda v: _is_whole(v) and low <= v <= high)
-
-
-def number(expected: str, accepts: Callable[[float], bool]) -> Kind:
-    """Return the kind of numbers that satisfy a condition; NaN and infinity never do."""
-    largest = sys.float_info.max  # TOML has whole numbers of any length
-
-    def fits(value: Any) -> bool:
-        return _is_number(value) and abs(value) <= largest and accepts(float(value))
-
-    return Kind(expected, fits, float)
-
-
-def text() -> Kind:
-    """Return the kind of texts that are not empty."""
-    return Kind("a text", lambda v: isinstance(v, str) and bool(v))
-
-
-def flag() -> Kind:
-    """Return the kind of true and false."""
-    return Kind("true or false", lambda v: isinstance(v, bool))
-
-
-def choice(*names: str) -> Kind:
-    """Return the kind of some words."""
-    return Kind(f"one of {', '.join(names)}", lambda v: v in names, known=names)
-
-
-def list_of(item: Kind, *, alone: bool = False, length: int | None = None) -> Kind:
-    """Return the kind of lists; `alone` takes an item for a list of one."""
-
-    def listed(value: Any) -> list[Any]:
-        return [value] if alone and not isinstance(value, list) else value
-
-    def accepts(value: Any) -> bool:
-        found = listed(value)
-        fits = isinstance(found, list) and all(map(item.accepts, found)) and bool(found)
-        return fits and length in (None, len(found))
-
-    size = "" if length is None else f" of {length}"
-    expected = f"a list{size}, each {item.expected}"
-    return Kind(expected, accepts, lambda value: tuple(map(item.convert, listed(value))))
-
-
-def key(kind: Kind, default: Any = MISSING) -> Any:
-    """Declare a key of a table as a field of its dataclass; without a default it is required."""
-    return dataclasses.field(default=default, metadata={"kind": kind})
+def key(default: Any = MISSING, **limits: Any) -> Any:
+    """Declare a key and its limits, those of `read_value`; required without a default."""
+    return dataclasses.field(default=default, metadata=limits)
 
 
 def options() -> Any:
-    """Declare the field that takes every key that the table does not name itself."""
+    """Declare the field ``options``: it takes every key that the table does not name itself."""
     return dataclasses.field(default_factory=dict, metadata={"options": True})
 
 
-def read_table(cls: type[T], table: Any, name: str) -> T:
-    """Read a table of a recipe.
+def whole(low: int, high: int = 2**31 - 1) -> dict[str, Any]:
+    """Return the limits of whole numbers from `low` to `high`."""
+    words = f"a whole number from {low} to {high}"
+    return {"expected": words, "accepts": lambda v: low <= v <= high}
+
+
+def read_value(
+    name: str,
+    value: Any,
+    hint: Any,
+    *,
+    expected: str = "",
+    accepts: Callable[[Any], bool] = lambda item: True,
+    known: Iterable[str] = (),
+    alone: bool = False,
+) -> Any:
+    """Return a value, as TOML gives it, as the recipe holds it: of the annotated type `hint`.
 
     Parameters
     ----------
-    cls : dataclass
-        Whose fields were declared with `key` and `options`.
-    table : mapping
-    name : str
-        Of the table, for errors.
-
-    Raises
-    ------
-    FormatError
-        For no table, an unknown or missing key, or a value that its key does not accept.
+    expected, accepts : str, callable
+        What the value, or every item of a list, must be besides, in words and in code.
+    known : iterable of str
+        All the words that are accepted.
+    alone : bool
+        Whether an item stands for a list of one.
     """
+    known = [*known, *_choices(hint)]
+    fits, found = _fit(hint, [value] if alone and not isinstance(value, list) else value)
+    items = found if isinstance(found, tuple) else (found,)
+    if not fits or not all(accepts(v) and (not known or v in known) for v in items):
+        near = difflib.get_close_matches(value if isinstance(value, str) else "", known, 1)
+        words = _words(hint, f"one of {', '.join(known)}" if known else expected)
+        fix = f"did you mean {near[0]!r}?" if near else f"change {name}"
+        raise format_error(f"{name} = {toml(value)}", words, fix)
+    return found
+
+
+def read_table(cls: type[T], table: Any, name: str) -> T:
+    """Read a table of a recipe into a dataclass whose fields are of `key` and `options`."""
     if not isinstance(table, Mapping):
         raise format_error(f"{name} = {toml(table)}", "a table", f"write [{name}] above its keys")
-    fields = dataclasses.fields(cls)  # type: ignore[arg-type]
-    kinds = {field.name: field.metadata["kind"] for field in fields if "kind" in field.metadata}
-    rest = next((field.name for field in fields if "options" in field.metadata), None)
-    others = {k: v for k, v in table.items() if k not in kinds}
-    if others and rest is None:
-        raise unknown_key(name, next(iter(others)), kinds)
-    for field in fields:
-        if field.default is MISSING and field.name in kinds and field.name not in table:
+    hints, every = typing.get_type_hints(cls), dataclasses.fields(cls)  # type: ignore[arg-type]
+    fields = {field.name: field for field in every if "options" not in field.metadata}
+    others = {k: v for k, v in table.items() if k not in fields}
+    if others and len(fields) == len(every):
+        raise unknown_key(name, next(iter(others)), fields)
+    for field in fields.values():
+        if field.default is MISSING and field.name not in table:
             raise format_error(
                 f"a recipe without {name}.{field.name}",
-                kinds[field.name].expected,
-                f"write {field.name} = … below [{name}]",
+                f"it below [{name}]",
+                f"write {field.name} = …",
             )
-    read = {k: kind.read(f"{name}.{k}", table[k]) for k, kind in kinds.items() if k in table}
-    return cls(**read, **({rest: others} if rest else {}))
+    read = {
+        k: read_value(f"{name}.{k}", table[k], hints[k], **field.metadata)
+        for k, field in fields.items()
+        if k in table
+    }
+    return cls(**read, **({"options": others} if len(fields) < len(every) else {}))
 
 
 def unknown_key(table: str, name: str, known: Iterable[str]) -> FormatError:
@@ -179,41 +115,20 @@ def unknown_key(table: str, name: str, known: Iterable[str]) -> FormatError:
     )
 
 
-# ------------------------------------------------------------------------- keywords of functions
+# ---------------------------------------------------------------------------- keywords and types
 
 
 def read_options(
     given: Mapping[str, Any], name: str, known: Mapping[str, Any], more: Iterable[str] = ()
 ) -> dict[str, Any]:
-    """Check keys of a table that are keywords of a function or of a class.
+    """Check keys of the table `name` that are keywords of a function, see `keywords`.
 
-    Parameters
-    ----------
-    given : mapping
-    name : str
-        Of the table.
-    known : mapping of str to type
-        Keywords and their annotations, see `keywords`.
-    more : iterable of str
-        Keys that the table has besides, for the suggestion.
-
-    Returns
-    -------
-    dict
-        Lists are tuples where the function takes those.
+    The table has the keys `more` besides, which an error may suggest.
     """
-    found = {}
-    for option, value in given.items():
+    for option in given:
         if option not in known:
             raise unknown_key(name, option, [*known, *more])
-        fits, converted = _fit(known[option], value)
-        if not fits:
-            expected = _words(known[option])
-            raise format_error(
-                f"{name}.{option} = {toml(value)}", expected, f"change {name}.{option}"
-            )
-        found[option] = converted
-    return found
+    return {k: read_value(f"{name}.{k}", value, known[k]) for k, value in given.items()}
 
 
 def keywords(*functions: Callable[..., Any], without: Iterable[str] = ()) -> dict[str, Any]:
@@ -230,20 +145,22 @@ def keywords(*functions: Callable[..., Any], without: Iterable[str] = ()) -> dic
 def _fit(hint: Any, value: Any) -> tuple[bool, Any]:
     """Tell whether a value is of an annotated type, and return it as that type."""
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
-    if hint is Any or isinstance(hint, TypeVar):
-        return True, value
     if origin in (typing.Union, types.UnionType):
         fitting = [found for fits, found in (_fit(h, value) for h in inner) if fits]
-        return bool(fitting), (fitting or [value])[0]
+        same = [found for found in fitting if type(found) is type(value)]  # 1 stays a whole number
+        return bool(fitting), (same or fitting or [value])[0]
     if origin is typing.Literal:
         return value in inner, value
-    if hint is float:
-        return _is_number(value), value
+    if hint is float and _is_number(value):
+        fits = abs(value) <= _LARGEST
+        return fits, float(value) if fits else value
     if hint is int:
         return _is_whole(value), value
-    if hint in (str, bool):
-        return isinstance(value, hint), value
-    if origin is tuple and isinstance(value, list):
+    if hint is bool:
+        return isinstance(value, bool), value
+    if hint is str and isinstance(value, str):
+        return bool(value) and not _UNFIT.search(value), value
+    if origin is tuple and isinstance(value, list) and value:
         hints = [inner[0]] * len(value) if inner[-1] is Ellipsis else list(inner)
         parts = [_fit(h, v) for h, v in zip(hints, value, strict=False)]
         return len(hints) == len(value) and all(f for f, _ in parts), tuple(v for _, v in parts)
@@ -252,22 +169,36 @@ def _fit(hint: Any, value: Any) -> tuple[bool, Any]:
     return False, value  # nothing that a recipe can write
 
 
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, float) or _is_whole(value)
+
+
+def _choices(hint: Any) -> list[str]:
+    """Return the words that an annotated type lists."""
+    inner = typing.get_args(hint)
+    if typing.get_origin(hint) is typing.Literal:
+        return list(inner)
+    return [word for h in inner for word in _choices(h)]
+
+
 _WORDS = {float: "a number", int: "a whole number", str: "a text", bool: "true or false"}
 
 
-def _words(hint: Any) -> str:
-    """Return in words what a recipe can write for an annotated type."""
+def _words(hint: Any, item: str) -> str:
+    """Return in words what a recipe can write for an annotated type, or for an item of a list."""
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        words = dict.fromkeys(filter(None, map(_words, inner)))
-        return " or ".join(words)
-    if origin is typing.Literal:
-        return " or ".join(map(repr, inner))
+        return " or ".join(dict.fromkeys(filter(None, (_words(h, item) for h in inner))))
     if origin is tuple:
-        return f"a list like {'[…]' if Ellipsis in inner else [*map(_words, inner)]}"
+        size = "" if Ellipsis in inner else f" of {len(inner)}"
+        return f"a list{size}, each {_words(inner[0], item)}"
     if isinstance(origin, type) and issubclass(origin, Mapping):
         return "a table"
-    return _WORDS.get(hint, "")
+    return "" if hint is types.NoneType else item or _WORDS.get(hint, "")
 
 
 # -------------------------------------------------------------------------------------- writing
@@ -283,4 +214,6 @@ def toml(value: Any) -> str:
         return "{" + ", ".join(f"{toml(k)} = {toml(v)}" for k, v in value.items()) + "}"
     if isinstance(value, list | tuple):
         return "[" + ", ".join(map(toml, value)) + "]"
+    if isinstance(value, int) and abs(value) >= 2**63:
+        return hex(value)  # Python refuses to write thousands of digits
     return repr(value)

@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from spfmt.recipes.data import DATA_SETS
-from spfmt.recipes.schema import Kind, choice, flag, key, list_of, number, options, text, whole
+from spfmt.recipes.schema import key, options, whole
 
 __all__ = ["TABLES", "Data", "Format", "Method", "Model", "Optimizer", "Output", "Rate", "Train"]
 
-
-def _share() -> Kind:
-    return number("a number between 0 and 1, neither of them", lambda v: 0 < v < 1)
-
-
-def _least(low: float) -> Kind:
-    return number(f"a number from {low:g} on", lambda v: low <= v < math.inf)
-
-
-def _positive() -> Kind:
-    return number("a number above 0", lambda v: 0 < v < math.inf)
+_SHARE: dict[str, Any] = {
+    "expected": "a number between 0 and 1, neither of them", "accepts": lambda v: 0 < v < 1
+}  # fmt: skip
+_DECAY: dict[str, Any] = {"expected": "a number in [0, 1)", "accepts": lambda v: 0 <= v < 1}
+_LEAST: dict[str, Any] = {"expected": "a number from 0 on", "accepts": lambda v: v >= 0}
+_ABOVE: dict[str, Any] = {"expected": "a number above 0", "accepts": lambda v: v > 0}
 
 
 @dataclass(frozen=True)
@@ -45,13 +39,13 @@ class Data:
         Of every channel, of pixels in [0, 1]; by default those of the training images.
     """
 
-    name: str = key(choice(*DATA_SETS))
-    dir: str | None = key(text(), None)
-    augment: bool = key(flag(), False)
-    size: int | None = key(whole(1, 4096), None)
-    test_share: float | None = key(_share(), None)
-    mean: tuple[float, ...] | None = key(list_of(_least(0)), None)
-    std: tuple[float, ...] | None = key(list_of(_positive()), None)
+    name: str = key(known=tuple(DATA_SETS))
+    dir: str | None = None
+    augment: bool = False
+    size: int | None = key(None, **whole(1, 4096))
+    test_share: float | None = key(None, **_SHARE)
+    mean: tuple[float, ...] | None = key(None, **_LEAST)
+    std: tuple[float, ...] | None = key(None, **_ABOVE)
 
 
 @dataclass(frozen=True)
@@ -61,21 +55,24 @@ class Model:
     Attributes
     ----------
     name : str
-        "mlp", "lenet", or a network of `spfmt.models`.
+        "mlp", or a network of `spfmt.models`.
     weights : str, optional
         File (.safetensors or .npz) of a trained state to begin with.
     options : mapping
         Other keywords of the network (width, hidden, …).
     """
 
-    name: str = key(text())
-    weights: str | None = key(text(), None)
+    name: str
+    weights: str | None = None
     options: Mapping[str, Any] = options()
 
 
 @dataclass(frozen=True)
 class Method:
     """``[method]``: how the weights get and stay sparse.
+
+    A key ``preset`` names one of `spfmt.train.PRESETS`, whose method, options and format are then
+    the defaults of this table and of ``[format]``.
 
     Attributes
     ----------
@@ -94,13 +91,13 @@ class Method:
         Other keywords of the method (delta_t, gamma_sal, …).
     """
 
-    name: str = key(text())
-    density: float | None = key(_share(), None)
-    sparsity: float | None = key(_share(), None)
-    distribution: str | None = key(choice("uniform", "erk"), None)
-    scores: str | None = key(choice("random", "magnitude", "snip", "grasp"), None)
-    include: tuple[str, ...] = key(list_of(text(), alone=True), ())
-    exclude: tuple[str, ...] = key(list_of(text(), alone=True), ())
+    name: str
+    density: float | None = key(None, **_SHARE)
+    sparsity: float | None = key(None, **_SHARE)
+    distribution: Literal["uniform", "erk"] | None = None
+    scores: Literal["random", "magnitude", "snip", "grasp"] | None = None
+    include: tuple[str, ...] = key((), alone=True)
+    exclude: tuple[str, ...] = key((), alone=True)
     options: Mapping[str, Any] = options()
 
 
@@ -116,7 +113,7 @@ class Format:
         Parameters of the format (block_shape, n, m, …).
     """
 
-    name: str | None = key(text(), None)
+    name: str | None = None
     options: Mapping[str, Any] = options()
 
 
@@ -135,15 +132,21 @@ class Train:
         Steps between two lines of metrics, and between two checkpoints.
     evaluate_every : int
         Epochs between two evaluations; the last epoch always has one.
+    label_smoothing : float
+        Of the loss that is trained.
+    clip_norm : float, optional
+        Largest norm of all gradients together.
     """
 
-    epochs: int | None = key(whole(1), None)
-    steps: int | None = key(whole(1), None)
-    batch_size: int = key(whole(1), 128)
-    threads: int | None = key(whole(1, 1024), None)
-    log_every: int = key(whole(1), 50)
-    checkpoint_every: int = key(whole(1), 500)
-    evaluate_every: int = key(whole(1), 1)
+    epochs: int | None = key(None, **whole(1))
+    steps: int | None = key(None, **whole(1))
+    batch_size: int = key(128, **whole(1))
+    threads: int | None = key(None, **whole(1, 1024))
+    log_every: int = key(50, **whole(1))
+    checkpoint_every: int = key(500, **whole(1))
+    evaluate_every: int = key(1, **whole(1))
+    label_smoothing: float = key(0.0, **_DECAY)
+    clip_norm: float | None = key(None, **_ABOVE)
 
 
 @dataclass(frozen=True)
@@ -161,15 +164,13 @@ class Optimizer:
         Of Adam and AdamW: torch's.
     """
 
-    name: str = key(choice("sgd", "adam", "adamw"))
-    lr: float = key(_positive())
-    weight_decay: float = key(_least(0), 0.0)
-    momentum: float | None = key(number("a number in [0, 1)", lambda v: 0 <= v < 1), None)
-    nesterov: bool | None = key(flag(), None)
-    betas: tuple[float, ...] | None = key(
-        list_of(number("a number in [0, 1)", lambda v: 0 <= v < 1), length=2), None
-    )
-    eps: float | None = key(_positive(), None)
+    name: Literal["sgd", "adam", "adamw"]
+    lr: float = key(**_ABOVE)
+    weight_decay: float = key(0.0, **_LEAST)
+    momentum: float | None = key(None, **_DECAY)
+    nesterov: bool | None = None
+    betas: tuple[float, float] | None = key(None, **_DECAY)
+    eps: float | None = key(None, **_ABOVE)
 
 
 @dataclass(frozen=True)
@@ -186,10 +187,10 @@ class Rate:
         Time in which the rate rises from zero, linearly.
     """
 
-    name: str = key(choice("constant", "cosine", "drops"), "constant")
-    at: tuple[float, ...] = key(list_of(_positive()), ())
-    factor: float | None = key(_share(), None)
-    warmup: float = key(_least(0), 0.0)
+    name: Literal["constant", "cosine", "drops"] = "constant"
+    at: tuple[float, ...] = key((), **_ABOVE)
+    factor: float | None = key(None, **_SHARE)
+    warmup: float = key(0.0, **_LEAST)
 
 
 @dataclass(frozen=True)
@@ -204,8 +205,8 @@ class Output:
         Curves as PNG (needs matplotlib).
     """
 
-    onnx: bool = key(flag(), True)
-    curves: bool = key(flag(), True)
+    onnx: bool = True
+    curves: bool = True
 
 
 TABLES: dict[str, type] = {

@@ -106,9 +106,13 @@ class GradualPruning(SparseTrainer):
     ) -> None:
         if scope not in ("layer", "model"):
             raise format_error(f"scope={scope!r}", "'layer' or 'model'", "use one of them")
-        of_others = sorted(params.keys() & {"alpha", "reset", "scores", "sparsity"})
-        if of_others:  # of other methods: nobody would read them
-            raise TypeError(f"GradualPruning() got unexpected keywords: {', '.join(of_others)}")
+        for name in ("alpha", "reset", "scores", "sparsity"):  # of other methods
+            if given := params.pop(name, None):
+                raise format_error(
+                    f"{name}={given!r} for gradual pruning",
+                    "none: full layers lose their smallest weights on a cubic schedule to a density",
+                    "leave it out",
+                )
         self._density, self._distribution, self.scope = density, distribution, scope
         self._shared: dict[str, int] = {}
         schedule = CubicSchedule.until(t_end, total_steps, t_start=t_start, delta_t=delta_t)

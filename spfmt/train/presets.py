@@ -188,15 +188,16 @@ class Preset:
             if not isinstance(density, Mapping):
                 start["distribution"] = self.distribution
         steps = self.training.steps if total_steps is None else total_steps
-        end = {} if self.t_end is None else {"t_end": self._end(steps)}
+        end = {} if self.t_end is None else {"t_end": round(self.end * steps)}
         options = {**self.options, **end, "total_steps": steps, **start, **changes}
         return self.method(model, optimizer, **options)
 
-    def _end(self, steps: int) -> int:
-        """Return the step where updates end in a run of so many steps."""
-        assert self.t_end is not None
-        share = self.t_end if isinstance(self.t_end, float) else self.t_end / self.training.steps
-        return round(share * steps)
+    @property
+    def end(self) -> float:
+        """Share of the run after which updates end; all of it for methods without."""
+        if self.t_end is None or isinstance(self.t_end, float):
+            return 1.0 if self.t_end is None else self.t_end
+        return self.t_end / self.training.steps
 
 
 def preset(name: str) -> Preset:
