@@ -14,12 +14,13 @@ from spfmt.errors import FormatError  # noqa: E402
 from spfmt.train import (  # noqa: E402
     PRESETS,
     CosineSchedule,
+    Rewire,
     preset,
     random_saliency,
     snip,
 )
 
-DYNAMIC = {"DSB", "DNSB", "RigL", "SET", "SRigL", "HRBP"}
+DYNAMIC = {"Rewire", "DSB", "DNSB", "RigL", "SET", "SRigL", "HRBP"}
 
 
 def network() -> nn.Sequential:
@@ -41,7 +42,8 @@ def test_a_preset_trains(name):
     assert found.name == name
     model = network()
     optimizer = found.training.optimizer(model.parameters())
-    method = found.make(model, optimizer, density=0.3, total_steps=20, delta_t=2)
+    every = {} if found.method is Rewire else {"delta_t": 2}
+    method = found.make(model, optimizer, density=0.3, total_steps=20, **every)
     assert type(method) is found.method
     assert {layer.format for layer in method.layers.values()} == {found.format}
     for key, value in found.options.items():

@@ -110,7 +110,7 @@ class GradualPruning(SparseTrainer):
             if given := params.pop(name, None):
                 raise format_error(
                     f"{name}={given!r} for gradual pruning",
-                    "none: full layers lose their smallest weights on a cubic schedule to a density",
+                    "none: full layers lose their smallest weights on a cubic schedule",
                     "leave it out",
                 )
         self._density, self._distribution, self.scope = density, distribution, scope

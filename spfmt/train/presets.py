@@ -17,6 +17,7 @@ from spfmt.torch.sparsify import Distribution
 from spfmt.train.base import SparseTrainer
 from spfmt.train.dsb import DNSB, DSB, SSB
 from spfmt.train.hrbp import HRBP
+from spfmt.train.rewire import Rewire
 from spfmt.train.rigl import RigL
 from spfmt.train.set import SET
 from spfmt.train.srigl import SRigL
@@ -120,7 +121,7 @@ class Preset:
     Attributes
     ----------
     name, source : str
-    method : type of SparseTrainer
+    method : type of SparseTrainer, or Rewire
     format : str
     training : Training
     params : mapping
@@ -134,7 +135,7 @@ class Preset:
 
     name: str
     source: str
-    method: type[SparseTrainer]
+    method: type[SparseTrainer] | type[Rewire]
     format: str
     training: Training
     params: Mapping[str, Any] = field(default_factory=dict)
@@ -155,7 +156,7 @@ class Preset:
         sparsity: float | None = None,
         total_steps: int | None = None,
         **changes: Any,
-    ) -> SparseTrainer:
+    ) -> SparseTrainer | Rewire:
         """Make the method for a model and its optimizer.
 
         Parameters
@@ -170,7 +171,7 @@ class Preset:
 
         Returns
         -------
-        SparseTrainer
+        SparseTrainer or Rewire
 
         Examples
         --------
@@ -373,6 +374,24 @@ _REGROUPING = {"row_groups": 8, "block_shape": (1, 1), "min_overlap": 0.0}
 _CHANNELS = {"block_shape": (1, 2**31 - 1), "aligned": True}
 
 
+# -------------------------------------------------------------------------------------- Advances
+
+# "Stopping rewiring after half of training (v = 0.5) often provides the best results" (3.3); warm-up
+# and drops of appendix B.1, "standard pipelines" otherwise: torch's for ImageNet.
+_REWIRE = Preset(
+    name="rewire-imagenet",
+    source="Advances in sparse training, section 3 and appendix B.1",
+    method=Rewire,
+    format="csr",
+    options={"mode": "fix", "v": 0.5, "interval": 1},
+    distribution="uniform",
+    training=Training(
+        data="ImageNet", images=_IMAGENET, epochs=90, batch_size=256, learning_rate=0.1,
+        drops=(30, 60, 80), factor=0.1, warmup=5, momentum=0.9, weight_decay=1e-4,
+    ),
+)  # fmt: skip
+
+
 def _known(*presets: Preset) -> Mapping[str, Preset]:
     return MappingProxyType({found.name: found for found in presets})
 
@@ -390,6 +409,7 @@ PRESETS: Mapping[str, Preset] = _known(
     _SRIGL_CIFAR,
     _SRIGL_IMAGENET,
     _SRIGL_VIT,
+    _REWIRE,
     _HRBP_CIFAR,
     _HRBP_IMAGENET,
     _HRBP_DYNAMIC,
