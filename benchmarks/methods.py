@@ -45,8 +45,13 @@ _DENSE = (
 METHODS: dict[str, tuple[str, ...]] = {
     "dense": _DENSE,
     "static, CSR": ("method.name=static",),
-    "SNIP, CSR": ("method.name=static", "method.scores=snip"),
-    "GraSP, CSR": ("method.name=static", "method.scores=grasp", "method.reset=true"),
+    "SNIP, CSR": ("method.name=static", "method.distribution=", "method.scores=snip"),
+    "GraSP, CSR": (
+        "method.name=static",
+        "method.distribution=",
+        "method.scores=grasp",
+        "method.reset=true",
+    ),
     "SET, CSR": ("method.name=set",),
     "RigL, CSR": ("method.name=rigl",),
     "RigL, N:M": ("method.name=rigl", "format.name=nm"),

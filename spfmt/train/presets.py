@@ -376,8 +376,8 @@ _CHANNELS = {"block_shape": (1, 2**31 - 1), "aligned": True}
 
 # -------------------------------------------------------------------------------------- Advances
 
-# "Stopping rewiring after half of training (v = 0.5) often provides the best results" (3.3); warm-up
-# and drops of appendix B.1, "standard pipelines" otherwise: torch's for ImageNet.
+# "Stopping rewiring after half of training (v = 0.5) often provides the best results" (3.3);
+# warm-up and drops of appendix B.1, "standard pipelines" otherwise: torch's for ImageNet.
 _REWIRE = Preset(
     name="rewire-imagenet",
     source="Advances in sparse training, section 3 and appendix B.1",
