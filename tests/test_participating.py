@@ -443,3 +443,12 @@ def test_a_structure_of_another_weight_is_refused(size):
         gathered(torch.zeros(size), layer.structure, layer.capacity)
     with pytest.raises(FormatError, match="positions in 16 x 24"):
         gathered(torch.zeros(16, 24), layer.structure, layer.nnz - 1)
+
+
+def test_export_asks_for_sparse_layers(tmp_path):
+    onnx = pytest.importorskip("spfmt.onnx")
+    pytest.importorskip("onnxscript")
+    model = nn.Sequential(Participating(nn.Linear(16, 8), density=0.25))
+    with pytest.raises(FormatError, match=r"0; expected sparse layers; fix: call finish\(\)"):
+        onnx.export(model, (torch.zeros(2, 16),), tmp_path / "model.onnx")
+    assert not list(tmp_path.iterdir())

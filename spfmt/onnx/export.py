@@ -117,7 +117,8 @@ def export(
         When torch cannot translate a layer, a sparse weight is not a constant, or the file would
         be larger than 2 GiB.
     FormatError
-        When a sparse weight has no operator (see `lower`), or `opset` or the names do not fit.
+        When a sparse weight has no operator (see `lower`), a layer is a `Participating` one, or
+        `opset` or the names do not fit.
     OSError
         When `path` cannot be written; what is wrong with it is found before the export begins.
     MissingDependency
@@ -128,6 +129,7 @@ def export(
     path = _writable(path)
     _check_opset(opset)
     model = require("spfmt.torch.wrappers").unwrapped(model)
+    _check_layers(model)
     arguments = args if isinstance(args, tuple) else (args,)
     keywords = dict(kwargs or {})
     if dynamic_shapes is None and dynamic_batch:
@@ -176,6 +178,17 @@ def _check_opset(opset: int) -> None:
     if not MIN_OPSET <= opset <= latest:
         raise format_error(
             f"opset={opset}", f"{MIN_OPSET} to {latest}, which this onnx knows", "leave it out"
+        )
+
+
+def _check_layers(model: torch.nn.Module) -> None:
+    kind = require("spfmt.torch.participating").Participating
+    found = [name for name, layer in model.named_modules() if isinstance(layer, kind)]
+    if found:
+        raise format_error(
+            f"layers that hold more weights than participate: {', '.join(found)}",
+            "sparse layers",
+            "call finish() of the Rewire that trained them",
         )
 
 
