@@ -521,7 +521,7 @@ class Spawner:
         with errors.open("w") as file:
             self._process = subprocess.Popen(
                 [sys.executable, "-W", "ignore", "-c", SPAWNER, str(recipe)], env=env, text=True,
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=file,
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=file, cwd=recipe.parent,
             )  # fmt: skip
         assert self._line() == "ready"
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from fresh_python import run_python  # noqa: E402
 from torch import nn  # noqa: E402
 from train_cases import Single, assert_moved, assert_resumes, stepped  # noqa: E402
 
@@ -153,7 +153,7 @@ def test_a_layer_is_drawn_without_a_dense_weight_as_one_that_is_not():
 # --------------------------------------------------------------------------------------- memory
 
 _PEAK = """
-import resource, sys, torch
+import resource, torch
 from spfmt.torch import SparseLinear
 from spfmt.train import SampledGrowth
 
@@ -171,15 +171,14 @@ def train(inputs, outputs):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 before = train(64, 100)
-print(train(int(sys.argv[1]), 200_000) - before)
+print(train(INPUTS, 200_000) - before)
 """
 
 
 def peak(inputs: int) -> int:
     """Bytes that training a layer of 200 000 rows and fan-in 32 adds to a process, at its peak."""
-    done = subprocess.run(
-        [sys.executable, "-c", _PEAK, str(inputs)], capture_output=True, text=True, check=True
-    )
+    done = run_python(_PEAK.replace("INPUTS", str(inputs)))
+    assert done.returncode == 0, done.stderr
     return int(done.stdout)
 
 
