@@ -129,6 +129,9 @@ class SparseTensor(ABC):
 
     # ---- what a format may tell, for reports, benchmarks and command lines ----------------------
 
+    PARTICIPATING: ClassVar[Mapping[str, Any]] = {}
+    """Parameters of the search where all weights are trained and the largest take part."""
+
     SPECS: ClassVar[tuple[str, ...]] = ()
     """How parameters are written behind the format's name, as ``"M"`` in ``nm:M``."""
 

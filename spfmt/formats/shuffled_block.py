@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import re
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -393,6 +394,9 @@ class ShuffledBlock(SparseTensor):
         arrays = {"row_perm": perm, "group_ptr": pointer, "col_indices": columns}
         params = {"block_rows": block[0], "block_cols": block[1]}
         return cls._found(np.empty(0, dtype), shape, arrays, params, values)
+
+    # Rewiring at every step leaves no time to shuffle (Advances in sparse training, App. E.1).
+    PARTICIPATING: ClassVar[Mapping[str, Any]] = {"aligned": True, "norm": math.inf}
 
     SPECS = ("ROWSxCOLS",)
 

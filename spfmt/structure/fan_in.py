@@ -60,14 +60,14 @@ def random_columns(
 ) -> npt.NDArray[np.int32]:
     """Return `lists` ascending lists of k distinct columns below `limit`, (lists, k)."""
     columns = np.empty((lists, k), np.int32)
-    for strip in row_strips(lists, limit, _STRIP):
+    for strip in row_strips(lists, limit):
         scores = rng.random((strip.stop - strip.start, limit), dtype=np.float32)
         columns[strip] = per_row_topk(scores, k)
     return columns
 
 
-def row_strips(rows: int, width: int, size: int) -> Iterator[slice]:
-    """Cut rows into slices of at most `size` positions, or one row."""
-    step = max(1, size // max(1, width))
+def row_strips(rows: int, width: int) -> Iterator[slice]:
+    """Cut rows into slices of a million positions at most, or one row."""
+    step = max(1, _STRIP // max(1, width))
     for first in range(0, rows, step):
         yield slice(first, min(rows, first + step))

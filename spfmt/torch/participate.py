@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
 from spfmt.errors import FormatError, format_error
-from spfmt.formats import ShuffledBlock, SparseTensor, get_format
+from spfmt.formats import SparseTensor, get_format
 from spfmt.torch.attention import set_fast_paths
 from spfmt.torch.participating import Participating
 from spfmt.torch.report import LayerReport, ModelReport
 from spfmt.torch.sparsify import (
     Distribution,
-    _decide,
-    _leave_full,
-    _row,
-    _Targets,
+    Targets,
+    decide,
+    leave_full,
+    row_of,
 )
 from spfmt.torch.survey import Found, Selector, is_plain, selectors, survey, swap
 from spfmt.torch.wrappers import unwrapped
@@ -98,27 +97,23 @@ def planned(
     **params: Any,
 ) -> tuple[ModelReport, list[tuple[Found, Participating]]]:
     """Return what `participate` reports, and the layers that it puts in; nothing is changed."""
-    targets = _Targets.of(density, sparsity, distribution, params)
+    targets = Targets.of(density, sparsity, distribution, params)
     if isinstance(density, str):
         raise format_error(f"density={density!r}", "a number or a mapping", "pass density=0.1")
     found = survey(unwrapped(model))
-    _decide(found, targets, selectors(include), selectors(exclude), why_dense)
+    decide(found, targets, selectors(include), selectors(exclude), why_dense)
     for entry in found:
         if not entry.reason and not is_plain(entry.module):
             entry.reason = f"{type(entry.module).__name__} keeps its weight transposed"
     shapes = {entry.name: entry.shape for entry in found if not entry.reason}
     densities = targets.spread(shapes)
     assert densities is not None
-    _leave_full(found, targets, densities)
-    options = {"format": format, "gradient_scale": gradient_scale, **_defaults(format), **params}
+    leave_full(found, targets, densities)
+    own = get_format(format).PARTICIPATING
+    options = {"format": format, "gradient_scale": gradient_scale, **own, **params}
     made = [(entry, *_make(entry, densities, options)) for entry in found]
     swaps = [(entry, layer) for entry, _, layer in made if layer is not None]
     return ModelReport(tuple(row for _, row, _ in made)), swaps
-
-
-def _defaults(format: str | type[SparseTensor]) -> dict[str, Any]:
-    blocks = get_format(format) is ShuffledBlock
-    return {"aligned": True, "norm": math.inf} if blocks else {}
 
 
 def _make(
@@ -131,7 +126,7 @@ def _make(
             layer = Participating(entry.module, density=densities[entry.name], **options)
         except FormatError as error:
             remark = str(error)
-    return _row(entry, layer, remark), layer
+    return row_of(entry, layer, remark), layer
 
 
 def why_dense(entry: Found, found: Sequence[Found]) -> str:

@@ -36,7 +36,17 @@ from spfmt.torch.survey import (
 )
 from spfmt.torch.wrappers import changeable
 
-__all__ = ["decay_groups", "densify", "layer_densities", "sparsify", "sparsify_like"]
+__all__ = [
+    "Targets",
+    "decay_groups",
+    "decide",
+    "densify",
+    "layer_densities",
+    "leave_full",
+    "row_of",
+    "sparsify",
+    "sparsify_like",
+]
 
 Scores = Literal["magnitude", "random"] | Callable[[str, Any], Tensor]
 Distribution = Literal["uniform", "erk"]
@@ -197,17 +207,17 @@ def sparsify(
     path that reads the weights of its linear layers; it is switched off for layers that were
     changed, and :func:`densify` switches it on again.
     """
-    targets = _Targets.of(density, sparsity, distribution, params)
+    targets = Targets.of(density, sparsity, distribution, params)
     if isinstance(scores, str) and scores not in ("magnitude", "random"):
         raise format_error(
             f"scores={scores!r}", "'magnitude', 'random' or a callable", "use one of them"
         )
     model = changeable(model)
     found = survey(model)
-    _decide(found, targets, selectors(include), selectors(exclude))
+    decide(found, targets, selectors(include), selectors(exclude))
     shapes = {entry.name: entry.shape for entry in found if not entry.reason}
     densities = targets.spread(shapes)
-    _leave_full(found, targets, densities)
+    leave_full(found, targets, densities)
     recipe = _Recipe(get_format(format).format, params, scores, generator)
     rows, swaps = [], []
     for entry in found:
@@ -224,7 +234,7 @@ def sparsify(
 
 
 @dataclass(frozen=True)
-class _Targets:
+class Targets:
     """The densities asked for: one for all, one by name, implied by n:m, or those the model has."""
 
     density: float | None
@@ -239,7 +249,8 @@ class _Targets:
         sparsity: float | None,
         distribution: Distribution,
         params: Mapping[str, Any],
-    ) -> _Targets:
+    ) -> Targets:
+        """Read the arguments of `sparsify`; raise a FormatError where they contradict."""
         if isinstance(density, str | Mapping):
             if sparsity is not None or (isinstance(density, str) and density != "keep"):
                 raise format_error(
@@ -253,7 +264,7 @@ class _Targets:
             return cls(None, None, distribution, implied=True)._not_spread()
         return cls(resolve_density(density, sparsity), None, distribution)
 
-    def _not_spread(self) -> _Targets:
+    def _not_spread(self) -> Targets:
         if self.distribution != "uniform":
             raise format_error(
                 f"distribution={self.distribution!r} where every layer's density is given already",
@@ -273,9 +284,9 @@ class _Targets:
         return layer_densities(shapes, self.density, self.distribution)
 
 
-def _decide(
+def decide(
     found: list[Found],
-    targets: _Targets,
+    targets: Targets,
     include: tuple[Selector, ...],
     exclude: tuple[Selector, ...],
     rule: Callable[[Found, list[Found]], str] = why_kept,
@@ -306,8 +317,8 @@ def _decide(
         )
 
 
-def _leave_full(
-    found: list[Found], targets: _Targets, densities: Mapping[str, float | None] | None
+def leave_full(
+    found: list[Found], targets: Targets, densities: Mapping[str, float | None] | None
 ) -> None:
     """Leave dense what ERK gives every weight: a sparse layer would only be a slower dense one."""
     if targets.distribution != "erk" or densities is None:
@@ -333,10 +344,11 @@ def _make(
                 remark = layer.tensor().remark()
         except FormatError as error:
             remark = str(error)
-    return _row(entry, layer, remark), layer
+    return row_of(entry, layer, remark), layer
 
 
-def _row(entry: Found, layer: SparseLayer | Participating | None, remark: str) -> LayerReport:
+def row_of(entry: Found, layer: SparseLayer | Participating | None, remark: str) -> LayerReport:
+    """Return the row of an entry, and of the layer that takes its place if there is one."""
     kind, aliases = type(entry.module).__name__, tuple(entry.names[1:])
     now = layer if layer is not None else entry.module
     if isinstance(now, SparseModule | Participating):
@@ -427,7 +439,7 @@ def sparsify_like(model: nn.Module, state_dict: Mapping[str, Tensor]) -> ModelRe
     rows = []
     for entry in found:
         layer = layers[id(entry)]
-        rows.append(_row(entry, layer, "" if layer else "not sparse in the state"))
+        rows.append(row_of(entry, layer, "" if layer else "not sparse in the state"))
         if layer is not None:
             swap(entry, layer)
     set_fast_paths(model)

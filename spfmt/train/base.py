@@ -24,10 +24,10 @@ from spfmt.train.followers import Averages, OptimizerState
 from spfmt.train.memory import Memory, held
 from spfmt.train.observe import Observation, Observe, Observer
 from spfmt.train.order import StepOrder
+from spfmt.train.progress import Progress
 from spfmt.train.ranks import agreed, check_ranks
 from spfmt.train.schedule import CosineSchedule, Schedule
 from spfmt.train.start import Start, started
-from spfmt.train.summary import LayerSummary, TrainerSummary, summarise
 
 # A structure drawn with the caller's seed 0 and growth drawn with the trainer's seed 0 must not be
 # the same random numbers: every dropped weight would be the first to grow again.
@@ -36,7 +36,7 @@ _SEED_OFFSET = 0x5EED_0000  # within the 32 bits that the generator looks at
 __all__ = ["SparseTrainer"]
 
 
-class SparseTrainer(ABC):
+class SparseTrainer(Progress, ABC):
     """Base of the training methods: calls `rewire` on schedule and moves what belongs to weights.
 
     Call :meth:`step` once after every ``optimizer.step()``. A method implements :meth:`rewire`.
@@ -146,8 +146,6 @@ class SparseTrainer(ABC):
         self.optimizer = optimizer
         self._state = OptimizerState(optimizer)
         self.generator = torch.Generator().manual_seed(_SEED_OFFSET + seed)
-        self.steps = 0
-        self.updates = 0
         self._group = (
             getattr(model, "process_group", None) if process_group is None else process_group
         )
@@ -164,9 +162,12 @@ class SparseTrainer(ABC):
             check_ranks(self.layers, vars(self), self._group)
             self._averages = Averages(averages, self.layers)
         self._observer = Observer(self._group)
-        self._order = StepOrder(self._state.all(), self.layers)
-        self._explored = {name: layer.packed_mask() for name, layer in self.layers.items()}
+        self._order = StepOrder(self._state.all(), self._weights)
+        self._begin()
         self._watch_next_step()
+
+    def _weights(self) -> list[nn.Parameter]:
+        return [layer.values for layer in self.layers.values()]
 
     def _started(
         self, model: nn.Module, start: Start, seed: int
@@ -188,7 +189,7 @@ class SparseTrainer(ABC):
             self.check_layer(name, layer)
             layer.stand_alone()
 
-    def check_layer(self, name: str, layer: SparseModule) -> None:  # noqa: B027 most take all
+    def check_layer(self, name: str, layer: SparseModule) -> None:
         """Raise a FormatError where the method cannot train a layer's format or shape."""
 
     # --------------------------------------------------------------------------------- stepping
@@ -359,57 +360,19 @@ class SparseTrainer(ABC):
             for name, layer in self._trained().items():
                 self._observer.watch(layer, self.observes(name, layer))
 
-    # ---------------------------------------------------------------------------------- reporting
-
-    def __str__(self) -> str:
-        dense = () if self.report is None else self.report.left
-        left = [f"{layer.name} stays dense: {layer.reason}" for layer in dense]
-        return "\n".join([f"{type(self).__name__}, {self.schedule}", str(self.summary()), *left])
-
-    def summary(self) -> TrainerSummary:
-        """Return the state of every layer; print it for a table."""
-        rows = [self._summarise(name, layer) for name, layer in self.layers.items()]
-        return TrainerSummary(self.steps, self.updates, tuple(rows))
-
-    def _summarise(self, name: str, layer: SparseModule) -> LayerSummary:
-        explored = int(np.unpackbits(self._explored[name]).sum())
-        return summarise(name, layer, explored / max(1, math.prod(layer.shape)))
+    # ----------------------------------------------------------------------- reporting, resuming
 
     def memory(self) -> Memory:
         """Return the bytes that the sparse layers hold now, by kind; print it for a line."""
         return held(self.layers.values(), self._state.tensors)
 
-    # ----------------------------------------------------------------------------------- resuming
-
     def state_dict(self) -> dict[str, Any]:
         """Return what a run needs to go on bit for bit, beside the model's and the optimizer's."""
-        return {
-            "steps": self.steps,
-            "updates": self.updates,
-            "generator": self.generator.get_state(),
-            "explored": {name: torch.from_numpy(b.copy()) for name, b in self._explored.items()},
-        }
+        return {**super().state_dict(), "generator": self.generator.get_state()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over a `state_dict`, of a trainer made with the same arguments for the same model.
-
-        Load the model and the optimizer as well; their order does not matter.
-
-        Raises
-        ------
-        FormatError
-            Where the layers differ; nothing is changed then.
-        """
-        explored = {name: b.cpu().numpy().copy() for name, b in state["explored"].items()}
-        sizes = {name: bits.shape for name, bits in explored.items()}
-        if sizes != {name: bits.shape for name, bits in self._explored.items()}:
-            raise format_error(
-                f"the state of layers {', '.join(sizes)}",
-                f"that of layers {', '.join(self._explored)}, of their sizes",
-                "sparsify the model as in the run that wrote the state",
-            )
-        steps, updates = int(state["steps"]), int(state["updates"])
-        self.generator.set_state(state["generator"].cpu())
-        self.steps, self.updates = steps, updates
-        self._explored = explored
+        """Take over a `state_dict`; see :meth:`Progress.load_state_dict`."""
+        generator = state["generator"].cpu()
+        super().load_state_dict(state)
+        self.generator.set_state(generator)
         self._watch_next_step()

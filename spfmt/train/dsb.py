@@ -6,7 +6,7 @@ The sections, figures and equations named here are the paper's.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, NamedTuple, cast
 
 import numpy as np
@@ -111,7 +111,11 @@ class DSB(SparseTrainer):
     """
 
     FORMAT = "shuffled_block"
-    aligned = False
+
+    @property
+    def aligned(self) -> bool:
+        """Whether blocks lie on a grid."""
+        return bool(self.PARAMS.get("aligned"))
 
     def __init__(
         self,
@@ -221,8 +225,7 @@ class DNSB(DSB):
     :class:`DSB`; `grow_shape` is (S1, S2) by default.
     """
 
-    PARAMS: ClassVar[dict[str, Any]] = {"aligned": True}
-    aligned = True
+    PARAMS: ClassVar[Mapping[str, Any]] = {"aligned": True}
 
     def groups(self, norms: _Floats, size: int) -> RankedGroups:
         """Cut outputs or inputs into the groups X or Y, which are consecutive."""

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 
 from spfmt.errors import format_error
-from spfmt.torch.module import SparseModule
-from spfmt.torch.participating import Participating
 
 __all__ = ["StepOrder"]
 
@@ -22,13 +20,14 @@ class StepOrder:
     ----------
     optimizers : iterable
         The optimizer and all that it wraps.
-    layers : mapping of str to SparseModule or Participating
+    weights : callable
+        Returns the parameters that are trained, as they are now.
     """
 
     def __init__(
-        self, optimizers: Iterable[Any], layers: Mapping[str, SparseModule | Participating]
+        self, optimizers: Iterable[Any], weights: Callable[[], Sequence[torch.Tensor]]
     ) -> None:
-        self._optimizers, self._layers = list(optimizers), layers
+        self._optimizers, self._weights = list(optimizers), weights
         self._stepped = False
         alone = weakref.ref(self)  # a trainer that is gone must not stay with its optimizer
 
@@ -70,5 +69,4 @@ class StepOrder:
             )
 
     def _versions(self) -> list[int]:
-        layers = self._layers.values()
-        return [(m.values if isinstance(m, SparseModule) else m.weight)._version for m in layers]
+        return [weight._version for weight in self._weights()]

@@ -5,12 +5,10 @@ The sections, figures and algorithm 1 named here are the paper's.
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -22,14 +20,14 @@ from spfmt.torch.layer import implied_density
 from spfmt.torch.participate import planned, put_in
 from spfmt.torch.participating import Participating
 from spfmt.torch.report import ModelReport
-from spfmt.torch.sparsify import Distribution, _row
+from spfmt.torch.sparsify import Distribution, row_of
 from spfmt.torch.survey import Found, Selector, places
 from spfmt.torch.wrappers import changeable, unwrapped
 from spfmt.train.followers import OptimizerState
 from spfmt.train.order import StepOrder
+from spfmt.train.progress import Progress
 from spfmt.train.ranks import check_ranks
 from spfmt.train.schedule import IntervalSchedule
-from spfmt.train.summary import LayerSummary, TrainerSummary, summarise
 
 __all__ = ["Rewire"]
 
@@ -37,7 +35,7 @@ Mode = Literal["fix", "reset", "regularize", "sr_ste", "no_exploit", "no_explore
 MODES = ("fix", "reset", "regularize", "sr_ste", "no_exploit", "no_explore")
 
 
-class Rewire:
+class Rewire(Progress):
     """Train all weights, multiply with the largest, and choose them again all the time.
 
     Layers become :class:`spfmt.torch.Participating`: the share `density` of their weights that is
@@ -183,7 +181,7 @@ class Rewire:
         group = getattr(model, "process_group", None) if process_group is None else process_group
         check_ranks(self.layers, vars(self), group)
         self._hook = self._hooked() if mode == "sr_ste" else None
-        self._order = StepOrder(OptimizerState(optimizer).all(), self.layers)
+        self._order = StepOrder(OptimizerState(optimizer).all(), self._weights)
         put_in(model, swaps)  # nothing fails from here on
         self._scale_gradients()
 
@@ -192,10 +190,12 @@ class Rewire:
         new = {id(entry.module): layer for entry, layer in swaps}
         named = {n: new.get(id(m), m) for n, m in unwrapped(model).named_modules()}
         self.layers = {n: m for n, m in named.items() if isinstance(m, Participating)}
-        self.steps = self.updates = 0
         self._finished = False
         self._check_layers()
-        self._explored = {name: layer.packed_mask() for name, layer in self.layers.items()}
+        self._begin()
+
+    def _weights(self) -> list[nn.Parameter]:
+        return [layer.weight for layer in self.layers.values()]
 
     def _hooked(self) -> Any:
         register = getattr(self.optimizer, "register_step_pre_hook", None)
@@ -345,57 +345,21 @@ class Rewire:
             )
         found = [(entry, entry.module) for entry in places(model)]
         swaps = [(e, layer.to_sparse()) for e, layer in found if isinstance(layer, Participating)]
-        rows = [_row(entry, layer, "") for entry, layer in swaps]
+        rows = [row_of(entry, layer, "") for entry, layer in swaps]
         put_in(model, swaps)
         if self._hook is not None:
             self._hook.remove()
         self._finished, self.layers = True, {}
         return ModelReport(tuple(rows))
 
-    # ---------------------------------------------------------------------------------- reporting
+    # ----------------------------------------------------------------------- reporting, resuming
 
-    def __str__(self) -> str:
-        dense = () if self.report is None else self.report.left
-        left = [f"{layer.name} stays dense: {layer.reason}" for layer in dense]
-        head = f"{type(self).__name__}, {self.mode}, {self.schedule}"
-        return "\n".join([head, str(self.summary()), *left])
-
-    def summary(self) -> TrainerSummary:
-        """Return the state of every layer; print it for a table."""
-        rows = [self._summarise(name, layer) for name, layer in self.layers.items()]
-        return TrainerSummary(self.steps, self.updates, tuple(rows))
-
-    def _summarise(self, name: str, layer: Participating) -> LayerSummary:
-        explored = int(np.unpackbits(self._explored[name]).sum())
-        return summarise(name, layer, explored / max(1, math.prod(layer.shape)))
-
-    # ----------------------------------------------------------------------------------- resuming
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return what a run needs to go on bit for bit, beside the model's and the optimizer's."""
-        bits = {name: torch.from_numpy(b.copy()) for name, b in self._explored.items()}
-        return {"steps": self.steps, "updates": self.updates, "explored": bits}
+    def _settings(self) -> str:
+        return f"{self.mode}, {self.schedule}"
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over a `state_dict`, of a method made with the same arguments for the same model.
-
-        Load the model and the optimizer as well; their order does not matter.
-
-        Raises
-        ------
-        FormatError
-            Where the layers differ; nothing is changed then.
-        """
-        bits = {name: found.cpu().numpy().copy() for name, found in state["explored"].items()}
-        own = {name: seen.shape for name, seen in self._explored.items()}
-        if own != {name: found.shape for name, found in bits.items()}:
-            raise format_error(
-                f"the state of layers {', '.join(bits)}",
-                f"that of layers {', '.join(own)}, of their sizes",
-                "make the method as in the run that wrote the state",
-            )
-        self.steps, self.updates = int(state["steps"]), int(state["updates"])
-        self._explored = bits
+        """Take over a `state_dict`; see :meth:`Progress.load_state_dict`."""
+        super().load_state_dict(state)
         self._scale_gradients()
 
 

@@ -26,8 +26,6 @@ __all__ = ["SampledGrowth"]
 
 _Columns = NDArray[np.integer[Any]]
 
-_STRIP = 1 << 20  # random numbers, one per position, that exist at a time
-
 
 class SampledGrowth(SparseTrainer):
     """Drop each row's smallest weights, grow as many at random or at large sampled gradients.
@@ -126,7 +124,7 @@ class SampledGrowth(SparseTrainer):
         count, random = n_drop // rows, self.random_numbers()
         new = np.empty_like(columns)
         dropped = np.empty((rows, count), np.int64)
-        for strip in row_strips(rows, layer.shape[1], _STRIP):
+        for strip in row_strips(rows, layer.shape[1]):
             order = np.argsort(weights[strip], axis=1, kind="stable")
             kept = np.take_along_axis(columns[strip], order[:, count:], axis=1)
             drawn = self._drawn(layer, kept, count, random)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -19,7 +19,10 @@ from spfmt.torch.sparsify import sparsify
 from spfmt.torch.survey import Found, places, swap
 from spfmt.torch.wrappers import changeable
 
-__all__ = ["Start"]
+if TYPE_CHECKING:
+    from spfmt.train.base import SparseTrainer
+
+__all__ = ["Start", "started"]
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ class Start:
         """Whether any layer shall be made."""
         return self != Start()
 
-    def options(self, method: type, seed: int) -> dict[str, Any]:
+    def options(self, method: type[SparseTrainer], seed: int) -> dict[str, Any]:
         """Return the arguments of :func:`spfmt.torch.sparsify`.
 
         Raises
@@ -59,10 +62,10 @@ class Start:
             self._check_density()
         spread = given and not isinstance(self.density, Mapping)
         random = self.scores == "random"
-        own_format = self.format in (None, method.FORMAT)  # type: ignore[attr-defined]
-        own = method.PARAMS if own_format else {}  # type: ignore[attr-defined]
+        own_format = self.format in (None, method.FORMAT)
+        own = method.PARAMS if own_format else {}
         return {
-            "format": self.format or method.FORMAT,  # type: ignore[attr-defined]
+            "format": self.format or method.FORMAT,
             "density": self.density,
             "sparsity": self.sparsity,
             "include": "*" if self.include is None else self.include,
