@@ -372,7 +372,8 @@ class SparseTrainer(Progress, ABC):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over a `state_dict`; see :meth:`Progress.load_state_dict`."""
-        generator = state["generator"].cpu()
+        generator = torch.Generator()
+        generator.set_state(state["generator"].cpu())  # first: a damaged one changes nothing
         super().load_state_dict(state)
-        self.generator.set_state(generator)
+        self.generator = generator
         self._watch_next_step()
