@@ -107,7 +107,7 @@ extensions = [
                 depends=HEADERS,
                 extra_compile_args=["-O3", "-fvisibility=hidden"],
             )
-            for name in ("hrbp", "positions", "rows", "selection")
+            for name in ("growth", "hrbp", "positions", "rows", "selection")
         ],
         include_path=["bindings"],
         language_level=3,

@@ -20,6 +20,8 @@ import json
 import subprocess
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +38,17 @@ SUITES: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "prune": ("cifar10-gradual", ("train.epochs=3",)),
 }
+SUMMARY = "summary.json"
+LOTTERY = "Lottery, CSR"  # two trainings, which no recipe says
+# Hidden neurons of a dense network with as many weights as the sparse ones: `train.small_width`.
+SMALL = {"digits": 153, "mnist": 113}
 
 # What each row changes, too.
 _DENSE = (
     "method.name=dense", "method.density=", "method.distribution=", "method.exclude=",
     "method.delta_t=", "method.alpha=", "method.t_end=",
 )  # fmt: skip
+_REWIRE = ("method.name=rewire", "method.delta_t=", "method.alpha=")
 METHODS: dict[str, tuple[str, ...]] = {
     "dense": _DENSE,
     "static, CSR": ("method.name=static",),
@@ -53,17 +60,38 @@ METHODS: dict[str, tuple[str, ...]] = {
         "method.reset=true",
     ),
     "SET, CSR": ("method.name=set",),
+    "random channels": (
+        "method.name=static",
+        "format.name=shuffled_block",
+        "format.block_shape=[1,2147483647]",
+        "format.aligned=true",
+    ),
+    "regrouping": (
+        "method.name=static",
+        "format.name=shuffled_block",
+        "format.block_shape=[1,1]",
+        "format.row_groups=8",
+        "format.min_overlap=0",
+    ),
     "RigL, CSR": ("method.name=rigl",),
     "RigL, N:M": ("method.name=rigl", "format.name=nm"),
     "SRigL": ("method.name=srigl",),
     "SSB": ("method.name=ssb", "format.block_shape=[8,8]"),
     "DNSB": ("method.name=dnsb", "format.block_shape=[8,8]"),
     "DSB": ("method.name=dsb", "format.block_shape=[8,8]"),
+    "SampledGrowth": ("method.name=sampled", "method.samples=4"),
     "HRBP, static": ("method.name=static", "format.name=hrbp"),
     "HRBP, dynamic": ("method.name=hrbp",),
-    "Rewire, CSR": ("method.name=rewire", "method.delta_t=", "method.alpha="),
-    "Rewire, N:M": ("method.name=rewire", "format.name=nm", "method.delta_t=", "method.alpha="),
+    "Rewire, CSR": _REWIRE,
+    "Rewire, N:M": (*_REWIRE, "format.name=nm"),
     "gradual, CSR": ("method.name=gradual", "method.alpha="),
+}
+REWIRE = {
+    "Rewire, reset": (*_REWIRE, "method.mode=reset", "method.z=100"),
+    "Rewire, regularize": (*_REWIRE, "method.mode=regularize"),
+    "Rewire, SR-STE": (*_REWIRE, "method.mode=sr_ste"),
+    "Rewire, no exploit": (*_REWIRE, "method.mode=no_exploit"),
+    "Rewire, no explore": (*_REWIRE, "method.mode=no_explore"),
 }
 FORMATS = ("csr", "condensed", "nm", "shuffled_block", "hrbp")
 DENSITIES = (0.2, 0.1)
@@ -73,7 +101,10 @@ BATCHES = (1, 64)
 def rows(suite: str, weights: Path | None) -> dict[str, tuple[str, ...]]:
     """Return the rows of a suite, and the changes of its recipe that make each of them."""
     if suite != "prune":
-        return METHODS
+        width = SMALL[suite]
+        small = (*_DENSE, f"model.hidden=[{width},{width}]")
+        modes = REWIRE if suite == "digits" else {}
+        return METHODS | modes | {"small": small, LOTTERY: ("method.name=static",)}
     begin = f"model.weights={weights}"
     pruned = {
         f"{format}, {density:g}": (begin, f"format.name={format}", f"method.density={density}")
@@ -85,14 +116,70 @@ def rows(suite: str, weights: Path | None) -> dict[str, tuple[str, ...]]:
 
 def train(suite: str, changes: Sequence[str], data: Path | None, out: Path) -> dict[str, Any]:
     """Run a recipe to its end in a process of its own, and return its summary."""
-    recipe, common = SUITES[suite]
-    command = [sys.executable, "-m", "spfmt.cli", "train", str(RECIPES / f"{recipe}.toml")]
+    recipe, changes = _recipe(suite, changes)
+    command = [sys.executable, "-m", "spfmt.cli", "train", str(recipe)]
     command += ["--out", str(out), "--resume", "--quiet"]
     command += [] if data is None or suite == "digits" else ["--data", str(data)]
-    for change in (*common, *changes):
+    for change in changes:
         command += ["--set", change]
     subprocess.run(command, check=True)
-    summary: dict[str, Any] = json.loads((out / "summary.json").read_text())
+    return _summary(out)
+
+
+def lottery(suite: str, changes: Sequence[str], data: Path | None, out: Path) -> dict[str, Any]:
+    """Train dense, then the ticket that this draws, in a process of its own; return its summary."""
+    if not (out / SUMMARY).exists():
+        with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+            summary = pool.submit(_lottery, suite, changes, data).result()
+        out.mkdir(parents=True, exist_ok=True)
+        replace_file(str(out / SUMMARY), json.dumps(summary).encode())
+    return _summary(out)
+
+
+def _lottery(suite: str, changes: Sequence[str], data: Path | None) -> dict[str, Any]:
+    """Rewind to a hundredth of the dense training; density, time and memory are the ticket's."""
+    import torch
+
+    from spfmt.recipes import load_images, load_recipe, runner
+    from spfmt.recipes.run import SeedRun, build_optimizer
+    from spfmt.train import Lottery
+
+    folder = None if data is None else str(data)
+    method, dense = (
+        load_recipe(*_recipe(suite, more), data_dir=folder)
+        for more in (changes, (*changes, *_DENSE))
+    )
+    method, images, results = method.method, load_images(dense.data), []
+    torch.set_num_threads(dense.train.threads or torch.get_num_threads())
+    for seed in dense.seeds:
+        run = SeedRun(dense, images, seed)
+        ticket = Lottery(run.model, total_steps=run.steps)
+        while not run.finished:
+            run.step()
+            ticket.step()
+        report = ticket.draw("csr", method.density, exclude=method.exclude)
+        run.optimizer, run.done = build_optimizer(dense.optimizer, run.model), ticket.rewind
+        run.record(tested=False)  # what the dense training took
+        while not run.finished:
+            run.step()
+        run.test()
+        taken = [layer for layer in report.layers if layer.taken]
+        run.density = sum(layer.nnz for layer in taken) / sum(layer.size for layer in taken)
+        results.append(runner.seed_result(run, [run.record(tested=True)]))
+    return runner.Summary(Path(), tuple(results)).as_json()
+
+
+def _folder(name: str) -> str:
+    return name.replace(", ", "-").replace(" ", "-").replace(":", "")
+
+
+def _recipe(suite: str, changes: Sequence[str]) -> tuple[Path, list[str]]:
+    name, common = SUITES[suite]
+    return RECIPES / f"{name}.toml", [*common, *changes]
+
+
+def _summary(out: Path) -> dict[str, Any]:
+    summary: dict[str, Any] = json.loads((out / SUMMARY).read_text())
     return summary
 
 
@@ -141,10 +228,9 @@ def main() -> int:
         found, folders = {}, []
         for name, changes in rows(suite, args.weights).items():
             if args.only in name:
-                folders.append(args.out / suite / name.replace(", ", "-").replace(":", ""))
-                found[name] = {
-                    "changes": changes, **train(suite, changes, args.data, folders[-1])
-                }  # fmt: skip
+                folders.append(args.out / suite / _folder(name))
+                run = lottery if name == LOTTERY else train
+                found[name] = {"changes": changes, **run(suite, changes, args.data, folders[-1])}
         record[suite] = found
         if suite == "prune":
             record["latencies"] = latencies(folders)

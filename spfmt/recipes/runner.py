@@ -223,7 +223,7 @@ def _run_seed(recipe: Recipe, images: Images, seed: int, out: Path, watcher: Wat
         _train(run, metrics, saved, watcher)
     watcher.writing(run.progress())
     write_outputs(run, folder)
-    result = _result(run, read_metrics(folder / METRICS))
+    result = seed_result(run, read_metrics(folder / METRICS))
     kept = {**asdict(result), "data": images.checksum()}
     write_text(folder / RESULT, json.dumps(kept, indent=1) + "\n")
     return result
@@ -269,7 +269,8 @@ def _train(run: SeedRun, metrics: Metrics, saved: Path, watcher: Watcher) -> Non
             save_checkpoint(saved, {**state, "threads": torch.get_num_threads()})
 
 
-def _result(run: SeedRun, metrics: list[dict[str, Any]]) -> SeedResult:
+def seed_result(run: SeedRun, metrics: list[dict[str, Any]]) -> SeedResult:
+    """Return what a run that is done came to, from its metrics."""
     test_loss, test_accuracy = run.tested or (math.nan, math.nan)
     steps = [m["step"] for m in metrics]
     counts = [after - before for before, after in zip([0, *steps], steps, strict=False)]

@@ -16,6 +16,7 @@ from torch import nn
 
 from spfmt.errors import format_error
 from spfmt.formats import Groups, ShuffledBlock, SparseTensor
+from spfmt.structure import _growth
 from spfmt.structure._checks import as_pair
 from spfmt.torch.module import SparseModule
 from spfmt.train.base import SparseTrainer
@@ -268,29 +269,18 @@ def block_aware(tensor: ShuffledBlock, candidates: _Places) -> _Places:
     """
     layout, (block_rows, block_cols) = tensor.layout(), tensor.block_shape
     assert isinstance(layout, Groups)
-    # Of every band: the rows of its own and of its group, the columns and blocks of its group.
-    band_rows = np.diff(layout.row_ptr)
-    group = layout.row_ptr[:-1] // block_rows
-    heights = np.minimum(block_rows, layout.rows - group * block_rows)
+    rows = np.diff(layout.row_ptr)
+    heights = np.minimum(block_rows, layout.rows - layout.row_ptr[:-1] // block_rows * block_rows)
     columns = layout.col_end - layout.col_begin
-    blocks = -(-columns // block_cols)
-    lines = np.cumsum(band_rows * blocks) - band_rows * blocks  # rows of blocks, numbered through
-
-    inside = np.diff(np.searchsorted(candidates, layout.value_ptr))
-    band = np.repeat(np.arange(inside.size), inside)
-    column, lane = np.divmod(candidates - layout.value_ptr[band], band_rows[band])
-    block = column // block_cols
-    widths = np.minimum(block_cols, columns[band] - block * block_cols)
-    in_row = _equals(lines[band] + lane * blocks[band] + block)
-    in_column = _equals(layout.col_begin[band] + column)
-    kept: _Places = candidates[(2 * in_row >= widths) | (2 * in_column >= heights[band])]
-    return kept
-
-
-def _equals(keys: _Places) -> _Places:
-    """Return for every key how many are equal to it, itself included."""
-    counts: _Places = np.bincount(keys)[keys]
-    return counts
+    lines = np.cumsum(rows * -(-columns // block_cols))  # rows of blocks, numbered through
+    bands = np.stack([rows, columns, np.append(0, lines)[:-1], layout.col_begin, heights])
+    in_row = np.zeros(lines.max(initial=0), np.int64)
+    in_column = np.zeros(layout.col_end.max(initial=0), np.int64)
+    enough = np.empty(candidates.size, np.bool_)
+    _growth.lines_of(
+        candidates, layout.value_ptr, bands, block_cols, in_row, in_column, enough.view(np.uint8)
+    )
+    return candidates[enough]
 
 
 # ---------------------------------------------------------------------------------------- grow
@@ -366,34 +356,28 @@ def grow_in_blocks(
         Flat positions, block after block, without those of smallest products that the last block
         has too many. Fewer where fewer are free.
     """
-    found, missing = [np.empty(0, np.int64)], count
     seen = inputs.norms[None] if seen is None else seen
     size = outputs.members.shape[1] * inputs.members.shape[1]
     if len(seen) == 1:
         pieces = best_first(outputs.totals, inputs.totals, 4 * -(-count // size))
     else:
         pieces = iter([_best_of_groups(outputs, inputs, seen)])
+    found, held, last = np.empty(count + size, np.int64), 0, 0
     for blocks in pieces:
-        positions, free = _positions(outputs, inputs, taken, blocks)
-        held = np.cumsum(free.sum(axis=1))
-        enough = int(np.searchsorted(held, missing))
-        found.append(positions[:enough][free[:enough]])
-        if enough < held.size:
-            last = positions[enough][free[enough]]
-            missing -= found[-1].size
-            found.append(_largest(outputs.norms, seen, last, missing))
+        held, last = _growth.free_positions(
+            blocks, outputs.members, inputs.members, taken.view(np.uint8), count, found, held
+        )
+        if held >= count:
+            found[last:count] = _largest(outputs.norms, seen, found[last:held], count - last)
             break
-        missing -= held[-1]
-    return np.concatenate(found)
+    return found[: min(held, count)]
 
 
 def best_first(x: _Floats, y: _Floats, count: int) -> Iterator[_Places]:
     """Yield the cells of a grid in the order of a best-first search, in pieces.
 
     The search starts in the corner (0, 0) and goes on with the cell of largest ``x[i] * y[j]`` that
-    is next to a visited one (Figure 6). Every cell (i', j') with i' <= i and j' <= j comes before
-    (i, j): only cells with (i + 1)·(j + 1) <= n can be among the first n, and sorting these few
-    gives the order of the search without its frontier.
+    is next to a visited one (Figure 6).
 
     Parameters
     ----------
@@ -408,23 +392,10 @@ def best_first(x: _Floats, y: _Floats, count: int) -> Iterator[_Places]:
     """
     seen = 0
     while seen < x.size * y.size:
-        lengths = np.minimum(y.size, count // np.arange(1, x.size + 1))
-        i = np.repeat(np.arange(x.size), lengths)
-        j = np.arange(i.size) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-        piece = np.argsort(-x[i] * y[j], kind="stable")[seen:count]
-        yield np.stack([i[piece], j[piece]], axis=1)
+        cells = np.empty((min(count, x.size * y.size), 2), np.int64)
+        _growth.best_first(x, y, cells)
+        yield cells[seen:]
         seen, count = count, 2 * count
-
-
-def _positions(
-    outputs: RankedGroups, inputs: RankedGroups, taken: NDArray[np.bool_], blocks: _Places
-) -> tuple[_Places, NDArray[np.bool_]]:
-    """Return the flat positions of blocks (n, S_x·S_y), and which of them exist and are free."""
-    rows = outputs.members[blocks[:, 0]][:, :, None]
-    columns = inputs.members[blocks[:, 1]][:, None, :]
-    exists = (rows >= 0) & (columns >= 0)
-    flat = np.where(exists, rows * taken.shape[1] + columns, 0).reshape(len(blocks), -1)
-    return flat, exists.reshape(flat.shape) & ~taken.reshape(-1)[flat]
 
 
 def _largest(outputs: _Floats, seen: _Floats, positions: _Places, count: int) -> _Places:
