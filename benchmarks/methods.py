@@ -81,6 +81,7 @@ METHODS: dict[str, tuple[str, ...]] = {
     "DSB": ("method.name=dsb", "format.block_shape=[8,8]"),
     "SampledGrowth": ("method.name=sampled", "method.samples=4"),
     "HRBP, static": ("method.name=static", "format.name=hrbp"),
+    "HRBP, static, 64 groups": ("method.name=static", "format.name=hrbp", "format.groups=64"),
     "HRBP, dynamic": ("method.name=hrbp",),
     "Rewire, CSR": _REWIRE,
     "Rewire, N:M": (*_REWIRE, "format.name=nm"),
