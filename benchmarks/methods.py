@@ -10,7 +10,8 @@ process of its own, two seeds:
   pruned ones in turn
 
 Runs that are there already are not repeated, and one that was stopped goes on. ``--json FILE``
-writes the record that docs/training.md is generated from.
+writes the record that docs/training.md is generated from: docs/training-….json of the first two,
+docs/pruning-….json of the last.
 """
 
 from __future__ import annotations

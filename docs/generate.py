@@ -75,11 +75,11 @@ def training() -> str:
     """docs/training.md with its measured part up to date."""
     found = {
         benchmark: [(path.name, json.loads(path.read_text())) for path in sorted(paths)]
-        for benchmark in ("training", "updates")
+        for benchmark in trainings.PARTS
         for paths in [TRAINING.parent.glob(f"{benchmark}-*.json")]
     }
     latest = {name: records[-1] if records else None for name, records in found.items()}
-    measured = trainings.section(latest["training"], latest["updates"])
+    measured = trainings.section(latest)
     return insert(TRAINING.read_text(), "measurements", measured)
 
 

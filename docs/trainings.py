@@ -1,45 +1,42 @@
-"""The measured part of docs/training.md, from the records of two benchmarks, where there are any.
+"""The measured part of docs/training.md, from the records that there are.
 
-``python -m benchmarks.methods`` writes docs/training-….json, ``python -m benchmarks.updates``
-docs/updates-….json.
+``python -m benchmarks.methods`` writes docs/training-….json, with ``--suite prune``
+docs/pruning-….json, and ``python -m benchmarks.updates`` docs/updates-….json.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from results import head, line
 
 Record = Mapping[str, Any]
 
-NOTHING = "There is no record yet: `python -m benchmarks.methods --json docs/training-….json`."
 TITLES = {
     "digits": "Digits: 64 → 512 → 512 → 10, a tenth of the weights, 15 epochs, two seeds",
     "mnist": "MNIST: 784 → 1024 → 1024 → 10, a twentieth of the weights, 10 epochs, two seeds",
 }
 
 
-def section(methods: tuple[str, Record] | None, updates: tuple[str, Record] | None) -> str:
+def section(records: Mapping[str, tuple[str, Record] | None]) -> str:
     """The measured part of the page.
 
     Parameters
     ----------
-    methods, updates : (str, mapping), optional
-        The file in docs/ and the record of each benchmark.
+    records : mapping of str to (str, mapping) or None
+        Of every benchmark of `PARTS` the file in docs/ and the record, where there is one.
     """
-    parts: list[str] = []
-    if methods is None:
-        parts.append(NOTHING)
-    else:
-        name, record = methods
-        parts.append(f"Generated from [{name}]({name}). {_where(record)}")
-        parts += [_methods(record, suite) for suite in TITLES if suite in record]
-        if "prune" in record:
-            parts.append(_pruned(record))
-    if updates is not None:
-        parts.append(_updates(*updates))
-    return "\n\n".join(parts)
+    return "\n\n".join(
+        f"{make(found[1])}\n\nGenerated from [{found[0]}]({found[0]}). {_where(found[1])}"
+        if (found := records.get(name))
+        else f"There is no record yet: docs/{name}-….json."
+        for name, make in PARTS.items()
+    )
+
+
+def _all_methods(record: Record) -> str:
+    return "\n\n".join(_methods(record, suite) for suite in TITLES if suite in record)
 
 
 def _where(record: Record) -> str:
@@ -86,12 +83,12 @@ def _pruned(record: Record) -> str:
     return "\n".join(rows)
 
 
-def _updates(name: str, record: Record) -> str:
+def _updates(record: Record) -> str:
     columns = ["network", "method", "block", "density", "step", "update", "share at ΔT = 100"]
     rows = [
         "### What updates cost\n",
-        f"Generated from [{name}]({name}). {_where(record)} One thread, batch 128; the share is "
-        "that of updates, and of observing their steps, in the time of training.\n",
+        "One thread, batch 128; the share is that of updates, and of observing their steps, in the "
+        "time of training.\n",
         *head(columns),
     ]  # fmt: skip
     for row in record["results"]:
@@ -100,3 +97,11 @@ def _updates(name: str, record: Record) -> str:
         times = [f"{row['step_ms']:.1f} ms", f"{row['update_ms']:.1f} ms"]
         rows.append(line([*cells, *times, f"{100 * row['share']:.1f} %"]))
     return "\n".join(rows)
+
+
+PARTS: dict[str, Callable[[Record], str]] = {
+    "training": _all_methods,
+    "pruning": _pruned,
+    "updates": _updates,
+}
+"""What stands on the page, and the benchmark whose record it comes from."""
