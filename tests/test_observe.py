@@ -258,3 +258,36 @@ def test_a_layer_in_float64():
     model, _, method = make(model=model, delta_t=1)
     backward(model, torch.randn(3, 16, dtype=torch.float64))
     assert method.observed(model[0]).weight_grad().dtype == torch.float64
+
+
+@pytest.mark.parametrize("to_none", [True, False])
+@pytest.mark.parametrize("kind", ["l1_norms", "batches"])
+def test_gradients_that_were_thrown_away_are_not_seen(to_none, kind):
+    """SAM's first pass, or a discriminator that gradients went through on their way."""
+    model, optimizer, method = make(delta_t=1)
+    observer, layer, x = method._observer, model[0], torch.randn(8, 32)
+    observer.stop()
+    observer.watch(layer, kind)
+    backward(model, 5 * torch.randn(8, 32))
+    optimizer.zero_grad(set_to_none=to_none)
+    backward(model, x)
+    nn.utils.clip_grad_norm_(model.parameters(), 1e-3)  # writes gradients, and throws none away
+    backward(model, x)
+    seen = observer.of(layer)
+    observer.stop()
+    observer.watch(layer, kind)
+    for _ in range(2):
+        backward(model, x)
+    again = observer.of(layer)
+    assert torch.equal(seen.input_norms, again.input_norms)
+    assert torch.equal(seen.output_grad_norms, again.output_grad_norms)
+    assert kind != "batches" or torch.equal(seen.weight_grad(), again.weight_grad())
+
+
+def test_a_layer_called_twice_in_one_pass_counts_twice():
+    layer = SparseLinear(8, 8, density=0.5)
+    observer = train.observe.Observer()
+    observer.watch(layer, "batches")
+    x = torch.randn(4, 8, requires_grad=True)
+    layer(layer(x)).square().sum().backward()
+    assert len(observer.of(layer)._whole()) == 2

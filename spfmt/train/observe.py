@@ -27,6 +27,9 @@ _ORDERS = {"norms": 2, "l1_norms": 1, "batches": 2}
 class Observation:
     """What was recorded of one layer, over all calls of the step (gradient accumulation, too).
 
+    Calls whose gradients were thrown away before others came (by ``zero_grad`` between the two
+    passes of SAM, or for a discriminator that only passed gradients on) do not count.
+
     With a process group of several ranks, norms and `weight_grad` are those of all ranks together,
     and every rank must ask for them; batches are the rank's own.
     """
@@ -37,9 +40,26 @@ class Observation:
         self._batches: list[tuple[Tensor, Tensor]] = []  # as the layer saw them
         self._order = _ORDERS[kind]
         self._sums: tuple[Tensor, Tensor] | None = None
+        self._landed: tuple[Tensor, int] | None = None
+
+    def land(self, values: Tensor) -> None:
+        """Note that ``values.grad`` holds the gradients of all calls so far."""
+        assert values.grad is not None
+        self._landed = values.grad, values.grad._version
+
+    def _forget_what_was_thrown_away(self) -> None:
+        if self._landed is None:
+            return
+        (grad, version), self._landed = self._landed, None
+        now = self._layer.values.grad
+        untouched = now is grad and now._version == version
+        if not untouched and (now is None or not now.any()):
+            self._batches.clear()
+            self._sums = None
 
     def record(self, x: Tensor, dy: Tensor) -> None:
         """Add a call of the layer: its input, and the gradient of its output."""
+        self._forget_what_was_thrown_away()
         if self.kind == "batches":
             self._batches.append((x, dy))
             return
@@ -147,6 +167,7 @@ class Observer:
             raise format_error(f"observes {kind!r}", f"{kinds} or None", "use one")
         found = self._found[id(layer)] = Observation(kind, layer, self._group)
         self._hooks.append(layer.register_forward_hook(_recorder(found), with_kwargs=True))
+        self._hooks.append(layer.values.register_post_accumulate_grad_hook(found.land))
 
     def stop(self) -> None:
         """Remove every hook and forget what was recorded."""
