@@ -167,7 +167,8 @@ class Observer:
             raise format_error(f"observes {kind!r}", f"{kinds} or None", "use one")
         found = self._found[id(layer)] = Observation(kind, layer, self._group)
         self._hooks.append(layer.register_forward_hook(_recorder(found), with_kwargs=True))
-        self._hooks.append(layer.values.register_post_accumulate_grad_hook(found.land))
+        landed = layer.values.register_post_accumulate_grad_hook(found.land)  # type: ignore[no-untyped-call]
+        self._hooks.append(landed)
 
     def stop(self) -> None:
         """Remove every hook and forget what was recorded."""
