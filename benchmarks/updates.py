@@ -5,9 +5,10 @@ caches in the step after it cost more than another step, are set against the ste
 updates. One thread, batch 128, SGD with
 momentum, CPU time of the thread: other programs do not count.
 
-- ``mlp``: 784 → 3 × 1024 → 10, the last layer dense; DSB at every block and density, then every
-  method at 90 % sparsity
+- ``mlp``: 784 → 3 × 1024 → 10, the last layer dense
 - ``resnet18``: at CIFAR size, its convolutions sparse
+
+Each with DSB at every block and density, then with every method at 90 % sparsity.
 
 ``--json FILE`` writes the rows; without it they are printed only.
 """
@@ -54,12 +55,10 @@ def networks() -> dict[str, tuple[Any, str, tuple[int, ...], int]]:
     }
 
 
-def cases(network: str) -> Iterator[tuple[type, float, dict[str, Any]]]:
+def cases() -> Iterator[tuple[type, float, dict[str, Any]]]:
     """Yield a method, a density and parameters of the format."""
-    densities = DENSITIES if network == "mlp" else (0.1,)
-    for block in BLOCKS:
-        for density in densities:
-            yield train.DSB, density, {"block_shape": (block, block)}
+    for block, density in itertools.product(BLOCKS, DENSITIES):
+        yield train.DSB, density, {"block_shape": (block, block)}
     for method in OTHERS:
         yield method, 0.1, {}
 
@@ -111,7 +110,7 @@ def main() -> int:
     torch.set_num_threads(1)
     rows = []
     for network in networks() if args.network == "all" else [args.network]:
-        for method, density, params in cases(network):
+        for method, density, params in cases():
             rows.append(measure(network, method, density, params))
             print(json.dumps(rows[-1]), flush=True)
     if args.json:
