@@ -130,45 +130,57 @@ def train(suite: str, changes: Sequence[str], data: Path | None, out: Path) -> d
 
 def lottery(suite: str, changes: Sequence[str], data: Path | None, out: Path) -> dict[str, Any]:
     """Train dense, then the ticket that this draws, in a process of its own; return its summary."""
-    if not (out / SUMMARY).exists():
-        with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-            summary = pool.submit(_lottery, suite, changes, data).result()
-        out.mkdir(parents=True, exist_ok=True)
-        replace_file(str(out / SUMMARY), json.dumps(summary).encode())
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        pool.submit(_lottery, suite, changes, data, out).result()
     return _summary(out)
 
 
-def _lottery(suite: str, changes: Sequence[str], data: Path | None) -> dict[str, Any]:
-    """Rewind to a hundredth of the dense training; density, time and memory are the ticket's."""
+def _lottery(suite: str, changes: Sequence[str], data: Path | None, out: Path) -> None:
+    """Write the summary of all seeds' tickets, unless it is there; of another recipe it is not."""
     import torch
 
     from spfmt.recipes import load_images, load_recipe, runner
-    from spfmt.recipes.run import SeedRun, build_optimizer
-    from spfmt.train import Lottery
+    from spfmt.recipes.results import claimed, settle, write_text
 
-    folder = None if data is None else str(data)
-    method, dense = (
-        load_recipe(*_recipe(suite, more), data_dir=folder)
+    sparse, dense = (
+        load_recipe(*_recipe(suite, more), data_dir=None if data is None else str(data))
         for more in (changes, (*changes, *_DENSE))
     )
-    method, images, results = method.method, load_images(dense.data), []
-    torch.set_num_threads(dense.train.threads or torch.get_num_threads())
-    for seed in dense.seeds:
-        run = SeedRun(dense, images, seed)
-        ticket = Lottery(run.model, total_steps=run.steps)
-        while not run.finished:
-            run.step()
-            ticket.step()
-        report = ticket.draw("csr", method.density, exclude=method.exclude)
-        run.optimizer, run.done = build_optimizer(dense.optimizer, run.model), ticket.rewind
-        run.record(tested=False)  # what the dense training took
-        while not run.finished:
-            run.step()
-        run.test()
-        taken = [layer for layer in report.layers if layer.taken]
-        run.density = sum(layer.nnz for layer in taken) / sum(layer.size for layer in taken)
-        results.append(runner.seed_result(run, [run.record(tested=True)]))
-    return runner.Summary(Path(), tuple(results)).as_json()
+    images = load_images(sparse.data)
+    with claimed(out, sparse, resume=True):
+        if (out / SUMMARY).exists():
+            return
+        torch.set_num_threads(sparse.train.threads or torch.get_num_threads())
+        results = tuple(_ticket(dense, sparse, images, seed) for seed in sparse.seeds)
+        settle(out, sparse)
+        write_text(out / SUMMARY, json.dumps(runner.Summary(out, results).as_json()))
+
+
+def _ticket(dense: Any, sparse: Any, images: Any, seed: int) -> Any:
+    """Train dense, and again from its hundredth on with the weights that were large in the end.
+
+    The result is that of the second training, a run of the sparse recipe from other weights.
+    """
+    from spfmt.recipes.run import SeedRun, forget_peak
+    from spfmt.recipes.runner import seed_result
+    from spfmt.train import Lottery
+
+    first = SeedRun(dense, images, seed)
+    ticket = Lottery(first.model, total_steps=first.steps)
+    while not first.finished:
+        first.step()
+        ticket.step()
+    run = SeedRun(sparse, images, seed)
+    densities = {name: layer.target_density for name, layer in run.method.layers.items()}
+    ticket.draw("csr", densities)
+    begun = {"model": ticket.model.state_dict(), "done": ticket.rewind}
+    run.load_state_dict({**run.state_dict(), **begun})
+    del first, ticket, begun  # what the dense training took is not the ticket's
+    forget_peak()
+    while not run.finished:
+        run.step()
+    run.test()
+    return seed_result(run, [run.record(tested=True)])
 
 
 def _folder(name: str) -> str:

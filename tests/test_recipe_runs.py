@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -37,6 +38,7 @@ from spfmt.recipes import (
     Watcher,
     load_images,
     load_model,
+    load_recipe,
     run_recipe,
 )
 from spfmt.recipes.batches import held_back
@@ -345,6 +347,70 @@ def test_outputs_are_written_again(tmp_path: Path) -> None:
     run_recipe(found, tmp_path / "out", resume=True)
     run_recipe(found, tmp_path / "whole")
     assert_same(tmp_path / "whole", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("name", "damaged"),
+    [("model.safetensors", None), ("model.safetensors", b"nothing"), ("model.onnx", None),
+     ("layers.txt", b"")],
+)  # fmt: skip
+def test_outputs_that_were_damaged_are_written_again(
+    done: tuple[Summary, Path], tmp_path: Path, name: str, damaged: bytes | None
+) -> None:
+    summary, whole = done
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    found, path = load_recipe(out / "recipe.toml", ["output.curves=true"]), out / "seed-3" / name
+    path.unlink() if damaged is None else path.write_bytes(damaged)
+    stays = (out / "seed-4" / name).stat().st_mtime_ns
+    assert str(run_recipe(found, out, resume=True)) == str(summary)
+    assert (out / "seed-4" / name).stat().st_mtime_ns == stays
+    assert_same(whole, out)
+    if name == "model.onnx":
+        pytest.importorskip("onnx").checker.check_model(str(path))
+    else:
+        assert path.read_bytes() == (whole / "seed-3" / name).read_bytes()
+    path.unlink()
+    (out / "seed-3/checkpoint.pt").unlink()  # the seed is not trained again unasked
+    with pytest.raises(FormatError, match=rf"seed-3/{name}, which is missing or .*remove .*seed-3"):
+        run_recipe(found, out, resume=True)
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("damage", ["cut", "removed", "one letter", "more"])
+def test_damaged_metrics_of_a_finished_seed_are_named(
+    tmp_path: Path, damage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    (tmp_path / "tiny.toml").write_text(TINY)
+    args = ["train", str(tmp_path / "tiny.toml"), "--out", str(out), "--quiet"]
+    assert main(args) == 0
+    capsys.readouterr()
+    path = out / "seed-0/metrics.jsonl"
+    whole = path.read_bytes()
+    if damage == "removed":
+        path.unlink()
+    else:
+        damages = {"cut": whole[:-9], "one letter": b"[" + whole[1:], "more": whole + b"{"}
+        path.write_bytes(damages[damage])
+    assert main([*args, "--resume"]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.count("\n") == 1
+    assert "seed-0/metrics.jsonl, which is missing or not what the run wrote" in printed.err
+    assert path.exists() == (damage != "removed")
+    shutil.rmtree(out / "seed-0")  # as it says
+    assert main([*args, "--resume"]) == 0
+    assert [line.keys() for line in metrics(out / "seed-0")]
+
+
+def test_a_damaged_line_of_metrics_is_named(stopped: Path) -> None:
+    path = stopped / "seed-0/metrics.jsonl"
+    path.write_bytes(b"[" + path.read_bytes()[1:])
+    with pytest.raises(
+        FormatError, match=r"a damaged line 1 of .*metrics.jsonl \(.*restore it, or"
+    ):
+        run_recipe(recipe(), stopped, resume=True)
 
 
 def test_results_of_another_recipe_are_kept(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from train_cases import FORMATS, Single, assert_moved, first_dropped, stepped  #
 from spfmt.errors import FormatError  # noqa: E402
 from spfmt.formats import CSR  # noqa: E402
 from spfmt.torch import SparseLinear, sparsify  # noqa: E402
-from spfmt.train import SET, CosineSchedule  # noqa: E402
+from spfmt.train import DSB, SET, CosineSchedule, RigL  # noqa: E402
 
 
 @pytest.fixture(params=FORMATS)
@@ -335,6 +335,27 @@ def test_compiled_model_survives_without_recompiling():
         optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
         method = SET(net, optimizer, delta_t=2, t_end=100)
         assert sum(train(forward, optimizer, method, 6)) == 3
+        runs.append(net.state_dict())
+    for a, b in zip(*(run.values() for run in runs), strict=True):
+        torch.testing.assert_close(a, b)
+    assert graphs.frame_count == 1
+
+
+@pytest.mark.parametrize("cls", [RigL, DSB])
+def test_methods_that_observe_keep_one_graph(cls):
+    """With the idiom of docs/training.md: the model itself on the steps of updates."""
+    model = network("shuffled_block" if cls is DSB else "csr")
+    twin = copy.deepcopy(model)
+    graphs = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=graphs, fullgraph=True)
+    runs = []
+    for net, forward in ((model, compiled), (twin, twin)):
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+        method = cls(net, optimizer, delta_t=3, t_end=100)
+        for _ in range(4):  # the step of an update follows two others
+            train(forward, optimizer, method, 2)
+            assert method.observing
+            assert train(net, optimizer, method, 1) == [True]
         runs.append(net.state_dict())
     for a, b in zip(*(run.values() for run in runs), strict=True):
         torch.testing.assert_close(a, b)

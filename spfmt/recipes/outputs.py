@@ -44,19 +44,27 @@ def dense_layers(run: SeedRun) -> dict[str, str]:
     return {} if report is None else {row.name: row.reason for row in report.left}
 
 
-def write_outputs(run: SeedRun, folder: Path) -> None:
-    """Write the model as safetensors and, where the recipe wants it, as ONNX; and its layers."""
+def write_outputs(run: SeedRun, folder: Path) -> list[str]:
+    """Write the layers, the model as safetensors and, where the recipe wants it, as ONNX.
+
+    Returns
+    -------
+    list of str
+        The names of the files.
+    """
     write_text(folder / LAYERS, _layers(run))
     finish = getattr(run.method, "finish", None)
     if finish is not None:
         finish()
     _save(run, folder / MODEL)
-    if run.recipe.output.onnx:
-        from spfmt.onnx import export
+    if not run.recipe.output.onnx:
+        return [LAYERS, MODEL]
+    from spfmt.onnx import export
 
-        example = torch.zeros(2, *run.images.shape)
-        target = folder / ONNX
-        export(run.model, (example,), target, input_names=["images"], output_names=["logits"])
+    example = torch.zeros(2, *run.images.shape)
+    target = folder / ONNX
+    export(run.model, (example,), target, input_names=["images"], output_names=["logits"])
+    return [LAYERS, MODEL, ONNX]
 
 
 def _layers(run: SeedRun) -> str:

@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import json
 import os
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,15 @@ from spfmt._files import replace_file
 from spfmt.errors import FormatError, format_error
 from spfmt.recipes.recipe import Recipe, differences, load_recipe
 
-__all__ = ["Metrics", "claimed", "read_metrics", "seed_folder", "settle", "write_text"]
+__all__ = [
+    "Metrics",
+    "claimed",
+    "file_checksum",
+    "read_metrics",
+    "seed_folder",
+    "settle",
+    "write_text",
+]
 
 RECIPE, METRICS = "recipe.toml", "metrics.jsonl"
 _LOCK = ".spfmt-lock"
@@ -29,6 +38,11 @@ def seed_folder(out: Path, seed: int) -> Path:
 def write_text(path: Path, text: str) -> None:
     """Write a file that is whole or not there."""
     replace_file(os.path.realpath(path), text.encode())
+
+
+def file_checksum(path: Path) -> int | None:
+    """Return a number that tells whether a file is what was written; None where there is none."""
+    return zlib.crc32(path.read_bytes()) if path.is_file() else None
 
 
 @contextlib.contextmanager
@@ -112,7 +126,9 @@ class Metrics:
         if there < size:
             self._file.close()
             raise format_error(
-                f"{path} of {there} bytes", f"the {size} that the checkpoint knows", "restore it"
+                f"{path} of {there} bytes",
+                f"the {size} that the checkpoint knows",
+                f"restore it, or remove {path.parent}: the seed is trained again",
             )
         self._file.truncate(size)
 
@@ -134,5 +150,15 @@ class Metrics:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Read the lines of a metrics file."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    """Read the lines of a metrics file; a FormatError where one is damaged."""
+    found = []
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        try:
+            found.append(json.loads(line))
+        except ValueError as error:
+            raise format_error(
+                f"a damaged line {number} of {path} ({error})",
+                "what a run wrote",
+                f"restore it, or remove {path.parent}: the seed is trained again",
+            ) from None
+    return found

@@ -6,7 +6,7 @@ import contextlib
 import json
 import math
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from spfmt.recipes.results import (
     METRICS,
     Metrics,
     claimed,
+    file_checksum,
     read_metrics,
     seed_folder,
     settle,
@@ -157,7 +158,8 @@ def run_recipe(
         ``checkpoint.pt``.
     resume : bool
         Go on with what is there: finished seeds stay, the others go on from their last checkpoint
-        to the same bits that a run without a stop would have. Begins where nothing is there.
+        to the same bits that a run without a stop would have. Begins where nothing is there. Models
+        of a finished seed that are missing or damaged are written again from its checkpoint.
     watcher : Watcher, optional
 
     Returns
@@ -167,8 +169,8 @@ def run_recipe(
     Raises
     ------
     FormatError
-        For a recipe whose parts do not fit each other, data that is missing or damaged, and a
-        results directory of something else.
+        For a recipe whose parts do not fit each other, data that is missing or damaged, a results
+        directory of something else, and results that are damaged and cannot be written again.
     MissingDependency
         For an output whose package is missing; before the training.
     Diverged
@@ -207,7 +209,9 @@ def _run_seed(recipe: Recipe, images: Images, seed: int, out: Path, watcher: Wat
     """Train one seed, or go on with it, or take its result where it is done."""
     folder = seed_folder(out, seed)
     if (folder / RESULT).exists():
-        return _read_result(folder / RESULT, images)
+        result, files = _read_result(folder / RESULT, images)
+        if not _to_write_again(folder, files):
+            return result
     saved = folder / CHECKPOINT
     state: dict[str, Any] = load_checkpoint(saved) if saved.exists() else {"metrics": 0}
     # Sums depend on how many threads share them: a run keeps the number that it began with.
@@ -222,25 +226,47 @@ def _run_seed(recipe: Recipe, images: Images, seed: int, out: Path, watcher: Wat
     with Metrics(folder / METRICS, state["metrics"]) as metrics:
         _train(run, metrics, saved, watcher)
     watcher.writing(run.progress())
-    write_outputs(run, folder)
+    names = (METRICS, *write_outputs(run, folder))
     result = seed_result(run, read_metrics(folder / METRICS))
-    kept = {**asdict(result), "data": images.checksum()}
+    checksums = {name: file_checksum(folder / name) for name in names}
+    kept = {**asdict(result), "data": images.checksum(), "files": checksums}
     write_text(folder / RESULT, json.dumps(kept, indent=1) + "\n")
     return result
 
 
-def _read_result(path: Path, images: Images) -> SeedResult:
+def _to_write_again(folder: Path, files: Mapping[str, int | None]) -> bool:
+    """Tell whether files of a finished seed are missing or changed, and its checkpoint has them.
+
+    Raises
+    ------
+    FormatError
+        Where no checkpoint has them.
+    """
+    damaged = [name for name, checksum in files.items() if file_checksum(folder / name) != checksum]
+    # No checkpoint has the metrics, and without one the seed would be trained again unasked.
+    if METRICS in damaged or (damaged and not (folder / CHECKPOINT).exists()):
+        raise format_error(
+            f"{folder / damaged[0]}, which is missing or not what the run wrote",
+            "the results of a seed that is done",
+            f"restore it, or remove {folder}: the seed is trained again",
+        )
+    return bool(damaged)
+
+
+def _read_result(path: Path, images: Images) -> tuple[SeedResult, dict[str, int | None]]:
+    """Return what a seed that is done came to, and the checksums of its files."""
     try:
         kept = json.loads(path.read_text(encoding="utf-8"))
         checksum = kept.pop("data", None)
+        files = dict(kept.pop("files", ()))  # earlier versions kept none
         result = SeedResult(**kept)
     except (ValueError, TypeError, AttributeError) as error:
         raise format_error(
             f"a damaged {path} ({error})", "what a run wrote", "remove it: it is written again"
         ) from None
-    if checksum is not None:  # earlier versions kept none
+    if checksum is not None:  # likewise
         _check_data(images, checksum, path)
-    return result
+    return result, files
 
 
 def _check_data(images: Images, checksum: int, saved: Path) -> None:
