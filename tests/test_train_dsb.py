@@ -700,7 +700,7 @@ def test_what_is_missing_or_not_a_number_changes_nothing():
     model(torch.randn(4, 37)).sum().backward()
     with torch.no_grad():
         model[0].values[3] = torch.nan
-    with pytest.raises(FormatError, match="NaN"):
+    with pytest.raises(FormatError, match="weights of 0 that are NaN"):
         method.update()
     for layer, positions in zip(sparse(model), before, strict=True):
         np.testing.assert_array_equal(layer.positions(), positions)

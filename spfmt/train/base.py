@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
@@ -13,13 +14,15 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from spfmt.errors import format_error
+from spfmt.errors import FormatError, format_error
 from spfmt.formats import SparseTensor, get_format
+from spfmt.torch.convert import whole
 from spfmt.torch.module import SparseModule
 from spfmt.torch.report import ModelReport
 from spfmt.torch.sparsify import Distribution, Scores
 from spfmt.torch.survey import Selector
 from spfmt.torch.wrappers import unwrapped
+from spfmt.train.choice import NotFinite
 from spfmt.train.followers import Averages, OptimizerState
 from spfmt.train.memory import Memory, held
 from spfmt.train.observe import Observation, Observe, Observer
@@ -34,6 +37,8 @@ from spfmt.train.start import Start, started
 _SEED_OFFSET = 0x5EED_0000  # within the 32 bits that the generator looks at
 
 __all__ = ["SparseTrainer"]
+
+_log = logging.getLogger("spfmt.train")
 
 
 class SparseTrainer(Progress, ABC):
@@ -219,28 +224,53 @@ class SparseTrainer(Progress, ABC):
         """Update the topology of every layer now, whatever the schedule says about the time.
 
         A frozen layer (``values.requires_grad`` is False) stays as it is: weights that grew there
-        would stay zero.
+        would stay zero. So does, with a warning in the log, a layer of which what was observed is
+        not finite: that is a step which a gradient scaler skips.
 
         Returns
         -------
         bool
             Whether any weight moved.
+
+        Raises
+        ------
+        FormatError
+            Where a weight is not finite, nothing was recorded of a layer that moves by what it
+            sees, or something does not fit that follows the weights; no layer has moved then.
         """
         trained = self._trained()
+        counts = {name: self.n_drop(layer, self.steps) for name, layer in trained.items()}
+        moving = {name: n_drop for name, n_drop in counts.items() if n_drop}
         for name, layer in trained.items():
-            self._state.check_holds(name, layer)
-            self._state.check_follows(name, layer.values)
-            self._averages.check(name, layer)
-        moved = [self._update_layer(name, layer) for name, layer in trained.items()]
+            self._check_update(name, layer, name in moving)
+        moved = [self._update_layer(name, trained[name], n_drop) for name, n_drop in moving.items()]
         self.updates += any(moved)
         return any(moved)
 
-    def _update_layer(self, name: str, layer: SparseModule) -> bool:
-        n_drop = self.n_drop(layer, self.steps)
-        if n_drop == 0:
-            return False
+    def _check_update(self, name: str, layer: SparseModule, moves: bool) -> None:
+        """Refuse what would stop an update at this layer, when others had moved already."""
+        self._state.check_holds(name, layer)
+        self._state.check_follows(name, layer.values)
+        self._averages.check(name, layer)
+        if not moves:
+            return
+        if not torch.isfinite(whole(layer.values)[: layer.nnz]).all():
+            raise format_error(
+                f"weights of {name} that are NaN or infinite",
+                "finite ones: others could not be ranked",
+                "go back to an earlier state, and lower the learning rate or clip gradients",
+            )
+        if self.observes(name, layer) is not None:
+            self.observed(layer)
+
+    def _update_layer(self, name: str, layer: SparseModule, n_drop: int) -> bool:
         before = layer.packed_mask()
-        structure, forgotten = agreed(*self.rewire(layer, n_drop), self._group)
+        try:
+            chosen = self.rewire(layer, n_drop)
+        except NotFinite as error:  # on every rank: what was observed is that of all of them
+            _log.warning("%s stays as it is: %s", name, error)
+            return False
+        structure, forgotten = agreed(*chosen, self._group)
         source = layer.set_structure(structure, forget=forgotten)
         self._state.follow(layer.values, source)
         self._averages.follow(name, layer, source)
@@ -322,6 +352,8 @@ class SparseTrainer(Progress, ABC):
     def observes(self, name: str, layer: SparseModule) -> Observe | None:
         """Say what of a layer the method must see on the step of an update; nothing by default.
 
+        Only layers are watched of which that update drops weights.
+
         Parameters
         ----------
         name : str
@@ -344,7 +376,18 @@ class SparseTrainer(Progress, ABC):
         FormatError
             Where nothing was recorded.
         """
-        return self._observer.of(layer)
+        try:
+            return self._observer.of(layer)
+        except FormatError as error:
+            name = self.name_of(layer)
+            raise format_error(
+                f"no recorded call of {name} since the last step, and an update that needs one",
+                "a forward and backward pass through it, by the model itself, outside torch.compile"
+                ", on the step of every update",
+                f"where trainer.observing is True, call the model that was compiled, not the "
+                f"compiled one, and skip no layer; freeze {name} if it is not used, and unfreeze "
+                "layers before the step() that precedes an update",
+            ) from error
 
     @property
     def observing(self) -> bool:
@@ -358,7 +401,9 @@ class SparseTrainer(Progress, ABC):
         self._observer.stop()
         if self.schedule.is_update(self.steps + 1):
             for name, layer in self._trained().items():
-                self._observer.watch(layer, self.observes(name, layer))
+                kind = self.observes(name, layer)
+                if kind is not None and self.n_drop(layer, self.steps + 1):
+                    self._observer.watch(layer, kind)
 
     # ----------------------------------------------------------------------- reporting, resuming
 

@@ -5,7 +5,6 @@ The sections, figures and equations named here are the paper's.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, NamedTuple, cast
 
@@ -20,12 +19,10 @@ from spfmt.structure import _growth
 from spfmt.structure._checks import as_pair
 from spfmt.torch.module import SparseModule
 from spfmt.train.base import SparseTrainer
-from spfmt.train.choice import Floats, magnitudes, smallest
+from spfmt.train.choice import Floats, magnitudes, magnitudes_of, smallest
 from spfmt.train.observe import Observe
 
 __all__ = ["DNSB", "DSB", "SSB", "block_aware", "grow_in_blocks", "sorted_groups"]
-
-_log = logging.getLogger("spfmt.train")
 
 _Floats = NDArray[np.float64]
 _Places = NDArray[np.int64]
@@ -85,8 +82,7 @@ class DSB(SparseTrainer):
     - Rows of different groups of a convolution see different inputs. There Y is cut by the norms'
       sums over the groups, and a block counts the sum of ``‖dOut_i‖·‖In_j‖`` over its positions,
       which is ``‖X‖·‖Y‖`` in one group.
-    - Where no weight is dropped, or norms are not finite (an overflow that a gradient scaler
-      skips), a layer stays as it is.
+    - Where no weight is dropped, a layer stays as it is.
     - Rows are ordered by ``order_rows(method="densest")``, many times faster than the paper's
       clustering, after which blocks hold at least as much l1 norm (method="fast" loses most of the
       new weights in blocks of 16 x 16). A layer made with a `method` keeps to it, and one made with
@@ -159,9 +155,9 @@ class DSB(SparseTrainer):
         dropped = smallest(weights, n_drop)
         if self.block_aware:
             dropped = block_aware(tensor, dropped)
-        norms = self._norms(layer) if dropped.size else None
-        if norms is None:
-            return tensor, dropped[:0]
+        if not dropped.size:
+            return tensor, dropped
+        norms = self._norms(layer)
         positions = tensor.flat_indices()
         taken = np.zeros(tensor.matrix_shape, np.bool_)
         taken.reshape(-1)[positions] = True
@@ -204,15 +200,13 @@ class DSB(SparseTrainer):
         """Cut outputs or inputs into the groups X or Y."""
         return sorted_groups(norms, size)
 
-    def _norms(self, layer: SparseModule) -> tuple[_Floats, _Floats] | None:
-        """Return the norms of dOut (R,) and of In (C,); None where some are not finite."""
+    def _norms(self, layer: SparseModule) -> tuple[_Floats, _Floats]:
+        """Return the norms of dOut (R,) and of In (C,)."""
         found = self.observed(layer)
+        # Every rank asks for both, before one that is not finite ends the update.
         both = (found.output_grad_norms, found.input_norms)
-        outputs, inputs = (norms.to("cpu", torch.float64).numpy() for norms in both)
-        if np.isfinite(outputs).all() and np.isfinite(inputs).all():
-            return outputs, inputs
-        _log.warning("norms of a %s layer are not finite: it stays as it is", tuple(layer.shape))
-        return None
+        outputs, inputs = (magnitudes_of(norms).astype(np.float64) for norms in both)
+        return outputs, inputs
 
 
 class DNSB(DSB):
