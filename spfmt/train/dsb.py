@@ -238,6 +238,8 @@ class SSB(DSB):
     schedule mean nothing here.
     """
 
+    MOVES = False
+
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, **options: Any) -> None:
         super().__init__(model, optimizer, **{**options, "t_end": 0})
 
@@ -318,6 +320,7 @@ def aligned_groups(norms: _Floats, size: int) -> RankedGroups:
 
 
 def _cut(order: _Places, norms: _Floats, size: int) -> tuple[_Places, _Floats]:
+    size = min(size, max(1, order.size))  # no group is longer than all there are
     missing = -order.size % size
     members = np.pad(order, (0, missing), constant_values=-1).reshape(-1, size)
     return members, np.pad(norms[order], (0, missing)).reshape(-1, size).sum(axis=1)
@@ -378,13 +381,13 @@ def best_first(x: _Floats, y: _Floats, count: int) -> Iterator[_Places]:
     x, y : ndarray of float64
         Descending, not negative. Of equal products the smaller i, then j, comes first.
     count : int
-        Cells of the first piece; each piece doubles how many there are.
+        Cells of the first piece, at least 1; each piece doubles how many there are.
 
     Yields
     ------
     ndarray of int64, shape (n, 2)
     """
-    seen = 0
+    seen, count = 0, max(1, count)
     while seen < x.size * y.size:
         cells = np.empty((min(count, x.size * y.size), 2), np.int64)
         _growth.best_first(x, y, cells)
