@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import math
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -16,6 +18,7 @@ from torch import nn
 
 from spfmt.errors import FormatError, format_error
 from spfmt.formats import SparseTensor, get_format
+from spfmt.structure._checks import as_int
 from spfmt.torch.convert import whole
 from spfmt.torch.module import SparseModule
 from spfmt.torch.report import ModelReport
@@ -35,10 +38,14 @@ from spfmt.train.start import Start, started
 # A structure drawn with the caller's seed 0 and growth drawn with the trainer's seed 0 must not be
 # the same random numbers: every dropped weight would be the first to grow again.
 _SEED_OFFSET = 0x5EED_0000  # within the 32 bits that the generator looks at
+_SEEDS = 2**63 - 1  # the largest seed; with the offset it is within torch's range
 
 __all__ = ["SparseTrainer"]
 
 _log = logging.getLogger("spfmt.train")
+
+# Whose a layer is: of the method that was made last, until that is gone.
+_trainers: WeakKeyDictionary[SparseModule, weakref.ref[SparseTrainer]] = WeakKeyDictionary()
 
 
 class SparseTrainer(Progress, ABC):
@@ -76,7 +83,7 @@ class SparseTrainer(Progress, ABC):
     delta_t : int
         Steps between updates.
     t_end : int or float
-        Where updates end: a step, or a fraction of `total_steps`.
+        Where updates end: a step, or a fraction of `total_steps`; beyond `delta_t`.
     total_steps : int, optional
         Steps of the whole run, needed where `t_end` is a fraction.
     seed : int
@@ -106,9 +113,10 @@ class SparseTrainer(Progress, ABC):
     Raises
     ------
     FormatError
-        Where the model has no sparse layer, the method cannot train one, the optimizer does not
-        hold the values of one that is not frozen, an average does not fit, or ranks differ in seed,
-        schedule or structures. Model and optimizer are as they were then.
+        Where the model has no sparse layer, the method cannot train one, its schedule has no
+        update, the optimizer does not hold the values of one that is not frozen, an average does
+        not fit, or ranks differ in seed, schedule or structures. Model and optimizer are as they
+        were then.
 
     Notes
     -----
@@ -120,6 +128,7 @@ class SparseTrainer(Progress, ABC):
 
     FORMAT: ClassVar[str] = "csr"
     PARAMS: ClassVar[Mapping[str, Any]] = {}
+    MOVES: ClassVar[bool] = True  # False of baselines whose weights never move
 
     def __init__(
         self,
@@ -147,7 +156,8 @@ class SparseTrainer(Progress, ABC):
         self.schedule = schedule or CosineSchedule.until(
             t_end, total_steps, alpha=alpha, delta_t=delta_t
         )
-        self.seed = seed
+        self._check_schedule(total_steps)
+        self.seed = as_int("seed", seed, 0, _SEEDS)
         self.optimizer = optimizer
         self._state = OptimizerState(optimizer)
         self.generator = torch.Generator().manual_seed(_SEED_OFFSET + seed)
@@ -166,10 +176,23 @@ class SparseTrainer(Progress, ABC):
             self._check_layers()
             check_ranks(self.layers, vars(self), self._group)
             self._averages = Averages(averages, self.layers)
+        _trainers.update(dict.fromkeys(self.layers.values(), weakref.ref(self)))
         self._observer = Observer(self._group)
         self._order = StepOrder(self._state.all(), self._weights)
         self._begin()
         self._watch_next_step()
+
+    def _check_schedule(self, total_steps: int | None) -> None:
+        """Refuse a method that moves weights, and would never do so."""
+        schedule = self.schedule
+        if not self.MOVES or not isinstance(schedule, CosineSchedule) or schedule.updates:
+            return
+        raise format_error(
+            f"delta_t={schedule.delta_t} and t_end={schedule.t_end} with "
+            f"total_steps={total_steps}, where {type(self).__name__} would never update",
+            "room for an update: delta_t < t_end",
+            "lower delta_t, raise t_end or total_steps, or train with Static",
+        )
 
     def _weights(self) -> list[nn.Parameter]:
         return [layer.values for layer in self.layers.values()]
@@ -183,12 +206,7 @@ class SparseTrainer(Progress, ABC):
         return started(model, self.optimizer, start.options(type(self), seed))
 
     def _check_layers(self) -> None:
-        if not self.layers:
-            raise format_error(
-                "a model without sparse layers",
-                "at least one SparseModule, or a density to make some",
-                "pass density=0.1, or call sparsify(model, ...)",
-            )
+        self._check_any_layer()
         for name, layer in self.layers.items():
             self._state.check_holds(name, layer)
             self.check_layer(name, layer)
@@ -210,14 +228,29 @@ class SparseTrainer(Progress, ABC):
         Raises
         ------
         FormatError
-            Where no ``optimizer.step()`` came before it, or an update is not possible.
+            Where no ``optimizer.step()`` came before it, a method that was made later trains one of
+            the layers, or an update is not possible.
         """
+        self._check_alone()
         self._order.check()
         self.steps += 1
         changed = self.schedule.is_update(self.steps) and self.update()
         self._watch_next_step()
         self._order.look()
         return changed
+
+    def _check_alone(self) -> None:
+        """Refuse to share layers: what one method moves, another would neither know nor follow."""
+        for name, layer in self.layers.items():
+            claim = _trainers.get(layer)
+            owner = self if claim is None else claim() or self
+            if owner is not self:
+                raise format_error(
+                    f"a step of {type(self).__name__}, after {type(owner).__name__} was made for "
+                    f"its layer {name}",
+                    "one method at a time for a layer",
+                    "step the method that was made last, or drop it and make this one anew",
+                )
 
     @torch.no_grad()
     def update(self) -> bool:
@@ -334,9 +367,9 @@ class SparseTrainer(Progress, ABC):
     ) -> SparseTensor:
         """Return what is found at a density, the layer's target, or next below it.
 
-        Where sizes are not multiples of a block, structures of equally many blocks differ in their
-        number of weights; one that exceeds the layer's capacity is searched again at a density as
-        much smaller as it takes.
+        Where sizes are not multiples of a block, structures of one density differ in their number
+        of weights. Layers have room for all of them, unless they were made with the capacity of
+        one: what exceeds it is searched again at a density as much smaller as it takes.
         """
         size, step = math.prod(layer.shape), 0
         density = layer.target_density if density is None else density
@@ -417,8 +450,24 @@ class SparseTrainer(Progress, ABC):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over a `state_dict`; see :meth:`Progress.load_state_dict`."""
-        generator = torch.Generator()
-        generator.set_state(state["generator"].cpu())  # first: a damaged one changes nothing
         super().load_state_dict(state)
-        self.generator = generator
+        self.generator = _generator_of(state)
         self._watch_next_step()
+
+    def _check_state(self, state: Mapping[str, Any]) -> None:
+        super()._check_state(state)
+        _generator_of(state)
+
+
+def _generator_of(state: Mapping[str, Any]) -> torch.Generator:
+    """Return the random generator of a `state_dict`; raise a FormatError where it is damaged."""
+    generator = torch.Generator()
+    try:
+        generator.set_state(state["generator"].cpu())
+    except (AttributeError, KeyError, RuntimeError, TypeError) as error:
+        raise format_error(
+            f"a state whose generator is missing or damaged ({error})",
+            "the state of a torch.Generator",
+            "load the state that state_dict() returned",
+        ) from None
+    return generator
