@@ -232,8 +232,8 @@ def _ranks_that_differ(rank: int) -> None:
     with pytest.raises(FormatError, match="different layers or structures"):
         resting(network(seed=rank))
     begun = nn.Sequential(nn.Linear(32, 32))
+    optimizer = torch.optim.SGD(begun.parameters(), lr=0.1)
     with pytest.raises(FormatError, match="with different layers or structures;"):
-        optimizer = torch.optim.SGD(begun.parameters(), lr=0.1)
         SET(begun, optimizer, density=0.1 + 0.1 * rank, t_end=1000)
     assert type(begun[0]) is nn.Linear
     own = [dist.new_group([r]) for r in (0, 1)][rank]
