@@ -20,6 +20,14 @@ def lines_of(const int64_t[::1] places, const int64_t[::1] value_ptr, const int6
     bands[:, t] are of band t: its rows, its columns, the number of its first line of a block, its
     first column, and the height of its group's blocks. in_row and in_column are zeros.
     """
+    # A band of 3 rows and 5 columns in blocks 2 wide; its first place is 0, its first line l and
+    # its first column c. In bands of one group, which are parts of its blocks, c is the same.
+    #
+    #     places    0  3 |  6  9 | 12     their in_row    l    | l+3 | l+6
+    #               1  4 |  7 10 | 13                     l+1  | l+4 | l+7
+    #               2  5 |  8 11 | 14                     l+2  | l+5 | l+8
+    #
+    #     in_column c c+1 c+2 c+3  c+4
     cdef Py_ssize_t comparing, i, n = places.shape[0], band
     cdef int64_t column, rows, columns, first, row_at, column_at, line, in_block, width
     with nogil:

@@ -131,7 +131,7 @@ def test_an_optimizer_without_state_is_fine():
 def test_wrapped_lbfgs_is_refused():
     model = nn.Sequential(network()[0])
     with pytest.raises(FormatError, match="L-BFGS"):
-        SET(model, Wrapper(torch.optim.LBFGS(model.parameters())), t_end=10)
+        SET(model, Wrapper(torch.optim.LBFGS(model.parameters())), t_end=1000)
 
 
 def test_a_layer_whose_parameter_was_replaced_is_refused():
@@ -232,8 +232,9 @@ def _ranks_that_differ(rank: int) -> None:
     with pytest.raises(FormatError, match="different layers or structures"):
         resting(network(seed=rank))
     begun = nn.Sequential(nn.Linear(32, 32))
+    optimizer = torch.optim.SGD(begun.parameters(), lr=0.1)
     with pytest.raises(FormatError, match="with different layers or structures;"):
-        SET(begun, torch.optim.SGD(begun.parameters(), lr=0.1), density=0.1 + 0.1 * rank, t_end=100)
+        SET(begun, optimizer, density=0.1 + 0.1 * rank, t_end=1000)
     assert type(begun[0]) is nn.Linear
     own = [dist.new_group([r]) for r in (0, 1)][rank]
     resting(network(seed=rank), seed=rank, process_group=own)
@@ -308,7 +309,7 @@ def _refuse_sharded_weights(fully_shard) -> None:
     taken = nn.Sequential(nn.Linear(32, 32))
     participate(taken, density=0.25, include="*")
     for model, method, options in (
-        (dense[0], SET, {"density": 0.25, "t_end": 9}),
+        (dense[0], SET, {"density": 0.25, "t_end": 900}),
         (dense[1], Rewire, {"density": 0.25, "mode": "reset", "include": "*"}),
         (fully_shard(taken), Rewire, {"mode": "reset"}),
     ):

@@ -236,7 +236,7 @@ def _ranks_whose_choices_differ(rank: int) -> None:
     model = network("condensed")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with pytest.raises(FormatError, match="different gamma_sal"):
-        train.SRigL(model, optimizer, gamma_sal=0.1 * rank, t_end=9)
+        train.SRigL(model, optimizer, gamma_sal=0.1 * rank, t_end=900)
 
 
 def test_the_first_rank_decides():

@@ -113,8 +113,8 @@ def test_steps_of_the_runs():
 def test_shorter_runs_end_their_updates_at_the_same_share():
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    method = preset("dsb-imagenet").make(model, optimizer, density=0.3, total_steps=1000)
-    assert method.schedule.t_end == 799  # 400 000 of 500 456
+    method = preset("dsb-imagenet").make(model, optimizer, density=0.3, total_steps=10_000)
+    assert method.schedule.t_end == 7993  # 400 000 of 500 456
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     method = preset("srigl").make(
@@ -129,7 +129,7 @@ def test_a_sparse_model_and_densities_by_name_are_taken():
     scores = snip(model, loss, [0])
     densities = scores.densities(0.3)
     first = preset("hrbp-cifar").make(model, optimizer, density=densities, scores=scores)
-    again = preset("hrbp-cifar-dynamic").make(model, optimizer, total_steps=100)
+    again = preset("hrbp-cifar-dynamic").make(model, optimizer, total_steps=1000)
     assert set(first.layers) == set(again.layers) == set(densities)
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

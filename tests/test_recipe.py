@@ -378,10 +378,10 @@ def test_presets_are_defaults_of_method_and_format(name: str) -> None:
     }  # fmt: skip
     model = build_network(found.model, (3, 32, 32), 10)
     optimizer = build_optimizer(found.optimizer, model)
-    method = build_method(found, model, optimizer, 1000, 0, _BATCH)
+    method = build_method(found, model, optimizer, 10_000, 0, _BATCH)
     schedule = getattr(method, "schedule", None)
     if paper.t_end is not None:
-        assert schedule.t_end == pytest.approx(1000 * paper.end, abs=1)
+        assert schedule.t_end == pytest.approx(10_000 * paper.end, abs=1)
     again = read_recipe(tomllib.loads(found.to_toml()))
     assert differences(found, again) == []
 

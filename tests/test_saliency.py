@@ -263,14 +263,14 @@ def test_methods_start_from_scores():
         scores = snip(model, loss, given)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         method = kind(
-            model, optimizer, density=scores.densities(0.3), scores=scores, total_steps=100,
+            model, optimizer, density=scores.densities(0.3), scores=scores, total_steps=1000,
             **options,
         )  # fmt: skip
         assert set(method.layers) == set(scores.densities(0.3))
         model = network()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         options = {**options, "distribution": "uniform"}
-        method = kind(model, optimizer, density=0.3, scores=scores, total_steps=100, **options)
+        method = kind(model, optimizer, density=0.3, scores=scores, total_steps=1000, **options)
         assert list(method.layers) == ["0", "3", "7"]
 
 

@@ -361,6 +361,19 @@ def test_a_bare_linear_is_reported():
     assert "from_dense" in report.left[0].reason
 
 
+def test_what_a_format_holds_far_above_the_target_is_told():
+    model = nn.Sequential(nn.Linear(64, 10), nn.Linear(10, 8), nn.Linear(8, 64))
+    report = sparsify(model, "shuffled_block", density=0.1, block_shape=(16, 16))
+    assert report["0"].reason == "the format holds no less than density 0.25 here"
+    assert (
+        report["1"].reason == "at density 0.1 the format keeps every weight of it: it stays dense"
+    )
+    assert type(model[1]) is nn.Linear
+    assert report["2"].taken  # one block of 16 x 8, a quarter
+    report = sparsify(nn.Sequential(nn.Linear(64, 64)), "shuffled_block", density=0.1)
+    assert report["0"].reason == ""
+
+
 def test_attention_is_reported():
     report = sparsify(nn.Sequential(nn.MultiheadAttention(16, 2)), "csr", density=0.5)
     assert not report.taken

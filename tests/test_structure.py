@@ -141,6 +141,8 @@ def test_nan_scores_are_refused(call):
         (lambda: hrbp_structure(np.ones((2, 4)), np.ones((2, 4)), (2, 5), 0.5), "a layer of shape"),
         (lambda: hrbp_structure(np.ones((2, 4)), np.ones((2, 4)), (2, 4, 1), 0.5), "shape ="),
         (lambda: hrbp_block_density(0.1, (2, 4, 3, 3), 0.5), "block_density = 0.5"),
+        (lambda: hrbp_block_density(0.1, (2, 4), 3), "block_density=3"),  # a linear layer, too
+        (lambda: hrbp_block_density(0.1, (2, 4), 0), "block_density = 0"),
         (lambda: hrbp_structure(np.ones((2, 2)), np.ones((2, 2)), (2, 2), 0.5, groups=3), "groups"),
         (lambda: erk_densities([(2, 2)], 1.5), "density=1.5"),
         (lambda: erk_densities([(2, 2)], math.nan), "density=nan"),

@@ -20,7 +20,7 @@ from train_cases import FORMATS, Single, assert_moved, first_dropped, stepped  #
 from spfmt.errors import FormatError  # noqa: E402
 from spfmt.formats import CSR  # noqa: E402
 from spfmt.torch import SparseLinear, sparsify  # noqa: E402
-from spfmt.train import DSB, SET, CosineSchedule, RigL  # noqa: E402
+from spfmt.train import DSB, SET, SSB, CosineSchedule, RigL, Static  # noqa: E402
 
 
 @pytest.fixture(params=FORMATS)
@@ -242,7 +242,7 @@ def test_about_the_scheduled_share_moves(format):
     assert 0.1 <= moved <= (0.6 if format == "shuffled_block" else 0.45)
 
 
-def test_blocks_of_odd_sizes_never_exceed_the_capacity():
+def test_blocks_of_odd_sizes_hold_their_budget_within_the_capacity():
     model = nn.Sequential(nn.Linear(13, 10))
     sparsify(model, "shuffled_block", density=0.4, block_shape=(4, 4), scores="random",
              generator=torch.Generator().manual_seed(0))  # fmt: skip
@@ -250,7 +250,12 @@ def test_blocks_of_odd_sizes_never_exceed_the_capacity():
     method = SET(model, optimizer, alpha=0.5, delta_t=1, t_end=50)
     for _ in range(30):
         stepped(method)
-        assert 0 < model[0].nnz <= model[0].capacity
+        assert 52 <= model[0].nnz <= model[0].capacity < 52 + 16
+    exact = nn.Sequential(SparseLinear.from_tensor(model[0].tensor()))  # without room
+    method = SET(exact, torch.optim.SGD(exact.parameters(), lr=0.1), alpha=0.5, delta_t=1, t_end=50)
+    for _ in range(10):
+        stepped(method)
+        assert 0 < exact[0].nnz <= exact[0].capacity
 
 
 def test_of_equal_magnitudes_the_first_are_dropped():
@@ -313,12 +318,24 @@ def test_resumes_bit_for_bit(format, name):
 def test_state_of_another_model_is_refused():
     methods = []
     for model in (network(), nn.Sequential(SparseLinear(8, 8, density=0.5))):
-        methods.append(SET(model, torch.optim.SGD(model.parameters(), lr=0.1), t_end=10))
+        methods.append(SET(model, torch.optim.SGD(model.parameters(), lr=0.1), t_end=1000))
     with pytest.raises(FormatError, match="sparsify"):
         methods[0].load_state_dict(methods[1].state_dict())
-    broken = {**methods[0].state_dict(), "steps": 7, "generator": torch.zeros(3)}
-    with pytest.raises(TypeError, match="RNG"):
-        methods[0].load_state_dict(broken)
+    state = methods[0].state_dict()
+    for wrong, match in [
+        ({"generator": torch.zeros(3)}, "generator is missing or damaged"),
+        ({"steps": -3}, "steps=-3"),
+        ({"updates": "x"}, "updates='x'"),
+        ({"method": "RigL"}, "the state of RigL; expected .* SET"),
+    ]:
+        with pytest.raises(FormatError, match=match):
+            methods[0].load_state_dict({**state, "steps": 7, **wrong})
+    for name in state:
+        part = {key: entry for key, entry in state.items() if key != name}
+        with pytest.raises(FormatError, match=name):
+            methods[0].load_state_dict({**part, **({} if name == "steps" else {"steps": 7})})
+    with pytest.raises(FormatError, match="without method, steps, updates, explored"):
+        methods[0].load_state_dict({})
     assert methods[0].steps == 0
 
 
@@ -389,7 +406,7 @@ def test_same_seed_same_topology_on_all_ranks():
 
 def test_summary_prints_a_row_per_layer():
     model = network("shuffled_block")
-    method = SET(model, torch.optim.SGD(model.parameters(), lr=0.1), t_end=10)
+    method = SET(model, torch.optim.SGD(model.parameters(), lr=0.1), t_end=1000)
     rows = list(method.summary())
     assert [r.name for r in rows] == ["0", "2"]
     assert rows[0].exploration == rows[0].density == model[0].density
@@ -425,21 +442,48 @@ def test_full_layers_keep_their_weights(format):
 
 def test_misuse_is_an_error():
     dense = nn.Linear(4, 4)
-    with pytest.raises(FormatError, match="sparsify"):
-        SET(dense, torch.optim.SGD(dense.parameters(), lr=0.1), t_end=10)
+    with pytest.raises(FormatError, match="no density"):
+        SET(dense, torch.optim.SGD(dense.parameters(), lr=0.1), t_end=1000)
     model = nn.Sequential(nn.Linear(8, 8))
     early = torch.optim.SGD(model.parameters(), lr=0.1)
     sparsify(model, "csr", density=0.5)
     with pytest.raises(FormatError, match="make the optimizer after"):
-        SET(model, early, t_end=10)
+        SET(model, early, t_end=1000)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with pytest.raises(FormatError, match="total_steps"):
-        SET(model, torch.optim.SGD(model.parameters(), lr=0.1))
+        SET(model, optimizer)
+    for options, match in [
+        ({"t_end": 1000, "total_steps": 0}, "total_steps=0"),
+        ({"t_end": 1000, "delta_t": True}, "delta_t=True"),
+        ({"t_end": 1000, "seed": None}, "seed=None"),
+        ({"total_steps": 120}, "delta_t=100 and t_end=90 with total_steps=120"),
+        ({"t_end": 0}, "SET would never update.*train with Static"),
+        ({"t_end": 100}, "delta_t < t_end"),
+    ]:
+        with pytest.raises(FormatError, match=match):
+            SET(model, optimizer, **options)
+    assert SET(model, optimizer, t_end=101).schedule.updates == 1
+    for method in (Static, SSB):
+        blocks = nn.Sequential(nn.Linear(32, 32))
+        optimizer = torch.optim.SGD(blocks.parameters(), lr=0.1)
+        assert not method(blocks, optimizer, density=0.5, t_end=0).schedule.updates
+
+
+def test_a_layer_has_one_method_at_a_time():
+    """The one that was made last: notebooks make them again under the name of the first."""
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    first, second = (SET(model, optimizer, delta_t=1, t_end=9) for _ in range(2))
+    with pytest.raises(FormatError, match="after SET was made for its layer 0"):
+        stepped(first)
+    assert first.steps == 0
+    assert stepped(second)
 
 
 def test_state_that_cannot_follow_is_refused_before_anything_moves():
     model = nn.Sequential(SparseLinear(16, 16, density=0.25), nn.Linear(16, 2))
     with pytest.raises(FormatError, match="L-BFGS"):
-        SET(model, torch.optim.LBFGS(model.parameters()), t_end=10)
+        SET(model, torch.optim.LBFGS(model.parameters()), t_end=1000)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     method = SET(model, optimizer, delta_t=1, t_end=10)
     optimizer.state[model[0].values]["factors"] = torch.ones(7)

@@ -281,4 +281,4 @@ def test_resumes_bit_for_bit():
 def test_other_formats_are_refused():
     model = nn.Sequential(SparseLinear(32, 16, format="csr", density=0.25))
     with pytest.raises(FormatError, match="0 of format 'csr'; expected 'hrbp'"):
-        HRBP(model, torch.optim.SGD(model.parameters(), lr=0.1), t_end=10)
+        HRBP(model, torch.optim.SGD(model.parameters(), lr=0.1), t_end=1000)

@@ -408,7 +408,7 @@ def test_finished_models_hold_ordinary_sparse_layers():
     assert type(model[3]) is SparseLinear
     assert [model[1].bias, model[3].bias] == biases
     torch.testing.assert_close(model(x), expected)
-    assert SET(model, torch.optim.SGD(model.parameters(), lr=0.1), total_steps=9).layers
+    assert SET(model, torch.optim.SGD(model.parameters(), lr=0.1), total_steps=900).layers
     with pytest.raises(FormatError, match="finished"):
         method.step()
 
@@ -542,7 +542,7 @@ def test_compiled_models_go_on_after_a_change():
         ({"v": -1}, "v=-1"),
         ({"mode": "reset", "z": 1.5}, "z=1.5"),
         ({"mode": "reset", "interval": 1.5}, "interval=1.5"),
-        ({"density": None, "v": 1}, "without a layer that would train"),
+        ({"density": None, "v": 1}, "no density"),
         ({"exclude": "*", "v": 1}, "excluded"),
         ({"density": "keep", "v": 1}, "density='keep'"),
         ({"sparsity": 0.5, "v": 1}, "exactly one of them"),

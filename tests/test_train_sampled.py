@@ -125,7 +125,7 @@ def test_what_it_cannot_train():
     def refused(layer: nn.Module, **options: Any) -> str:
         model = nn.Sequential(layer)
         with pytest.raises(FormatError) as error:
-            SampledGrowth(model, torch.optim.SGD(model.parameters(), 0.1), t_end=9, **options)
+            SampledGrowth(model, torch.optim.SGD(model.parameters(), 0.1), t_end=900, **options)
         return str(error.value)
 
     assert "'condensed'" in refused(SparseLinear(8, 8, format="csr", density=0.5))

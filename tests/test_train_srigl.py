@@ -344,7 +344,7 @@ def test_misuse_is_an_error_at_construction():
         model = nn.Sequential(layer)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         with pytest.raises(FormatError, match=match):
-            SRigL(model, optimizer, t_end=10, **options)
+            SRigL(model, optimizer, t_end=1000, **options)
 
     for format, params in (("csr", {}), ("nm", {"m": 8}), ("hrbp", {})):
         layer = SparseLinear(32, 16, format=format, density=0.25, **params)

@@ -34,6 +34,7 @@ def network() -> nn.Sequential:
 
 
 RUN = {"total_steps": 1000}
+WEIGHTS = 16 * 3 * 9 + 32 * 16 * 9 + 512 * 10
 
 
 def momentum(model: nn.Module) -> torch.optim.Optimizer:
@@ -171,17 +172,17 @@ def test_gradual_pruning_makes_full_layers_of_a_trained_model():
         model, optimizer, density=0.2, format="shuffled_block", block_shape=(4, 4), delta_t=2,
         t_end=4,
     )  # fmt: skip
-    assert list(method.layers) == ["2", "4"]  # the first convolution stays dense
+    assert list(method.layers) == ["0", "2", "4"]  # the first convolution, too, as in all methods
     torch.testing.assert_close(model(x), before)
     assert trained(model, optimizer, method, 5) == [False, True, False, True, False]
     total = sum(layer.nnz for layer in method.layers.values())
-    assert total == pytest.approx(0.2 * (32 * 16 * 9 + 512 * 10), rel=0.02)
+    assert total == pytest.approx(0.2 * WEIGHTS, rel=0.02)
 
 
 def test_gradual_pruning_spreads_by_erk_or_by_name():
     model = network()
     erk = GradualPruning(model, momentum(model), density=0.2, distribution="erk", t_end=100)
-    assert sum(erk.last.values()) == round(0.2 * (32 * 16 * 9 + 512 * 10))
+    assert sum(erk.last.values()) == round(0.2 * WEIGHTS)
     model = network()
     named = GradualPruning(model, momentum(model), density={"4": 0.5}, t_end=100)
     assert named.last == {"4": 2560}
@@ -214,10 +215,23 @@ def test_densities_that_leave_nothing_to_choose(method, density):
 def test_contradictions():
     assert "exactly one" in str(untouched(SET, density=0.1, sparsity=0.9))
     assert "no density" in str(untouched(SET, format="csr"))
-    assert "without sparse layers" in str(untouched(SET))
+    assert "no density" in str(untouched(SET))
     assert "a density of 0 for 4" in str(untouched(SET, density={"4": 0.0}))
     assert "names of layers" in str(untouched(SET, density={"fc": 0.5}))
-    assert "at least one SparseModule" in str(untouched(SET, density=0.1, include="nothing"))
+
+
+def test_where_no_layer_is_left_each_says_why():
+    error = str(untouched(SET, density=0.1, include="nothing"))
+    assert error.count("not included") == 3
+    assert "pass density" not in error
+    error = str(untouched(DSB, density=0.1, block_shape=(10**6, 10**6)))
+    assert error.count("the format keeps every weight of it: it stays dense") == 3
+    tiny = nn.Sequential(nn.Linear(2, 2))
+    with pytest.raises(FormatError, match="its share under ERK is every weight"):
+        SET(tiny, momentum(tiny), density=0.9, **RUN)
+    narrow = nn.Sequential(nn.Conv2d(3, 16, 3))
+    with pytest.raises(FormatError, match="not included"):
+        GradualPruning(narrow, momentum(narrow), density=0.3, include="fc", **RUN)
 
 
 def test_layers_that_a_method_cannot_take_are_told_and_nothing_has_changed():
@@ -297,7 +311,7 @@ def test_a_step_that_a_gradient_scaler_skipped_counts():
 def test_a_scaler_skips_for_any_parameter_of_the_optimizer():
     model = nn.ModuleList([nn.Embedding(8, 16, sparse=True), nn.Linear(16, 16), nn.Linear(16, 4)])
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    method = SET(model, optimizer, density=0.2, exclude="2", total_steps=100)
+    method = SET(model, optimizer, density=0.2, exclude="2", total_steps=1000)
     model[2](model[1](model[0](torch.arange(4)))).sum().backward()
     with pytest.raises(FormatError, match=r"without an optimizer\.step\(\)"):
         method.step()

@@ -192,6 +192,13 @@ class SparseTensor(ABC):
         """What the structure does not keep of what its format promises; mostly nothing."""
         return ""
 
+    def most_nnz(self, density: float) -> int:
+        """Most positions of a structure that this one's search finds at a density.
+
+        Formats for which that depends on the scores override this.
+        """
+        return self.nnz
+
     def same_groups(self) -> dict[str, Any]:
         """Keywords of `from_scores` with which another structure keeps this one's groups of rows.
 

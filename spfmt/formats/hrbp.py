@@ -236,8 +236,9 @@ class HRBP(SparseTensor):
             Where m is given, pass it: ``from_scores(m, m.mean())``.
         density : float
         block_density : float, optional
-            Share s of kernel cells that a pattern keeps, 4/9 for 3x3 kernels and 1 otherwise;
-            raised where the density needs it, see `spfmt.structure.hrbp.hrbp_block_density`.
+            Share s of kernel cells that a pattern keeps, in (0, 1]: 4/9 for 3x3 kernels and 1
+            otherwise; raised where the density needs it, and 1 where there is one cell (linear
+            layers), see `spfmt.structure.hrbp.hrbp_block_density`.
         groups : int, optional
             Number of row groups; min(8, R // 8) and at least 1 by default.
         method : {"paper", "fast"}

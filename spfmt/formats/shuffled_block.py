@@ -183,6 +183,15 @@ class ShuffledBlock(SparseTensor):
         group[self.row_perm] = np.arange(self.row_perm.size) // self.block_shape[0]
         return "group", group
 
+    def most_nnz(self, density: float) -> int:
+        rows, cols = self.matrix_shape
+        height, width = (min(pair) for pair in zip(self.block_shape, (rows, cols), strict=True))
+        if height == 0 or width == 0 or (rows % height == 0 and cols % width == 0):
+            return self.nnz
+        # The fewest blocks that hold a budget hold less than a block more than that.
+        size = rows * cols
+        return max(self.nnz, min(size, round(density * size) + height * width - 1))
+
     def same_groups(self) -> dict[str, Any]:
         return {"row_perm": self.row_perm}
 

@@ -68,7 +68,8 @@ def hrbp_structure(
         n_channels*n_cells / (C_in*Kh*Kw), the nearest that whole channels can hold, of two equally
         near ones that with an even number of channels.
     block_density : float, optional
-        s; a multiple of 1/(Kh*Kw). A layer of one cell has s = 1 whatever is given.
+        s in (0, 1]; a multiple of 1/(Kh*Kw). A layer of one cell (linear, 1x1) keeps it, s = 1,
+        whatever is given.
     groups : int, optional
         t, 1 <= t <= C_out; min(8, C_out // 8) and at least 1 by default, so that a group has at
         least 8 rows.
@@ -206,7 +207,8 @@ def hrbp_block_density(
     shape : sequence of 2 or 4 ints
         (C_out, C_in) or (C_out, C_in, Kh, Kw).
     block_density : float, optional
-        s to start from instead of the default; nothing where there is one cell.
+        s in (0, 1] to start from instead of the default. A layer of one cell (linear, 1x1) keeps
+        that cell whatever s is: its channels alone carry the sparsity.
 
     Returns
     -------
@@ -216,7 +218,8 @@ def hrbp_block_density(
     Raises
     ------
     FormatError
-        block_density is not a multiple of 1/(Kh*Kw), or a bad shape.
+        block_density is out of (0, 1], or not a multiple of 1/(Kh*Kw) where there are several
+        cells; or a bad shape.
     """
     cells = _layer_shape(shape)[2]
     return _pattern_cells(as_density(density), shape, block_density) / max(1, cells)
@@ -226,12 +229,13 @@ def _pattern_cells(r: float, shape: Sequence[int], block_density: float | None) 
     """s*Kh*Kw, see `hrbp_block_density`."""
     channels, cells = shape[1], max(1, math.prod(shape[2:]))
     smallest = max(1, math.ceil(r * cells - 1e-9))
-    if block_density is None or cells == 1:  # a model of 3x3 kernels has 1x1 ones and matrices, too
+    if block_density is None:
         wanted = 4 if tuple(shape[2:]) == (3, 3) else cells
     else:
         exact = as_density(block_density, "block_density") * cells
-        wanted = _nearest(exact)
-        if wanted < 1 or abs(exact - wanted) > 1e-6 * cells:
+        # A model of 3x3 kernels has 1x1 ones and matrices, too.
+        wanted = 1 if cells == 1 and exact > 0.0 else _nearest(exact)
+        if wanted < 1 or (cells > 1 and abs(exact - wanted) > 1e-6 * cells):
             raise format_error(
                 f"block_density = {block_density!r} for {cells} kernel cells",
                 f"i/{cells} with a whole i from 1 to {cells}",

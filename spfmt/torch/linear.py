@@ -39,7 +39,8 @@ class SparseLinear(SparseLayer):
         Share of stored, or of absent, positions: exactly one of the two, unless ``n`` and ``m`` or
         ``fan_in`` say it. The nearest legal budget of the format is taken.
     capacity : int, optional
-        Length of `values`; the first structure's nnz by default.
+        Length of `values`; by default the first structure's nnz, and where short blocks make the
+        number of weights vary from structure to structure, the most at this density.
     generator : torch.Generator, optional
         Draws the random structure and the initial values.
     device, dtype
@@ -131,7 +132,8 @@ class SparseLinear(SparseLayer):
         bias : Tensor, shape (R,), optional
             Becomes the bias; a Parameter is taken as it is, not copied.
         capacity : int, optional
-            Length of `values`; the tensor's nnz by default.
+            Length of `values`; the tensor's nnz by default, or with `target_density` the most
+            that structures at that density have.
         device, dtype
             Of the values; the CPU and the tensor's dtype by default.
         target_density : float, optional

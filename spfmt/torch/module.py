@@ -112,7 +112,10 @@ class SparseModule(nn.Module):
         if target_density is None or not BUDGET_PARAMS.isdisjoint(params):
             target_density = tensor.density
         self.target_density = float(target_density)
-        capacity = tensor.nnz if capacity is None else int(capacity)
+        if capacity is None:
+            asked = target_density is not None
+            capacity = tensor.most_nnz(self.target_density) if asked else tensor.nnz
+        capacity = int(capacity)
         if capacity < tensor.nnz:
             raise format_error(
                 f"capacity={capacity}",

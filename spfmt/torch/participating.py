@@ -133,10 +133,8 @@ class Participating(nn.Module):
         That is a sparse layer without memory of its own, and no module of this one: it must not
         show in the model's parameters.
         """
-        block = tensor.params()
-        spare = block.get("block_rows", 0) * block.get("block_cols", 0)  # of blocks that are short
-        self.capacity = tensor.nnz + spare
-        words = words_capacity(self.format, self.shape, self.capacity, block)
+        self.capacity = tensor.most_nnz(self.target_density)
+        words = words_capacity(self.format, self.shape, self.capacity, tensor.params())
         found = torch.from_numpy(encode(tensor, words))
         self.register_buffer("structure", found.to(self.weight.device))
         like = self._options_of(dense)

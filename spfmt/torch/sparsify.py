@@ -114,6 +114,10 @@ class _Recipe:
         if density is None:
             density = resolve_density(implied_density(self.params, scores.shape), None)
         tensor = get_format(self.format).from_scores(scores, density, **self.params)
+        if tensor.nnz == scores.size > round(density * scores.size):
+            raise FormatError(
+                f"at density {density:.4g} the format keeps every weight of it: it stays dense"
+            )
         return self._made(dense, tensor, density)
 
     def _scores(self, name: str, dense: Any) -> Tensor:
@@ -189,7 +193,8 @@ def sparsify(
     Returns
     -------
     ModelReport
-        A row for every weight of the model, taken or left, with the reason. Print it.
+        A row for every weight of the model, taken or left, with the reason. Print it. Left is also
+        what a format can only keep whole at its density, as blocks larger than the layer do.
 
     Raises
     ------
@@ -341,10 +346,20 @@ def _make(
                 layer, remark = recipe.kept(dense)
             else:
                 layer = recipe.pruned(entry.name, dense, densities[entry.name])
-                remark = layer.tensor().remark()
+                remark = "; ".join(filter(None, (layer.tensor().remark(), _excess(layer))))
         except FormatError as error:
             remark = str(error)
     return row_of(entry, layer, remark), layer
+
+
+def _excess(layer: SparseLayer) -> str:
+    """Say so where the format's least structure, one block for instance, is far above the target.
+
+    Half above is more than any format has to round in a layer that is large for it.
+    """
+    if layer.density <= 1.5 * layer.target_density:
+        return ""
+    return f"the format holds no less than density {layer.density:.4g} here"
 
 
 def row_of(entry: Found, layer: SparseLayer | Participating | None, remark: str) -> LayerReport:

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from spfmt.errors import format_error
+from spfmt.errors import FormatError, format_error
 from spfmt.formats import SparseTensor, get_format
+from spfmt.structure._checks import as_int
+from spfmt.torch.convert import whole
 from spfmt.torch.module import SparseModule
 from spfmt.torch.report import ModelReport
 from spfmt.torch.sparsify import Distribution, Scores
 from spfmt.torch.survey import Selector
 from spfmt.torch.wrappers import unwrapped
+from spfmt.train.choice import NotFinite
 from spfmt.train.followers import Averages, OptimizerState
 from spfmt.train.memory import Memory, held
 from spfmt.train.observe import Observation, Observe, Observer
@@ -32,8 +38,14 @@ from spfmt.train.start import Start, started
 # A structure drawn with the caller's seed 0 and growth drawn with the trainer's seed 0 must not be
 # the same random numbers: every dropped weight would be the first to grow again.
 _SEED_OFFSET = 0x5EED_0000  # within the 32 bits that the generator looks at
+_SEEDS = 2**63 - 1  # the largest seed; with the offset it is within torch's range
 
 __all__ = ["SparseTrainer"]
+
+_log = logging.getLogger("spfmt.train")
+
+# Whose a layer is: of the method that was made last, until that is gone.
+_trainers: WeakKeyDictionary[SparseModule, weakref.ref[SparseTrainer]] = WeakKeyDictionary()
 
 
 class SparseTrainer(Progress, ABC):
@@ -71,7 +83,7 @@ class SparseTrainer(Progress, ABC):
     delta_t : int
         Steps between updates.
     t_end : int or float
-        Where updates end: a step, or a fraction of `total_steps`.
+        Where updates end: a step, or a fraction of `total_steps`; beyond `delta_t`.
     total_steps : int, optional
         Steps of the whole run, needed where `t_end` is a fraction.
     seed : int
@@ -101,9 +113,10 @@ class SparseTrainer(Progress, ABC):
     Raises
     ------
     FormatError
-        Where the model has no sparse layer, the method cannot train one, the optimizer does not
-        hold the values of one that is not frozen, an average does not fit, or ranks differ in seed,
-        schedule or structures. Model and optimizer are as they were then.
+        Where the model has no sparse layer, the method cannot train one, its schedule has no
+        update, the optimizer does not hold the values of one that is not frozen, an average does
+        not fit, or ranks differ in seed, schedule or structures. Model and optimizer are as they
+        were then.
 
     Notes
     -----
@@ -115,6 +128,7 @@ class SparseTrainer(Progress, ABC):
 
     FORMAT: ClassVar[str] = "csr"
     PARAMS: ClassVar[Mapping[str, Any]] = {}
+    MOVES: ClassVar[bool] = True  # False of baselines whose weights never move
 
     def __init__(
         self,
@@ -142,7 +156,8 @@ class SparseTrainer(Progress, ABC):
         self.schedule = schedule or CosineSchedule.until(
             t_end, total_steps, alpha=alpha, delta_t=delta_t
         )
-        self.seed = seed
+        self._check_schedule(total_steps)
+        self.seed = as_int("seed", seed, 0, _SEEDS)
         self.optimizer = optimizer
         self._state = OptimizerState(optimizer)
         self.generator = torch.Generator().manual_seed(_SEED_OFFSET + seed)
@@ -161,10 +176,23 @@ class SparseTrainer(Progress, ABC):
             self._check_layers()
             check_ranks(self.layers, vars(self), self._group)
             self._averages = Averages(averages, self.layers)
+        _trainers.update(dict.fromkeys(self.layers.values(), weakref.ref(self)))
         self._observer = Observer(self._group)
         self._order = StepOrder(self._state.all(), self._weights)
         self._begin()
         self._watch_next_step()
+
+    def _check_schedule(self, total_steps: int | None) -> None:
+        """Refuse a method that moves weights, and would never do so."""
+        schedule = self.schedule
+        if not self.MOVES or not isinstance(schedule, CosineSchedule) or schedule.updates:
+            return
+        raise format_error(
+            f"delta_t={schedule.delta_t} and t_end={schedule.t_end} with "
+            f"total_steps={total_steps}, where {type(self).__name__} would never update",
+            "room for an update: delta_t < t_end",
+            "lower delta_t, raise t_end or total_steps, or train with Static",
+        )
 
     def _weights(self) -> list[nn.Parameter]:
         return [layer.values for layer in self.layers.values()]
@@ -178,12 +206,7 @@ class SparseTrainer(Progress, ABC):
         return started(model, self.optimizer, start.options(type(self), seed))
 
     def _check_layers(self) -> None:
-        if not self.layers:
-            raise format_error(
-                "a model without sparse layers",
-                "at least one SparseModule, or a density to make some",
-                "pass density=0.1, or call sparsify(model, ...)",
-            )
+        self._check_any_layer()
         for name, layer in self.layers.items():
             self._state.check_holds(name, layer)
             self.check_layer(name, layer)
@@ -205,8 +228,10 @@ class SparseTrainer(Progress, ABC):
         Raises
         ------
         FormatError
-            Where no ``optimizer.step()`` came before it, or an update is not possible.
+            Where no ``optimizer.step()`` came before it, a method that was made later trains one of
+            the layers, or an update is not possible.
         """
+        self._check_alone()
         self._order.check()
         self.steps += 1
         changed = self.schedule.is_update(self.steps) and self.update()
@@ -214,33 +239,71 @@ class SparseTrainer(Progress, ABC):
         self._order.look()
         return changed
 
+    def _check_alone(self) -> None:
+        """Refuse to share layers: what one method moves, another would neither know nor follow."""
+        for name, layer in self.layers.items():
+            claim = _trainers.get(layer)
+            owner = self if claim is None else claim() or self
+            if owner is not self:
+                raise format_error(
+                    f"a step of {type(self).__name__}, after {type(owner).__name__} was made for "
+                    f"its layer {name}",
+                    "one method at a time for a layer",
+                    "step the method that was made last, or drop it and make this one anew",
+                )
+
     @torch.no_grad()
     def update(self) -> bool:
         """Update the topology of every layer now, whatever the schedule says about the time.
 
         A frozen layer (``values.requires_grad`` is False) stays as it is: weights that grew there
-        would stay zero.
+        would stay zero. So does, with a warning in the log, a layer of which what was observed is
+        not finite: that is a step which a gradient scaler skips.
 
         Returns
         -------
         bool
             Whether any weight moved.
+
+        Raises
+        ------
+        FormatError
+            Where a weight is not finite, nothing was recorded of a layer that moves by what it
+            sees, or something does not fit that follows the weights; no layer has moved then.
         """
         trained = self._trained()
+        counts = {name: self.n_drop(layer, self.steps) for name, layer in trained.items()}
+        moving = {name: n_drop for name, n_drop in counts.items() if n_drop}
         for name, layer in trained.items():
-            self._state.check_holds(name, layer)
-            self._state.check_follows(name, layer.values)
-            self._averages.check(name, layer)
-        moved = [self._update_layer(name, layer) for name, layer in trained.items()]
+            self._check_update(name, layer, name in moving)
+        moved = [self._update_layer(name, trained[name], n_drop) for name, n_drop in moving.items()]
         self.updates += any(moved)
         return any(moved)
 
-    def _update_layer(self, name: str, layer: SparseModule) -> bool:
-        n_drop = self.n_drop(layer, self.steps)
-        if n_drop == 0:
-            return False
+    def _check_update(self, name: str, layer: SparseModule, moves: bool) -> None:
+        """Refuse what would stop an update at this layer, when others had moved already."""
+        self._state.check_holds(name, layer)
+        self._state.check_follows(name, layer.values)
+        self._averages.check(name, layer)
+        if not moves:
+            return
+        if not torch.isfinite(whole(layer.values)[: layer.nnz]).all():
+            raise format_error(
+                f"weights of {name} that are NaN or infinite",
+                "finite ones: others could not be ranked",
+                "go back to an earlier state, and lower the learning rate or clip gradients",
+            )
+        if self.observes(name, layer) is not None:
+            self.observed(layer)
+
+    def _update_layer(self, name: str, layer: SparseModule, n_drop: int) -> bool:
         before = layer.packed_mask()
-        structure, forgotten = agreed(*self.rewire(layer, n_drop), self._group)
+        try:
+            chosen = self.rewire(layer, n_drop)
+        except NotFinite as error:  # on every rank: what was observed is that of all of them
+            _log.warning("%s stays as it is: %s", name, error)
+            return False
+        structure, forgotten = agreed(*chosen, self._group)
         source = layer.set_structure(structure, forget=forgotten)
         self._state.follow(layer.values, source)
         self._averages.follow(name, layer, source)
@@ -304,9 +367,9 @@ class SparseTrainer(Progress, ABC):
     ) -> SparseTensor:
         """Return what is found at a density, the layer's target, or next below it.
 
-        Where sizes are not multiples of a block, structures of equally many blocks differ in their
-        number of weights; one that exceeds the layer's capacity is searched again at a density as
-        much smaller as it takes.
+        Where sizes are not multiples of a block, structures of one density differ in their number
+        of weights. Layers have room for all of them, unless they were made with the capacity of
+        one: what exceeds it is searched again at a density as much smaller as it takes.
         """
         size, step = math.prod(layer.shape), 0
         density = layer.target_density if density is None else density
@@ -321,6 +384,8 @@ class SparseTrainer(Progress, ABC):
 
     def observes(self, name: str, layer: SparseModule) -> Observe | None:
         """Say what of a layer the method must see on the step of an update; nothing by default.
+
+        Only layers are watched of which that update drops weights.
 
         Parameters
         ----------
@@ -344,7 +409,18 @@ class SparseTrainer(Progress, ABC):
         FormatError
             Where nothing was recorded.
         """
-        return self._observer.of(layer)
+        try:
+            return self._observer.of(layer)
+        except FormatError as error:
+            name = self.name_of(layer)
+            raise format_error(
+                f"no recorded call of {name} since the last step, and an update that needs one",
+                "a forward and backward pass through it, by the model itself, outside torch.compile"
+                ", on the step of every update",
+                f"where trainer.observing is True, call the model that was compiled, not the "
+                f"compiled one, and skip no layer; freeze {name} if it is not used, and unfreeze "
+                "layers before the step() that precedes an update",
+            ) from error
 
     @property
     def observing(self) -> bool:
@@ -358,7 +434,9 @@ class SparseTrainer(Progress, ABC):
         self._observer.stop()
         if self.schedule.is_update(self.steps + 1):
             for name, layer in self._trained().items():
-                self._observer.watch(layer, self.observes(name, layer))
+                kind = self.observes(name, layer)
+                if kind is not None and self.n_drop(layer, self.steps + 1):
+                    self._observer.watch(layer, kind)
 
     # ----------------------------------------------------------------------- reporting, resuming
 
@@ -372,8 +450,24 @@ class SparseTrainer(Progress, ABC):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over a `state_dict`; see :meth:`Progress.load_state_dict`."""
-        generator = torch.Generator()
-        generator.set_state(state["generator"].cpu())  # first: a damaged one changes nothing
         super().load_state_dict(state)
-        self.generator = generator
+        self.generator = _generator_of(state)
         self._watch_next_step()
+
+    def _check_state(self, state: Mapping[str, Any]) -> None:
+        super()._check_state(state)
+        _generator_of(state)
+
+
+def _generator_of(state: Mapping[str, Any]) -> torch.Generator:
+    """Return the random generator of a `state_dict`; raise a FormatError where it is damaged."""
+    generator = torch.Generator()
+    try:
+        generator.set_state(state["generator"].cpu())
+    except (AttributeError, KeyError, RuntimeError, TypeError) as error:
+        raise format_error(
+            f"a state whose generator is missing or damaged ({error})",
+            "the state of a torch.Generator",
+            "load the state that state_dict() returned",
+        ) from None
+    return generator

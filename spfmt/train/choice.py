@@ -8,17 +8,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from spfmt.errors import format_error
+from spfmt.errors import FormatError
 from spfmt.formats import SparseTensor
 from spfmt.torch.convert import whole
 from spfmt.torch.module import SparseModule
-from spfmt.train.observe import Observation
 
 __all__ = [
+    "NotFinite",
     "fill_below_kept",
     "free_positions",
-    "gradients",
     "magnitudes",
+    "magnitudes_of",
     "smallest",
     "units_first",
 ]
@@ -29,26 +29,30 @@ Floats: TypeAlias = NDArray[np.floating[Any]]
 _LEAST, _MOST = 0, 100
 
 
+class NotFinite(FormatError):
+    """What was observed of a layer cannot rank anything: an update leaves the layer as it is.
+
+    A gradient scaler skips the optimizer's step then; without one, weights would not be finite, and
+    no layer would move.
+    """
+
+
 def magnitudes(layer: SparseModule) -> Floats:
     """Return ``|w|`` of the weights in use, (nnz,), float32 or of float64 layers float64."""
     return _magnitudes(whole(layer.values)[: layer.nnz])
 
 
-def gradients(observed: Observation) -> Floats:
-    """Return the magnitudes of the dense gradient, (R, C), float32 or float64.
+def magnitudes_of(observed: torch.Tensor) -> Floats:
+    """Return the magnitudes of norms or gradients that were observed, float32 or float64.
 
     Raises
     ------
-    FormatError
-        Where one is not finite: nothing could be ranked by it.
+    NotFinite
+        Where one is not finite.
     """
-    found = _magnitudes(observed.weight_grad())
+    found = _magnitudes(observed)
     if not np.isfinite(found.max(initial=0.0)):
-        raise format_error(
-            "a gradient that is not finite on the step of an update",
-            "finite gradients",
-            "lower the learning rate or the scale of the loss, and look for NaN in the data",
-        )
+        raise NotFinite("what was observed on the step of its update is not finite")
     return found
 
 

@@ -5,7 +5,6 @@ The sections, figures and equations named here are the paper's.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, NamedTuple, cast
 
@@ -20,12 +19,10 @@ from spfmt.structure import _growth
 from spfmt.structure._checks import as_pair
 from spfmt.torch.module import SparseModule
 from spfmt.train.base import SparseTrainer
-from spfmt.train.choice import Floats, magnitudes, smallest
+from spfmt.train.choice import Floats, magnitudes, magnitudes_of, smallest
 from spfmt.train.observe import Observe
 
 __all__ = ["DNSB", "DSB", "SSB", "block_aware", "grow_in_blocks", "sorted_groups"]
-
-_log = logging.getLogger("spfmt.train")
 
 _Floats = NDArray[np.float64]
 _Places = NDArray[np.int64]
@@ -85,8 +82,7 @@ class DSB(SparseTrainer):
     - Rows of different groups of a convolution see different inputs. There Y is cut by the norms'
       sums over the groups, and a block counts the sum of ``‖dOut_i‖·‖In_j‖`` over its positions,
       which is ``‖X‖·‖Y‖`` in one group.
-    - Where no weight is dropped, or norms are not finite (an overflow that a gradient scaler
-      skips), a layer stays as it is.
+    - Where no weight is dropped, a layer stays as it is.
     - Rows are ordered by ``order_rows(method="densest")``, many times faster than the paper's
       clustering, after which blocks hold at least as much l1 norm (method="fast" loses most of the
       new weights in blocks of 16 x 16). A layer made with a `method` keeps to it, and one made with
@@ -159,9 +155,9 @@ class DSB(SparseTrainer):
         dropped = smallest(weights, n_drop)
         if self.block_aware:
             dropped = block_aware(tensor, dropped)
-        norms = self._norms(layer) if dropped.size else None
-        if norms is None:
-            return tensor, dropped[:0]
+        if not dropped.size:
+            return tensor, dropped
+        norms = self._norms(layer)
         positions = tensor.flat_indices()
         taken = np.zeros(tensor.matrix_shape, np.bool_)
         taken.reshape(-1)[positions] = True
@@ -192,9 +188,9 @@ class DSB(SparseTrainer):
         count: int,
     ) -> _Places:
         s_x, s_y = self.grow_shape or self.usual_grow_shape(tensor)
-        outputs, seen = norms[0], norms[1].reshape(-1, taken.shape[1])  # by each group's rows
-        x, y = self.groups(outputs, s_x), self.groups(seen.sum(0), s_y)
-        return grow_in_blocks(x, y, taken, count, seen)
+        d_out, d_in = norms[0], norms[1].reshape(-1, taken.shape[1])  # (R,), (groups, C)
+        x, y = self.groups(d_out, s_x), self.groups(d_in.sum(0), s_y)
+        return grow_in_blocks(x, y, taken, count, d_in)
 
     def usual_grow_shape(self, tensor: ShuffledBlock) -> tuple[int, int]:
         """Return (S_x, S_y) where none was given."""
@@ -204,15 +200,13 @@ class DSB(SparseTrainer):
         """Cut outputs or inputs into the groups X or Y."""
         return sorted_groups(norms, size)
 
-    def _norms(self, layer: SparseModule) -> tuple[_Floats, _Floats] | None:
-        """Return the norms of dOut (R,) and of In (C,); None where some are not finite."""
+    def _norms(self, layer: SparseModule) -> tuple[_Floats, _Floats]:
+        """Return the norms of dOut (R,) and of In (C,)."""
         found = self.observed(layer)
+        # Every rank asks for both, before one that is not finite ends the update.
         both = (found.output_grad_norms, found.input_norms)
-        outputs, inputs = (norms.to("cpu", torch.float64).numpy() for norms in both)
-        if np.isfinite(outputs).all() and np.isfinite(inputs).all():
-            return outputs, inputs
-        _log.warning("norms of a %s layer are not finite: it stays as it is", tuple(layer.shape))
-        return None
+        d_out, d_in = (magnitudes_of(norms).astype(np.float64) for norms in both)
+        return d_out, d_in
 
 
 class DNSB(DSB):
@@ -243,6 +237,8 @@ class SSB(DSB):
     Takes all parameters of :class:`DSB`, so that one word changes in a comparison; those of the
     schedule mean nothing here.
     """
+
+    MOVES = False
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, **options: Any) -> None:
         super().__init__(model, optimizer, **{**options, "t_end": 0})
@@ -285,6 +281,10 @@ def block_aware(tensor: ShuffledBlock, candidates: _Places) -> _Places:
 
 # ---------------------------------------------------------------------------------------- grow
 
+# x and y are the paper's X and Y, groups of outputs and of inputs; d_out (R,) holds the norm of
+# every output's gradient, d_in (groups, C) that of every input, as the rows of each group of a
+# convolution see it: one row of C where there are no groups.
+
 
 class RankedGroups(NamedTuple):
     """Groups of outputs or inputs in descending order of their norms.
@@ -324,31 +324,31 @@ def aligned_groups(norms: _Floats, size: int) -> RankedGroups:
 
 
 def _cut(order: _Places, norms: _Floats, size: int) -> tuple[_Places, _Floats]:
+    size = min(size, max(1, order.size))  # no group is longer than all there are
     missing = -order.size % size
     members = np.pad(order, (0, missing), constant_values=-1).reshape(-1, size)
     return members, np.pad(norms[order], (0, missing)).reshape(-1, size).sum(axis=1)
 
 
 def grow_in_blocks(
-    outputs: RankedGroups,
-    inputs: RankedGroups,
+    x: RankedGroups,
+    y: RankedGroups,
     taken: NDArray[np.bool_],
     count: int,
-    seen: _Floats | None = None,
+    d_in: _Floats | None = None,
 ) -> _Places:
     """Choose positions in blocks of large ``‖X‖·‖Y‖`` (section 4, Figure 6).
 
     Parameters
     ----------
-    outputs, inputs : RankedGroups
+    x, y : RankedGroups
         The groups X of rows of dOut and Y of rows of In.
     taken : ndarray of bool, shape (R, C)
         Where a weight is; such positions do not count.
     count : int
         How many positions are wanted.
-    seen : ndarray of float64, shape (G, C), optional
-        Of a convolution in G groups: norms of what the rows of each group see; `inputs` ranks their
-        sums.
+    d_in : ndarray of float64, shape (groups, C), optional
+        Of a convolution in groups: norms of what the rows of each group see; `y` ranks their sums.
 
     Returns
     -------
@@ -356,19 +356,19 @@ def grow_in_blocks(
         Flat positions, block after block, without those of smallest products that the last block
         has too many. Fewer where fewer are free.
     """
-    seen = inputs.norms[None] if seen is None else seen
-    size = outputs.members.shape[1] * inputs.members.shape[1]
-    if len(seen) == 1:
-        pieces = best_first(outputs.totals, inputs.totals, 4 * -(-count // size))
+    d_in = y.norms[None] if d_in is None else d_in
+    size = x.members.shape[1] * y.members.shape[1]  # of a block
+    if len(d_in) == 1:
+        pieces = best_first(x.totals, y.totals, 4 * -(-count // size))
     else:
-        pieces = iter([_best_of_groups(outputs, inputs, seen)])
+        pieces = iter([_best_of_groups(x, y, d_in)])
     found, held, last = np.empty(count + size, np.int64), 0, 0
     for blocks in pieces:
         held, last = _growth.free_positions(
-            blocks, outputs.members, inputs.members, taken.view(np.uint8), count, found, held
+            blocks, x.members, y.members, taken.view(np.uint8), count, found, held
         )
         if held >= count:
-            found[last:count] = _largest(outputs.norms, seen, found[last:held], count - last)
+            found[last:count] = _largest(x.norms, d_in, found[last:held], count - last)
             break
     return found[: min(held, count)]
 
@@ -384,39 +384,40 @@ def best_first(x: _Floats, y: _Floats, count: int) -> Iterator[_Places]:
     x, y : ndarray of float64
         Descending, not negative. Of equal products the smaller i, then j, comes first.
     count : int
-        Cells of the first piece; each piece doubles how many there are.
+        Cells of the first piece, at least 1; each piece doubles how many there are.
 
     Yields
     ------
     ndarray of int64, shape (n, 2)
     """
-    seen = 0
-    while seen < x.size * y.size:
+    done, count = 0, max(1, count)
+    while done < x.size * y.size:
         cells = np.empty((min(count, x.size * y.size), 2), np.int64)
         _growth.best_first(x, y, cells)
-        yield cells[seen:]
-        seen, count = count, 2 * count
+        yield cells[done:]
+        done, count = count, 2 * count
 
 
-def _largest(outputs: _Floats, seen: _Floats, positions: _Places, count: int) -> _Places:
+def _largest(d_out: _Floats, d_in: _Floats, positions: _Places, count: int) -> _Places:
     """Return the positions of largest products, of equal ones the first."""
-    row, column = np.divmod(positions, seen.shape[1])
-    products = outputs[row] * seen[row // (outputs.size // len(seen)), column]
+    row, column = np.divmod(positions, d_in.shape[1])
+    products = d_out[row] * d_in[row // (d_out.size // len(d_in)), column]
     chosen: _Places = positions[np.argsort(-products, kind="stable")[:count]]
     return chosen
 
 
-def _best_of_groups(outputs: RankedGroups, inputs: RankedGroups, seen: _Floats) -> _Places:
+def _best_of_groups(x: RankedGroups, y: RankedGroups, d_in: _Floats) -> _Places:
     """Return all blocks of X and Y from the largest sum of products down, of equal ones the first.
 
     The sum of ``‖dOut_i‖·‖In_j‖`` over a block is ``‖X‖·‖Y‖`` where all rows see the same inputs.
     """
-    height = outputs.norms.size // len(seen)
-    columns = np.zeros((len(outputs.members), seen.shape[1]))
-    for rows in outputs.members.T:
-        columns += np.where(rows >= 0, outputs.norms[rows], 0.0)[:, None] * seen[rows // height]
-    blocks = np.zeros((len(outputs.members), len(inputs.members)))
-    for chosen in inputs.members.T:
-        blocks += np.where(chosen >= 0, columns[:, chosen], 0.0)
+    height = x.norms.size // len(d_in)  # rows of a group of the convolution
+    of_columns = np.zeros((len(x.members), d_in.shape[1]))  # sums over the rows of each X
+    for rows in x.members.T:
+        d_out = np.where(rows >= 0, x.norms[rows], 0.0)
+        of_columns += d_out[:, None] * d_in[rows // height]
+    blocks = np.zeros((len(x.members), len(y.members)))
+    for columns in y.members.T:
+        blocks += np.where(columns >= 0, of_columns[:, columns], 0.0)
     order = np.argsort(-blocks, axis=None, kind="stable")
     return np.stack(np.divmod(order, blocks.shape[1]), axis=1)

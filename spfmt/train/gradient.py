@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import torch
-
 from spfmt.torch.module import SparseModule
 from spfmt.train.base import SparseTrainer
-from spfmt.train.choice import Floats, gradients
+from spfmt.train.choice import Floats, magnitudes_of
 from spfmt.train.observe import Observe
 
 __all__ = ["GradientTrainer"]
@@ -22,22 +20,8 @@ class GradientTrainer(SparseTrainer):
     """
 
     def observes(self, name: str, layer: SparseModule) -> Observe | None:
-        """Ask for what the dense gradient needs, where the coming update moves the layer."""
-        return "batches" if self.n_drop(layer, self.steps + 1) else None
-
-    @torch.no_grad()
-    def update(self) -> bool:
-        """Update the topology of every layer; see :meth:`SparseTrainer.update`.
-
-        Raises
-        ------
-        FormatError
-            Where nothing was recorded of a layer that moves; no layer has moved then.
-        """
-        for layer in self._trained().values():
-            if self.n_drop(layer, self.steps):
-                self.observed(layer)
-        return super().update()
+        """Ask for what the dense gradient needs."""
+        return "batches"
 
     def gradient(self, layer: SparseModule) -> Floats:
         """Return the magnitudes of the layer's dense gradient on this step, (R, C).
@@ -45,6 +29,7 @@ class GradientTrainer(SparseTrainer):
         Raises
         ------
         FormatError
-            Where nothing was recorded, or a gradient is not finite.
+            Where nothing was recorded; NotFinite, which leaves the layer as it is, where a gradient
+            is not finite.
         """
-        return gradients(self.observed(layer))
+        return magnitudes_of(self.observed(layer).weight_grad())

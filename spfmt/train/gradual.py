@@ -38,8 +38,8 @@ class GradualPruning(SparseTrainer):
     model, optimizer, seed, averages, process_group
         As for :class:`SparseTrainer`.
     format, include, exclude, **params
-        For :func:`spfmt.torch.sparsify`, which makes a dense model's layers sparse and full; the
-        default format is "csr". None where layers are sparse already.
+        For :func:`spfmt.torch.sparsify`, which makes a dense model's layers sparse and full: all by
+        default, the first convolution too, as CSR. None where layers are sparse already.
     distribution : {"uniform", "erk"}
         Of one density over the layers.
     density : float or mapping of str to float
@@ -131,7 +131,7 @@ class GradualPruning(SparseTrainer):
         full = {
             "format": start.format or self.FORMAT,
             "density": dict.fromkeys(given, 1.0) if given else 1.0,
-            "include": start.include,
+            "include": "*" if start.include is None else start.include,
             "exclude": start.exclude,
             "reset": False,
         }

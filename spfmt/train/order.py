@@ -50,7 +50,8 @@ class StepOrder:
         """Refuse where nothing has changed since the last look, as far as that can be seen.
 
         Gradients that are not finite, of whatever the optimizer holds, excuse it: a gradient scaler
-        skips such a step.
+        skips such a step. They must still be there: a scaler leaves no other trace in an optimizer
+        that it did not call, so that with ``zero_grad()`` before ``step()`` this is an error.
 
         Raises
         ------
@@ -64,8 +65,9 @@ class StepOrder:
             raise format_error(
                 "step() without an optimizer.step() since the last one",
                 "one call of it after every optimizer.step()",
-                "order: loss.backward(), optimizer.step(), step(), optimizer.zero_grad(); "
-                "update() moves weights at once",
+                "order: loss.backward(), optimizer.step(), step(), optimizer.zero_grad(); with a "
+                "gradient scaler, whose skipped steps show in the gradients alone, too; update() "
+                "moves weights at once",
             )
 
     def _versions(self) -> list[int]:

@@ -213,13 +213,7 @@ class Rewire(Progress):
         return register(before)
 
     def _check_layers(self) -> None:
-        if not self.layers:
-            why = "" if self.report is None else f"\n{self.report}"
-            raise format_error(
-                f"a model without a layer that would train like this{why}",
-                "at least one",
-                "pass density=0.1, and include=[...] for layers that stay dense by default",
-            )
+        self._check_any_layer()
         held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
         for name, layer in self._trained().items():
             layer.check_whole()

@@ -19,7 +19,7 @@ from spfmt.structure._checks import as_int
 from spfmt.structure.fan_in import row_strips
 from spfmt.torch.module import SparseModule
 from spfmt.train.base import SparseTrainer
-from spfmt.train.choice import magnitudes
+from spfmt.train.choice import magnitudes, magnitudes_of
 from spfmt.train.observe import Observe
 
 __all__ = ["SampledGrowth"]
@@ -107,7 +107,7 @@ class SampledGrowth(SparseTrainer):
 
     def observes(self, name: str, layer: SparseModule) -> Observe | None:
         """Ask for the batches of an update that samples gradients."""
-        return "batches" if self.samples and self.n_drop(layer, self.steps + 1) else None
+        return "batches" if self.samples else None
 
     def n_drop(self, layer: SparseModule, step: int) -> int:
         """Return how many weights the update after a step drops, the same number in every row."""
@@ -150,5 +150,5 @@ class SampledGrowth(SparseTrainer):
         """Return the drawn columns of each row that grow."""
         if drawn.shape[1] == count:
             return drawn
-        gradient = self.observed(layer).grad_at(rows, drawn).abs().numpy()
+        gradient = magnitudes_of(self.observed(layer).grad_at(rows, drawn))
         return np.take_along_axis(drawn, per_row_topk(gradient, count).astype(np.int64), axis=1)

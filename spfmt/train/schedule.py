@@ -81,6 +81,11 @@ class CosineSchedule:
         """
         return cls(alpha=alpha, delta_t=delta_t, t_end=_step("t_end", t_end, total_steps))
 
+    @property
+    def updates(self) -> int:
+        """How many updates there are."""
+        return max(0, self.t_end - 1) // self.delta_t
+
     def is_update(self, t: int) -> bool:
         """Tell whether the topology changes after step `t` (steps count from 1)."""
         return 0 < t < self.t_end and t % self.delta_t == 0
@@ -221,11 +226,15 @@ class IntervalSchedule:
 
 
 def _whole(name: str, value: int, least: int = 0) -> int:
+    if isinstance(value, bool):  # an int to Python, and an answer to another question
+        raise format_error(f"{name}={value}", "a number of steps", f"pass {name} as an int")
     return as_int(name, value, least, sys.maxsize)
 
 
 def _step(name: str, given: int | float, total_steps: int | None) -> int:
     """Return a step that may be given as a fraction of all."""
+    if total_steps is not None:
+        _whole("total_steps", total_steps, 1)
     if not isinstance(given, float | np.floating):
         return _whole(name, given)
     if not 0.0 < given <= 1.0 or total_steps is None:

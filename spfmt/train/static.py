@@ -29,6 +29,8 @@ class Static(SparseTrainer):
     0.1
     """
 
+    MOVES = False
+
     def n_drop(self, layer: SparseModule, step: int) -> int:
         """Return 0: no update drops a weight."""
         return 0
