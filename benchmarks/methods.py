@@ -10,8 +10,9 @@ process of its own, two seeds:
   pruned ones in turn
 
 Runs that are there already are not repeated, and one that was stopped goes on. ``--json FILE``
-writes the record that docs/training.md is generated from: docs/training-….json of the first two,
-docs/pruning-….json of the last.
+writes the record, or runs only the rows that it lacks and adds them ("prune" must run at once: its
+latencies are compared). docs/training.md is generated from docs/training-….json of the first two
+and docs/pruning-….json of the last.
 """
 
 from __future__ import annotations
@@ -237,16 +238,19 @@ def main() -> int:
     add("--only", default="", metavar="TEXT", help="only rows whose name has this text")
     add("--json", type=Path, metavar="FILE", help="write the record to this file")
     args = parser.parse_args()
-    record: dict[str, Any] = {"machine": machine.describe(), "versions": machine.versions()}
+    here = {"machine": machine.describe(), "versions": machine.versions()}
+    record: dict[str, Any] = here
+    if args.json and args.json.exists():
+        record = json.loads(args.json.read_text())
     for suite in args.suite or SUITES:
-        found, folders = {}, []
+        found, folders = record.setdefault(suite, {}), []
         for name, changes in rows(suite, args.weights).items():
-            if args.only in name:
+            if args.only in name and name not in found:
                 folders.append(args.out / suite / _folder(name))
                 run = lottery if name == LOTTERY else train
-                found[name] = {"changes": changes, **run(suite, changes, args.data, folders[-1])}
-        record[suite] = found
-        if suite == "prune":
+                summary = run(suite, changes, args.data, folders[-1])
+                found[name] = {"changes": changes, "cpu": here["machine"]["cpu"], **summary}
+        if suite == "prune" and folders:
             record["latencies"] = latencies(folders)
     if args.json:
         replace_file(str(args.json), (json.dumps(record, indent=1) + "\n").encode())

@@ -60,13 +60,18 @@ def _methods(record: Record, suite: str) -> str:
                     name,
                     _accuracy(found),
                     f"{first['density']:.3f}",
-                    f"{1e3 * first['seconds_per_step']:.1f}",
+                    f"{1e3 * first['seconds_per_step']:.1f}{_elsewhere(record, found)}",
                     f"{first['peak_memory'] >> 20} MiB",
                     SAID.get(name, " ".join(f"`{c}`" for c in found["changes"])),
                 ]
             )
         )
     return "\n".join(rows)
+
+
+def _elsewhere(record: Record, found: Mapping[str, Any]) -> str:
+    cpu = found.get("cpu", record["machine"]["cpu"])
+    return "" if cpu == record["machine"]["cpu"] else f" (on {cpu})"
 
 
 def _accuracy(found: Mapping[str, Any]) -> str:
