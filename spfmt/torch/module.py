@@ -5,11 +5,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
-import logging
 import math
 from collections.abc import Mapping
 from typing import Any, TypeVar
-from weakref import WeakKeyDictionary, WeakSet
 
 import numpy as np
 import torch
@@ -19,6 +17,7 @@ from torch import Tensor, nn
 from spfmt.cost import Geometry
 from spfmt.errors import FormatError, format_error
 from spfmt.formats import SparseTensor, Structure, decode_structure, encode, words_capacity
+from spfmt.torch.averages import Lineage
 from spfmt.torch.convert import to_numpy, to_torch_values, whole, write_whole
 from spfmt.torch.values import compiled_structure, write_structure
 from spfmt.torch.weight import WeightInfo
@@ -27,15 +26,8 @@ __all__ = ["SparseModule", "follow", "move", "powers"]
 
 Self = TypeVar("Self", bound="SparseModule")
 
-_log = logging.getLogger("spfmt.torch")
-
 # What fixes a format's budget at its first search; afterwards the layer's own density does.
 BUDGET_PARAMS = frozenset({"n", "fan_in"})
-
-# Copies of layers, and structures that a layer has moved away from: what an average that was not
-# told of the move may still stand on.
-_copies: WeakKeyDictionary[SparseModule, WeakSet[SparseModule]] = WeakKeyDictionary()
-_left: WeakSet[Structure] = WeakSet()
 
 
 def _search_params(tensor: SparseTensor, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -79,11 +71,9 @@ class SparseModule(nn.Module):
 
     Notes
     -----
-    **Averages.** A ``copy.deepcopy`` whose structure buffer somebody keeps in step with the
-    original by writing into it, as ``torch.optim.swa_utils.AveragedModel`` does, moves along when
-    the original's structure moves. A copy that nobody writes into, or only ``load_state_dict``,
-    stays what it is: a saved state. Structure words that were averaged like weights are restored,
-    with a warning in the log, unless they were averaged with another structure: that raises.
+    A ``copy.deepcopy`` that is kept in step with the layer, as ``AveragedModel`` does it, moves
+    along when the structure moves; one that nobody writes into stays; where it cannot be told which
+    of them a copy is, the move is an error. `spfmt.torch.averages` has the rules.
     """
 
     values: nn.Parameter
@@ -91,9 +81,7 @@ class SparseModule(nn.Module):
     bias: nn.Parameter | None
     shape: tuple[int, ...]
     format_params: dict[str, Any]
-    _kept: Structure | None  # what `values` stand for, as far as it was looked at
-    _written: int  # version of the structure buffer when it was copied or loaded
-    _average: bool = False  # whether it is known to be one
+    _lineage: Lineage
 
     def _install(
         self,
@@ -128,7 +116,8 @@ class SparseModule(nn.Module):
         flat[: tensor.nnz] = values.detach().reshape(-1)
         self.values = nn.Parameter(flat)
         self.register_buffer("structure", words.to(device))
-        self._kept, self._written = tensor._structure, 0
+        self._lineage = Lineage.of(self)
+        self._lineage.structure = tensor._structure
         if bias is not None and not isinstance(bias, nn.Parameter):
             bias = nn.Parameter(bias)
         self.register_parameter("bias", bias)
@@ -169,16 +158,8 @@ class SparseModule(nn.Module):
         try:
             found = self._as_written()
         except FormatError as error:
-            found = self._mended(error)
-        kept = self._kept
-        if found is not kept:
-            if kept is not None and _was_left(kept) and not found.same_as(kept):
-                _log.warning(
-                    "structure words of a copy were overwritten after its original had moved: "
-                    "values that were averaged since then mix positions; pass averages= to the "
-                    "trainer"
-                )
-            self.__dict__["_kept"] = found
+            found = self._lineage.mended(error)
+        self._lineage.found(found)
         return found
 
     @property
@@ -191,38 +172,6 @@ class SparseModule(nn.Module):
             return compiled_structure(self.structure).structure
         return decode_structure(self.structure.cpu().numpy())
 
-    def _mended(self, error: FormatError) -> Structure:
-        """Restore words that were averaged with equal ones, whose rounding made them corrupt."""
-        kept = self._kept
-        if kept is None or not self._is_near(self.structure):
-            raise error
-        if _was_left(kept):
-            raise format_error(
-                "structure words that were averaged after the structure of the original had moved",
-                "an average that moves along",
-                "pass averages=[...] to the trainer, or average parameters and copy buffers",
-            ) from error
-        level = logging.DEBUG if self._average else logging.WARNING  # once for every average
-        _log.log(level, "structure words had been averaged like weights; they are restored")
-        self.__dict__["_average"] = True
-        with torch.no_grad():
-            self.structure.copy_(self._words_kept(kept))
-        return kept
-
-    def _words_kept(self, kept: Structure) -> Tensor:
-        tensor = kept.tensor(np.zeros(kept.nnz, np.float32))
-        return torch.from_numpy(encode(tensor, self.structure.shape[0]))
-
-    def _is_near(self, words: Tensor) -> bool:
-        """Tell whether words are those of the kept structure, but for the rounding of averages.
-
-        A moving average of equal words drifts from them by at most 1 / (1 - decay) roundings.
-        """
-        if self._kept is None:
-            return False
-        kept = self._words_kept(self._kept).long()
-        return bool(((words.cpu().long() - kept).abs() <= 2 + kept.abs() // 500).all())
-
     def _mend(self) -> bool:
         """Tell whether words were corrupt and are restored now, so that a product can go on."""
         if torch.compiler.is_compiling() or not self._readable:
@@ -230,9 +179,13 @@ class SparseModule(nn.Module):
         try:
             self._as_written()
         except FormatError as error:
-            self._mended(error)
+            self._lineage.mended(error)
             return True
         return False
+
+    def _mend_if_possible(self) -> None:
+        with contextlib.suppress(FormatError):
+            self._mend()
 
     def positions(self) -> NDArray[np.int64]:
         """Return ``row * C + column`` of every weight, in the order of `values`."""
@@ -340,44 +293,37 @@ class SparseModule(nn.Module):
         taken: Tensor | None = None,
     ) -> None:
         """Write another structure and its values, here and in the averages of this layer."""
-        averages = [twin for twin in _copies.get(self, ()) if twin._is_average_on(old)]
-        if not new.same_as(old):
-            self._leave(old)
-        for twin in averages:
-            _log.info("an average of a %s layer moves along", self.format)
-            twin._move(old, new, words, source.to(twin.values.device))
+        for average in self._lineage.move(old, new):
+            average._write(new, words, source.to(average.values.device))
+        self._write(new, words, source, taken)
+
+    def _write(
+        self, new: Structure, words: NDArray[np.int32], source: Tensor, taken: Tensor | None = None
+    ) -> None:
         write_structure(self.structure, words, new)
         if taken is None:
             move(self.values, source)
         else:
             write_whole(self.values, taken)
-        self.__dict__["_kept"] = new
 
-    def _leave(self, old: Structure) -> None:
-        """Remember that whoever stands on a structure now does not stand where this layer does."""
-        _left.add(old)
-        kept = (twin._kept for twin in _copies.get(self, ()))
-        _left.update(other for other in kept if other is not None and other.same_as(old))
+    def averages(self) -> list[SparseModule]:
+        """Return the layers that will move along with this one.
+
+        Raises
+        ------
+        FormatError
+            Where that is unclear of a copy: it is neither named nor kept in step as an average, nor
+            left alone as a saved state.
+        """
+        return self._lineage.averages(self._decoded())
 
     def lead(self, average: SparseModule) -> None:
         """Let an average of this layer, on the same structure, move whenever this layer moves."""
-        average.__dict__["_average"] = True
-        _copies.setdefault(self, WeakSet()).add(average)
+        self._lineage.lead(average._lineage)
 
     def stand_alone(self) -> None:
         """Follow no other layer any more: whoever is trained or moved by itself is no average."""
-        for twins in tuple(_copies.values()):
-            twins.discard(self)
-
-    def _is_average_on(self, structure: Structure) -> bool:
-        """Tell whether a copy stands on a structure and was written since it was copied."""
-        written = self._average or _version(self.structure) != self._written
-        if not (written and self._readable):
-            return False
-        try:
-            return self._decoded().same_as(structure)
-        except FormatError:
-            return False  # its next product says what is wrong
+        self._lineage.stand_alone()
 
     def _words_of(self, new: SparseTensor) -> NDArray[np.int32]:
         """Encode a structure for this layer's buffer, or say why it does not fit."""
@@ -460,25 +406,26 @@ class SparseModule(nn.Module):
     def __deepcopy__(self: Self, memo: dict[int, Any]) -> Self:
         twin = self.__class__.__new__(self.__class__)
         memo[id(self)] = twin
-        twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
-        if self._kept is None and self._readable:
+        state = {name: held for name, held in self.__dict__.items() if name != "_lineage"}
+        twin.__setstate__(copy.deepcopy(state, memo))
+        if self._lineage.structure is None and self._readable:
             with contextlib.suppress(FormatError):
                 self._decoded()
-        twin.__dict__["_kept"] = self._kept  # frozen: copies share it
-        _copies.setdefault(self, WeakSet()).add(twin)
+        self._lineage.copied(twin._lineage, memo)
         return twin
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_kept": None}
+        self._mend_if_possible()
+        return self.__dict__.copy()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self.__dict__.update(_written=_version(self.structure), _average=False)
+        self._lineage = Lineage.of(self, state.get("_lineage"))
 
     def _apply(self: Self, fn: Any, recurse: bool = True) -> Self:
-        written = _version(self.structure) != self._written
+        self._lineage.changing()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self.__dict__["_written"] = -1 if written else _version(self.structure)
+        self._lineage.converted()
         return self
 
     # ------------------------------------------------------------------------------ state_dict
@@ -498,6 +445,7 @@ class SparseModule(nn.Module):
         if problem is not None:
             error_msgs.append(problem)
             return
+        self._lineage.changing()
         assign = local_metadata.get("assign_to_params_buffers", False)
         if prefix + "structure" in state_dict and not assign:
             with torch.no_grad():
@@ -505,18 +453,18 @@ class SparseModule(nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        before = self._kept
-        self.__dict__.update(_kept=None, _written=_version(self.structure))
-        if not self.structure.is_meta:
-            with contextlib.suppress(FormatError):  # not loaded by this state: still to come
-                now = self._decoded()
-                if before is not None and not now.same_as(before):
-                    self._leave(before)
+        self._lineage.loaded(self._structure_loaded())
+
+    def _structure_loaded(self) -> Structure | None:
+        """Return the present structure, or None where it is still to come."""
+        if self._readable:
+            with contextlib.suppress(FormatError):
+                return self._as_written()
+        return None
 
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
         """Save words that averaging damaged as they were; what is corrupt, loading refuses."""
-        with contextlib.suppress(FormatError):
-            self._mend()
+        self._mend_if_possible()
         super()._save_to_state_dict(*args, **kwargs)
 
     def _problem_with(self, state_dict: Mapping[str, Any], prefix: str) -> str | None:
@@ -575,16 +523,6 @@ class SparseModule(nn.Module):
 def _symmetric(size: int, generator: torch.Generator | None) -> Tensor:
     """Draw from U(-1, 1) on the CPU, whatever the default device is."""
     return torch.rand(size, generator=generator, dtype=torch.float64, device="cpu") * 2 - 1
-
-
-def _version(tensor: Tensor) -> int:
-    """Return how often a tensor was written; inference tensors do not count."""
-    return 0 if tensor.is_inference() else tensor._version
-
-
-def _was_left(structure: Structure) -> bool:
-    """Tell whether a layer has moved away from a structure."""
-    return any(other.same_as(structure) for other in tuple(_left))
 
 
 def powers(x: Tensor, order: int) -> Tensor:

@@ -139,7 +139,7 @@ class Participating(nn.Module):
         self.register_buffer("structure", found.to(self.weight.device))
         like = self._options_of(dense)
         layer = sparse_class(like)._gathered(like, tensor, None, None, {}).to("meta")
-        layer.__dict__["_kept"] = None
+        layer._lineage.structure = None
         self.__dict__["_layer"] = layer
 
     @staticmethod

@@ -92,8 +92,10 @@ class SparseTrainer(Progress, ABC):
     averages : nn.Module, mapping, or several of them, optional
         Averages of the model that shall follow its weights: models (an ``AveragedModel``, an EMA
         copy), or mappings from parameter names to tensors (an EMA over ``state_dict()`` or over
-        ``named_parameters()``). A deep copy that is kept in step buffer by buffer, as torch's
-        ``AveragedModel`` does, follows without being named here.
+        ``named_parameters()``). An ``AveragedModel`` follows without being named once it has been
+        updated since it was made or loaded. Name it in runs that resume, and name an average over
+        parameters alone: where a copy may be one and may be none, an update is an error. For those
+        that are made later there is :meth:`add_averages`.
     process_group : ProcessGroup, optional
         The ranks that hold this same model; that of a DDP model, and else all ranks.
     schedule : Schedule, optional
@@ -426,6 +428,21 @@ class SparseTrainer(Progress, ABC):
     def observing(self) -> bool:
         """Whether the coming step is recorded: call the model itself then, not a compiled one."""
         return self._observer.active
+
+    def add_averages(self, averages: Any) -> None:
+        """Let averages follow that were made after the trainer, as if it had been given them.
+
+        Parameters
+        ----------
+        averages : nn.Module, mapping, or several of them
+            See :class:`SparseTrainer`.
+
+        Raises
+        ------
+        FormatError
+            Where one does not fit; none is taken then.
+        """
+        self._averages.add(averages, self.layers)
 
     def _trained(self) -> dict[str, SparseModule]:
         return {n: layer for n, layer in self.layers.items() if layer.values.requires_grad}

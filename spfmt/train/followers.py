@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -167,34 +167,46 @@ class Averages:
     """
 
     def __init__(self, given: Any, layers: Mapping[str, SparseModule]) -> None:
-        alone = isinstance(given, nn.Module | Mapping)
-        self.given: list[Any] = [given] if alone else list(given)
+        self._given: list[Any] = []
+        self.add(given, layers)
+
+    def add(self, given: Any, layers: Mapping[str, SparseModule]) -> None:
+        """Take more averages; none of them where one does not fit."""
+        averages = [given] if isinstance(given, nn.Module | Mapping) else list(given)
         for name, layer in layers.items():
-            self.check(name, layer)
-            for twin in filter(None, (_layer_of(average, name) for average in self.given)):
+            _check(averages, name, layer)
+        self._given += averages
+        for name, layer in layers.items():
+            for twin in filter(None, (_layer_of(average, name) for average in averages)):
                 layer.lead(twin)
 
     def check(self, name: str, layer: SparseModule) -> None:
-        """Refuse an average of a layer that does not stand for the layer's positions now."""
-        for average in self.given:
-            values, structure = _pair(average, name)
-            fits = values.shape == layer.values.shape
-            if not fits or (structure is not None and not _is_on(structure, layer)):
-                raise format_error(
-                    f"an average of {name} with {values.numel()} values on other positions",
-                    f"{layer.capacity} values on the layer's positions",
-                    "make the average of the model as it is now",
-                )
+        """Refuse to move a layer where an average stands on other positions, or is unclear."""
+        _check(self._given, name, layer)
+        layer.averages()
 
     @torch.no_grad()
     def follow(self, name: str, layer: SparseModule, source: Tensor) -> None:
         """Move the mappings; an average that is a model has moved with the layer."""
-        for average in self.given:
+        for average in self._given:
             if _layer_of(average, name) is None:
                 values, structure = _pair(average, name)
                 move(values, source)
                 if structure is not None:
                     structure.copy_(layer.structure)
+
+
+def _check(averages: Iterable[Any], name: str, layer: SparseModule) -> None:
+    """Refuse averages of a layer that do not stand for the layer's positions now."""
+    for average in averages:
+        values, structure = _pair(average, name)
+        fits = values.shape == layer.values.shape
+        if not fits or (structure is not None and not _is_on(structure, layer)):
+            raise format_error(
+                f"an average of {name} with {values.numel()} values on other positions",
+                f"{layer.capacity} values on the layer's positions",
+                "make the average of the model as it is now",
+            )
 
 
 def _layer_of(average: Any, name: str) -> SparseModule | None:
@@ -230,5 +242,5 @@ def _is_on(structure: Tensor, layer: SparseModule) -> bool:
     try:
         found = decode_structure(structure.detach().cpu().numpy())
     except FormatError:
-        return layer._is_near(structure)
+        return layer._lineage.is_near(structure)
     return found.same_as(layer._decoded())
