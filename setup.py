@@ -1,5 +1,7 @@
 """Builds the C++ core once and links it into the Python module and the ONNX Runtime library.
 
+Where nvcc is found, the CUDA kernels are built, too (``SPFMT_CUDA=auto|0|1``, cuda/build.py).
+
 Every instruction-set level is always built, each file with its own flags; the level is chosen at
 run time. Set ``SPFMT_SANITIZE=address,undefined`` for a sanitizer build of the C++ code, and
 ``SPFMT_EMULATE=avx512`` for one whose AVX-512 kernels run on any CPU with AVX2: both are for tests.
@@ -9,6 +11,7 @@ import os
 import platform
 import runpy
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -42,6 +45,11 @@ if EMULATE:
     FLAGS += [f"-DSPFMT_EMULATE_{EMULATE.upper()}"]
 
 ORT_LIBRARY = "spfmt.onnx.libspfmt_ort"
+CUDA_LIBRARY = "spfmt.cuda.libspfmt_cuda"
+LIBRARIES = (ORT_LIBRARY, CUDA_LIBRARY)  # no Python modules: no ABI tag, no init function
+CUDA = runpy.run_path("cuda/build.py")
+CUDA_SOURCES = sorted(str(p) for p in Path("cuda").glob("*.cu"))
+NVCC: str | None = CUDA["find_nvcc"]("0" if SANITIZE else "auto")
 
 
 def check_platform() -> None:
@@ -62,12 +70,24 @@ class BuildExt(build_ext):
         sources = [(f"cpp/isa/{isa}.cpp", FLAGS + flags) for isa, flags in ISA_FLAGS.items()]
         sources += [(source, FLAGS) for source in CORE]  # the levels take longest: they go first
         with ThreadPoolExecutor(os.cpu_count()) as pool:
+            kernels = pool.map(self._compiler_of_kernels(), CUDA_SOURCES if NVCC else [])
             core = list(pool.map(self._compile, *zip(*sources, strict=True)))
+            objects = {"spfmt._kernels": core, ORT_LIBRARY: core, CUDA_LIBRARY: list(kernels)}
         for ext in self.extensions:
-            if ext.name in ("spfmt._kernels", ORT_LIBRARY):
-                ext.extra_objects = core
-                ext.depends = [*ext.depends, *core]  # relink when only the core changed
+            ext.extra_objects = objects.get(ext.name, [])
+            ext.depends = [*ext.depends, *ext.extra_objects]  # relink when only these changed
         super().build_extensions()
+
+    def _compiler_of_kernels(self) -> Callable[[str], str]:
+        """Return what makes an object of a .cu file."""
+        flags = CUDA["flags"](NVCC) if NVCC else []
+        folder = Path(self.build_temp, "cuda")
+
+        def compile(source: str) -> str:
+            place = folder / f"{Path(source).stem}.o"
+            return str(CUDA["compile_object"](NVCC, source, place, flags))
+
+        return compile
 
     def _compile(self, source: str, flags: list[str]) -> str:
         (found,) = self.compiler.compile(
@@ -76,15 +96,12 @@ class BuildExt(build_ext):
         return found
 
     def get_ext_filename(self, fullname: str) -> str:
-        if fullname in (
-            ORT_LIBRARY,
-            ORT_LIBRARY.rpartition(".")[2],
-        ):  # no Python module: no ABI tag
+        if any(fullname in (name, name.rpartition(".")[2]) for name in LIBRARIES):
             return fullname.replace(".", os.sep) + ".so"
         return super().get_ext_filename(fullname)
 
     def get_export_symbols(self, ext: Extension) -> list[str]:
-        return [] if ext.name == ORT_LIBRARY else super().get_export_symbols(ext)
+        return [] if ext.name in LIBRARIES else super().get_export_symbols(ext)
 
 
 extensions = [
@@ -121,6 +138,17 @@ if ORT:
             extra_compile_args=FLAGS,
             extra_link_args=[*LINK, "-Wl,--version-script=cpp/ort/exports.map"],
             depends=HEADERS,
+            language="c++",
+        )
+    )
+if NVCC:
+    extensions.append(
+        Extension(
+            CUDA_LIBRARY,
+            [],  # objects, which nvcc makes
+            library_dirs=CUDA["library_folders"](NVCC),
+            extra_link_args=CUDA["LINK"],
+            depends=["cuda/exports.map"],
             language="c++",
         )
     )

@@ -23,7 +23,7 @@ from .convert import ConversionReport, convert
 from .convolution import conv2d, conv2d_input, conv2d_weight
 from .cost import CostModel, cost_model
 from .dispatch import Kernel, kernels, show_config
-from .errors import FormatError, KernelNotFound, MissingDependency, SpfmtError
+from .errors import DeviceError, FormatError, KernelNotFound, MissingDependency, SpfmtError
 from .formats import CSR, HRBP, NM, Condensed, ShuffledBlock, SparseTensor, load
 from .ops import sddmm, spmm, spmm_t
 from .threads import get_num_threads, set_num_threads
@@ -38,6 +38,7 @@ __all__ = [
     "Condensed",
     "ConversionReport",
     "CostModel",
+    "DeviceError",
     "FormatError",
     "Kernel",
     "KernelNotFound",

@@ -20,6 +20,7 @@ import spfmt._kernels as _kernels
 from . import cost, threads
 from ._memory import aligned, is_aligned
 from .activations import activation_code, apply_activation
+from .cuda import library as cuda
 from .errors import FormatError, KernelNotFound, format_error
 from .formats._layout import Groups, Lists
 
@@ -170,7 +171,7 @@ def _no_kernel(op: str, layout: str, dtype: str, wanted: tuple[str, ...]) -> str
 
 
 def show_config() -> str:
-    """Return a readable summary: versions, CPU level, threads, and the kernel table."""
+    """Return a readable summary: versions, CPU level, threads, CUDA, and the kernel table."""
     from . import __version__
 
     lines = [
@@ -179,6 +180,7 @@ def show_config() -> str:
         f"(available: {', '.join(map(_labelled, _available_levels()))}; "
         "force one with SPFMT_ISA)",
         f"threads: {threads.get_num_threads()}",
+        f"CUDA: {_cuda()}",
         f"{'layout':<9}{'op':<15}{'dtype':<9}levels",
     ]
     for layout, op, dtype in dict.fromkeys((k.layout, k.op, k.dtype) for k in _TABLE):
@@ -187,6 +189,14 @@ def show_config() -> str:
         ]
         lines.append(f"{layout:<9}{op:<15}{dtype:<9}{' '.join(levels)}")
     return "\n".join(lines)
+
+
+def _cuda() -> str:
+    """Say how many CUDA devices can compute, or why none can."""
+    if not cuda.available():
+        return f"none; {cuda.why_not()}"
+    count = cuda.load().devices()
+    return f"{count} device{'s' * (count > 1)} (float32, bfloat16, float16)"
 
 
 def _labelled(isa: str) -> str:

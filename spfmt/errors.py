@@ -5,7 +5,14 @@ Every message names three things: what was got, what was expected, and how to fi
 
 from __future__ import annotations
 
-__all__ = ["FormatError", "KernelNotFound", "MissingDependency", "SpfmtError", "format_error"]
+__all__ = [
+    "DeviceError",
+    "FormatError",
+    "KernelNotFound",
+    "MissingDependency",
+    "SpfmtError",
+    "format_error",
+]
 
 
 class SpfmtError(Exception):
@@ -18,6 +25,10 @@ class FormatError(SpfmtError, ValueError):
 
 class KernelNotFound(SpfmtError, NotImplementedError):
     """No kernel of the table runs the product that was asked for."""
+
+
+class DeviceError(SpfmtError, RuntimeError):
+    """A device, or its driver, failed at a product."""
 
 
 class MissingDependency(SpfmtError, ImportError):

@@ -168,6 +168,7 @@ def test_show_config_lists_every_row() -> None:
         (levels,) = [r[3:] for r in rows if r[:3] == [kernel.layout, kernel.op, kernel.dtype]]
         assert any(kernel.isa in level for level in levels)
     assert f"threads: {spfmt.get_num_threads()}" in text
+    assert sum(line.startswith("CUDA: ") for line in text.splitlines()) == 1
 
 
 def test_debug_log_names_the_kernel(caplog: pytest.LogCaptureFixture) -> None:
@@ -291,7 +292,8 @@ ORDER = {
     "convert": {"errors", "formats"},
     "activations": {"errors"},
     "cost": {"errors", "threads"},
-    "dispatch": {"_memory", "activations", "errors", "formats", "cost", "threads"},
+    "cuda": {"errors", "formats"},
+    "dispatch": {"_memory", "activations", "cuda", "errors", "formats", "cost", "threads"},
     "advice": {"errors", "formats", "convert", "convolution", "cost", "dispatch"},
     "convolution": {"_memory", "activations", "cost", "dispatch", "errors", "formats", "threads"},
     "ops": {"errors", "formats", "dispatch"},
@@ -304,6 +306,7 @@ ORDER = {
         "convert",
         "convolution",
         "cost",
+        "cuda",
         "dispatch",
         "ops",
         "threads",

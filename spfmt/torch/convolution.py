@@ -30,6 +30,7 @@ from spfmt.convolution import Convolution, Pair, convolve, convolve_sampled
 from spfmt.errors import format_error
 from spfmt.torch import cpu
 from spfmt.torch import ops as products
+from spfmt.torch.activation import activated, activation_backward
 
 __all__ = ["conv2d", "conv2d_input", "conv2d_weight"]
 
@@ -230,7 +231,7 @@ def _conv2d_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         dz = dy
         if ctx.activation is not None:  # the activation's input was not kept
             z = _conv2d(values, structure, x, bias, ctx.shape, *ctx.geometry)
-            dz = products._activation_backward(dy, z, ctx.activation)
+            dz = activation_backward(dy, z, ctx.activation)
         if needs_values:
             dvalues = _conv2d_weight(structure, dz, x, ctx.shape, ctx.capacity, *ctx.geometry)
         if needs_x:
@@ -451,7 +452,7 @@ def conv2d(
     rest = (shape, *_numbers(shape, stride, padding, dilation, groups))
     if activation is None or not recording:
         return _conv2d(values, structure, x, bias, *rest, activation)
-    return products._activated(_conv2d(values, structure, x, bias, *rest), activation)
+    return activated(_conv2d(values, structure, x, bias, *rest), activation)
 
 
 def conv2d_input(

@@ -19,6 +19,7 @@ from torch import Tensor
 from spfmt.activations import activation_code
 from spfmt.dispatch import Plan
 from spfmt.errors import KernelNotFound, format_error
+from spfmt.formats import Structure
 from spfmt.torch.values import (
     SPMM,
     SPMM_T,
@@ -32,7 +33,11 @@ from spfmt.torch.values import (
 __all__ = [
     "array",
     "check_bias",
+    "check_capacity",
+    "check_device",
     "check_dtype",
+    "check_memory",
+    "check_structure",
     "check_weight",
     "plan_of",
     "sddmm_cpu",
@@ -43,7 +48,9 @@ __all__ = [
     "spmm_t_fake",
 ]
 
-_COMPUTE_DTYPES = (torch.float32, torch.float64)
+_ON_CPU = (torch.float32, torch.float64)
+_ON_CUDA = (torch.float32, torch.bfloat16, torch.float16)
+_OPS_ON_CUDA = ("spmm", "spmm_t", "sddmm")
 
 # ----------------------------------------------------------------------------- checks and fakes
 
@@ -87,13 +94,34 @@ def check_weight(values: Tensor, structure: Tensor) -> None:
         )
 
 
-def check_dtype(op: str, x: Tensor) -> None:
-    """Check that an operator has kernels for a dtype."""
-    if x.dtype not in _COMPUTE_DTYPES:
+def check_device(op: str, device: torch.device) -> None:
+    """Check that a device has kernels of an operator, or is meta, which needs none."""
+    kind = device.type
+    if kind in ("cpu", "meta") or (kind == "cuda" and op in _OPS_ON_CUDA):
+        return
+    exist = "cpu and cuda" if op in _OPS_ON_CUDA else "cpu"
+    raise KernelNotFound(
+        f"got {op} on {device}; kernels exist for {exist}; fix: move the module and its input "
+        f"with .cpu(), or densify(model) to stay on {kind}"
+    )
+
+
+def check_dtype(op: str, x: Tensor, kind: str | None = None) -> None:
+    """Check that an operator has kernels for a dtype on a kind of device: where `x` is."""
+    kind = kind or x.device.type
+    if kind == "cuda":
+        check_device(op, torch.device(kind))
+    if x.dtype in (_ON_CUDA if kind == "cuda" else _ON_CPU):
+        return
+    if kind == "cuda":
         raise KernelNotFound(
-            f"got {op} of {x.dtype}; kernels exist for float32 and float64 on CPU; fix: cast the "
-            f"module and its input with .float(), or use torch.autocast, which computes in float32"
+            f"got {op} of {x.dtype}; kernels exist for float32, bfloat16 and float16 on CUDA; fix: "
+            "cast the module and its input with .float(), or move them with .cpu()"
         )
+    raise KernelNotFound(
+        f"got {op} of {x.dtype}; kernels exist for float32 and float64 on CPU; fix: cast the "
+        f"module and its input with .float(), or use torch.autocast, which computes in float32"
+    )
 
 
 def check_bias(bias: Tensor | None, rows: int, like: Tensor) -> None:
@@ -113,28 +141,40 @@ def spmm_fake(
     bias: Tensor | None,
     shape: Sequence[int],
     activation: str | None = None,
+    kind: str | None = None,
 ) -> Tensor:
-    """Check the operands of ``spmm`` and return an empty result."""
+    """Check the operands of ``spmm`` and return an empty result; `kind` as for `check_dtype`."""
     activation_code(activation)
     _check_shape(shape)
     check_weight(values, structure)
     _check_matrix("x", x, shape[1], values)
     check_bias(bias, shape[0], values)
-    check_dtype("spmm", x)
+    check_dtype("spmm", x, kind)
     return x.new_empty((x.shape[0], shape[0]))
 
 
-def spmm_t_fake(values: Tensor, structure: Tensor, dy: Tensor, shape: Sequence[int]) -> Tensor:
+def spmm_t_fake(
+    values: Tensor,
+    structure: Tensor,
+    dy: Tensor,
+    shape: Sequence[int],
+    kind: str | None = None,
+) -> Tensor:
     """Check the operands of ``spmm_t`` and return an empty result."""
     _check_shape(shape)
     check_weight(values, structure)
     _check_matrix("dy", dy, shape[0], values)
-    check_dtype("spmm_t", dy)
+    check_dtype("spmm_t", dy, kind)
     return dy.new_empty((dy.shape[0], shape[1]))
 
 
 def sddmm_fake(
-    structure: Tensor, dy: Tensor, x: Tensor, shape: Sequence[int], capacity: int
+    structure: Tensor,
+    dy: Tensor,
+    x: Tensor,
+    shape: Sequence[int],
+    capacity: int,
+    kind: str | None = None,
 ) -> Tensor:
     """Check the operands of ``sddmm`` and return an empty result."""
     _check_shape(shape)
@@ -146,7 +186,7 @@ def sddmm_fake(
             "one batch size",
             "pass the x that this dy belongs to",
         )
-    check_dtype("sddmm", x)
+    check_dtype("sddmm", x, kind)
     return x.new_empty((capacity,))
 
 
@@ -155,28 +195,34 @@ def sddmm_fake(
 
 def _weight_of(structure: Tensor, shape: Sequence[int]) -> CompiledStructure:
     compiled = compiled_structure(structure.contiguous())
-    stored, wanted = compiled.structure.shape, tuple(shape)
+    check_structure(compiled.structure, shape)
+    return compiled
+
+
+def check_structure(found: Structure, shape: Sequence[int]) -> None:
+    """Check that a structure is that of a weight's shape."""
+    stored, wanted = found.shape, tuple(shape)
     if len(stored) != len(wanted):  # a convolution's weight is a matrix, too
-        stored, wanted = compiled.shape, (shape[0], math.prod(shape[1:]))
+        stored, wanted = found.matrix_shape, (shape[0], math.prod(shape[1:]))
     if stored != wanted:
         raise format_error(
             f"a structure of shape {stored}",
             f"shape {tuple(shape)}",
             "use the structure of the module that the values come from",
         )
-    return compiled
 
 
-def _check_capacity(values: Tensor, compiled: CompiledStructure) -> None:
-    if values.numel() < compiled.nnz:
+def check_capacity(values: Tensor, nnz: int) -> None:
+    """Check that there are as many values as positions, or more."""
+    if values.numel() < nnz:
         raise format_error(
             f"{values.numel()} values",
-            f"at least {compiled.nnz}",
+            f"at least {nnz}",
             "use the structure of the module that the values come from",
         )
 
 
-def _check_memory(*tensors: Tensor | None) -> None:
+def check_memory(*tensors: Tensor | None) -> None:
     """Check that elements lie somewhere: a storage can be freed under its tensors."""
     if any(t is not None and t.numel() and t.data_ptr() == 0 for t in tensors):
         raise format_error(
@@ -190,9 +236,9 @@ def plan_of(
     values: Tensor, structure: Tensor, shape: Sequence[int], *operands: Tensor | None
 ) -> Plan:
     """Return the plan of a structure that fits a weight's shape and values."""
-    _check_memory(values, structure, *operands)
+    check_memory(values, structure, *operands)
     compiled = _weight_of(structure, shape)
-    _check_capacity(values, compiled)
+    check_capacity(values, compiled.nnz)
     return compiled.plan
 
 
@@ -216,9 +262,9 @@ def spmm_cpu(
     if y is not None:
         return y
     y = spmm_fake(values, structure, x, bias, shape, activation)
-    _check_memory(values, structure, x, bias)
+    check_memory(values, structure, x, bias)
     compiled = _weight_of(structure, shape)
-    _check_capacity(values, compiled)
+    check_capacity(values, compiled.nnz)
     compiled.plan.spmm(
         array(values),
         array(x),
@@ -239,9 +285,9 @@ def spmm_t_cpu(
     if dx is not None:
         return dx
     dx = spmm_t_fake(values, structure, dy, shape)
-    _check_memory(values, structure, dy)
+    check_memory(values, structure, dy)
     compiled = _weight_of(structure, shape)
-    _check_capacity(values, compiled)
+    check_capacity(values, compiled.nnz)
     constant = WRITTEN if written else None
     out = dx.numpy()
     compiled.plan.spmm_t(array(values), array(dy), batch_first=True, out=out, constant=constant)
@@ -256,8 +302,8 @@ def sddmm_cpu(
     if found is not None:
         return found
     gradient = sddmm_fake(structure, dy, x, shape, capacity)
-    _check_memory(structure, dy, x)
+    check_memory(structure, dy, x)
     compiled = _weight_of(structure, shape)
-    _check_capacity(gradient, compiled)
+    check_capacity(gradient, compiled.nnz)
     compiled.plan.sddmm(array(dy), array(x), batch_first=True, out=gradient.numpy())
     return gradient

@@ -107,7 +107,7 @@ def _scatter(values: Tensor, structure: Tensor, size: int) -> Tensor:
 def _define(schema: str, compute: Any, fake: Any, backward: Any, setup: Any) -> None:
     _library.define(f"{schema} -> Tensor", tags=[torch.Tag.pt2_compliant_tag])  # type: ignore[no-untyped-call]
     name = f"spfmt::{schema.partition('(')[0]}"
-    torch.library.impl(name, "cpu", compute, lib=_library)
+    torch.library.impl(name, ("cpu", "cuda"), compute, lib=_library)  # on CUDA it refuses
     torch.library.register_fake(name, fake, lib=_library)
     torch.library.register_autograd(name, backward, setup_context=setup, lib=_library)
 

@@ -21,6 +21,7 @@ from spfmt.torch.averages import Lineage
 from spfmt.torch.convert import to_numpy, to_torch_values, whole, write_whole
 from spfmt.torch.values import compiled_structure, write_structure
 from spfmt.torch.weight import WeightInfo
+from spfmt.torch.words import structures
 
 __all__ = ["SparseModule", "follow", "move", "powers"]
 
@@ -170,7 +171,7 @@ class SparseModule(nn.Module):
     def _as_written(self) -> Structure:
         if self.structure.device.type == "cpu":
             return compiled_structure(self.structure).structure
-        return decode_structure(self.structure.cpu().numpy())
+        return structures.of(self.structure)
 
     def _mend(self) -> bool:
         """Tell whether words were corrupt and are restored now, so that a product can go on."""

@@ -15,9 +15,12 @@ sddmm     ``(dy.T @ x)`` at the places   ``dy``: spmm, ``x``: spmm_t
 Gradients are differentiable once: differentiating a gradient again raises a ``RuntimeError``, and
 so does forward mode (``jvp``). ``torch.func.vmap`` and vectorized Jacobians work,
 ``torch.func.grad`` does not: torch keeps it from operators whose gradients are written in Python,
-and says so. Under ``torch.autocast`` the operators compute in float32 and return autocast's dtype,
-and leave float64 alone, as ``nn.Linear`` does; low-precision tensors outside autocast raise
-:class:`spfmt.KernelNotFound`.
+and says so.
+
+On the CPU there are kernels for float32 and float64: under ``torch.autocast`` the operators
+compute in float32 and return autocast's dtype, and low-precision tensors outside it raise
+:class:`spfmt.KernelNotFound`. On CUDA devices there are kernels for float32, bfloat16 and float16,
+and autocast computes in its dtype. Both leave float64 alone under it, as ``nn.Linear`` does.
 
 Products are called at once where nothing looks into a call, past torch's dispatcher, which costs
 ten times a small product. It serves everything that looks into, changes or records calls:
@@ -38,9 +41,10 @@ from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from spfmt.activations import activation_code
-from spfmt.errors import KernelNotFound, format_error
-from spfmt.torch import cpu
+from spfmt.errors import format_error
+from spfmt.torch import cpu, cuda
 from spfmt.torch._compiled import lower_products
+from spfmt.torch.activation import activated, activation_backward
 from spfmt.torch.values import SPMM, SPMM_T, multiply, sample
 
 __all__ = ["sddmm", "spmm", "spmm_t"]
@@ -61,18 +65,20 @@ def _traced(fake: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return kernel
 
 
-def _in_float32(op: Any, device: str) -> Callable[..., Tensor]:
-    """Return an operator's kernel under autocast, which has no narrower one: float32 inside."""
+def _autocast(op: Any, device: str) -> Callable[..., Tensor]:
+    """Return an operator's kernel under autocast: in its dtype, or on the CPU in float32 inside."""
 
     def kernel(*operands: Any) -> Tensor:
-        def wide(t: Any) -> Any:
-            return t.float() if isinstance(t, Tensor) and t.is_floating_point() else t
+        result = torch.get_autocast_dtype(device)
+        inside = torch.float32 if device == "cpu" else result  # where there is no narrower kernel
+
+        def cast_to_inside(t: Any) -> Any:
+            return t.to(inside) if isinstance(t, Tensor) and t.is_floating_point() else t
 
         with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(_autocast_key(device))):
             if any(isinstance(t, Tensor) and t.dtype == torch.float64 for t in operands):
                 return cast(Tensor, op(*operands))  # double stays so, as in torch's own operators
-            result = op(*map(wide, operands))
-        return cast(Tensor, result.to(torch.get_autocast_dtype(device)))
+            return cast(Tensor, op(*map(cast_to_inside, operands)).to(result))
 
     return kernel
 
@@ -82,19 +88,25 @@ def _autocast_key(device: str) -> Any:
     return key.AutocastCPU if device == "cpu" else key.AutocastCUDA
 
 
-def _define(schema: str, compute: Callable[..., Tensor], fake: Callable[..., Tensor]) -> Any:
-    """Define one operator: schema, CPU kernel, fake kernel, autocast."""
+def _define(
+    schema: str,
+    compute: Callable[..., Tensor],
+    fake: Callable[..., Tensor],
+    on_cuda: Callable[..., Tensor] | None = None,
+) -> Any:
+    """Define one operator: schema, kernels of the CPU and of CUDA, fake kernel, autocast."""
     # pt2_compliant: checked by opcheck in the tests; needs no graph break.
     tags = [torch.Tag.pt2_compliant_tag]
     _library.define(f"{schema} -> Tensor", tags=tags)  # type: ignore[no-untyped-call]
     name = schema.partition("(")[0]
     qualified = f"spfmt::{name}"
     torch.library.impl(qualified, "cpu", compute, lib=_library)
+    torch.library.impl(qualified, "cuda", on_cuda or cuda.refuse(name), lib=_library)
     torch.library.register_fake(qualified, _traced(fake), lib=_library)
     op = getattr(torch.ops.spfmt, name).default
     for device in ("cpu", "cuda"):
         key = str(_autocast_key(device)).rpartition(".")[2]
-        _library.impl(name, _in_float32(op, device), key)  # type: ignore[no-untyped-call]
+        _library.impl(name, _autocast(op, device), key)  # type: ignore[no-untyped-call]
     return op
 
 
@@ -103,12 +115,16 @@ _spmm_op = _define(
     f"spmm({_WEIGHT}, Tensor x, Tensor? bias, int[] shape, str? activation=None)",
     cpu.spmm_cpu,
     cpu.spmm_fake,
+    cuda.spmm_cuda,
 )
-_spmm_t_op = _define(f"spmm_t({_WEIGHT}, Tensor dy, int[] shape)", cpu.spmm_t_cpu, cpu.spmm_t_fake)
+_spmm_t_op = _define(
+    f"spmm_t({_WEIGHT}, Tensor dy, int[] shape)", cpu.spmm_t_cpu, cpu.spmm_t_fake, cuda.spmm_t_cuda
+)
 _sddmm_op = _define(
     "sddmm(Tensor structure, Tensor dy, Tensor x, int[] shape, SymInt capacity)",
     cpu.sddmm_cpu,
     cpu.sddmm_fake,
+    cuda.sddmm_cuda,
 )
 
 # ----------------------------------------------------------------------------------- gradients
@@ -140,24 +156,6 @@ def _once(gradient: Tensor, *sources: Tensor) -> Tensor:
     return cast(Tensor, once)
 
 
-def _activated(z: Tensor, activation: str) -> Tensor:
-    if activation == "relu":
-        return torch.relu(z)
-    if activation == "silu":
-        return torch.nn.functional.silu(z)
-    return torch.nn.functional.gelu(z, approximate="tanh" if activation == "gelu_tanh" else "none")
-
-
-def _activation_backward(dy: Tensor, z: Tensor, activation: str) -> Tensor:
-    aten = torch.ops.aten
-    if activation == "relu":
-        return cast(Tensor, aten.threshold_backward(dy, z, 0))
-    if activation == "silu":
-        return cast(Tensor, aten.silu_backward(dy, z))
-    approximate = "tanh" if activation == "gelu_tanh" else "none"
-    return cast(Tensor, aten.gelu_backward(dy, z, approximate=approximate))
-
-
 def _spmm_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     values, structure, x, bias, shape, activation = inputs
     needs_values, _, needs_x, *_ = ctx.needs_input_grad
@@ -176,7 +174,7 @@ def _spmm_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         dz = dy
         if ctx.activation is not None:  # the activation's input was not kept
             z = _spmm(values, structure, x, bias, ctx.shape, written=needs_values)
-            dz = _activation_backward(dy, z, ctx.activation)
+            dz = activation_backward(dy, z, ctx.activation)
         if needs_values:
             dvalues = _sddmm(structure, dz, x, ctx.shape, ctx.capacity)
         if needs_x:
@@ -421,12 +419,7 @@ def _check_devices(op: Any, *tensors: Tensor) -> None:
                 "one device",
                 "move the input or the module with .to()",
             )
-    kind = device.type
-    if kind not in ("cpu", "meta"):
-        raise KernelNotFound(
-            f"got {name} on {device}; kernels exist for cpu; fix: move the module and its input "
-            f"with .cpu(), or densify(model) to stay on {kind}"
-        )
+    cpu.check_device(name, device)
 
 
 def _spmm(
@@ -497,8 +490,9 @@ def spmm(
 
     Parameters
     ----------
-    values : Tensor, shape (capacity,), float32 or float64
-        The weight's values; the first ``nnz`` are in use.
+    values : Tensor, shape (capacity,)
+        The weight's values; the first ``nnz`` are in use. float32 or float64 on the CPU; float32,
+        bfloat16 or float16 on a CUDA device.
     structure : Tensor, shape (n_words,), int32
         Structure words of the weight, which describe themselves (:func:`spfmt.formats.encode`).
     x : Tensor, shape (B, C)
@@ -521,13 +515,16 @@ def spmm(
         Where shapes, dtypes or devices do not fit together, the structure is corrupt, or no
         activation has the name.
     KernelNotFound
-        Where no kernel exists for the dtype or the device.
+        Where no kernel exists for the dtype or the device, or no kernels for CUDA were built.
+    DeviceError
+        Where a CUDA device fails; also where a graph is captured that needs a structure which this
+        device has not seen yet.
     """
     activation_code(activation)
     recording = torch.is_grad_enabled() and _requires_grad(values, x, bias)
     if activation is None or not recording:
         return _spmm(values, structure, x, bias, shape, activation)
-    return _activated(_spmm(values, structure, x, bias, shape), activation)
+    return activated(_spmm(values, structure, x, bias, shape), activation)
 
 
 def spmm_t(values: Tensor, structure: Tensor, dy: Tensor, *, shape: Sequence[int]) -> Tensor:

@@ -23,11 +23,13 @@ from spfmt.formats import (
     words_capacity,
 )
 from spfmt.torch import ops as products
+from spfmt.torch.activation import activated
 from spfmt.torch.convert import to_numpy
 from spfmt.torch.gather import gathered, write_at
 from spfmt.torch.layer import SparseLayer, implied_density, resolve_density, traced
 from spfmt.torch.survey import is_plain, sparse_class
 from spfmt.torch.values import compiled_structure, write_structure
+from spfmt.torch.words import structures
 
 __all__ = ["Participating"]
 
@@ -234,7 +236,7 @@ class Participating(nn.Module):
             )
         if self.structure.device.type == "cpu":
             return compiled_structure(self.structure).structure
-        return decode_structure(self.structure.cpu().numpy())
+        return structures.of(self.structure)
 
     @property
     def nnz(self) -> int:
@@ -275,7 +277,7 @@ class Participating(nn.Module):
         values = gathered(self.weight.detach(), self.structure, self.capacity)
         y = self._layer._compute(x, values, self.structure, self.bias, None)
         y = cast(Tensor, _DenseGradient.apply(y, self.weight, x, self))  # type: ignore[no-untyped-call]
-        return y if activation is None else products._activated(y, activation)
+        return activated(y, activation)
 
     def _gradient(self, x: Tensor, dy: Tensor, structure: Tensor) -> Tensor:
         """Return the gradient of all weights, scaled where they did not participate."""

@@ -13,7 +13,8 @@ records a product for them, they will be written before the next one: they are r
 module does. Their packed copies are reused without a look; a counted write ends the promise.
 
 A *structure* is known by the header of its words, which holds a 64-bit hash of them all, by its
-address and its version counter. Where one of these differs, the words are read again.
+address and its version counter. Where one of these differs, the words are read again. On other
+devices that would stop both: :mod:`spfmt.torch.words` says what is done there.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from spfmt import _kernels, threads
 from spfmt._memory import empty_aligned
 from spfmt.dispatch import Plan
 from spfmt.formats import HEADER, Structure, decode_structure, new_version
+from spfmt.torch.words import structures
 
 __all__ = [
     "SPMM",
@@ -139,6 +141,8 @@ def write_structure(buffer: Tensor, words: Words, structure: Structure) -> None:
     if buffer.device.type == "cpu" and buffer.is_contiguous():
         fresh = CompiledStructure(buffer, (words, structure))
         _compiled[buffer.data_ptr()] = fresh
+    elif buffer.device.type == "cuda":
+        structures.know(buffer, structure, words)
 
 
 def compiled_structure(structure: Tensor) -> CompiledStructure:

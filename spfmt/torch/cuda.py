@@ -1,0 +1,292 @@
+"""The operators on CUDA devices: what `spfmt.torch.cpu` is for the CPU, by kernels of ``cuda/``.
+
+The kernels want samples side by side, torch has features so. Small batches of lists are multiplied
+as they are; all else is transposed into memory that is free again after the product, and back.
+Every call asks for the current stream of its device, launches there and waits for nothing, but for
+what a structure needs once (:mod:`spfmt.torch.words`, :mod:`spfmt.torch.uploads`).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spfmt.cuda import library
+from spfmt.errors import format_error
+from spfmt.formats import Groups, Structure
+from spfmt.torch import cpu
+from spfmt.torch.activation import activated
+from spfmt.torch.uploads import Device, Uploaded, Uploads
+from spfmt.torch.words import Structures, structures
+
+__all__ = ["Products", "products", "refuse", "sddmm_cuda", "spmm_cuda", "spmm_t_cuda"]
+
+SMALL = 16
+"""Most samples of the kernel for small batches."""
+
+_ALIGNED = 16  # bytes, of which kernels copy so many at once
+_CODES = {
+    torch.float32: library.DTYPES["float32"],
+    torch.bfloat16: library.DTYPES["bfloat16"],
+    torch.float16: library.DTYPES["float16"],
+}
+
+
+class Products:
+    """The three products by a library of kernels.
+
+    Parameters
+    ----------
+    device : Device
+        Where they run.
+    structures : Structures
+        What the words of structures mean.
+    """
+
+    def __init__(self, device: Device, structures: Structures) -> None:
+        self._device, self._structures = device, structures
+        self._uploads = Uploads(device)
+
+    # ------------------------------------------------------------------------------- operators
+
+    def spmm(
+        self,
+        values: Tensor,
+        structure: Tensor,
+        x: Tensor,
+        bias: Tensor | None,
+        shape: Sequence[int],
+        activation: str | None = None,
+    ) -> Tensor:
+        """Compute ``spmm``: `values`, x (B, C), `bias` (R,) to (B, R), of one dtype of CUDA's.
+
+        Raises
+        ------
+        FormatError, KernelNotFound
+            As for :func:`spfmt.torch.spmm`.
+        DeviceError
+            Where the device fails, or the structure is not there yet while a graph is captured.
+        """
+        _check_place(values, structure, x, bias)
+        with self._device.current(x.device):
+            kind = self._device.kind
+            y = cpu.spmm_fake(values, structure, x, bias, shape, activation, kind)
+            found = self._structure(structure, shape, values, x, bias)
+            return activated(self._multiply(found, values, x, bias, y), activation)
+
+    def spmm_t(self, values: Tensor, structure: Tensor, dy: Tensor, shape: Sequence[int]) -> Tensor:
+        """Compute ``spmm_t``: `values`, dy (B, R) to (B, C); errors as for `spmm`."""
+        _check_place(values, structure, dy)
+        with self._device.current(dy.device):
+            dx = cpu.spmm_t_fake(values, structure, dy, shape, self._device.kind)
+            found = self._structure(structure, shape, values, dy)
+            return self._multiply(found, values, dy, None, dx, transposed=True)
+
+    def sddmm(
+        self, structure: Tensor, dy: Tensor, x: Tensor, shape: Sequence[int], capacity: int
+    ) -> Tensor:
+        """Compute ``sddmm``: dy (B, R), x (B, C) to (capacity,); errors as for `spmm`."""
+        _check_place(structure, dy, x)
+        with self._device.current(x.device):
+            gradient = cpu.sddmm_fake(structure, dy, x, shape, capacity, self._device.kind)
+            found = self._structure(structure, shape, gradient, dy, x)
+            if not (found.nnz and x.shape[0]):  # kernels see no empty matrices
+                return gradient.zero_()
+            self._sample(found, dy, x, gradient)
+            if capacity > found.nnz:
+                gradient[found.nnz :] = 0
+            return gradient
+
+    # -------------------------------------------------------------------------------- in steps
+
+    def _structure(
+        self, words: Tensor, shape: Sequence[int], values: Tensor, *operands: Tensor | None
+    ) -> Structure:
+        """Return the structure of words that fit a weight's shape and values."""
+        cpu.check_memory(words, values, *operands)
+        found = self._structures.of(words)
+        cpu.check_structure(found, shape)
+        cpu.check_capacity(values, found.nnz)
+        return found
+
+    def _multiply(
+        self,
+        structure: Structure,
+        values: Tensor,
+        x: Tensor,
+        bias: Tensor | None,
+        y: Tensor,
+        transposed: bool = False,
+    ) -> Tensor:
+        """Compute y (B, R) = x (B, C) A^T + bias, or with A transposed, into `y`."""
+        if not (structure.nnz and y.numel()):  # kernels see no empty matrices
+            return y.zero_() if bias is None else y.copy_(bias.expand_as(y))
+        matrix = self._uploads.get(structure, transposed, x.device)
+        values = values.contiguous()
+        offset = None if bias is None else bias.to(torch.float32).contiguous()
+        if isinstance(structure.layout, Groups):
+            name = "groups_spmm_t" if transposed else "groups_spmm"
+        else:
+            name = "lists_small" if x.shape[0] <= SMALL else "lists_spmm"
+        if name == "lists_small":
+            x = _rows(x)
+            self._launch(name, matrix, values, x, offset, y, y.shape[0])
+            return y
+        x = self._features_first(x)
+        result = _workspace(y.shape[1], y.shape[0], y)
+        self._launch(name, matrix, values, x, offset, result, y.shape[0])
+        self._transpose(result, y)
+        return y
+
+    def _launch(
+        self,
+        name: str,
+        matrix: Uploaded,
+        values: Tensor,
+        x: Tensor,
+        offset: Tensor | None,
+        y: Tensor,
+        batch: int,
+    ) -> None:
+        added = [] if name == "groups_spmm_t" else [_pointer(offset)]
+        self._device.kernels.call(
+            name,
+            *self._how(name, x),
+            ctypes.byref(matrix.struct),
+            values.data_ptr(),
+            *_matrix(x),
+            batch,
+            *added,
+            *_matrix(y),
+            self._device.stream(y.device),
+        )
+
+    def _how(self, name: str, x: Tensor) -> tuple[int, ...]:
+        """Return what says in which dtype a kernel computes, and groups how exactly."""
+        if name.startswith("lists"):
+            return (_CODES[x.dtype],)
+        return _CODES[x.dtype], library.TF32 if self._device.allows_tf32() else library.FLOAT32
+
+    def _sample(self, structure: Structure, dy: Tensor, x: Tensor, gradient: Tensor) -> None:
+        """Compute the first nnz elements of `gradient`, in float32 and then in its dtype."""
+        matrix = self._uploads.get(structure, False, x.device)
+        name = "groups_sddmm" if isinstance(structure.layout, Groups) else "lists_sddmm"
+        exact = gradient.dtype == torch.float32
+        out = gradient if exact else torch.empty_like(gradient, dtype=torch.float32)
+        samples = x.shape[0]
+        dy, x = self._features_first(dy), self._features_first(x)
+        self._device.kernels.call(
+            name,
+            *self._how(name, x),
+            ctypes.byref(matrix.struct),
+            *_matrix(dy),
+            *_matrix(x),
+            samples,
+            out.data_ptr(),
+            self._device.stream(x.device),
+        )
+        if not exact:
+            gradient[: structure.nnz] = out[: structure.nnz]
+
+    # ------------------------------------------------------------------------------- transposed
+
+    def _features_first(self, x: Tensor) -> Tensor:
+        """Return x (B, F) as (F, B or more), samples contiguous and rows aligned."""
+        turned, size = x.T, x.element_size()
+        if (
+            turned.stride(1) == 1
+            and turned.stride(0) >= x.shape[0]
+            and turned.stride(0) * size % _ALIGNED == 0
+            and turned.data_ptr() % _ALIGNED == 0
+        ):
+            return turned
+        result = _workspace(x.shape[1], x.shape[0], x)
+        self._transpose(_rows(x), result)
+        return result
+
+    def _transpose(self, x: Tensor, out: Tensor) -> None:
+        """Copy x (rows, columns) into out (columns, rows); of both, one may be padded."""
+        rows, columns = min(x.shape[0], out.shape[1]), min(x.shape[1], out.shape[0])
+        code = _CODES[x.dtype]
+        self._device.kernels.call(
+            "transpose", code, code, *_matrix(x), rows, columns, *_matrix(out),
+            self._device.stream(x.device),
+        )  # fmt: skip
+
+
+def _check_place(*tensors: Tensor | None) -> None:
+    """Check that all pointers are of one device: a kernel given others crashes."""
+    given = [t for t in tensors if t is not None]
+    if any(t.device != given[0].device for t in given):
+        raise format_error(
+            f"tensors on {', '.join(str(t.device) for t in given)}",
+            "one device",
+            "move the input or the module with .to()",
+        )
+
+
+def _pointer(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+def _matrix(t: Tensor) -> tuple[int, int]:
+    """Return a matrix's pointer, and the elements from a row to the next."""
+    return t.data_ptr(), t.stride(0)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """Return x (B, F) with contiguous features and rows that do not overlap."""
+    plain = x.stride(1) == 1 and x.stride(0) >= x.shape[1]
+    return x if plain else x.clone(memory_format=torch.contiguous_format)
+
+
+def _workspace(rows: int, columns: int, like: Tensor) -> Tensor:
+    """Return a matrix whose rows are aligned; columns are added for that."""
+    step = _ALIGNED // like.element_size()
+    return like.new_empty((rows, -(-columns // step) * step))
+
+
+# ---------------------------------------------------------------------------- CUDA's own devices
+
+
+@functools.cache
+def products() -> Products:
+    """Return the products of this process's CUDA devices.
+
+    Raises
+    ------
+    KernelNotFound
+        Where the library was not built, or there is no driver or no device.
+    """
+    return Products(Device(library.load()), structures)
+
+
+def spmm_cuda(*operands: Any) -> Tensor:
+    """Compute ``spmm`` on a CUDA device."""
+    return products().spmm(*operands)
+
+
+def spmm_t_cuda(*operands: Any) -> Tensor:
+    """Compute ``spmm_t`` on a CUDA device."""
+    return products().spmm_t(*operands)
+
+
+def sddmm_cuda(*operands: Any) -> Tensor:
+    """Compute ``sddmm`` on a CUDA device."""
+    return products().sddmm(*operands)
+
+
+def refuse(op: str) -> Any:
+    """Return the kernel of an operator that has none on CUDA."""
+
+    def kernel(*operands: Any) -> Tensor:
+        device = next(t.device for t in operands if isinstance(t, Tensor))
+        cpu.check_device(op, device)
+        raise AssertionError(f"{op} has kernels on {device}")
+
+    return kernel

@@ -1,0 +1,155 @@
+"""Structures in a device's memory, as the CUDA kernels want them: each uploaded once per device."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from spfmt.cuda import library, plan
+from spfmt.errors import DeviceError
+from spfmt.formats import Groups, Structure
+from spfmt.torch.words import is_capturing
+
+__all__ = ["Device", "Uploaded", "Uploads"]
+
+
+class Device:
+    """What products ask of torch about CUDA devices; tests on the CPU answer otherwise.
+
+    Parameters
+    ----------
+    kernels : spfmt.cuda.library.Library
+    """
+
+    kind = "cuda"
+
+    def __init__(self, kernels: library.Library) -> None:
+        self.kernels = kernels
+
+    @contextlib.contextmanager
+    def current(self, device: torch.device) -> Iterator[None]:
+        """Make a device the current one, on which kernels run: torch's and the library's."""
+        with torch.cuda.device(device):
+            self.kernels.call("use", device.index)
+            yield
+
+    def stream(self, device: torch.device) -> int:
+        """Return the handle of a device's current stream: asked at every call, it changes."""
+        return int(torch.cuda.current_stream(device).cuda_stream)
+
+    def is_capturing(self) -> bool:
+        """Tell whether that stream is being captured in a graph."""
+        return is_capturing()
+
+    def keep_for_stream(self, tensor: Tensor) -> None:
+        """Let the memory of a tensor that dies wait for the current stream of its device."""
+        tensor.record_stream(torch.cuda.current_stream(tensor.device))
+
+    def allows_tf32(self) -> bool:
+        """Tell whether products of float32 may round their operands to TF32, as torch's may."""
+        matmul = torch.backends.cuda.matmul
+        precision = getattr(matmul, "fp32_precision", None)  # from torch 2.9 on; excludes the other
+        return bool(matmul.allow_tf32 if precision is None else precision == "tf32")
+
+
+@dataclass
+class Uploaded:
+    """A struct of ``cuda/api.h`` and the tensors that it points to.
+
+    Attributes
+    ----------
+    struct : library.Tiles or library.Lists
+    tensors : tuple of Tensor
+    streams : set of int
+        Handles of the streams that may use the tensors.
+    """
+
+    struct: ctypes.Structure
+    tensors: tuple[Tensor, ...]
+    streams: set[int] = field(default_factory=set)
+
+
+class Uploads:
+    """What of structures lies on devices.
+
+    Freed with its structure, unless a graph captured it: a graph reads at the addresses it saw, so
+    what it saw stays for as long as this object.
+    """
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self._of: WeakKeyDictionary[Structure, dict[Any, Uploaded]] = WeakKeyDictionary()
+        self._captured: dict[int, Uploaded] = {}  # by id
+
+    def get(self, structure: Structure, transposed: bool, place: torch.device) -> Uploaded:
+        """Return the tiles of groups, or lists or their transpose, for the current stream.
+
+        Raises
+        ------
+        DeviceError
+            Where they would have to be uploaded while a graph is captured.
+        """
+        layout = structure.layout
+        by_layout = _tiles if isinstance(layout, Groups) else _lists
+        make: Any = _transposed if transposed and by_layout is _lists else by_layout
+        known = self._of.setdefault(structure, {})
+        found = known.get((make, place))
+        capturing = self._device.is_capturing()
+        if found is None:
+            if capturing:
+                raise _not_there(place)
+            found = known[make, place] = make(layout, place)
+            found.streams.add(self._device.stream(place))
+        elif self._device.stream(place) not in found.streams:
+            found.streams.add(self._device.stream(place))
+            for tensor in found.tensors:
+                self._device.keep_for_stream(tensor)
+        if capturing:
+            self._captured[id(found)] = found
+        return found
+
+
+def _not_there(place: torch.device) -> DeviceError:
+    return DeviceError(
+        f"got a structure that is not on {place} while a CUDA graph is captured; expected one that "
+        "was uploaded before; fix: run what is captured once before the capture, backward passes "
+        "too, and again after structures moved"
+    )
+
+
+def _on(place: torch.device, *arrays: Any) -> tuple[Tensor, ...]:
+    """Copy arrays; when this returns they are there for every stream."""
+    with torch.inference_mode(False):
+        return tuple(torch.tensor(array, device=place) for array in arrays)
+
+
+def _tiles(groups: Groups, place: torch.device) -> Uploaded:
+    made = plan.device_tiles(groups, plan.tile_rows(groups))
+    tensors = _on(
+        place, made.tile.view("i8"), made.row_perm, made.col_indices, made.ascending,
+        made.sorted_cols, made.piece.view("i8"), made.piece_ptr,
+    )  # fmt: skip
+    sizes = made.rows, made.cols, made.tile.size, made.most_rows, made.most_cols, made.chunk
+    return Uploaded(library.Tiles(*sizes, *(t.data_ptr() for t in tensors)), tensors)
+
+
+def _of_lists(made: plan.DeviceLists, place: torch.device) -> Uploaded:
+    source = () if made.source is None else (made.source,)
+    tensors = _on(place, made.indptr, made.col_indices, *source)
+    struct = library.Lists(made.rows, made.cols, *(t.data_ptr() for t in tensors))
+    return Uploaded(struct, tensors)
+
+
+def _lists(lists: Any, place: torch.device) -> Uploaded:
+    return _of_lists(plan.device_lists(lists), place)
+
+
+def _transposed(lists: Any, place: torch.device) -> Uploaded:
+    return _of_lists(plan.transposed_lists(lists), place)
