@@ -142,7 +142,8 @@ SPFMT_CLONES static void spfmt_top_magnitudes(const float* row, int64_t n, int32
   }
 }
 
-/* Of 32 bytes: compilers take wider ones apart, element by element, where registers are no wider. */
+/* Of 32 bytes: compilers take wider ones apart, element by element, where registers are no wider.
+ */
 typedef double spfmt_doubles __attribute__((vector_size(32)));
 typedef int64_t spfmt_ints __attribute__((vector_size(32)));
 
