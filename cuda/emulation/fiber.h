@@ -53,7 +53,12 @@ class Stacks {
   Stacks(const Stacks&) = delete;
   Stacks& operator=(const Stacks&) = delete;
   ~Stacks() {
-    for (char* stack : stacks_) munmap(stack, kBytes);
+    for (char* stack : stacks_) {
+#if defined(__SANITIZE_ADDRESS__)
+      __asan_unpoison_memory_region(stack, kBytes);  // or it stays so for who has it next
+#endif
+      munmap(stack, kBytes);
+    }
   }
 
   // Lets `fiber` start with entry(), on stack i.
