@@ -289,7 +289,9 @@ def test_convolutions_with_augmentation_resume(cifar: str, tmp_path: Path) -> No
 
 
 def test_gradients_are_clipped_and_labels_smoothed(tmp_path: Path) -> None:
-    smooth = recipe("train.label_smoothing=0.3", "train.steps=1", "train.log_every=1")
+    smooth = recipe(
+        "train.label_smoothing=0.3", "train.steps=1", "method.t_end=5", "train.log_every=1"
+    )
     run = SeedRun(smooth, load_images(smooth.data), 0)
     x, y = run.batches.take()
     want = torch.nn.CrossEntropyLoss(label_smoothing=0.3)(run.model(x), y).item()
@@ -307,12 +309,12 @@ def test_a_run_ends_where_its_loss_is_no_number(tmp_path: Path) -> None:
     with pytest.raises(Diverged, match=r"loss of nan in step \d+ of seed 0; .*lower optimizer.lr"):
         run_recipe(recipe("optimizer.lr=1e30"), tmp_path / "out")
     with pytest.raises(Diverged, match="a test loss of nan in step 1"):  # after the last step
-        run_recipe(recipe("optimizer.lr=1e30", "train.steps=1"), tmp_path / "one")
+        run_recipe(recipe("optimizer.lr=1e30", "train.steps=1", "method.t_end=5"), tmp_path / "one")
 
 
 def test_globals_are_left_as_they_were(tmp_path: Path) -> None:
     before, threads = random_state(), torch.get_num_threads()
-    run_recipe(recipe("train.steps=2"), tmp_path / "out")
+    run_recipe(recipe("train.steps=2", "method.t_end=5"), tmp_path / "out")
     after = random_state()
     assert torch.equal(before["torch"], after["torch"])
     assert before["python"] == after["python"]
@@ -429,7 +431,7 @@ def test_a_recipe_that_cannot_run_leaves_nothing(tmp_path: Path) -> None:
     out = tmp_path / "out"
     with pytest.raises(FormatError, match="names no layer"):
         run_recipe(recipe("method.exclude=nothing"), out)
-    run_recipe(recipe("train.steps=2"), out)  # the directory is still free
+    run_recipe(recipe("train.steps=2", "method.t_end=5"), out)  # the directory is still free
 
 
 def test_foreign_directories_are_left_alone(tmp_path: Path) -> None:
@@ -488,7 +490,7 @@ def test_checkpoints_cannot_run_code(stopped: Path) -> None:
 
 
 def test_a_damaged_result_is_named(tmp_path: Path) -> None:
-    found, out = recipe("train.steps=2"), tmp_path / "out"
+    found, out = recipe("train.steps=2", "method.t_end=5"), tmp_path / "out"
     summary = run_recipe(found, out)
     for damaged in ("{", "{}", "[]"):
         (out / "seed-0/result.json").write_text(damaged)
@@ -505,7 +507,7 @@ def test_missing_metrics_are_noticed(stopped: Path) -> None:
 
 
 def test_other_data_is_noticed(cifar: str, tmp_path: Path) -> None:
-    changes = ["data.name=cifar10", f"data.dir={cifar}", "train.steps=4",
+    changes = ["data.name=cifar10", f"data.dir={cifar}", "train.steps=4", "method.delta_t=1",
                "train.checkpoint_every=1"]  # fmt: skip
     with pytest.raises(Stopped):
         run_recipe(recipe(*changes), tmp_path / "out", watcher=StopAfter(3))

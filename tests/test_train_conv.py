@@ -187,13 +187,13 @@ def test_observations_are_those_of_the_dense_layer(name: str) -> None:
     x = [torch.randn(n, 8, *(9, 10)[: len(dense.kernel_size)], dtype=torch.float64) for n in (1, 3)]
     model = nn.Sequential(layer)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    methods = [kind(model, optimizer, delta_t=1, t_end=100) for kind in (RigL, Norms)]
+    norms, rigl = (kind(model, optimizer, delta_t=1, t_end=100) for kind in (Norms, RigL))
     for part in (*x, x[0][0]):  # accumulated, the last without a batch
         for module in (layer, dense):
             module(part).sin().sum().backward()
-    found = methods[0].observed(layer)
+    found = rigl.observed(layer)
     torch.testing.assert_close(found.weight_grad(), dense.weight.grad.reshape(sizes[1], -1))
-    for kind in (found, methods[1].observed(layer)):
+    for kind in (found, norms.observed(layer)):
         torch.testing.assert_close(kind.input_norms, input_norms(dense, [*x, x[0][:1]]).float())
         assert kind.output_grad_norms.shape == (sizes[1],)
     if layer.groups == 1:
@@ -206,7 +206,7 @@ def test_observations_are_those_of_the_dense_layer(name: str) -> None:
     else:
         with pytest.raises(FormatError, match="use power_sums or dense_gradient"):
             _ = found.inputs
-    assert stepped(methods[0])
+    assert stepped(rigl)
 
 
 def input_norms(dense: nn.Module, batches: list[torch.Tensor]) -> torch.Tensor:
