@@ -122,7 +122,7 @@ def train(suite: str, changes: Sequence[str], data: Path | None, out: Path) -> d
     recipe, changes = _recipe(suite, changes)
     command = [sys.executable, "-m", "spfmt.cli", "train", str(recipe)]
     command += ["--out", str(out), "--resume", "--quiet"]
-    command += [] if data is None or suite == "digits" else ["--data", str(data)]
+    command += [] if data is None else ["--data", str(data)]
     for change in changes:
         command += ["--set", change]
     subprocess.run(command, check=True)
@@ -244,11 +244,12 @@ def main() -> int:
         record = json.loads(args.json.read_text())
     for suite in args.suite or SUITES:
         found, folders = record.setdefault(suite, {}), []
+        data = None if suite == "digits" else args.data  # those come with scikit-learn
         for name, changes in rows(suite, args.weights).items():
             if args.only in name and name not in found:
                 folders.append(args.out / suite / _folder(name))
                 run = lottery if name == LOTTERY else train
-                summary = run(suite, changes, args.data, folders[-1])
+                summary = run(suite, changes, data, folders[-1])
                 found[name] = {"changes": changes, "cpu": here["machine"]["cpu"], **summary}
         if suite == "prune" and folders:
             record["latencies"] = latencies(folders)
