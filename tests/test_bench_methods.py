@@ -117,7 +117,7 @@ def test_the_page_says_how_the_row_is_repeated(
     monkeypatch.syspath_prepend(str(ROOT / "docs"))
     seed = {"density": 0.1, "seconds_per_step": 0.001, "peak_memory": 2**28}
     found = {"test_accuracy": 0.9, "test_accuracy_spread": 0.0, "seeds": [seed], "changes": STATIC}
-    page = importlib.import_module("trainings")._methods({"digits": {methods.LOTTERY: found}},
-                                                        "digits")  # fmt: skip
+    record = {"machine": {"cpu": "a CPU"}, "digits": {methods.LOTTERY: found}}
+    page = importlib.import_module("trainings")._methods(record, "digits")
     assert "python -m benchmarks.methods --only Lottery" in page
     assert "method.name=static" not in page

@@ -17,7 +17,7 @@ from torch import nn  # noqa: E402
 from torch._dynamo.testing import CompileCounter  # noqa: E402
 
 from spfmt.errors import FormatError, KernelNotFound  # noqa: E402
-from spfmt.formats import CSR, get_format  # noqa: E402
+from spfmt.formats import CSR, ShuffledBlock, get_format  # noqa: E402
 from spfmt.torch import SparseLinear, follow  # noqa: E402
 
 
@@ -402,3 +402,10 @@ def test_dataloader_workers():
     expected = torch.stack([data[i] for i in range(6)])
     loader = torch.utils.data.DataLoader(data, batch_size=3, num_workers=1)
     torch.testing.assert_close(torch.cat(list(loader)), expected)
+
+
+def test_a_layer_of_a_tensor_has_no_room_for_more_unless_a_density_is_asked_for():
+    scores = np.random.default_rng(0).random((10, 14), np.float32)
+    tensor = ShuffledBlock.from_scores(scores, 0.3, block_shape=(4, 4))
+    assert SparseLinear.from_tensor(tensor).capacity == tensor.nnz
+    assert SparseLinear.from_tensor(tensor, target_density=0.3).capacity == 42 + 15

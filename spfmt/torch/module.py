@@ -98,13 +98,11 @@ class SparseModule(nn.Module):
         self.shape = tensor.shape
         self.format = tensor.format
         self.format_params = _search_params(tensor, params)
+        most = tensor.nnz if target_density is None else tensor.most_nnz(target_density)
         if target_density is None or not BUDGET_PARAMS.isdisjoint(params):
             target_density = tensor.density
         self.target_density = float(target_density)
-        if capacity is None:
-            asked = target_density is not None
-            capacity = tensor.most_nnz(self.target_density) if asked else tensor.nnz
-        capacity = int(capacity)
+        capacity = most if capacity is None else int(capacity)
         if capacity < tensor.nnz:
             raise format_error(
                 f"capacity={capacity}",
