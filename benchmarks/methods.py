@@ -10,9 +10,9 @@ process of its own, two seeds:
   pruned ones in turn
 
 Runs that are there already are not repeated, and one that was stopped goes on. ``--json FILE``
-writes the record, or runs only the rows that it lacks and adds them ("prune" must run at once: its
-latencies are compared). docs/training.md is generated from docs/training-….json of the first two
-and docs/pruning-….json of the last.
+writes the record, or runs only the rows that it lacks and adds them; latencies of "prune" are
+measured of all its rows again, from the networks in ``--out``. docs/training.md is generated from
+docs/training-….json of the first two and docs/pruning-….json of the last.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -198,7 +198,7 @@ def _summary(out: Path) -> dict[str, Any]:
     return summary
 
 
-def latencies(folders: Sequence[Path]) -> dict[str, list[float]]:
+def latencies(folders: Mapping[str, Path]) -> dict[str, dict[str, float]]:
     """Return milliseconds of each run's network in ONNX Runtime, one thread, by batch."""
     import numpy as np
 
@@ -208,13 +208,14 @@ def latencies(folders: Sequence[Path]) -> dict[str, list[float]]:
 
     sessions = [
         spfmt.onnx.session(folder / "seed-0" / "model.onnx", session_options=quiet_options(1))
-        for folder in folders
+        for folder in folders.values()
     ]
     found = {}
     for batch in BATCHES:
         x = np.random.default_rng(0).random((batch, 3, 32, 32), np.float32)
         calls = [_call(session, x) for session in sessions]
-        found[str(batch)] = [timing.median / 1e3 for timing in interleave(calls, seconds=20.0)]
+        times = [timing.median / 1e3 for timing in interleave(calls, seconds=20.0)]
+        found[str(batch)] = dict(zip(folders, times, strict=True))
     return found
 
 
@@ -243,16 +244,17 @@ def main() -> int:
     if args.json and args.json.exists():
         record = json.loads(args.json.read_text())
     for suite in args.suite or SUITES:
-        found, folders = record.setdefault(suite, {}), []
+        found, folders = record.setdefault(suite, {}), {}
         data = None if suite == "digits" else args.data  # those come with scikit-learn
         for name, changes in rows(suite, args.weights).items():
             if args.only in name and name not in found:
-                folders.append(args.out / suite / _folder(name))
+                folders[name] = args.out / suite / _folder(name)
                 run = lottery if name == LOTTERY else train
-                summary = run(suite, changes, data, folders[-1])
+                summary = run(suite, changes, data, folders[name])
                 found[name] = {"changes": changes, "cpu": here["machine"]["cpu"], **summary}
-        if suite == "prune" and folders:
-            record["latencies"] = latencies(folders)
+        if suite == "prune" and folders:  # those that are compared are measured at once
+            every = {name: args.out / suite / _folder(name) for name in found}
+            record["latencies"] = latencies(every)
     if args.json:
         replace_file(str(args.json), (json.dumps(record, indent=1) + "\n").encode())
     return 0

@@ -13,17 +13,20 @@ inline bool is_aligned(const void* p, size_t bytes) {
 }
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Runs f(T()) with the type that a DType names.
+// Runs f(T(), device) with the type that a DType names, and the current device.
 template <class F>
 int with_type(int dtype, const F& f) {
+  Device device;
+  if (const int error = current_device(&device)) return error;
   switch (static_cast<DType>(dtype)) {
     case DType::bf16:
-      return f(bf16());
+      return f(bf16(), device);
     case DType::f16:
-      return f(half());
-    default:
-      return f(float());
+      return f(half(), device);
+    case DType::f32:
+      return f(float(), device);
   }
+  return kInvalidValue;
 }
 
 // Runs f(std::integral_constant<int, n>()), n a power of two up to `most`.

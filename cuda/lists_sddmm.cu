@@ -88,9 +88,7 @@ extern "C" int spfmt_cuda_lists_sddmm(int dtype, const spfmt::cuda::Lists* a, co
                                       float* values, void* stream) {
   using namespace spfmt::cuda;
   if (a->rows == 0) return 0;
-  Device device;
-  if (const int error = current_device(&device)) return error;
-  return with_type(dtype, [&](auto zero) {
+  return with_type(dtype, [&](auto zero, const Device& device) {
     using T = decltype(zero);
     const Strided<const T> left{static_cast<const T*>(dy), dy_stride, 1};
     const Strided<const T> right{static_cast<const T*>(x), x_stride, 1};

@@ -177,9 +177,7 @@ extern "C" int spfmt_cuda_lists_small(int dtype, const spfmt::cuda::Lists* a, co
                                       void* y, int64_t y_stride, void* stream) {
   using namespace spfmt::cuda;
   if (a->rows == 0 || n == 0) return 0;
-  Device device;
-  if (const int error = current_device(&device)) return error;
-  return with_type(dtype, [&](auto zero) {
+  return with_type(dtype, [&](auto zero, const Device& device) {
     using T = decltype(zero);
     const Operands<T> o{
         {static_cast<const T*>(x), 1, x_stride}, {static_cast<T*>(y), 1, y_stride}, n, bias};

@@ -89,9 +89,7 @@ extern "C" int spfmt_cuda_lists_spmm(int dtype, const spfmt::cuda::Lists* a, con
                                      void* y, int64_t y_stride, void* stream) {
   using namespace spfmt::cuda;
   if (a->rows == 0 || n == 0) return 0;
-  Device device;
-  if (const int error = current_device(&device)) return error;
-  return with_type(dtype, [&](auto zero) {
+  return with_type(dtype, [&](auto zero, const Device& device) {
     using T = decltype(zero);
     const Weights<T> weights(*a, values);
     const Operands<T> o{

@@ -84,10 +84,10 @@ def _pruned(record: Record) -> str:
     columns = ["ResNet-20", "test accuracy", "weights kept", "batch 1", "batch 64"]
     rows = ["### A trained ResNet-20 pruned, three epochs on CIFAR-10\n", *head(columns)]
     times = record["latencies"]
-    for place, (name, found) in enumerate(record["prune"].items()):
+    for name, found in record["prune"].items():
         cells = [name, _accuracy(found), f"{found['seeds'][0]['density']:.3f}"]
         for batch in ("1", "64"):
-            own, dense = times[batch][place], times[batch][0]
+            own, dense = times[batch][name], times[batch]["dense"]
             cells.append(f"{own:.2f} ms ({dense / own:.1f}x)")
         rows.append(line(cells))
     return "\n".join(rows)

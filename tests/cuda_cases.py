@@ -22,6 +22,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from spfmt.cuda.library import FLOAT32, TF32, Library
+
 CUDA = Path(os.environ.get("SPFMT_CUDA_SOURCES", Path(__file__).resolve().parent.parent / "cuda"))
 FLAGS = ("-std=c++20", "-O1", "-g1", "-fPIC", "-pthread", "-Wall", "-Wextra", "-Werror")
 
@@ -31,7 +33,7 @@ DTYPES: dict[str, Any] = {
     "f16": np.dtype(np.float16),
 }
 CODES = {"f32": 0, "bf16": 1, "f16": 2}
-PRECISIONS = {"float32": 0, "tf32": 1}
+PRECISIONS = {"float32": FLOAT32, "tf32": TF32}
 
 # Orders of threads, and whether copies happen late.
 ORDERS = (("forward", 1), ("reverse", 1), ("1", 1), ("2", 0), ("3", 1))
@@ -67,39 +69,37 @@ def build(sources: Path = CUDA, flags: tuple[str, ...] = ()) -> Path:
     return found
 
 
+class Emulated(Library):
+    """The emulated kernels, with what only the emulation has."""
+
+    def emulate(self, order: str, late: int, hosts: int) -> None:
+        """Say how the next launches run."""
+        self._opened.emulate(ctypes.c_char_p(order.encode()), late, hosts)
+
+    def counts(self) -> list[int]:
+        """Return switches, mma, ldmatrix and bank conflicts since the last call."""
+        found = (ctypes.c_int64 * 4)()
+        self._opened.emulated(found)
+        return list(found)
+
+
 @functools.cache
-def library() -> ctypes.CDLL:
+def library() -> Emulated:
     """Return the emulated kernels."""
     if shutil.which("g++") is None:
         pytest.skip("the emulation of CUDA needs g++")
-    lib = ctypes.CDLL(str(build()))
-    lib.spfmt_cuda_error.restype = ctypes.c_char_p
-    lib.emulate.argtypes = [ctypes.c_char_p, ctypes.c_int, ctypes.c_int]
-    return lib
+    return Emulated(build())
 
 
 def emulate(order: str = "forward", late: int = 1, hosts: int = 1) -> None:
     """Say in which order threads run, when copies happen, and on how many threads blocks run."""
-    library().emulate(order.encode(), late, hosts)
+    library().emulate(order, late, hosts)
 
 
 def call(name: str, *arguments: Any) -> None:
-    """Call a function of the library; arrays go as pointers, ints as 64 bits, the rest as it is."""
-    lib = library()
-    code = getattr(lib, f"spfmt_cuda_{name}")(*map(_passed, arguments))
-    if code:
-        raise RuntimeError(lib.spfmt_cuda_error(code).decode())
-
-
-def _passed(argument: Any) -> Any:
-    if isinstance(argument, np.ndarray):
-        return ctypes.c_void_p(argument.ctypes.data)
-    return ctypes.c_int64(argument) if isinstance(argument, int) else argument
-
-
-def code(dtype: str) -> ctypes.c_int:
-    """Return how the library calls a dtype."""
-    return ctypes.c_int(CODES[dtype])
+    """Call a function of the library; arrays go as pointers, dtypes and the rest as they are."""
+    pointers = (a.ctypes.data if isinstance(a, np.ndarray) else a for a in arguments)
+    library().call(name, *pointers)
 
 
 # ------------------------------------------------------------------------------------- operands

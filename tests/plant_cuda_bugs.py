@@ -7,7 +7,6 @@ Kernels are compiled for bf16 and tiles of 64 rows alone, which takes about a se
 
 from __future__ import annotations
 
-import ctypes
 import multiprocessing
 import shutil
 import subprocess
@@ -121,10 +120,8 @@ class Workshop:
 
 def check(library: Path, op: str) -> None:
     """Fail as the tests would; a short table, in every order."""
-    lib = ctypes.CDLL(str(library))
-    lib.spfmt_cuda_error.restype = ctypes.c_char_p
-    lib.emulate.argtypes = [ctypes.c_char_p, ctypes.c_int, ctypes.c_int]
-    cuda_cases.library = lambda: lib
+    bugged = cuda_cases.Emulated(library)
+    cuda_cases.library = table.library = lambda: bugged
     problems = [table.Problem.of(c, "bf16", "tf32") for c in table.CASES if c.most_rows == 64]
     for order, late in cuda_cases.ORDERS:
         cuda_cases.emulate(order, late)

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import cuda_cases
 import numpy as np
 import pytest
-from cuda_cases import CODES, DTYPES, ORDERS, PRECISIONS, Result, call, code, emulate, operand
+from cuda_cases import CODES, DTYPES, ORDERS, PRECISIONS, Result, call, emulate, library, operand
 
+from spfmt.cuda import library as plain
 from spfmt.cuda.plan import DeviceTiles, device_tiles
 from spfmt.formats import HRBP, Groups, ShuffledBlock
 from spfmt.formats._layout import lower_groups
@@ -26,18 +26,8 @@ KINDS = (("bf16", "tf32"), ("f16", "tf32"), ("f32", "tf32"), ("f32", "float32"))
 OPS = ("spmm", "spmm_t", "sddmm")
 
 
-class Tiles(ctypes.Structure):
-    """The struct Tiles of cuda/api.h."""
-
-    _fields_ = (
-        *((name, ctypes.c_int64) for name in ("rows", "cols")),
-        *((name, ctypes.c_int32) for name in ("count", "most_rows", "most_cols", "chunk")),
-        *(
-            (name, ctypes.c_void_p)
-            for name in ("tile", "row_perm", "col_indices", "ascending", "sorted_cols", "piece",
-                         "piece_ptr")
-        ),
-    )  # fmt: skip
+class Tiles(plain.Tiles):
+    """The struct Tiles of cuda/api.h, on arrays of numpy."""
 
     @classmethod
     def of(cls, tiles: DeviceTiles) -> Tiles:
@@ -165,8 +155,8 @@ class Problem:
         result = Result(*shape, "f32" if op == "sddmm" else self.dtype, self.offset, 5)
         dense = {"spmm": self.x, "spmm_t": self.dy}
         before = (
-            code(self.dtype),
-            ctypes.c_int(PRECISIONS[self.precision]),
+            CODES[self.dtype],
+            PRECISIONS[self.precision],
             ctypes.byref(self.tiles),
         )
         if op == "sddmm":
@@ -324,9 +314,9 @@ def test_what_is_not_finite_reaches_only_its_products(op: str, kind: tuple[str, 
 
 def check_conflicts(problem: Problem, op: str) -> None:
     """Fail if rows of an ldmatrix meet in a bank."""
-    _counted()
+    library().counts()
     problem.run(op)
-    _, mma, ldmatrix, conflicts = _counted()
+    _, mma, ldmatrix, conflicts = library().counts()
     assert mma > 0
     assert ldmatrix > 0 or (op, problem.dtype) == ("spmm", "f32")
     assert conflicts == 0, f"{conflicts} bank conflicts in {ldmatrix} matrices"
@@ -339,12 +329,6 @@ def test_fragments_meet_no_bank_twice(op: str, kind: tuple[str, str]) -> None:
         check_conflicts(Problem.of(Case(128, 128, 128, rows, 0.5, rows), *kind), op)
 
 
-def _counted() -> list[int]:
-    counts = (ctypes.c_int64 * 4)()
-    cuda_cases.library().emulated(counts)
-    return list(counts)
-
-
 def test_what_is_not_offered_is_an_error() -> None:
     problem = Problem.of(Case(20, 30, 8), "f32", "tf32")
     problem.tiles.most_rows = 32
@@ -352,7 +336,7 @@ def test_what_is_not_offered_is_an_error() -> None:
         with pytest.raises(RuntimeError, match="invalid argument"):
             problem.run(op)
     with pytest.raises(RuntimeError, match="invalid argument"):
-        call("transpose", ctypes.c_int(9), code("f32"), problem.x, 8, 30, 8, problem.dy, 30, None)
+        call("transpose", 9, CODES["f32"], problem.x, 8, 30, 8, problem.dy, 30, None)
 
 
 def test_planted_bugs_are_found() -> None:
@@ -408,7 +392,7 @@ def test_transposition_rounds_once(of: str, to: str) -> None:
             emulate(order, late)
             result = Result(cols, rows, to, offset, more=2 * stride)
             arguments = (source, cols + stride, rows, cols, result.array, result.stride, None)
-            call("transpose", code(of), code(to), *arguments)
+            call("transpose", CODES[of], CODES[to], *arguments)
             result.check_frame()
             got = result.array.astype(np.float32)
             np.testing.assert_array_equal(got, want.astype(np.float32))

@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cuda_cases import DTYPES, ORDERS, Result, aligned, call, code, emulate, operand
+from cuda_cases import CODES, DTYPES, ORDERS, Result, aligned, call, emulate, operand
 from format_cases import MAKERS
 
+from spfmt.cuda import library
 from spfmt.cuda.plan import DeviceLists, device_lists, transposed_lists
 from spfmt.formats._layout import Lists
 
@@ -76,21 +77,11 @@ class Weight:
         arrays = [plan.indptr, plan.col_indices, *([] if plan.source is None else [plan.source])]
         self._arrays = [indices(array, offset) for array in arrays]
         pointers = [array.ctypes.data for array in self._arrays]
-        self._struct = _Lists(plan.rows, plan.cols, *pointers)
+        self._struct = library.Lists(plan.rows, plan.cols, *pointers)
 
     @property
     def struct(self) -> Any:
         return ctypes.byref(self._struct)
-
-
-class _Lists(ctypes.Structure):
-    _fields_ = [
-        ("rows", ctypes.c_int64),
-        ("cols", ctypes.c_int64),
-        ("indptr", ctypes.c_void_p),
-        ("col_indices", ctypes.c_void_p),
-        ("source", ctypes.c_void_p),
-    ]
 
 
 # ---------------------------------------------------------------------------------------- products
@@ -107,7 +98,7 @@ def spmm(
     y = Result(*((n, w.rows) if small else (w.rows, n)), dtype, offset, more)
     call(
         "lists_small" if small else "lists_spmm",
-        code(dtype), w.struct, w.values, x, x.strides[0] // x.itemsize, n, b, y.array, y.stride,
+        CODES[dtype], w.struct, w.values, x, x.strides[0] // x.itemsize, n, b, y.array, y.stride,
         None,
     )  # fmt: skip
     y.check_frame()
@@ -137,7 +128,7 @@ def sddmm(w: Weight, dtype: str, n: int, offset: int = 0, more: tuple[int, int] 
     out = Result(1, w.nnz, "f32")
     strides = [m.strides[0] // m.itemsize if m.size else n for m in (dy, x)]
     call(
-        "lists_sddmm", code(dtype), w.struct, dy, strides[0], x, strides[1], n, out.array, None
+        "lists_sddmm", CODES[dtype], w.struct, dy, strides[0], x, strides[1], n, out.array, None
     )  # fmt: skip
     out.check_frame()
     left, right = dy.astype(np.float64), x.astype(np.float64)
@@ -240,7 +231,7 @@ def test_infinity_goes_where_it_belongs(lengths: list[int], n: int, small: bool)
     y = Result(*((n, a.rows) if small else (a.rows, n)), "f32")
     call(
         "lists_small" if small else "lists_spmm",
-        code("f32"), w.struct, w.values, x, x.shape[1], n, None, y.array, y.stride, None,
+        CODES["f32"], w.struct, w.values, x, x.shape[1], n, None, y.array, y.stride, None,
     )  # fmt: skip
     met = w.values[: a.nnz][col == column]
     want = np.zeros(a.rows)
@@ -258,6 +249,6 @@ def test_samples_that_are_infinite_stay_alone() -> None:
         x = np.ones((w.cols, n), np.float32)
         x[:, ill] = np.nan
         y = Result(w.rows, n, "f32")
-        call("lists_spmm", code("f32"), w.struct, w.values, x, n, n, None, y.array, y.stride, None)
+        call("lists_spmm", CODES["f32"], w.struct, w.values, x, n, n, None, y.array, y.stride, None)
         assert (np.isnan(y.array).all(0) == (np.arange(n) == ill)).all()
         assert np.isfinite(np.delete(y.array, ill, 1)).all()

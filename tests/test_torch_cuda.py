@@ -40,8 +40,7 @@ class Emulated(Device):
     """The emulated kernels, on tensors of the CPU; streams and captures are those of the test."""
 
     def __init__(self) -> None:
-        cuda_cases.library()  # skips without g++
-        super().__init__(library.Library(cuda_cases.build()))
+        super().__init__(cuda_cases.library())
         self.capturing, self.number, self.tf32 = False, 0, False
         self.kept: list[Any] = []
         self.products = Products(self, Structures(self.is_capturing))
