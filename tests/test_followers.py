@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import socket
 
 import numpy as np
@@ -219,11 +220,9 @@ def in_two_processes(body) -> None:
 def _rank(rank: int, body, port: int) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    try:
-        body(rank)
-        dist.barrier()  # gloo's threads end badly where the other rank has gone already
-    finally:
-        dist.destroy_process_group()
+    body(rank)
+    dist.barrier()  # or the other rank's calls would fail when this one has gone
+    os._exit(0)  # taking gloo's threads down aborts once in some hundred runs: not what is tested
 
 
 def _ranks_that_differ(rank: int) -> None:
