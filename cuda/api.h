@@ -28,10 +28,20 @@ struct Tile {
   int32_t col, cols;  // columns col_indices[col .. col + cols], in any order
 };
 
-// Up to 64 of a tile's columns, all within one chunk of the matrix's columns, ascending.
+// Up to 64 of a tile's columns, all within one chunk of the matrix's columns, ascending. Of a
+// convolution, columns are channels, a piece has those of one cell of the kernel, and a pixel of dX
+// gets what a pixel of dY gives that lies so many below and to the right.
 struct Piece {
   Tile tile;
   int32_t first, count;  // ascending[first .. first + count]
+  int32_t down, across;
+};
+
+// What a column of a convolution's weight sees: a channel of the pixel so many below and to the
+// right of `stride` times the result's.
+struct Tap {
+  int32_t channel;
+  int16_t down, across;
 };
 
 struct Tiles {
@@ -42,10 +52,22 @@ struct Tiles {
   const Tile* tile;
   const int32_t* row_perm;
   const int32_t* col_indices;
+  const Tap* tap;              // of convolutions, instead of col_indices
   const int32_t* ascending;    // of every list, its places 0 .. cols - 1 by their columns
   const int32_t* sorted_cols;  // and these columns
   const Piece* piece;          // chunk after chunk, and in each by tile
-  const int32_t* piece_ptr;    // chunk c has piece[piece_ptr[c] .. piece_ptr[c + 1]]
+  const int32_t* piece_ptr;    // chunk c has piece[piece_ptr[c] .. piece_ptr[c + 1]]; of a
+                               // convolution c is chunk + chunks (s_x a + b) for pixels (a, b) of
+                               // dX, modulo the strides s_y and s_x
+};
+
+// Maps of images as a matrix with samples side by side: row `channel` c + `row` h + `column` w has
+// those of pixel (h, w) of channel c. Rows lie `stride` elements apart; sixteen bytes are copied at
+// once where all operands' strides and addresses are multiples of that, and elements otherwise.
+struct Maps {
+  int32_t channels, height, width, batch;
+  int32_t channel, row, column;
+  int32_t stride;
 };
 
 // Lists (cpp/core/spfmt.h), or the transpose of some: then position p holds value source[p].
@@ -80,10 +102,27 @@ int spfmt_cuda_groups_spmm(int dtype, int precision, const spfmt::cuda::Tiles* a
 int spfmt_cuda_groups_spmm_t(int dtype, int precision, const spfmt::cuda::Tiles* a,
                              const void* values, const void* dy, int64_t dy_stride, int64_t n,
                              void* dx, int64_t dx_stride, void* stream);
-// values (nnz) float32 = dy (R, n) x (C, n)^T at the structure.
+// values (parts, nnz) float32, whose sum is dy (R, n) x (C, n)^T at the structure: part p is that
+// of a share of the samples.
 int spfmt_cuda_groups_sddmm(int dtype, int precision, const spfmt::cuda::Tiles* a, const void* dy,
                             int64_t dy_stride, const void* x, int64_t x_stride, int64_t n,
-                            float* values, void* stream);
+                            int32_t parts, int64_t nnz, float* values, void* stream);
+
+// y = A * x + bias, a convolution with stride {s_y, s_x}.
+int spfmt_cuda_groups_conv(int dtype, int precision, const spfmt::cuda::Tiles* a,
+                           const void* values, const void* x, const spfmt::cuda::Maps* x_maps,
+                           const int32_t* stride, const float* bias, void* y,
+                           const spfmt::cuda::Maps* y_maps, void* stream);
+// dx, its gradient of the input.
+int spfmt_cuda_groups_conv_t(int dtype, int precision, const spfmt::cuda::Tiles* a,
+                             const void* values, const void* dy, const spfmt::cuda::Maps* dy_maps,
+                             const int32_t* stride, void* dx, const spfmt::cuda::Maps* dx_maps,
+                             void* stream);
+// values (parts, nnz) float32, whose sum is its gradient of the values.
+int spfmt_cuda_groups_conv_sampled(int dtype, int precision, const spfmt::cuda::Tiles* a,
+                                   const void* dy, const spfmt::cuda::Maps* dy_maps, const void* x,
+                                   const spfmt::cuda::Maps* x_maps, const int32_t* stride,
+                                   int32_t parts, int64_t nnz, float* values, void* stream);
 
 // y (n, R) = x (n, C) A^T + bias for up to 16 samples: here, features are contiguous.
 int spfmt_cuda_lists_small(int dtype, const spfmt::cuda::Lists* a, const void* values,

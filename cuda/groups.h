@@ -6,8 +6,7 @@
 // samples) is zero in both, so that no NaN meets a zero.
 #pragma once
 
-#include "api.h"
-#include "device.h"
+#include "operands.h"
 
 namespace spfmt::cuda {
 
@@ -39,33 +38,7 @@ int with_math(int dtype, int precision, const Body& body) {
   return kInvalidValue;
 }
 
-// ---------------------------------------------------------------------- matrices in shared memory
-
-// Rows of `chunks` times sixteen bytes. The chunks of a row change places so that neither one chunk
-// of eight rows in a line (ldmatrix) nor two side by side of four rows (fragments of tf32) meet in
-// a bank.
-template <int chunks>
-struct Rows {
-  // The byte where a chunk of a row starts.
-  __host__ __device__ __forceinline__ static constexpr int at(int row, int chunk) {
-    constexpr int kPlaces = chunks < 8 ? chunks : 8;
-    const int line = row / (8 / kPlaces);
-    const int turn = (line * 2 & (kPlaces - 1)) | (line / (kPlaces / 2) & 1);
-    return (row * chunks + (chunk ^ turn)) * 16;
-  }
-};
-
-// Whether `rows` rows of so many chunks side by side lie in different banks, eight chunks in all.
-template <int chunks>
-constexpr bool apart(int rows, int row, int chunk) {
-  int met = 0;
-  for (int i = 0; i < 8; ++i) {
-    met |= 1 << Rows<chunks>::at(row + i % rows, chunk + i / rows) / 16 % 8;
-  }
-  return met == 255;
-}
-static_assert(apart<2>(8, 8, 1) && apart<4>(8, 8, 3) && apart<8>(8, 8, 5) && apart<32>(8, 8, 9));
-static_assert(apart<4>(4, 4, 2) && apart<8>(4, 4, 6) && apart<16>(4, 4, 2) && apart<32>(4, 4, 8));
+// -------------------------------------------------------------------------------------- fragments
 
 // An operand of a block's product. Plain: its rows run along the depth. Transposed: its rows are
 // the depth, and run along the rows of A or the columns of B.
@@ -210,107 +183,5 @@ __device__ __forceinline__ void in_stages(int steps, const Fill& fill, const Use
   }
   copy_wait<0>();
 }
-
-// ------------------------------------------------------------------------------ to shared memory
-
-// Features by samples in the caller's memory.
-template <class T>
-struct Matrix {
-  T* data;
-  int64_t stride, n;
-  bool aligned;  // every `vector` samples, from the first of a feature on
-
-  Matrix(T* data, int64_t stride, int64_t n, int vector)
-      : data(data),
-        stride(stride),
-        n(n),
-        aligned(stride % vector == 0 &&
-                reinterpret_cast<uintptr_t>(data) % (vector * sizeof(T)) == 0) {}
-};
-
-// The first `count` elements of a chunk, which may be negative, and zeros.
-template <bool aligned, class T>
-__device__ __forceinline__ void copy_chunk(unsigned char* to, const T* from, int64_t count) {
-  constexpr int kChunk = 16 / sizeof(T);
-  const int valid = count < 0 ? 0 : count < kChunk ? static_cast<int>(count) : kChunk;
-  if constexpr (aligned) {
-    copy16(to, from, valid * static_cast<int>(sizeof(T)));
-  } else {
-    SPFMT_UNROLL
-    for (int i = 0; i < kChunk; ++i) reinterpret_cast<T*>(to)[i] = i < valid ? from[i] : T{};
-  }
-}
-
-// Gathers `rows` rows of a matrix, `chunks` of sixteen bytes of each. Indices are found before they
-// are needed, so that nothing waits for them.
-template <class T, int rows, int chunks, int threads>
-class Gather {
- public:
-  static constexpr int kBytes = rows * chunks * 16;
-
-  // Takes rows index[0 .. count] of the matrix, and zeros from there on.
-  __device__ __forceinline__ void find(const int32_t* index, int count) {
-    each([&](int piece, int row, int) { row_[piece] = row < count ? index[row] : -1; });
-  }
-  // Copies samples from `sample` on to Rows<chunks> at `to`.
-  __device__ __forceinline__ void copy(unsigned char* to, const Matrix<const T>& x,
-                                       int64_t sample) const {
-    x.aligned ? copy_as<true>(to, x, sample) : copy_as<false>(to, x, sample);
-  }
-
- private:
-  static constexpr int kAll = rows * chunks, kPieces = (kAll + threads - 1) / threads;
-  int32_t row_[kPieces];
-
-  template <bool aligned>
-  __device__ __forceinline__ void copy_as(unsigned char* to, const Matrix<const T>& x,
-                                          int64_t sample) const {
-    each([&](int piece, int row, int chunk) {
-      const int64_t first = sample + chunk * (16 / static_cast<int>(sizeof(T)));
-      const bool any = row_[piece] >= 0 && first < x.n;
-      const T* from = any ? x.data + row_[piece] * x.stride + first : x.data;
-      copy_chunk<aligned>(to + Rows<chunks>::at(row, chunk), from, any ? x.n - first : 0);
-    });
-  }
-  template <class Body>
-  __device__ __forceinline__ static void each(const Body& body) {
-    SPFMT_UNROLL
-    for (int piece = 0; piece < kPieces; ++piece) {
-      const int i = static_cast<int>(threadIdx.x) + piece * threads;
-      if (kAll % threads == 0 || i < kAll) body(piece, i / chunks, i % chunks);
-    }
-  }
-};
-
-// The values of a tile.
-template <class T>
-class Values {
- public:
-  __device__ Values(const T* values, const Tile& tile)
-      : data_(values + tile.value),
-        rows_(tile.rows),
-        cols_(tile.cols),
-        aligned_(reinterpret_cast<uintptr_t>(data_) % 16 == 0) {}
-
-  // Copies a chunk of rows from `row` on, of the column at a place of the list; zeros if that is
-  // negative or beyond the list.
-  __device__ __forceinline__ void copy(unsigned char* to, int place, int row) const {
-    const int band = row / 16, left = rows_ - 16 * band, height = left < 16 ? left : 16;
-    const bool any = height > row % 16 && place >= 0 && place < cols_;
-    const int64_t at = int64_t{16} * cols_ * band + int64_t{place} * height + row % 16;
-    const T* from = any ? data_ + at : data_;
-    const int count = any ? height - row % 16 : 0;
-    if (aligned_ && height * sizeof(T) % 16 == 0) {
-      copy_chunk<true>(to, from, count);
-    } else {
-      copy_chunk<false>(to, from, count);
-    }
-  }
-
- private:
-  const T* data_;
-  int rows_, cols_;
-  bool aligned_;
-};
 
 }  // namespace spfmt::cuda

@@ -11,44 +11,25 @@ namespace {
 constexpr int kStages = 3;
 
 // What is in shared memory at a time: some columns of the list.
-template <class M, class W>
+template <class M, class W, class Source>
 struct Stage {
   using T = typename M::T;
   static constexpr int kDepth = 2 * M::kDepth;
   static constexpr int kAChunks = W::kRows / M::kChunk, kBChunks = W::kColumns / M::kChunk;
-  using X = Gather<T, kDepth, kBChunks, W::kThreads>;
+  using X = Gather<Source, kDepth, kBChunks, W::kThreads>;
   static constexpr int kA = kDepth * kAChunks * 16, kBytes = kA + X::kBytes;
 };
 
 // Columns first .. first + kDepth - 1 of the list, chunks in the order in which they are stored.
-template <class M, class W>
+template <class M, class W, class S>
 __device__ __forceinline__ void copy_values(unsigned char* to, const Values<typename M::T>& values,
                                             int first) {
-  using S = Stage<M, W>;
   constexpr int kOfBand = 16 / M::kChunk, kAll = S::kDepth * S::kAChunks;
   SPFMT_UNROLL
   for (int i = threadIdx.x; i < kAll; i += W::kThreads) {
     const int band = i / kOfBand / S::kDepth, k = i / kOfBand % S::kDepth;
     const int chunk = band * kOfBand + i % kOfBand;
     values.copy(to + Rows<S::kAChunks>::at(k, chunk), first + k, chunk * M::kChunk);
-  }
-}
-
-// Writes four samples of a row; those beyond the last are nobody's.
-template <class T>
-__device__ __forceinline__ void write4(const Matrix<T>& y, int64_t row, int64_t sample,
-                                       const float (&sum)[4], float bias) {
-  T* to = y.data + row * y.stride + sample;
-  T rounded[4];
-  SPFMT_UNROLL
-  for (int i = 0; i < 4; ++i) rounded[i] = from_float<T>(sum[i] + bias);
-  if (y.aligned && sample + 3 < y.n) {
-    *reinterpret_cast<Pair<Pair<T>>*>(to) = {{rounded[0], rounded[1]}, {rounded[2], rounded[3]}};
-    return;
-  }
-  SPFMT_UNROLL
-  for (int i = 0; i < 4; ++i) {
-    if (sample + i < y.n) to[i] = rounded[i];
   }
 }
 
@@ -66,43 +47,46 @@ __device__ __forceinline__ void trade(const float (&sum)[2][4], int half, float 
   }
 }
 
-template <class W, class T>
-__device__ __forceinline__ void write_rows(const Sums<W>& sums, const Matrix<T>& y,
-                                           const int32_t* rows, int count, int64_t sample,
-                                           const float* bias) {
+template <class W, class Y>
+__device__ __forceinline__ void write_rows(const Sums<W>& sums, const Y& y, const int32_t* rows,
+                                           int count, int64_t sample, const float* bias) {
   const int lane = threadIdx.x % 32, mine = lane % 2 * 8 + lane % 4 / 2 * 4;
   SPFMT_UNROLL
-  for (int i = 0; i < 2 * W::kBands; ++i) {
-    const int place = W::row() + 8 * i + lane / 4;
-    const bool any = place < count;
-    const int64_t row = any ? rows[place] : 0;
-    const float b = any && bias ? bias[row] : 0.0f;
+  for (int p = 0; p < W::kPairs; ++p) {
+    const auto place = y.place(sample + W::column() + 16 * p + mine);
     SPFMT_UNROLL
-    for (int p = 0; p < W::kPairs; ++p) {
+    for (int i = 0; i < 2 * W::kBands; ++i) {
+      const int at = W::row() + 8 * i + lane / 4;
+      const bool any = at < count;
+      const int32_t row = any ? rows[at] : 0;
+      const float b = any && bias ? bias[row] : 0.0f;
       float four[4];
       trade(sums.of[i / 2][p], i % 2, four);
-      if (any) write4(y, row, sample + W::column() + 16 * p + mine, four, b);
+      SPFMT_UNROLL
+      for (float& number : four) number += b;
+      if (any) y.write(row, place, four);
     }
   }
 }
 
-template <class M, class W, class T = typename M::T>
-__global__ void __launch_bounds__(W::kThreads)
-    spmm(Tiles a, const T* values, Matrix<const T> x, const float* bias, Matrix<T> y, int strips) {
-  using S = Stage<M, W>;
+template <class M, class W, class X, class Y, class T = typename M::T>
+__global__ void __launch_bounds__(W::kThreads, 1)
+    spmm(Tiles a, const T* values, X x, const float* bias, Y y, int strips) {
+  using S = Stage<M, W, X>;
   DYNAMIC_SHARED(shared);
   const Tile tile = a.tile[blockIdx.x / strips];
   const int64_t sample = int64_t{blockIdx.x % strips} * W::kColumns;
-  const int32_t* list = a.col_indices + tile.col;
+  const auto* list = x.list(a) + tile.col;
   const Values<T> of_tile(values, tile);
   typename S::X gather;
-  gather.find(list, tile.cols);
+  gather.go_to(x, sample);
+  gather.find(x, list, tile.cols);
   const auto fill = [&](int step) {
     unsigned char* to = shared + step % kStages * S::kBytes;
-    copy_values<M, W>(to, of_tile, step * S::kDepth);
-    gather.copy(to + S::kA, x, sample);
+    copy_values<M, W, S>(to, of_tile, step * S::kDepth);
+    gather.copy(to + S::kA, x);
     const int next = (step + 1) * S::kDepth;
-    gather.find(list + next, tile.cols - next);
+    gather.find(x, list + next, tile.cols - next);
   };
   Sums<W> sums;
   const bool any = W::row() < tile.rows;
@@ -119,15 +103,18 @@ __global__ void __launch_bounds__(W::kThreads)
   if (any) write_rows(sums, y, a.row_perm + tile.row, tile.rows, sample, bias);
 }
 
-template <class M, class W, class T = typename M::T>
-int launch(const Tiles& a, const void* values, const Matrix<const T>& x, const float* bias,
-           const Matrix<T>& y, void* stream) {
-  const int64_t strips = (x.n + W::kColumns - 1) / W::kColumns;
-  if (a.count * strips > kMostBlocks) return kInvalidValue;
-  const auto kernel = &spmm<M, W>;
-  return LAUNCH(kernel, dim3(static_cast<unsigned>(a.count * strips)), W::kThreads,
-                kStages * (Stage<M, W>::kBytes), stream, a, static_cast<const T*>(values), x, bias,
-                y, static_cast<int>(strips));
+template <class M, class X, class Y, class T = typename M::T>
+int launch(const Tiles& a, const void* values, const X& x, const float* bias, const Y& y,
+           void* stream) {
+  return with_warps(a.most_rows, x.samples, [&](auto warps) {
+    using W = decltype(warps);
+    const int64_t strips = (x.samples + W::kColumns - 1) / W::kColumns;
+    if (a.count * strips > kMostBlocks) return kInvalidValue;
+    const auto kernel = &spmm<M, W, X, Y>;
+    return LAUNCH(kernel, dim3(static_cast<unsigned>(a.count * strips)), W::kThreads,
+                  kStages * (Stage<M, W, X>::kBytes), stream, a, static_cast<const T*>(values), x,
+                  bias, y, static_cast<int>(strips));
+  });
 }
 
 }  // namespace
@@ -144,8 +131,24 @@ extern "C" int spfmt_cuda_groups_spmm(int dtype, int precision, const spfmt::cud
     using T = typename M::T;
     const Matrix<const T> from(static_cast<const T*>(x), x_stride, n, M::kChunk);
     const Matrix<T> to(static_cast<T*>(y), y_stride, n, 4);
-    return with_warps(a->most_rows, n, [&](auto warps) {
-      return launch<M, decltype(warps)>(*a, values, from, bias, to, stream);
-    });
+    return launch<M>(*a, values, from, bias, to, stream);
+  });
+}
+
+extern "C" int spfmt_cuda_groups_conv(int dtype, int precision, const spfmt::cuda::Tiles* a,
+                                      const void* values, const void* x,
+                                      const spfmt::cuda::Maps* x_maps, const int32_t* stride,
+                                      const float* bias, void* y, const spfmt::cuda::Maps* y_maps,
+                                      void* stream) {
+  using namespace spfmt::cuda;
+  return with_math(dtype, precision, [&](auto math) {
+    using M = decltype(math);
+    using T = typename M::T;
+    const Grid grid = grid_of<T>(y_maps->height, y_maps->width, x, *x_maps, y, *y_maps);
+    if (a->count == 0 || grid.samples() == 0) return 0;
+    if (!is_countable(*x_maps) || !is_countable(*y_maps)) return kInvalidValue;
+    const Images<const T> from(static_cast<const T*>(x), *x_maps, grid, stride[0], stride[1]);
+    const Images<T> to(static_cast<T*>(y), *y_maps, grid, 1, 1);
+    return launch<M>(*a, values, from, bias, to, stream);
   });
 }

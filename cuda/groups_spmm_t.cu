@@ -14,12 +14,12 @@ constexpr int kStages = 3, kColumns = 64, kSamples = 64;
 using W = Warps<1, 4, kColumns / 16, 1>;
 
 // What is in shared memory at a time: some of a tile's rows, and the numbers of the columns.
-template <class M, int depth>
+template <class M, int depth, class Source>
 struct Stage {
   using T = typename M::T;
   static constexpr int kDepth = depth, kAChunks = depth / M::kChunk;
   static constexpr int kBChunks = kSamples / M::kChunk;
-  using Dy = Gather<T, depth, kBChunks, W::kThreads>;
+  using Dy = Gather<Source, depth, kBChunks, W::kThreads>;
   static constexpr int kA = kColumns * kAChunks * 16, kB = kA + Dy::kBytes;
   static constexpr int kBytes = kB + kColumns * 4;
 };
@@ -82,20 +82,14 @@ __device__ __forceinline__ void add_piece(const ColumnSums& to, Sums<W>& sums,
   }
 }
 
-template <class T>
-__device__ __forceinline__ void write_columns(const ColumnSums& from, const Matrix<T>& dx,
-                                              int64_t first, int count, int64_t sample) {
+template <class Dx>
+__device__ __forceinline__ void write_columns(const ColumnSums& from, const Dx& dx, int first,
+                                              int count, int64_t sample) {
   const int warp = threadIdx.x / 32, pair = threadIdx.x % 32 * 2;
+  const auto place = dx.place(sample + pair);
   for (int column = warp; column < count; column += W::kThreads / 32) {
-    T* to = dx.data + (first + column) * dx.stride + sample + pair;
     const float* sum = from.at(column, pair);
-    const Pair<T> both{from_float<T>(sum[0]), from_float<T>(sum[1])};
-    if (dx.aligned && sample + pair + 1 < dx.n) {
-      *reinterpret_cast<Pair<T>*>(to) = both;
-      continue;
-    }
-    if (sample + pair < dx.n) to[0] = both.x;
-    if (sample + pair + 1 < dx.n) to[1] = both.y;
+    dx.write(first + column, place, {sum[0], sum[1]});
   }
 }
 
@@ -109,18 +103,17 @@ struct Slice {
 //
 // What a slice needs is read in three steps that do not wait for each other: its record, its rows
 // and columns one slice later, the operands themselves yet one later.
-template <class M, class S, class T = typename M::T>
+template <class M, class S, class Dy, class T = typename M::T>
 class Pieces {
  public:
-  __device__ Pieces(const Tiles& a, const T* values, const Matrix<const T>& dy, int64_t sample,
-                    int chunk)
+  __device__ Pieces(const Tiles& a, const T* values, const Dy& dy, int64_t sample, int chunk)
       : a_(a),
         values_(values),
         dy_(dy),
-        sample_(sample),
         piece_(a.piece + a.piece_ptr[chunk]),
         slices_((a.most_rows + S::kDepth - 1) / S::kDepth),
         steps_((a.piece_ptr[chunk + 1] - a.piece_ptr[chunk]) * slices_) {
+    gather_.go_to(dy, sample);
     read(0);
     find();
     read(1);
@@ -138,7 +131,7 @@ class Pieces {
   __device__ __forceinline__ void fill(unsigned char* to, int step) {
     const Values<T> values(values_, found_.tile);
     places_.copy(to, values, found_row_);
-    gather_.copy(to + S::kA, dy_, sample_);
+    gather_.copy(to + S::kA, dy_);
     if (threadIdx.x < kColumns) {
       const int i = threadIdx.x;
       const bool any = i < found_.count;
@@ -151,8 +144,7 @@ class Pieces {
  private:
   const Tiles& a_;
   const T* values_;
-  Matrix<const T> dy_;
-  int64_t sample_;
+  const Dy& dy_;
   const Piece* piece_;
   int slices_, steps_;
   Piece next_, found_;  // as read, and as found
@@ -178,21 +170,22 @@ class Pieces {
     found_ = next_;
     found_row_ = next_row_;
     places_.find(a_.ascending + found_.first, found_.count);
-    gather_.find(a_.row_perm + found_.tile.row + found_row_, found_.tile.rows - found_row_);
+    const int32_t* rows = a_.row_perm + found_.tile.row + found_row_;
+    gather_.find(dy_, Shifted{rows, found_.down, found_.across}, found_.tile.rows - found_row_);
   }
 };
 
-template <class M, class S, class T = typename M::T>
+template <class M, class S, class Dy, class Dx, class T = typename M::T>
 __global__ void __launch_bounds__(W::kThreads)
-    spmm_t(Tiles a, const T* values, Matrix<const T> dy, Matrix<T> dx, int strips) {
+    spmm_t(Tiles a, const T* values, Dy dy, Dx dx, int strips) {
   DYNAMIC_SHARED(shared);
-  const int chunk = blockIdx.x / strips;
-  const int64_t sample = int64_t{blockIdx.x % strips} * kSamples, first = int64_t{chunk} * a.chunk;
+  const int chunk = blockIdx.x / strips, first = chunk * a.chunk;
+  const int64_t sample = int64_t{blockIdx.x % strips} * kSamples;
   const int count = static_cast<int>(a.cols - first < a.chunk ? a.cols - first : a.chunk);
   const ColumnSums total{reinterpret_cast<float*>(shared + kStages * S::kBytes)};
   for (int i = threadIdx.x; i < count * kSamples; i += W::kThreads) total.sum[i] = 0.0f;
 
-  Pieces<M, S> pieces(a, values, dy, sample, chunk);
+  Pieces<M, S, Dy> pieces(a, values, dy, sample, chunk);
   const auto fill = [&](int step) { pieces.fill(shared + step % kStages * S::kBytes, step); };
   Sums<W> sums;
   const auto use = [&](int step) {
@@ -203,8 +196,7 @@ __global__ void __launch_bounds__(W::kThreads)
                   Operand<true, S::kBChunks>{stage + S::kA}, depth, (slice.columns + 15) / 16);
     }
     if (!slice.last) return;
-    add_piece(total, sums, reinterpret_cast<const int32_t*>(stage + S::kB), slice.columns,
-              static_cast<int>(first));
+    add_piece(total, sums, reinterpret_cast<const int32_t*>(stage + S::kB), slice.columns, first);
     sums = {};
   };
   in_stages<kStages>(pieces.steps(), fill, use);
@@ -212,18 +204,43 @@ __global__ void __launch_bounds__(W::kThreads)
   write_columns(total, dx, first, count, sample);
 }
 
-template <class M, int depth, class T = typename M::T>
-int launch(const Tiles& a, const void* values, const Matrix<const T>& dy, const Matrix<T>& dx,
-           void* stream) {
-  using S = Stage<M, depth>;
-  const int64_t strips = (dx.n + kSamples - 1) / kSamples;
+template <class M, int depth, class Dy, class Dx>
+int launch(const Tiles& a, const void* values, const Dy& dy, const Dx& dx, void* stream) {
+  using S = Stage<M, depth, Dy>;
+  using T = typename M::T;
+  const int64_t strips = (dx.samples + kSamples - 1) / kSamples;
   const int64_t blocks = (a.cols + a.chunk - 1) / a.chunk * strips;
   if (blocks > kMostBlocks) return kInvalidValue;
   const int64_t owned = a.cols < a.chunk ? a.cols : a.chunk;
-  const auto kernel = &spmm_t<M, S>;
+  const auto kernel = &spmm_t<M, S, Dy, Dx>;
   return LAUNCH(kernel, dim3(static_cast<unsigned>(blocks)), W::kThreads,
                 kStages * S::kBytes + owned * kSamples * sizeof(float), stream, a,
                 static_cast<const T*>(values), dy, dx, static_cast<int>(strips));
+}
+
+template <class M, class Dy, class Dx>
+int launch(const Tiles& a, const void* values, const Dy& dy, const Dx& dx, void* stream) {
+  if (a.most_rows == 16) return launch<M, 16>(a, values, dy, dx, stream);
+  return launch<M, 8 * M::kChunk>(a, values, dy, dx, stream);
+}
+
+// The pixels of dX that are (down, across) modulo the strides: dY has a pixel for each of them at
+// some cells of the kernel, the same ones for all.
+template <class M>
+int launch_phase(Tiles a, const void* values, const void* dy, const Maps& dy_maps,
+                 const int32_t* stride, int down, int across, void* dx, Maps maps, void* stream) {
+  using T = typename M::T;
+  const int height = (maps.height - down + stride[0] - 1) / stride[0];
+  const int width = (maps.width - across + stride[1] - 1) / stride[1];
+  Grid grid = grid_of<T>(height, width, dy, dy_maps, dx, maps);
+  if (grid.samples() == 0) return 0;
+  const int64_t first = (int64_t{down} * maps.row + int64_t{across} * maps.column) * maps.stride;
+  maps.row *= stride[0];
+  maps.column *= stride[1];
+  a.piece_ptr += (stride[1] * down + across) * ((a.cols + a.chunk - 1) / a.chunk);
+  const Images<const T> from(static_cast<const T*>(dy), dy_maps, grid, 1, 1);
+  const Images<T> to(static_cast<T*>(dx) + first, maps, grid, 1, 1);
+  return launch<M>(a, values, from, to, stream);
 }
 
 }  // namespace
@@ -239,7 +256,24 @@ extern "C" int spfmt_cuda_groups_spmm_t(int dtype, int precision, const spfmt::c
     using T = typename M::T;
     const Matrix<const T> from(static_cast<const T*>(dy), dy_stride, n, M::kChunk);
     const Matrix<T> to(static_cast<T*>(dx), dx_stride, n, 2);
-    if (a->most_rows == 16) return launch<M, 16>(*a, values, from, to, stream);
-    return launch<M, 8 * M::kChunk>(*a, values, from, to, stream);
+    return launch<M>(*a, values, from, to, stream);
+  });
+}
+
+extern "C" int spfmt_cuda_groups_conv_t(int dtype, int precision, const spfmt::cuda::Tiles* a,
+                                        const void* values, const void* dy,
+                                        const spfmt::cuda::Maps* dy_maps, const int32_t* stride,
+                                        void* dx, const spfmt::cuda::Maps* dx_maps, void* stream) {
+  using namespace spfmt::cuda;
+  if (a->cols == 0) return 0;
+  if (!is_countable(*dy_maps) || !is_countable(*dx_maps)) return kInvalidValue;
+  return with_math(dtype, precision, [&](auto math) {
+    for (int phase = 0; phase < stride[0] * stride[1]; ++phase) {
+      const int error =
+          launch_phase<decltype(math)>(*a, values, dy, *dy_maps, stride, phase / stride[1],
+                                       phase % stride[1], dx, *dx_maps, stream);
+      if (error) return error;
+    }
+    return 0;
   });
 }

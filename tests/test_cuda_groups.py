@@ -37,7 +37,9 @@ class Tiles(plain.Tiles):
             n: getattr(tiles, n) for n in ("rows", "cols", "most_rows", "most_cols", "chunk")
         }
         pointers = {
-            n: getattr(tiles, n).ctypes.data for n, t in cls._fields_ if t is ctypes.c_void_p
+            n: getattr(tiles, n).ctypes.data
+            for n, t in cls._fields_
+            if t is ctypes.c_void_p and getattr(tiles, n) is not None
         }
         return cls(count=count, **numbers, **pointers)
 
@@ -64,6 +66,7 @@ class Case:
     offset: int = 0
     chunk: int = 192
     bias: bool = True
+    parts: int = 1
 
     def groups(self, rng: np.random.Generator) -> Groups:
         """Draw lists in any order; the second of several has no columns."""
@@ -93,8 +96,8 @@ CASES = (
     Case(67, 101, 65, height=16, most_rows=16, stride=7),
     Case(130, 257, 72, height=64, density=0.3, stride=8),
     Case(50, 33, 17, height=24, density=0.5, offset=1),
-    Case(31, 200, 129, height=5, density=0.7, most_rows=16, stride=7, offset=8),
-    Case(130, 71, 129, height=100, density=0.4, most_rows=128, stride=7),
+    Case(31, 200, 129, height=5, density=0.7, most_rows=16, stride=7, offset=8, parts=4),
+    Case(130, 71, 129, height=100, density=0.4, most_rows=128, stride=7, parts=2),
     Case(200, 90, 7, height=128, density=0.9, most_rows=128),
     Case(100, 150, 65, height=(64, 5, 24, 7), density=0.5, stride=6, chunk=40),
     Case(96, 97, 40, height=(24, 8, 64), density=0.6, bias=False, chunk=16),
@@ -119,10 +122,11 @@ class Problem:
     def __init__(
         self, groups: Groups, dtype: str, precision: str, n: int, most_rows: int = 64,
         stride: int = 0, offset: int = 0, chunk: int = 192, bias: bool = True, values: Any = None,
+        parts: int = 1,
     ) -> None:  # fmt: skip
         rng = np.random.default_rng(7)
         self.groups, self.dtype, self.precision, self.n = groups, dtype, precision, n
-        self.offset = offset
+        self.offset, self.parts = offset, parts
         self.plan = device_tiles(groups, most_rows, chunk)
         self.tiles = Tiles.of(self.plan)
 
@@ -142,7 +146,7 @@ class Problem:
     @classmethod
     def of(cls, case: Case, dtype: str, precision: str) -> Problem:
         """Return the problem of a case."""
-        names = ("n", "most_rows", "stride", "offset", "chunk", "bias")
+        names = ("n", "most_rows", "stride", "offset", "chunk", "bias", "parts")
         arguments = {name: getattr(case, name) for name in names}
         return cls(case.groups(np.random.default_rng(1)), dtype, precision, **arguments)
 
@@ -150,9 +154,13 @@ class Problem:
         """Return the result of a product; nothing beside it was written."""
         groups = self.groups
         shape = {
-            "spmm": (groups.rows, self.n), "spmm_t": (groups.cols, self.n), "sddmm": (1, groups.nnz)
-        }[op]  # fmt: skip
-        result = Result(*shape, "f32" if op == "sddmm" else self.dtype, self.offset, 5)
+            "spmm": (groups.rows, self.n),
+            "spmm_t": (groups.cols, self.n),
+            "sddmm": (self.parts, groups.nnz),
+        }[op]
+        result = Result(
+            *shape, "f32" if op == "sddmm" else self.dtype, self.offset, 5 * (op != "sddmm")
+        )
         dense = {"spmm": self.x, "spmm_t": self.dy}
         before = (
             CODES[self.dtype],
@@ -160,7 +168,8 @@ class Problem:
             ctypes.byref(self.tiles),
         )
         if op == "sddmm":
-            arguments = (self.dy, _stride(self.dy), self.x, _stride(self.x), self.n, result.array)
+            arguments = (self.dy, _stride(self.dy), self.x, _stride(self.x), self.n)
+            arguments += (self.parts, groups.nnz, result.array)
         else:
             arguments = (self.values, dense[op], _stride(dense[op]), self.n)
             if op == "spmm":
@@ -168,7 +177,7 @@ class Problem:
             arguments += (result.array, result.stride)
         call(f"groups_{op}", *before, *arguments, None)
         result.check_frame()
-        return result.array.copy()
+        return result.array.sum(0, keepdims=True) if op == "sddmm" else result.array.copy()
 
     def check(self, op: str) -> Any:
         """Fail if a product is off by more than rounding explains; return it."""

@@ -8,10 +8,8 @@ from __future__ import annotations
 import contextlib
 import gc
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
 from typing import Any
 
-import cuda_cases
 import numpy as np
 import pytest
 from format_cases import OPTIONS
@@ -20,105 +18,15 @@ torch = pytest.importorskip("torch")
 
 from torch import nn  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
-from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+from torch_cuda_cases import DTYPES, Emulated, OnEmulation, Place, check  # noqa: E402
 
 from spfmt.cuda import library  # noqa: E402
 from spfmt.errors import DeviceError, FormatError, KernelNotFound  # noqa: E402
 from spfmt.formats import get_format  # noqa: E402
-from spfmt.torch import SparseConv2d, SparseLinear, cuda, freeze, sddmm, spmm, spmm_t, words  # noqa: E402
-from spfmt.torch.cuda import Products  # noqa: E402
-from spfmt.torch.uploads import Device  # noqa: E402
+from spfmt.torch import SparseLinear, cuda, freeze, sddmm, spmm, spmm_t, words  # noqa: E402
 from spfmt.torch.words import Structures  # noqa: E402
 
 R, C = 40, 48
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
-SMALLEST = {torch.float32: 0.0, torch.bfloat16: 2.0**-133, torch.float16: 2.0**-24}
-
-
-class Emulated(Device):
-    """The emulated kernels, on tensors of the CPU; streams and captures are those of the test."""
-
-    def __init__(self) -> None:
-        super().__init__(cuda_cases.library())
-        self.capturing, self.number, self.tf32 = False, 0, False
-        self.kept: list[Any] = []
-        self.products = Products(self, Structures(self.is_capturing))
-
-    def current(self, device: torch.device) -> AbstractContextManager[None]:
-        return contextlib.nullcontext()
-
-    def stream(self, device: torch.device) -> int:
-        return self.number
-
-    def is_capturing(self) -> bool:
-        return self.capturing
-
-    def keep_for_stream(self, tensor: torch.Tensor) -> None:
-        self.kept.append(tensor)
-
-    def allows_tf32(self) -> bool:
-        return self.tf32
-
-
-class OnEmulation(TorchDispatchMode):
-    """Let the operators compute by the emulated kernels instead of those of the CPU."""
-
-    def __init__(self, products: Products) -> None:
-        super().__init__()
-        ops = torch.ops.spfmt
-        self._instead = {
-            ops.spmm.default: products.spmm,
-            ops.spmm_t.default: products.spmm_t,
-            ops.sddmm.default: products.sddmm,
-        }
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return self._instead.get(func, func)(*args, **(kwargs or {}))
-
-
-class Place:
-    """Where layers compute.
-
-    Attributes
-    ----------
-    device : str
-        Of their tensors.
-    """
-
-    def __init__(self, device: str) -> None:
-        self.device = device
-        self._emulated = Emulated() if device == "cpu" else None
-
-    def on(self) -> AbstractContextManager[Any]:
-        """Return the context in which layers compute here."""
-        if self._emulated is None:
-            return contextlib.nullcontext()
-        return OnEmulation(self._emulated.products)
-
-
-def need_device() -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("torch sees no CUDA device")
-    if not library.available():
-        pytest.skip(library.why_not())
-
-
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
-def place(request: pytest.FixtureRequest) -> Place:
-    if request.param == "cuda":
-        need_device()
-    return Place(request.param)
-
-
-@pytest.fixture
-def device() -> None:
-    need_device()
-
-
-@pytest.fixture
-def emulated() -> Emulated:
-    return Emulated()
 
 
 @pytest.fixture(params=OPTIONS)
@@ -151,22 +59,6 @@ def dense(layer: SparseLinear) -> torch.Tensor:
 def random(*shape: int, like: SparseLinear, seed: int = 1) -> torch.Tensor:
     drawn = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     return drawn.to(like.values)
-
-
-def check(
-    got: torch.Tensor, want: torch.Tensor, size: torch.Tensor, terms: int, tf32: bool = False
-) -> None:
-    """Check a result against float64: `size` is the sum of its terms' absolute values.
-
-    Operands of float32 are multiplied with 21 bits or more on tensor cores, all sums are of
-    float32; the result, and what it is added to, is rounded to its dtype.
-    """
-    product = 2.0**-10 if tf32 else 2.0**-20
-    inexact = product if got.dtype == torch.float32 else 0.0
-    bound = ((terms + 2) * 2.0**-23 + inexact) * size
-    bound += 2 * ROUNDING[got.dtype] * want.abs() + SMALLEST[got.dtype]
-    error = (got.detach().cpu().double() - want).abs()
-    assert (error <= bound).all(), (error - bound).max()
 
 
 def check_layer(layer: SparseLinear, batch: int, place: Place, tf32: bool = False) -> None:
@@ -330,19 +222,6 @@ def test_shapes_are_known_before_there_is_a_device(dtype: Any) -> None:
                 continue
             y = call()
             assert (tuple(y.shape), y.dtype, y.device.type) == (shape, dtype, "cuda")
-
-
-def test_convolutions_have_no_kernels_on_cuda() -> None:
-    layer = SparseConv2d(8, 8, 3, density=0.5)
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        layer.values = nn.Parameter(torch.empty(layer.capacity, device="cuda"), False)
-        layer.structure, layer.bias = torch.empty(9, dtype=torch.int32, device="cuda"), None
-        with pytest.raises(KernelNotFound, match=r"conv2d on cuda.*\.cpu\(\), or densify"):
-            layer(torch.empty(1, 8, 5, 5, device="cuda"))
-    for op in ("conv2d", "conv2d_input", "conv2d_weight"):
-        assert "CUDA" in torch._C._dispatch_dump(f"spfmt::{op}")
-        with FakeTensorMode(), pytest.raises(KernelNotFound, match=f"{op} on cuda"):
-            cuda.refuse(op)(torch.empty(1, device="cuda"))
 
 
 def test_participating_weights_are_not_read_on_cuda() -> None:

@@ -14,7 +14,19 @@ from typing import Any, ClassVar
 
 from spfmt.errors import DeviceError, KernelNotFound
 
-__all__ = ["DTYPES", "FLOAT32", "TF32", "Library", "Lists", "Tiles", "available", "load", "why_not"]
+__all__ = [
+    "DTYPES",
+    "FLOAT32",
+    "TF32",
+    "Library",
+    "Lists",
+    "Maps",
+    "Stride",
+    "Tiles",
+    "available",
+    "load",
+    "why_not",
+]
 
 DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2}
 """How the library calls dtypes."""
@@ -47,6 +59,7 @@ class Tiles(ctypes.Structure):
         ("tile", c_void_p),
         ("row_perm", c_void_p),
         ("col_indices", c_void_p),
+        ("tap", c_void_p),
         ("ascending", c_void_p),
         ("sorted_cols", c_void_p),
         ("piece", c_void_p),
@@ -66,16 +79,39 @@ class Lists(ctypes.Structure):
     ]
 
 
+class Maps(ctypes.Structure):
+    """The struct of images."""
+
+    _fields_: ClassVar = [
+        ("channels", c_int32),
+        ("height", c_int32),
+        ("width", c_int32),
+        ("batch", c_int32),
+        ("channel", c_int32),
+        ("row", c_int32),
+        ("column", c_int32),
+        ("stride", c_int32),
+    ]
+
+
+Stride = c_int32 * 2
+"""The strides of a convolution, along y and x."""
+
 _MATRIX = [c_void_p, c_int64]  # and the elements from a row to the next
 _TILES, _LISTS = [c_int, c_int, POINTER(Tiles)], [c_int, POINTER(Lists)]
+_IMAGES = [c_void_p, POINTER(Maps)]
 _PRODUCT = [c_void_p, *_MATRIX, c_int64, c_void_p, *_MATRIX, c_void_p]
+_PARTS = [c_int32, c_int64, c_void_p, c_void_p]
 _SAMPLED = [*_MATRIX, *_MATRIX, c_int64, c_void_p, c_void_p]
 _FUNCTIONS: dict[str, list[Any]] = {
     "use": [c_int],
     "transpose": [c_int, c_int, *_MATRIX, c_int64, c_int64, *_MATRIX, c_void_p],
     "groups_spmm": [*_TILES, *_PRODUCT],
     "groups_spmm_t": [*_TILES, c_void_p, *_MATRIX, c_int64, *_MATRIX, c_void_p],
-    "groups_sddmm": [*_TILES, *_SAMPLED],
+    "groups_sddmm": [*_TILES, *_MATRIX, *_MATRIX, c_int64, *_PARTS],
+    "groups_conv": [*_TILES, c_void_p, *_IMAGES, Stride, c_void_p, *_IMAGES, c_void_p],
+    "groups_conv_t": [*_TILES, c_void_p, *_IMAGES, Stride, *_IMAGES, c_void_p],
+    "groups_conv_sampled": [*_TILES, *_IMAGES, *_IMAGES, Stride, *_PARTS],
     "lists_small": [*_LISTS, *_PRODUCT],
     "lists_spmm": [*_LISTS, *_PRODUCT],
     "lists_sddmm": [*_LISTS, *_SAMPLED],

@@ -20,193 +20,18 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
-from torch._prims_common import suggest_memory_format
 from torch.utils.flop_counter import register_flop_formula
 
 from spfmt.activations import activation_code
-from spfmt.convolution import Convolution, Pair, convolve, convolve_sampled
-from spfmt.errors import format_error
-from spfmt.torch import cpu
+from spfmt.convolution import Convolution, Pair
+from spfmt.torch import checks, cpu, cuda_convolution
 from spfmt.torch import ops as products
 from spfmt.torch.activation import activated, activation_backward
 
 __all__ = ["conv2d", "conv2d_input", "conv2d_weight"]
 
 _Ints = Sequence[int]
-
-
-# ----------------------------------------------------------------------------- checks and fakes
-
-
-def _check_images(name: str, x: Tensor, channels: int, like: Tensor) -> None:
-    if x.dim() != 4 or x.shape[1] != channels:
-        raise format_error(
-            f"{name} of shape {tuple(x.shape)}", f"(N, {channels}, H, W)", "pass a batch of images"
-        )
-    if x.dtype != like.dtype:
-        raise format_error(
-            f"{name} of {x.dtype} beside {like.dtype}",
-            "one dtype for all operands",
-            f"cast with {name}.to({like.dtype}), or the module with .to({x.dtype})",
-        )
-
-
-def _images_like(x: Tensor, *shape: Any) -> Tensor:
-    return torch.empty(
-        shape, dtype=x.dtype, device=x.device, memory_format=suggest_memory_format(x)
-    )
-
-
-def conv2d_fake(
-    values: Tensor,
-    structure: Tensor,
-    x: Tensor,
-    bias: Tensor | None,
-    shape: _Ints,
-    stride: _Ints,
-    padding: _Ints,
-    dilation: _Ints,
-    groups: int,
-    activation: str | None = None,
-) -> Tensor:
-    """Check the operands of ``conv2d`` and return an empty result."""
-    activation_code(activation)
-    how = Convolution.of(shape, stride, padding, dilation, groups)
-    cpu.check_weight(values, structure)
-    _check_images("x", x, shape[1] * groups, values)
-    cpu.check_bias(bias, shape[0], values)
-    cpu.check_dtype("conv2d", x)
-    return _images_like(x, x.shape[0], shape[0], *how.sizes(x.shape[2], x.shape[3]))
-
-
-def conv2d_input_fake(
-    values: Tensor,
-    structure: Tensor,
-    dy: Tensor,
-    shape: _Ints,
-    size: _Ints,
-    stride: _Ints,
-    padding: _Ints,
-    dilation: _Ints,
-    groups: int,
-) -> Tensor:
-    """Check the operands of ``conv2d_input`` and return an empty result."""
-    how = Convolution.of(shape, stride, padding, dilation, groups)
-    cpu.check_weight(values, structure)
-    _check_images("dy", dy, shape[0], values)
-    _check_maps(how, dy, size)
-    cpu.check_dtype("conv2d_input", dy)
-    return _images_like(dy, dy.shape[0], shape[1] * groups, *size)
-
-
-def conv2d_weight_fake(
-    structure: Tensor,
-    dy: Tensor,
-    x: Tensor,
-    shape: _Ints,
-    capacity: int,
-    stride: _Ints,
-    padding: _Ints,
-    dilation: _Ints,
-    groups: int,
-) -> Tensor:
-    """Check the operands of ``conv2d_weight`` and return an empty result."""
-    how = Convolution.of(shape, stride, padding, dilation, groups)
-    _check_images("dy", dy, shape[0], x)
-    _check_images("x", x, shape[1] * groups, dy)
-    if dy.shape[0] != x.shape[0]:
-        raise format_error(
-            f"dy of {dy.shape[0]} images and x of {x.shape[0]}",
-            "one batch size",
-            "pass the x that this dy belongs to",
-        )
-    _check_maps(how, dy, x.shape[2:])
-    cpu.check_dtype("conv2d_weight", x)
-    return x.new_empty((capacity,))
-
-
-def _check_maps(how: Convolution, dy: Tensor, size: _Ints) -> None:
-    wanted = how.sizes(size[0], size[1])
-    if dy.shape[2] != wanted[0] or dy.shape[3] != wanted[1]:
-        raise format_error(
-            f"dy with maps of {dy.shape[2]} x {dy.shape[3]}",
-            f"{wanted[0]} x {wanted[1]}, which maps of {size[0]} x {size[1]} give",
-            "pass the gradient of the same convolution's result",
-        )
-
-
-# ------------------------------------------------------------------------------------- the CPU
-
-
-def _array(t: Tensor) -> NDArray[Any]:
-    """Return a tensor as an array: on the same memory, unless elements lie at odd addresses."""
-    array = cpu.array(t)
-    return array if array.flags.aligned else array.copy("K")
-
-
-def conv2d_cpu(
-    values: Tensor,
-    structure: Tensor,
-    x: Tensor,
-    bias: Tensor | None,
-    shape: _Ints,
-    stride: _Ints,
-    padding: _Ints,
-    dilation: _Ints,
-    groups: int,
-    activation: str | None = None,
-) -> Tensor:
-    """Compute ``conv2d``."""
-    rest = (shape, stride, padding, dilation, groups)
-    y = conv2d_fake(values, structure, x, bias, *rest, activation)
-    plan = cpu.plan_of(values, structure, shape, x, bias)
-    offset = None if bias is None else _array(bias.contiguous())
-    flat = _array(values.contiguous())
-    convolve(plan, Convolution.of(*rest), flat, _array(x), offset, activation, y.numpy())
-    return y
-
-
-def conv2d_input_cpu(
-    values: Tensor,
-    structure: Tensor,
-    dy: Tensor,
-    shape: _Ints,
-    size: _Ints,
-    stride: _Ints,
-    padding: _Ints,
-    dilation: _Ints,
-    groups: int,
-) -> Tensor:
-    """Compute ``conv2d_input``."""
-    dx = conv2d_input_fake(values, structure, dy, shape, size, stride, padding, dilation, groups)
-    plan = cpu.plan_of(values, structure, shape, dy)
-    how, flat = (
-        Convolution.of(shape, stride, padding, dilation, groups),
-        _array(values.contiguous()),
-    )
-    convolve(plan, how, flat, _array(dy), None, None, dx.numpy(), turned=True)
-    return dx
-
-
-def conv2d_weight_cpu(
-    structure: Tensor,
-    dy: Tensor,
-    x: Tensor,
-    shape: _Ints,
-    capacity: int,
-    stride: _Ints,
-    padding: _Ints,
-    dilation: _Ints,
-    groups: int,
-) -> Tensor:
-    """Compute ``conv2d_weight``."""
-    rest = (stride, padding, dilation, groups)
-    gradient = conv2d_weight_fake(structure, dy, x, shape, capacity, *rest)
-    plan = cpu.plan_of(gradient, structure, shape, dy, x)
-    convolve_sampled(plan, Convolution.of(shape, *rest), _array(dy), _array(x), gradient.numpy())
-    return gradient
 
 
 # ----------------------------------------------------------------------------------- gradients
@@ -300,10 +125,11 @@ class _Product:
         schema: str,
         compute: Callable[..., Tensor],
         fake: Callable[..., Tensor],
+        on_cuda: Callable[..., Tensor],
         context: Callable[[Any, Any, Any], None],
         backward: Callable[[Any, Tensor], Any],
     ) -> None:
-        self.op = products._define(schema, compute, fake)
+        self.op = products._define(schema, compute, fake, on_cuda)
         self._compute = compute
         self._recorded = products._recorded(compute, context, backward)
         torch.library.register_autograd(
@@ -320,16 +146,19 @@ class _Product:
 
 _conv2d_product = _Product(
     f"conv2d({_WEIGHT}, Tensor x, Tensor? bias, int[] shape, {_GEOMETRY}, str? activation=None)",
-    conv2d_cpu, conv2d_fake, _conv2d_context, _conv2d_backward,
+    cpu.conv2d_cpu, checks.conv2d_fake, cuda_convolution.conv2d_cuda,
+    _conv2d_context, _conv2d_backward,
 )  # fmt: skip
 _conv2d_input = _Product(
     f"conv2d_input({_WEIGHT}, Tensor dy, int[] shape, SymInt[] size, {_GEOMETRY})",
-    conv2d_input_cpu, conv2d_input_fake, _conv2d_input_context, _conv2d_input_backward,
+    cpu.conv2d_input_cpu, checks.conv2d_input_fake, cuda_convolution.conv2d_input_cuda,
+    _conv2d_input_context, _conv2d_input_backward,
 )  # fmt: skip
 _conv2d_weight = _Product(
     "conv2d_weight(Tensor structure, Tensor dy, Tensor x, int[] shape, SymInt capacity, "
     f"{_GEOMETRY})",
-    conv2d_weight_cpu, conv2d_weight_fake, _conv2d_weight_context, _conv2d_weight_backward,
+    cpu.conv2d_weight_cpu, checks.conv2d_weight_fake, cuda_convolution.conv2d_weight_cuda,
+    _conv2d_weight_context, _conv2d_weight_backward,
 )  # fmt: skip
 
 

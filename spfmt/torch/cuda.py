@@ -17,14 +17,13 @@ import torch
 from torch import Tensor
 
 from spfmt.cuda import library
-from spfmt.errors import format_error
 from spfmt.formats import Groups, Structure
-from spfmt.torch import cpu
+from spfmt.torch import checks
 from spfmt.torch.activation import activated
 from spfmt.torch.uploads import Device, Uploaded, Uploads
 from spfmt.torch.words import Structures, structures
 
-__all__ = ["Products", "products", "refuse", "sddmm_cuda", "spmm_cuda", "spmm_t_cuda"]
+__all__ = ["Products", "products", "sddmm_cuda", "spmm_cuda", "spmm_t_cuda"]
 
 SMALL = 16
 """Most samples of the kernel for small batches."""
@@ -72,18 +71,18 @@ class Products:
         DeviceError
             Where the device fails, or the structure is not there yet while a graph is captured.
         """
-        _check_place(values, structure, x, bias)
+        checks.check_place(values, structure, x, bias)
         with self._device.current(x.device):
             kind = self._device.kind
-            y = cpu.spmm_fake(values, structure, x, bias, shape, activation, kind)
+            y = checks.spmm_fake(values, structure, x, bias, shape, activation, kind)
             found = self._structure(structure, shape, values, x, bias)
             return activated(self._multiply(found, values, x, bias, y), activation)
 
     def spmm_t(self, values: Tensor, structure: Tensor, dy: Tensor, shape: Sequence[int]) -> Tensor:
         """Compute ``spmm_t``: `values`, dy (B, R) to (B, C); errors as for `spmm`."""
-        _check_place(values, structure, dy)
+        checks.check_place(values, structure, dy)
         with self._device.current(dy.device):
-            dx = cpu.spmm_t_fake(values, structure, dy, shape, self._device.kind)
+            dx = checks.spmm_t_fake(values, structure, dy, shape, self._device.kind)
             found = self._structure(structure, shape, values, dy)
             return self._multiply(found, values, dy, None, dx, transposed=True)
 
@@ -91,9 +90,9 @@ class Products:
         self, structure: Tensor, dy: Tensor, x: Tensor, shape: Sequence[int], capacity: int
     ) -> Tensor:
         """Compute ``sddmm``: dy (B, R), x (B, C) to (capacity,); errors as for `spmm`."""
-        _check_place(structure, dy, x)
+        checks.check_place(structure, dy, x)
         with self._device.current(x.device):
-            gradient = cpu.sddmm_fake(structure, dy, x, shape, capacity, self._device.kind)
+            gradient = checks.sddmm_fake(structure, dy, x, shape, capacity, self._device.kind)
             found = self._structure(structure, shape, gradient, dy, x)
             if not (found.nnz and x.shape[0]):  # kernels see no empty matrices
                 return gradient.zero_()
@@ -108,10 +107,10 @@ class Products:
         self, words: Tensor, shape: Sequence[int], values: Tensor, *operands: Tensor | None
     ) -> Structure:
         """Return the structure of words that fit a weight's shape and values."""
-        cpu.check_memory(words, values, *operands)
+        checks.check_memory(words, values, *operands)
         found = self._structures.of(words)
-        cpu.check_structure(found, shape)
-        cpu.check_capacity(values, found.nnz)
+        checks.check_structure(found, shape)
+        checks.check_capacity(values, found.nnz)
         return found
 
     def _multiply(
@@ -174,24 +173,51 @@ class Products:
 
     def _sample(self, structure: Structure, dy: Tensor, x: Tensor, gradient: Tensor) -> None:
         """Compute the first nnz elements of `gradient`, in float32 and then in its dtype."""
-        matrix = self._uploads.get(structure, False, x.device)
-        name = "groups_sddmm" if isinstance(structure.layout, Groups) else "lists_sddmm"
+        matrix, samples = self._uploads.get(structure, False, x.device), x.shape[0]
+        dy, x = self._features_first(dy), self._features_first(x)
+        operands = *_matrix(dy), *_matrix(x), samples
+        if isinstance(structure.layout, Groups):
+            self._in_parts("groups_sddmm", matrix, x, samples, gradient, structure.nnz, *operands)
+            return
         exact = gradient.dtype == torch.float32
         out = gradient if exact else torch.empty_like(gradient, dtype=torch.float32)
-        samples = x.shape[0]
-        dy, x = self._features_first(dy), self._features_first(x)
         self._device.kernels.call(
-            name,
-            *self._how(name, x),
+            "lists_sddmm",
+            *self._how("lists_sddmm", x),
             ctypes.byref(matrix.struct),
-            *_matrix(dy),
-            *_matrix(x),
-            samples,
+            *operands,
             out.data_ptr(),
             self._device.stream(x.device),
         )
         if not exact:
             gradient[: structure.nnz] = out[: structure.nnz]
+
+    def _in_parts(
+        self,
+        name: str,
+        matrix: Uploaded,
+        x: Tensor,
+        samples: int,
+        gradient: Tensor,
+        nnz: int,
+        *operands: Any,
+    ) -> None:
+        """Compute values' gradients as sums of shares of the samples, in the order of these."""
+        parts = _parts(matrix.struct, samples, self._device.processors(x.device))
+        whole = parts == 1 and gradient.dtype == torch.float32
+        out = gradient if whole else x.new_empty((parts, nnz), dtype=torch.float32)
+        self._device.kernels.call(
+            name,
+            *self._how(name, x),
+            ctypes.byref(matrix.struct),
+            *operands,
+            parts,
+            nnz,
+            out.data_ptr(),
+            self._device.stream(x.device),
+        )
+        if not whole:
+            gradient[:nnz] = out.sum(0)
 
     # ------------------------------------------------------------------------------- transposed
 
@@ -219,15 +245,11 @@ class Products:
         )  # fmt: skip
 
 
-def _check_place(*tensors: Tensor | None) -> None:
-    """Check that all pointers are of one device: a kernel given others crashes."""
-    given = [t for t in tensors if t is not None]
-    if any(t.device != given[0].device for t in given):
-        raise format_error(
-            f"tensors on {', '.join(str(t.device) for t in given)}",
-            "one device",
-            "move the input or the module with .to()",
-        )
+def _parts(tiles: ctypes.Structure, samples: int, processors: int) -> int:
+    """Return in how many shares to sum: two blocks for every multiprocessor, of 1024 samples up."""
+    count, cols = int(tiles.count), int(tiles.most_cols)
+    blocks = max(1, count * -(-cols // (128 if cols > 64 else 64)))
+    return max(1, min(-(-2 * processors // blocks), samples // 1024))
 
 
 def _pointer(t: Tensor | None) -> int:
@@ -279,14 +301,3 @@ def spmm_t_cuda(*operands: Any) -> Tensor:
 def sddmm_cuda(*operands: Any) -> Tensor:
     """Compute ``sddmm`` on a CUDA device."""
     return products().sddmm(*operands)
-
-
-def refuse(op: str) -> Any:
-    """Return the kernel of an operator that has none on CUDA."""
-
-    def kernel(*operands: Any) -> Tensor:
-        device = next(t.device for t in operands if isinstance(t, Tensor))
-        cpu.check_device(op, device)
-        raise AssertionError(f"{op} has kernels on {device}")
-
-    return kernel

@@ -42,7 +42,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from spfmt.activations import activation_code
 from spfmt.errors import format_error
-from spfmt.torch import cpu, cuda
+from spfmt.torch import checks, cpu, cuda
 from spfmt.torch._compiled import lower_products
 from spfmt.torch.activation import activated, activation_backward
 from spfmt.torch.values import SPMM, SPMM_T, multiply, sample
@@ -92,7 +92,7 @@ def _define(
     schema: str,
     compute: Callable[..., Tensor],
     fake: Callable[..., Tensor],
-    on_cuda: Callable[..., Tensor] | None = None,
+    on_cuda: Callable[..., Tensor],
 ) -> Any:
     """Define one operator: schema, kernels of the CPU and of CUDA, fake kernel, autocast."""
     # pt2_compliant: checked by opcheck in the tests; needs no graph break.
@@ -101,7 +101,7 @@ def _define(
     name = schema.partition("(")[0]
     qualified = f"spfmt::{name}"
     torch.library.impl(qualified, "cpu", compute, lib=_library)
-    torch.library.impl(qualified, "cuda", on_cuda or cuda.refuse(name), lib=_library)
+    torch.library.impl(qualified, "cuda", on_cuda, lib=_library)
     torch.library.register_fake(qualified, _traced(fake), lib=_library)
     op = getattr(torch.ops.spfmt, name).default
     for device in ("cpu", "cuda"):
@@ -114,16 +114,19 @@ _WEIGHT = "Tensor values, Tensor structure"
 _spmm_op = _define(
     f"spmm({_WEIGHT}, Tensor x, Tensor? bias, int[] shape, str? activation=None)",
     cpu.spmm_cpu,
-    cpu.spmm_fake,
+    checks.spmm_fake,
     cuda.spmm_cuda,
 )
 _spmm_t_op = _define(
-    f"spmm_t({_WEIGHT}, Tensor dy, int[] shape)", cpu.spmm_t_cpu, cpu.spmm_t_fake, cuda.spmm_t_cuda
+    f"spmm_t({_WEIGHT}, Tensor dy, int[] shape)",
+    cpu.spmm_t_cpu,
+    checks.spmm_t_fake,
+    cuda.spmm_t_cuda,
 )
 _sddmm_op = _define(
     "sddmm(Tensor structure, Tensor dy, Tensor x, int[] shape, SymInt capacity)",
     cpu.sddmm_cpu,
-    cpu.sddmm_fake,
+    checks.sddmm_fake,
     cuda.sddmm_cuda,
 )
 
@@ -419,7 +422,7 @@ def _check_devices(op: Any, *tensors: Tensor) -> None:
                 "one device",
                 "move the input or the module with .to()",
             )
-    cpu.check_device(name, device)
+    checks.check_device(name, device)
 
 
 def _spmm(

@@ -9,9 +9,11 @@ from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from spfmt.convolution import Convolution
 from spfmt.cuda import library, plan
 from spfmt.errors import DeviceError
 from spfmt.formats import Groups, Structure
@@ -47,6 +49,10 @@ class Device:
     def is_capturing(self) -> bool:
         """Tell whether that stream is being captured in a graph."""
         return is_capturing()
+
+    def processors(self, device: torch.device) -> int:
+        """Return how many multiprocessors a device has."""
+        return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
     def keep_for_stream(self, tensor: Tensor) -> None:
         """Let the memory of a tensor that dies wait for the current stream of its device."""
@@ -88,8 +94,16 @@ class Uploads:
         self._of: WeakKeyDictionary[Structure, dict[Any, Uploaded]] = WeakKeyDictionary()
         self._captured: dict[int, Uploaded] = {}  # by id
 
-    def get(self, structure: Structure, transposed: bool, place: torch.device) -> Uploaded:
-        """Return the tiles of groups, or lists or their transpose, for the current stream.
+    def get(
+        self,
+        structure: Structure,
+        transposed: bool,
+        place: torch.device,
+        how: Convolution | None = None,
+    ) -> Uploaded:
+        """Return tiles of groups, or lists or their transpose, for the current stream.
+
+        With a convolution these are the tiles of its weight.
 
         Raises
         ------
@@ -100,12 +114,13 @@ class Uploads:
         by_layout = _tiles if isinstance(layout, Groups) else _lists
         make: Any = _transposed if transposed and by_layout is _lists else by_layout
         known = self._of.setdefault(structure, {})
-        found = known.get((make, place))
+        found = known.get((make, place, how))
         capturing = self._device.is_capturing()
         if found is None:
             if capturing:
                 raise _not_there(place)
-            found = known[make, place] = make(layout, place)
+            made = make(layout, place) if how is None else _conv_tiles(layout, place, how)
+            found = known[make, place, how] = made
             found.streams.add(self._device.stream(place))
         elif self._device.stream(place) not in found.streams:
             found.streams.add(self._device.stream(place))
@@ -131,9 +146,17 @@ def _on(place: torch.device, *arrays: Any) -> tuple[Tensor, ...]:
 
 
 def _tiles(groups: Groups, place: torch.device) -> Uploaded:
-    made = plan.device_tiles(groups, plan.tile_rows(groups))
+    return _of_tiles(plan.device_tiles(groups, plan.tile_rows(groups)), place)
+
+
+def _conv_tiles(groups: Any, place: torch.device, how: Convolution) -> Uploaded:
+    return _of_tiles(plan.conv_tiles(groups, plan.tile_rows(groups), how), place)
+
+
+def _of_tiles(made: plan.DeviceTiles, place: torch.device) -> Uploaded:
+    tap = np.zeros(0, np.int64) if made.tap is None else made.tap.view("i8")
     tensors = _on(
-        place, made.tile.view("i8"), made.row_perm, made.col_indices, made.ascending,
+        place, made.tile.view("i8"), made.row_perm, made.col_indices, tap, made.ascending,
         made.sorted_cols, made.piece.view("i8"), made.piece_ptr,
     )  # fmt: skip
     sizes = made.rows, made.cols, made.tile.size, made.most_rows, made.most_cols, made.chunk

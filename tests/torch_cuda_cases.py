@@ -1,0 +1,114 @@
+"""Where operators on CUDA devices are tested: on the CPU with emulated kernels, and on a device.
+
+The fixtures of conftest.py give a test both places, or one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from contextlib import AbstractContextManager
+from typing import Any
+
+import cuda_cases
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from spfmt.cuda import library
+from spfmt.torch.cuda_convolution import Convolutions
+from spfmt.torch.uploads import Device
+from spfmt.torch.words import Structures
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+SMALLEST = {torch.float32: 0.0, torch.bfloat16: 2.0**-133, torch.float16: 2.0**-24}
+
+
+class Emulated(Device):
+    """The emulated kernels, on tensors of the CPU; streams and captures are those of the test."""
+
+    def __init__(self) -> None:
+        super().__init__(cuda_cases.library())
+        self.capturing, self.number, self.tf32 = False, 0, False
+        self.kept: list[Any] = []
+        self.products = Convolutions(self, Structures(self.is_capturing))
+
+    def current(self, device: torch.device) -> AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def stream(self, device: torch.device) -> int:
+        return self.number
+
+    def is_capturing(self) -> bool:
+        return self.capturing
+
+    def processors(self, device: torch.device) -> int:
+        return 8
+
+    def keep_for_stream(self, tensor: torch.Tensor) -> None:
+        self.kept.append(tensor)
+
+    def allows_tf32(self) -> bool:
+        return self.tf32
+
+
+class OnEmulation(TorchDispatchMode):
+    """Let the operators compute by the emulated kernels instead of those of the CPU."""
+
+    def __init__(self, products: Convolutions) -> None:
+        super().__init__()
+        ops = torch.ops.spfmt
+        self._instead = {
+            ops.spmm.default: products.spmm,
+            ops.spmm_t.default: products.spmm_t,
+            ops.sddmm.default: products.sddmm,
+            ops.conv2d.default: products.conv2d,
+            ops.conv2d_input.default: products.conv2d_input,
+            ops.conv2d_weight.default: products.conv2d_weight,
+        }
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return self._instead.get(func, func)(*args, **(kwargs or {}))
+
+
+class Place:
+    """Where layers compute.
+
+    Attributes
+    ----------
+    device : str
+        Of their tensors.
+    """
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self._emulated = Emulated() if device == "cpu" else None
+
+    def on(self) -> AbstractContextManager[Any]:
+        """Return the context in which layers compute here."""
+        if self._emulated is None:
+            return contextlib.nullcontext()
+        return OnEmulation(self._emulated.products)
+
+
+def need_device() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("torch sees no CUDA device")
+    if not library.available():
+        pytest.skip(library.why_not())
+
+
+def check(
+    got: torch.Tensor, want: torch.Tensor, size: torch.Tensor, terms: int, tf32: bool = False
+) -> None:
+    """Check a result against float64: `size` is the sum of its terms' absolute values.
+
+    Operands of float32 are multiplied with 21 bits or more on tensor cores, all sums are of
+    float32; the result, and what it is added to, is rounded to its dtype.
+    """
+    product = 2.0**-10 if tf32 else 2.0**-20
+    inexact = product if got.dtype == torch.float32 else 0.0
+    bound = ((terms + 2) * 2.0**-23 + inexact) * size
+    bound += 2 * ROUNDING[got.dtype] * want.abs() + SMALLEST[got.dtype]
+    error = (got.detach().cpu().double() - want).abs()
+    assert (error <= bound).all(), (error - bound).max()
