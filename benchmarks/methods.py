@@ -96,7 +96,9 @@ REWIRE = {
     "Rewire, no exploit": (*_REWIRE, "method.mode=no_exploit"),
     "Rewire, no explore": (*_REWIRE, "method.mode=no_explore"),
 }
-FORMATS = ("csr", "condensed", "nm", "shuffled_block", "hrbp")
+FORMATS: dict[str, tuple[str, ...]] = {
+    name: (f"format.name={name}",) for name in ("csr", "condensed", "nm", "shuffled_block", "hrbp")
+} | {"shuffled_block 16x1": ("format.name=shuffled_block", "format.block_shape=[16,1]")}
 DENSITIES = (0.2, 0.1)
 BATCHES = (1, 64)
 
@@ -110,9 +112,9 @@ def rows(suite: str, weights: Path | None) -> dict[str, tuple[str, ...]]:
         return METHODS | modes | {"small": small, LOTTERY: ("method.name=static",)}
     begin = f"model.weights={weights}"
     pruned = {
-        f"{format}, {density:g}": (begin, f"format.name={format}", f"method.density={density}")
+        f"{format}, {density:g}": (begin, *changes, f"method.density={density}")
         for density in DENSITIES
-        for format in FORMATS
+        for format, changes in FORMATS.items()
     }
     return {"dense": (begin, *_DENSE, "format.name="), **pruned}
 

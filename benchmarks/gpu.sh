@@ -1,0 +1,49 @@
+#!/usr/bin/env bash
+# Everything that only a GPU can show, in about eight minutes: builds the kernels for it, runs the tests
+# that wait for one, looks for races and accesses out of bounds, and measures. What was done is not done
+# again, so a run that was stopped goes on.
+#
+#     bash benchmarks/gpu.sh [FOLDER]
+#
+# Needs nvcc, g++ and a Python with torch for CUDA and the packages of pyproject.toml's "test". FOLDER
+# (by default gpu) gets a log of each step and cuda.json, the record of benchmarks.cuda.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+out=${1:-gpu}
+mkdir -p "$out"
+failed=0
+
+step() { # name, seconds, command: its log is in FOLDER; what passed once is left out
+  local name=$1 seconds=$2
+  shift 2
+  if [ -e "$out/$name.passed" ]; then
+    echo "== $name: passed before"
+    return
+  fi
+  printf '== %s: ' "$name"
+  local begin=$SECONDS
+  if timeout "$seconds" "$@" >"$out/$name.log" 2>&1; then
+    touch "$out/$name.passed"
+    echo "passed in $((SECONDS - begin)) s"
+  else
+    failed=1
+    echo "FAILED after $((SECONDS - begin)) s, see $out/$name.log"
+    tail -n 15 "$out/$name.log"
+  fi
+}
+
+command -v nvidia-smi >/dev/null || { echo "there is no NVIDIA driver here (nvidia-smi)"; exit 2; }
+export SPFMT_CUDA=1
+SPFMT_CUDA_ARCHS=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 1 | tr -d .)
+export SPFMT_CUDA_ARCHS
+
+step build 240 python3 setup.py -q build_ext --inplace --parallel "$(nproc)"
+step tests 150 python3 -m pytest -q -m cuda -p no:cacheprovider tests
+# Each tool runs a part: they slow kernels down a hundredfold.
+for tool in memcheck racecheck synccheck; do
+  step $tool 60 compute-sanitizer --tool $tool --error-exitcode 9 python3 -m pytest -q -x -m cuda \
+    -p no:cacheprovider tests/test_torch_cuda.py tests/test_torch_cuda_conv.py -k "any_strides"
+done
+echo "== benchmark"
+python3 -m benchmarks.cuda --json "$out/cuda.json" --seconds "${SECONDS_FOR_BENCHMARK:-200}" || failed=1
+exit $failed
