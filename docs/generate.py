@@ -36,14 +36,19 @@ TRAINING = ROOT / "docs" / "training.md"
 
 
 def support_table() -> str:
-    """Markdown table: for each layout and dtype the levels of each product."""
+    """Markdown table: for each device, layout and dtype the levels of each product."""
     ops = list(dict.fromkeys(k.op for k in spfmt.kernels()))
     names = " | ".join(f"`{op}`" for op in ops)
-    lines = [f"| layout | dtype | {names} |", "|---" * (2 + len(ops)) + "|"]
-    for layout, dtype in dict.fromkeys((k.layout, k.dtype) for k in spfmt.kernels()):
-        cells = [", ".join(k.isa for k in spfmt.kernels(op, layout, dtype)) for op in ops]
-        lines.append(f"| {layout} | {dtype} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    lines = [f"| device | layout | dtype | {names} |", "|---" * (3 + len(ops)) + "|"]
+    for device, name in (("cpu", "CPU"), ("cuda", "CUDA ¹")):
+        table = spfmt.kernels(device=device)
+        for layout, dtype in dict.fromkeys((k.layout, k.dtype) for k in table):
+            of = [spfmt.kernels(op, layout, dtype, device) for op in ops]
+            cells = [", ".join(k.isa for k in found) or "-" for found in of]
+            lines.append(f"| {name} | {layout} | {dtype} | {' | '.join(cells)} |")
+    return "\n".join(
+        [*lines, "", "¹ checked by emulation, not yet run ([docs/cuda.md](docs/cuda.md))"]
+    )
 
 
 def records() -> dict[str, dict[str, Any]]:

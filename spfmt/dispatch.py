@@ -41,9 +41,10 @@ class Kernel:
     ----------
     op, layout, dtype, isa : str
         What it computes, on which layout of a structure (``"lists"`` or ``"groups"``), in which
-        dtype, with which instructions.
+        dtype, with which instructions: of CUDA the least compute capability.
+    device : {"cpu", "cuda"}
     available : bool
-        Whether this CPU can run it.
+        Whether this machine can run it.
     reason : str
         Why not, empty if it can.
     """
@@ -52,13 +53,14 @@ class Kernel:
     layout: str
     dtype: str
     isa: str
+    device: str
     available: bool
     reason: str
 
 
 def _read_table() -> tuple[Kernel, ...]:
     return tuple(
-        Kernel(op, layout, dtype, isa, ok, "" if ok else f"this CPU lacks {isa}")
+        Kernel(op, layout, dtype, isa, "cpu", ok, "" if ok else f"this CPU lacks {isa}")
         for op, layout, dtype, isa, ok in _kernels.kernel_table()
     )
 
@@ -68,14 +70,41 @@ _selected: dict[tuple[str, str, str, str], Kernel] = {}
 
 
 def kernels(
-    op: str | None = None, layout: str | None = None, dtype: str | None = None
+    op: str | None = None,
+    layout: str | None = None,
+    dtype: str | None = None,
+    device: str = "cpu",
 ) -> list[Kernel]:
-    """List the kernel table, filtered by any of op, layout and dtype."""
+    """List a device's kernel table, ``"cpu"`` or ``"cuda"``, filtered by op, layout and dtype.
+
+    Raises
+    ------
+    FormatError
+        For another device.
+
+    Examples
+    --------
+    >>> sorted({k.dtype for k in kernels("conv2d", "groups", device="cuda")})
+    ['bfloat16', 'float16', 'float32']
+    """
+    if device not in ("cpu", "cuda"):
+        raise format_error(f"device={device!r}", "'cpu' or 'cuda'", "name one of them")
     return [
         k
-        for k in _TABLE
+        for k in (_TABLE if device == "cpu" else _cuda_table())
         if op in (None, k.op) and layout in (None, k.layout) and dtype in (None, k.dtype)
     ]
+
+
+def _cuda_table() -> tuple[Kernel, ...]:
+    """Read the table of CUDA kernels, which asks the driver whether there is a device."""
+    here, why = cuda.available(), cuda.why_not()
+    return tuple(
+        Kernel(op, layout, dtype, cuda.LEVEL, "cuda", here, why)
+        for layout, ops in cuda.OPS.items()
+        for op in ops
+        for dtype in cuda.DTYPES
+    )
 
 
 def active_isa() -> str:

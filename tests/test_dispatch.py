@@ -161,6 +161,17 @@ def test_import_needs_numpy_alone() -> None:
     assert run_python(code).stdout.strip() == "[]"
 
 
+def test_the_table_of_cuda() -> None:
+    found = spfmt.kernels(device="cuda")
+    assert {(k.device, k.isa) for k in found} == {("cuda", "sm_80")}
+    assert len(found) == 3 * (3 + 6)
+    assert {k.layout for k in spfmt.kernels("conv2d", device="cuda")} == {"groups"}
+    assert {bool(k.reason) for k in found} == {not k.available for k in found}
+    assert {k.device for k in spfmt.kernels()} == {"cpu"}
+    with pytest.raises(spfmt.FormatError, match="device='gpu'"):
+        spfmt.kernels(device="gpu")
+
+
 def test_show_config_lists_every_row() -> None:
     text = spfmt.show_config()
     rows = [line.split() for line in text.splitlines()]

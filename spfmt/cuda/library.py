@@ -17,6 +17,8 @@ from spfmt.errors import DeviceError, KernelNotFound
 __all__ = [
     "DTYPES",
     "FLOAT32",
+    "LEVEL",
+    "OPS",
     "TF32",
     "Library",
     "Lists",
@@ -30,6 +32,15 @@ __all__ = [
 
 DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2}
 """How the library calls dtypes."""
+
+OPS: dict[str, tuple[str, ...]] = {
+    "lists": ("spmm", "spmm_t", "sddmm"),
+    "groups": ("spmm", "spmm_t", "sddmm", "conv2d", "conv2d_input", "conv2d_weight"),
+}
+"""The products that it has of each layout."""
+
+LEVEL = "sm_80"
+"""The least compute capability that it runs on."""
 
 FLOAT32, TF32 = 0, 1
 """Precisions of products of float32."""

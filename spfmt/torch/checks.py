@@ -17,6 +17,7 @@ from torch._prims_common import suggest_memory_format
 
 from spfmt.activations import activation_code
 from spfmt.convolution import Convolution
+from spfmt.cuda import library
 from spfmt.errors import KernelNotFound, format_error
 from spfmt.formats import Structure
 
@@ -39,7 +40,7 @@ __all__ = [
 
 _ON_CPU = (torch.float32, torch.float64)
 _ON_CUDA = (torch.float32, torch.bfloat16, torch.float16)
-_OPS_ON_CUDA = ("spmm", "spmm_t", "sddmm", "conv2d", "conv2d_input", "conv2d_weight")
+_OPS_ON_CUDA = library.OPS["groups"]  # those of lists are fewer, which only a structure tells
 
 _Ints = Sequence[int]
 

@@ -65,7 +65,7 @@ class SparseLinear(SparseLayer):
     CPU float32 and float64 compute; under ``torch.autocast`` the product runs in float32, a float64
     one in float64. A module in float16 or bfloat16 can be stored and moved; calling it there
     outside autocast raises :class:`spfmt.KernelNotFound`. On a CUDA device float32, bfloat16 and
-    float16 compute (``cuda/README.md``).
+    float16 compute (``docs/cuda.md``).
 
     A call multiplies with the values as they are in memory, whoever wrote them and however. What
     that costs, and how `freeze` saves it, says docs/kernels.md.
