@@ -7,15 +7,17 @@ depends on padding and dilation, so they are made for a structure and a convolut
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from spfmt.convolution import Convolution
 from spfmt.errors import KernelNotFound
 from spfmt.formats import Groups, Lists
 from spfmt.formats._layout import BAND
+
+if TYPE_CHECKING:
+    from spfmt.convolution import Convolution
 
 __all__ = [
     "PIECE",
@@ -146,7 +148,7 @@ def conv_tiles(groups: Groups, most_rows: int, how: Convolution, chunk: int = CH
     ----------
     groups, most_rows
         As for `device_tiles`.
-    how : Convolution
+    how : spfmt.convolution.Convolution
         In one group.
     chunk : int
         Channels that a block of the gradient of the input owns.
