@@ -1,7 +1,7 @@
 // The few things that a kernel may use beyond C++: the same names for nvcc and for the emulation.
 //
 // Kernels keep to these, so that both compile them: C++17, shared memory through DYNAMIC_SHARED
-// alone, no inline assembly, launches through LAUNCH. tests/test_cuda_emulated.py runs them on the
+// alone, no inline assembly, launches through LAUNCH. tests/test_cuda_*.py run them on the
 // CPU (emulation/), where lanes that diverge, memory that is not there yet and accesses out of
 // bounds are errors.
 #pragma once

@@ -62,6 +62,8 @@ class OnEmulation(TorchDispatchMode):
             ops.spmm.default: products.spmm,
             ops.spmm_t.default: products.spmm_t,
             ops.sddmm.default: products.sddmm,
+            ops.gather.default: products.gather,
+            ops.scatter.default: products.scatter,
             ops.conv2d.default: products.conv2d,
             ops.conv2d_input.default: products.conv2d_input,
             ops.conv2d_weight.default: products.conv2d_weight,

@@ -28,6 +28,7 @@ __all__ = [
     "check_dtype",
     "check_memory",
     "check_place",
+    "check_positions",
     "check_structure",
     "check_weight",
     "conv2d_fake",
@@ -167,6 +168,18 @@ def check_place(*tensors: Tensor | None) -> None:
             f"tensors on {', '.join(str(t.device) for t in given)}",
             "one device",
             "move the input or the module with .to()",
+        )
+
+
+def check_positions(found: Structure, size: int, capacity: int) -> None:
+    """Check that a structure's positions lie in a weight of `size` and fit `capacity` values."""
+    if math.prod(found.shape) != size or capacity < found.nnz:
+        rows, columns = found.matrix_shape
+        raise format_error(
+            f"a structure of {found.nnz} positions in {rows} x {columns} for {capacity} values of "
+            f"a weight of {size}",
+            "one structure for all of them",
+            "use the structure of the layer that the weight comes from",
         )
 
 

@@ -23,7 +23,15 @@ from spfmt.torch.activation import activated
 from spfmt.torch.uploads import Device, Uploaded, Uploads
 from spfmt.torch.words import Structures, structures
 
-__all__ = ["Products", "products", "sddmm_cuda", "spmm_cuda", "spmm_t_cuda"]
+__all__ = [
+    "Products",
+    "gather_cuda",
+    "products",
+    "scatter_cuda",
+    "sddmm_cuda",
+    "spmm_cuda",
+    "spmm_t_cuda",
+]
 
 SMALL = 16
 """Most samples of the kernel for small batches."""
@@ -101,7 +109,41 @@ class Products:
                 gradient[found.nnz :] = 0
             return gradient
 
+    def gather(self, weight: Tensor, structure: Tensor, capacity: int) -> Tensor:
+        """Compute ``gather``: of a dense weight (capacity,) values; errors as for `spmm`."""
+        checks.check_place(weight, structure)
+        with self._device.current(weight.device):
+            positions = self._positions(structure, weight.numel(), capacity)
+            values = weight.new_empty(capacity)
+            found = len(positions)
+            torch.index_select(weight.reshape(-1), 0, positions, out=values[:found])
+            values[found:] = 0
+            return values
+
+    def scatter(self, values: Tensor, structure: Tensor, size: int) -> Tensor:
+        """Compute ``scatter``: (size,) zeros but for the values; errors as for `spmm`."""
+        checks.check_place(values, structure)
+        with self._device.current(values.device):
+            positions = self._positions(structure, size, values.numel())
+            dense = values.new_zeros(size)
+            return dense.index_copy_(0, positions, values[: len(positions)])
+
+    def write_at(self, weight: Tensor, structure: Tensor, values: Tensor) -> None:
+        """Write values to their positions in a dense weight; errors as for `spmm`."""
+        checks.check_place(weight, structure, values)
+        with self._device.current(weight.device):
+            positions = self._positions(structure, weight.numel(), values.numel())
+            flat = weight.detach().contiguous().view(-1)
+            flat.index_copy_(0, positions, values[: len(positions)].to(flat.dtype))
+            if flat.data_ptr() != weight.data_ptr():  # strides of its own: that was a copy
+                weight.copy_(flat.view(weight.shape))
+
     # -------------------------------------------------------------------------------- in steps
+
+    def _positions(self, structure: Tensor, size: int, capacity: int) -> Tensor:
+        found = self._structures.of(structure)
+        checks.check_positions(found, size, capacity)
+        return self._uploads.positions(found, structure.device)
 
     def _structure(
         self, words: Tensor, shape: Sequence[int], values: Tensor, *operands: Tensor | None
@@ -301,3 +343,13 @@ def spmm_t_cuda(*operands: Any) -> Tensor:
 def sddmm_cuda(*operands: Any) -> Tensor:
     """Compute ``sddmm`` on a CUDA device."""
     return products().sddmm(*operands)
+
+
+def gather_cuda(*operands: Any) -> Tensor:
+    """Compute ``gather`` on a CUDA device."""
+    return products().gather(*operands)
+
+
+def scatter_cuda(*operands: Any) -> Tensor:
+    """Compute ``scatter`` on a CUDA device."""
+    return products().scatter(*operands)

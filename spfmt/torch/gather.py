@@ -7,15 +7,14 @@ structure at every run.
 
 from __future__ import annotations
 
-import math
 from typing import Any, cast
 
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from spfmt.errors import KernelNotFound, format_error
 from spfmt.structure.moves import RowRuns, gather, scatter
+from spfmt.torch import checks, cuda
 from spfmt.torch import ops as products
 from spfmt.torch.values import compiled_structure
 
@@ -56,6 +55,9 @@ def scattered(values: Tensor, structure: Tensor, size: int) -> Tensor:
 @torch.no_grad()
 def write_at(weight: Tensor, structure: Tensor, values: Tensor) -> None:
     """Write values to their positions in a dense weight, in place."""
+    if weight.is_cuda:
+        cuda.products().write_at(weight, structure, values)
+        return
     flat = weight.detach().contiguous().reshape(-1)
     positions = _positions(structure, flat.numel(), values.numel())
     scatter(positions, _bits(values), _bits(flat))
@@ -67,20 +69,9 @@ def write_at(weight: Tensor, structure: Tensor, values: Tensor) -> None:
 
 def _positions(structure: Tensor, size: int, capacity: int) -> RowRuns:
     """Return the positions of a structure that fits a weight and a vector of values."""
-    if structure.device.type != "cpu":
-        raise KernelNotFound(
-            f"got a structure on {structure.device}; participating weights are read on the CPU; "
-            "fix: move the module with .cpu()"
-        )
-    found = compiled_structure(structure)
-    if math.prod(found.shape) != size or capacity < found.nnz:
-        raise format_error(
-            f"a structure of {found.nnz} positions in {found.shape[0]} x {found.shape[1]} for "
-            f"{capacity} values of a weight of {size}",
-            "one structure for all of them",
-            "use the structure of the layer that the weight comes from",
-        )
-    return found.structure.layout.row_runs()
+    found = compiled_structure(structure).structure
+    checks.check_positions(found, size, capacity)
+    return found.layout.row_runs()
 
 
 def _bits(tensor: Tensor) -> NDArray[Any]:
@@ -104,10 +95,11 @@ def _scatter(values: Tensor, structure: Tensor, size: int) -> Tensor:
     return dense
 
 
-def _define(schema: str, compute: Any, fake: Any, backward: Any, setup: Any) -> None:
+def _define(schema: str, compute: Any, on_cuda: Any, fake: Any, backward: Any, setup: Any) -> None:
     _library.define(f"{schema} -> Tensor", tags=[torch.Tag.pt2_compliant_tag])  # type: ignore[no-untyped-call]
     name = f"spfmt::{schema.partition('(')[0]}"
-    torch.library.impl(name, ("cpu", "cuda"), compute, lib=_library)  # on CUDA it refuses
+    torch.library.impl(name, "cpu", compute, lib=_library)
+    torch.library.impl(name, "cuda", on_cuda, lib=_library)
     torch.library.register_fake(name, fake, lib=_library)
     torch.library.register_autograd(name, backward, setup_context=setup, lib=_library)
 
@@ -137,6 +129,7 @@ def _scatter_backward(ctx: Any, ddense: Tensor) -> tuple[Tensor | None, ...]:
 _define(
     "gather(Tensor weight, Tensor structure, SymInt capacity)",
     _gather,
+    cuda.gather_cuda,
     lambda weight, structure, capacity: weight.new_empty(capacity),
     _gather_backward,
     _gather_context,
@@ -144,6 +137,7 @@ _define(
 _define(
     "scatter(Tensor values, Tensor structure, SymInt size)",
     _scatter,
+    cuda.scatter_cuda,
     lambda values, structure, size: values.new_empty(size),
     _scatter_backward,
     _scatter_context,

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -71,13 +71,13 @@ class Uploaded:
 
     Attributes
     ----------
-    struct : library.Tiles or library.Lists
+    struct : library.Tiles, library.Lists or None
     tensors : tuple of Tensor
     streams : set of int
         Handles of the streams that may use the tensors.
     """
 
-    struct: ctypes.Structure
+    struct: Any
     tensors: tuple[Tensor, ...]
     streams: set[int] = field(default_factory=set)
 
@@ -110,17 +110,28 @@ class Uploads:
         DeviceError
             Where they would have to be uploaded while a graph is captured.
         """
-        layout = structure.layout
-        by_layout = _tiles if isinstance(layout, Groups) else _lists
-        make: Any = _transposed if transposed and by_layout is _lists else by_layout
+        tiles = isinstance(structure.layout, Groups)
+        turned = transposed and not tiles
+        make: Any = _tiles if tiles else _transposed if turned else _lists
+        if how is not None:
+            make = functools.partial(_conv_tiles, how=how)
+        return self._uploaded(structure, (turned, how), make, place)
+
+    def positions(self, structure: Structure, place: torch.device) -> Tensor:
+        """Return where values lie in the weight, as one number each; errors as for `get`."""
+        found = self._uploaded(structure, _positions, _positions, place)
+        return found.tensors[0]
+
+    def _uploaded(
+        self, structure: Structure, what: Any, make: Callable[..., Uploaded], place: torch.device
+    ) -> Uploaded:
         known = self._of.setdefault(structure, {})
-        found = known.get((make, place, how))
+        found = known.get((what, place))
         capturing = self._device.is_capturing()
         if found is None:
             if capturing:
                 raise _not_there(place)
-            made = make(layout, place) if how is None else _conv_tiles(layout, place, how)
-            found = known[make, place, how] = made
+            found = known[what, place] = make(structure.layout, place)
             found.streams.add(self._device.stream(place))
         elif self._device.stream(place) not in found.streams:
             found.streams.add(self._device.stream(place))
@@ -147,6 +158,10 @@ def _on(place: torch.device, *arrays: Any) -> tuple[Tensor, ...]:
 
 def _tiles(groups: Groups, place: torch.device) -> Uploaded:
     return _of_tiles(plan.device_tiles(groups, plan.tile_rows(groups)), place)
+
+
+def _positions(layout: Any, place: torch.device) -> Uploaded:
+    return Uploaded(None, _on(place, layout.flat_indices()))
 
 
 def _conv_tiles(groups: Any, place: torch.device, how: Convolution) -> Uploaded:
