@@ -530,3 +530,15 @@ def test_compiled_on_a_device() -> None:
     torch.testing.assert_close(torch.compile(layer)(x), layer(x))
     layer.set_structure(another(layer))
     torch.testing.assert_close(torch.compile(layer)(x), layer(x))
+
+
+@pytest.mark.cuda
+@pytest.mark.usefixtures("device")
+def test_operators_keep_torchs_rules_on_a_device(format: str) -> None:
+    layer = make(format, "cuda")
+    x, dy = random(20, C, like=layer).requires_grad_(), random(20, R, like=layer)
+    values, structure, shape = layer.values, layer.structure, [R, C]
+    ops = torch.ops.spfmt
+    torch.library.opcheck(ops.spmm, (values, structure, x, layer.bias, shape))
+    torch.library.opcheck(ops.spmm_t, (values, structure, dy, shape))
+    torch.library.opcheck(ops.sddmm, (structure, dy, x, shape, layer.capacity))

@@ -234,3 +234,73 @@ def test_operators_are_registered() -> None:
     for op in ("conv2d", "conv2d_input", "conv2d_weight"):
         assert "CUDA" in torch._C._dispatch_dump(f"spfmt::{op}")
         assert callable(getattr(cuda_convolution, f"{op}_cuda"))
+
+
+# ------------------------------------------------------------------------------ on a real device
+
+
+@pytest.mark.cuda
+@pytest.mark.usefixtures("device")
+@pytest.mark.parametrize("batch", [1, 5, 8])
+def test_a_graph_replays_on_new_images(batch: int) -> None:
+    layer = make("shuffled_block", "cuda", torch.bfloat16, padding=1)
+    x = images(layer, batch, C_IN, 6, 5, last=True).requires_grad_()
+    dy = images(layer, batch, C_OUT, 6, 5, last=True, seed=2)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        layer(x).backward(dy)
+    torch.cuda.current_stream().wait_stream(side)
+    layer.zero_grad(set_to_none=True)
+    x.grad = None
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = layer(x)
+        y.backward(dy)
+    with torch.no_grad():
+        layer.values.normal_()
+        x.normal_()
+    graph.replay()
+    torch.cuda.synchronize()
+    got = [t.clone() for t in (y, x.grad, layer.values.grad)]
+    layer.zero_grad()
+    x.grad = None
+    want = layer(x)
+    want.backward(dy)
+    assert all(map(torch.equal, got, (want, x.grad, layer.values.grad)))
+
+
+@pytest.mark.cuda
+@pytest.mark.usefixtures("device")
+def test_operators_keep_torchs_rules_on_a_device() -> None:
+    layer = make("shuffled_block", "cuda")
+    how = ([C_OUT, C_IN, 3, 3], [1, 1], [0, 0, 0, 0], [1, 1], 1)
+    x = images(layer, 2, C_IN, 6, 5).requires_grad_()
+    dy = images(layer, 2, C_OUT, 4, 3, seed=2)
+    values, structure = layer.values, layer.structure
+    ops = torch.ops.spfmt
+    torch.library.opcheck(ops.conv2d, (values, structure, x, layer.bias, *how))
+    torch.library.opcheck(ops.conv2d_input, (values, structure, dy, how[0], [6, 5], *how[1:]))
+    torch.library.opcheck(ops.conv2d_weight, (structure, dy, x, how[0], layer.capacity, *how[1:]))
+
+
+@pytest.mark.cuda
+@pytest.mark.usefixtures("device")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_compiled_on_a_device() -> None:
+    layer = make("hrbp", "cuda", padding=1)
+    x = images(layer, 4, C_IN, 6, 5)
+    torch.testing.assert_close(torch.compile(layer)(x), layer(x))
+
+
+@pytest.mark.cuda
+@pytest.mark.usefixtures("device")
+def test_autocast_on_a_device() -> None:
+    layer = make("shuffled_block", "cuda")
+    x = images(layer, 8, C_IN, 6, 5)
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        y = layer(x)
+    y.sum().backward()
+    assert y.dtype == torch.bfloat16
+    assert layer.values.grad.dtype == torch.float32
+    assert torch.equal(y, layer.to(torch.bfloat16)(x.bfloat16()))
