@@ -23,6 +23,7 @@ from spfmt.torch.ops import sddmm, spmm, spmm_t
 from spfmt.torch.participate import participate
 from spfmt.torch.participating import Participating
 from spfmt.torch.report import LayerReport, ModelReport
+from spfmt.torch.semi_structured import to_semi_structured
 from spfmt.torch.sparsify import decay_groups, densify, layer_densities, sparsify, sparsify_like
 
 __all__ = [
@@ -50,6 +51,7 @@ __all__ = [
     "sparsify_like",
     "spmm",
     "spmm_t",
+    "to_semi_structured",
     "unfreeze",
     "unpack_attention",
 ]
