@@ -45,5 +45,8 @@ for tool in memcheck racecheck synccheck; do
     -p no:cacheprovider tests/test_torch_cuda.py tests/test_torch_cuda_conv.py -k "any_strides"
 done
 echo "== benchmark"
-python3 -m benchmarks.cuda --json "$out/cuda.json" --seconds "${SECONDS_FOR_BENCHMARK:-200}" || failed=1
+python3 -m benchmarks.cuda --json "$out/cuda.json" --seconds "${SECONDS_FOR_BENCHMARK:-180}" || failed=1
+if [ "$SPFMT_CUDA_ARCHS" = 90 ]; then
+  SPFMT_CUDA_WGMMA=1 python3 -m benchmarks.cuda --json "$out/cuda-wgmma.json" --seconds 60 || failed=1
+fi
 exit $failed

@@ -98,6 +98,10 @@ int spfmt_cuda_transpose(int from, int to, const void* in, int64_t in_stride, in
 int spfmt_cuda_groups_spmm(int dtype, int precision, const spfmt::cuda::Tiles* a,
                            const void* values, const void* x, int64_t x_stride, int64_t n,
                            const float* bias, void* y, int64_t y_stride, void* stream);
+// The same for 16-bit dtypes and tiles of 64 and 128 rows, on compute capability 9.0. Experimental.
+int spfmt_cuda_groups_spmm_sm90(int dtype, int precision, const spfmt::cuda::Tiles* a,
+                                const void* values, const void* x, int64_t x_stride, int64_t n,
+                                const float* bias, void* y, int64_t y_stride, void* stream);
 // dx (C, n) = A^T dy (R, n).
 int spfmt_cuda_groups_spmm_t(int dtype, int precision, const spfmt::cuda::Tiles* a,
                              const void* values, const void* dy, int64_t dy_stride, int64_t n,
@@ -113,6 +117,11 @@ int spfmt_cuda_groups_conv(int dtype, int precision, const spfmt::cuda::Tiles* a
                            const void* values, const void* x, const spfmt::cuda::Maps* x_maps,
                            const int32_t* stride, const float* bias, void* y,
                            const spfmt::cuda::Maps* y_maps, void* stream);
+// The same, where groups_spmm_sm90 is.
+int spfmt_cuda_groups_conv_sm90(int dtype, int precision, const spfmt::cuda::Tiles* a,
+                                const void* values, const void* x, const spfmt::cuda::Maps* x_maps,
+                                const int32_t* stride, const float* bias, void* y,
+                                const spfmt::cuda::Maps* y_maps, void* stream);
 // dx, its gradient of the input.
 int spfmt_cuda_groups_conv_t(int dtype, int precision, const spfmt::cuda::Tiles* a,
                              const void* values, const void* dy, const spfmt::cuda::Maps* dy_maps,

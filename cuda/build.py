@@ -71,6 +71,9 @@ def library_folders(nvcc: str) -> list[str]:
 
 def compile_object(nvcc: str, source: str, found: Path, flags: list[str]) -> str:
     """Compile one file to an object, unless nothing changed since that was done."""
+    if source.endswith("_sm90.cu"):  # instructions that no other architecture has
+        flags = [flag for flag in flags if not flag.startswith("-gencode")]
+        flags.append("-gencode=arch=compute_90a,code=sm_90a")
     command = [nvcc, *flags, "-c", source, "-o", str(found)]
     stamp = found.with_suffix(".command")
     inputs = [source, *map(str, Path("cuda").glob("*.h"))]

@@ -237,6 +237,89 @@ __device__ __forceinline__ void mma(float, float (&d)[4], const uint32_t (&a)[4]
 #endif
 }
 
+// ------------------------------------------------------------------- four warps, capability 9.0
+
+// The first address from `p` on that is a multiple of so many bytes.
+template <int bytes>
+__device__ __forceinline__ unsigned char* aligned_shared(unsigned char* p) {
+#ifdef __CUDACC__
+  const auto at = static_cast<unsigned>(__cvta_generic_to_shared(p));
+#else
+  const auto at = reinterpret_cast<uintptr_t>(p);
+#endif
+  return p + (bytes - at % bytes) % bytes;
+}
+
+// Before the first group_mma that reads what this thread's asynchronous copies, or stores, wrote;
+// other threads' are seen behind a barrier.
+__device__ __forceinline__ void group_sees_copies() {
+#ifdef __CUDACC__
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+// Before group_mma, where its sums may have been touched.
+__device__ __forceinline__ void group_begin() {
+#ifdef __CUDACC__
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void group_commit() {
+#ifdef __CUDACC__
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+#endif
+}
+// Until all products of this thread's group are done: before that, sums and operands are in use.
+__device__ __forceinline__ void group_wait() {
+#ifdef __CUDACC__
+  asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+#else
+  emulation::group_wait();
+#endif
+}
+
+#ifdef __CUDACC__
+// Where an operand lies: rows of 128 bytes along the sums' direction, swizzled, eight rows of the
+// depth in 1024 bytes and the next eight behind them, the next 64 elements `beside` bytes further.
+__device__ __forceinline__ uint64_t group_operand(const unsigned char* p, int beside) {
+  const auto at = static_cast<uint64_t>(__cvta_generic_to_shared(p));
+  const auto of = [](uint64_t bytes) { return bytes >> 4 & 0x3fff; };
+  return of(at) | of(static_cast<uint64_t>(beside)) << 16 | of(1024) << 32 | uint64_t{1} << 62;
+}
+#define SPFMT_EIGHT(d)                                                                      \
+  "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), "+f"(d[1][0]), "+f"(d[1][1]), \
+      "+f"(d[1][2]), "+f"(d[1][3])
+#define SPFMT_GROUP_MMA(types)                                                                     \
+  asm volatile(                                                                                    \
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32." types                                         \
+      " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,"   \
+      "%24,%25,%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,"   \
+      "%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63}, %64, %65, 1, 1, " \
+      "1, 1, 1;"                                                                                   \
+      : SPFMT_EIGHT(d[0]), SPFMT_EIGHT(d[1]), SPFMT_EIGHT(d[2]), SPFMT_EIGHT(d[3]),                \
+        SPFMT_EIGHT(d[4]), SPFMT_EIGHT(d[5]), SPFMT_EIGHT(d[6]), SPFMT_EIGHT(d[7])                 \
+      : "l"(group_operand(a, beside)), "l"(group_operand(b, beside)))
+#endif
+
+// D += A B in float32, A (64, 16) and B (16, 128), of 128 threads whose warps have 16 rows each; a
+// warp's numbers lie as those of sixteen mma beside each other. Operands are read, and sums
+// written, at any time until group_wait().
+__device__ __forceinline__ void group_mma(bf16, float (&d)[8][2][4], const unsigned char* a,
+                                          const unsigned char* b, int beside SPFMT_WHERE) {
+#ifdef __CUDACC__
+  SPFMT_GROUP_MMA("bf16.bf16");
+#else
+  emulation::group_mma<emulation::float_of_bf16>(d, a, b, beside, where);
+#endif
+}
+__device__ __forceinline__ void group_mma(half, float (&d)[8][2][4], const unsigned char* a,
+                                          const unsigned char* b, int beside SPFMT_WHERE) {
+#ifdef __CUDACC__
+  SPFMT_GROUP_MMA("f16.f16");
+#else
+  emulation::group_mma<emulation::float_of_half>(d, a, b, beside, where);
+#endif
+}
+
 // ------------------------------------------------------------------------------- lanes and blocks
 
 constexpr uint32_t kAllLanes = 0xffffffffu;

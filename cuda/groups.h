@@ -166,22 +166,81 @@ __device__ __forceinline__ void multiply(Sums<W>& sums, const A& a, const B& b, 
   }
 }
 
+struct Nothing {
+  __device__ __forceinline__ void operator()() const {}
+};
+
 // Runs fill(step) ahead of use(step) by one stage less than there are: a stage is filled again
-// behind the barrier that all threads reach when they have used it.
-template <int stages, class Fill, class Use>
-__device__ __forceinline__ void in_stages(int steps, const Fill& fill, const Use& use) {
+// behind the barrier that all threads reach when they have used it, and have called done().
+template <int stages, class Fill, class Use, class Done = Nothing>
+__device__ __forceinline__ void in_stages(int steps, const Fill& fill, const Use& use,
+                                          const Done& done = {}) {
   for (int step = 0; step < stages - 1; ++step) {
     if (step < steps) fill(step);
     copy_commit();
   }
   for (int step = 0; step < steps; ++step) {
     copy_wait<stages - 2>();
+    done();
     __syncthreads();
     if (step + stages - 1 < steps) fill(step + stages - 1);
     copy_commit();
     use(step);
   }
   copy_wait<0>();
+}
+
+// ------------------------------------------------------------------------------- values and
+// results
+
+// Copies the values of columns first .. first + kDepth - 1 of the list to a stage's layout, chunks
+// in the order in which they are stored.
+template <class M, class W, class S>
+__device__ __forceinline__ void copy_values(unsigned char* to, const Values<typename M::T>& values,
+                                            int first) {
+  constexpr int kOfBand = 16 / M::kChunk, kAll = S::kDepth * S::kAChunks;
+  SPFMT_UNROLL
+  for (int i = threadIdx.x; i < kAll; i += W::kThreads) {
+    const int band = i / kOfBand / S::kDepth, k = i / kOfBand % S::kDepth;
+    const int chunk = band * kOfBand + i % kOfBand;
+    values.copy(to + S::Layout::at(k, chunk), first + k, chunk * M::kChunk);
+  }
+}
+
+// The four samples of this lane in the upper or lower half of a pair's rows: an mma leaves two in a
+// lane, so neighbours trade. The even one has four of the first mma then, the odd one four of the
+// second, and a warp writes whole sectors.
+__device__ __forceinline__ void trade(const float (&sum)[2][4], int half, float (&four)[4]) {
+  const bool odd = threadIdx.x % 2;
+  SPFMT_UNROLL
+  for (int i = 0; i < 2; ++i) {
+    const float first = sum[0][2 * half + i], second = sum[1][2 * half + i];
+    const float got = shuffle_xor(odd ? first : second, 1);
+    four[i] = odd ? got : first;
+    four[2 + i] = odd ? second : got;
+  }
+}
+
+template <class W, class Y>
+__device__ __forceinline__ void write_rows(const Sums<W>& sums, const Y& y, const int32_t* rows,
+                                           int count, int64_t sample, const float* bias) {
+  const int lane = threadIdx.x % 32, mine = lane % 2 * 8 + lane % 4 / 2 * 4;
+  SPFMT_UNROLL
+  for (int p = 0; p < W::kPairs; ++p) {
+    const auto place = y.place(sample + W::column() + 16 * p + mine);
+    SPFMT_UNROLL
+    for (int i = 0; i < 2 * W::kBands; ++i) {
+      const int at = W::row() + 8 * i + lane / 4;
+      const bool any = at < count;
+      const int32_t row = any ? rows[at] : 0;
+      const float b = any && bias ? bias[row] : 0.0f;
+      float four[4];
+      trade(sums.of[i / 2][p], i % 2, four);
+      SPFMT_UNROLL
+      for (float& number : four) number += b;
+      if (any) y.write(row, place, four);
+    }
+  }
 }
 
 }  // namespace spfmt::cuda

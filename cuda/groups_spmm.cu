@@ -16,58 +16,10 @@ struct Stage {
   using T = typename M::T;
   static constexpr int kDepth = 2 * M::kDepth;
   static constexpr int kAChunks = W::kRows / M::kChunk, kBChunks = W::kColumns / M::kChunk;
+  using Layout = Rows<kAChunks>;
   using X = Gather<Source, kDepth, kBChunks, W::kThreads>;
   static constexpr int kA = kDepth * kAChunks * 16, kBytes = kA + X::kBytes;
 };
-
-// Columns first .. first + kDepth - 1 of the list, chunks in the order in which they are stored.
-template <class M, class W, class S>
-__device__ __forceinline__ void copy_values(unsigned char* to, const Values<typename M::T>& values,
-                                            int first) {
-  constexpr int kOfBand = 16 / M::kChunk, kAll = S::kDepth * S::kAChunks;
-  SPFMT_UNROLL
-  for (int i = threadIdx.x; i < kAll; i += W::kThreads) {
-    const int band = i / kOfBand / S::kDepth, k = i / kOfBand % S::kDepth;
-    const int chunk = band * kOfBand + i % kOfBand;
-    values.copy(to + Rows<S::kAChunks>::at(k, chunk), first + k, chunk * M::kChunk);
-  }
-}
-
-// The four samples of this lane in the upper or lower half of a pair's rows: an mma leaves two in a
-// lane, so neighbours trade. The even one has four of the first mma then, the odd one four of the
-// second, and a warp writes whole sectors.
-__device__ __forceinline__ void trade(const float (&sum)[2][4], int half, float (&four)[4]) {
-  const bool odd = threadIdx.x % 2;
-  SPFMT_UNROLL
-  for (int i = 0; i < 2; ++i) {
-    const float first = sum[0][2 * half + i], second = sum[1][2 * half + i];
-    const float got = shuffle_xor(odd ? first : second, 1);
-    four[i] = odd ? got : first;
-    four[2 + i] = odd ? second : got;
-  }
-}
-
-template <class W, class Y>
-__device__ __forceinline__ void write_rows(const Sums<W>& sums, const Y& y, const int32_t* rows,
-                                           int count, int64_t sample, const float* bias) {
-  const int lane = threadIdx.x % 32, mine = lane % 2 * 8 + lane % 4 / 2 * 4;
-  SPFMT_UNROLL
-  for (int p = 0; p < W::kPairs; ++p) {
-    const auto place = y.place(sample + W::column() + 16 * p + mine);
-    SPFMT_UNROLL
-    for (int i = 0; i < 2 * W::kBands; ++i) {
-      const int at = W::row() + 8 * i + lane / 4;
-      const bool any = at < count;
-      const int32_t row = any ? rows[at] : 0;
-      const float b = any && bias ? bias[row] : 0.0f;
-      float four[4];
-      trade(sums.of[i / 2][p], i % 2, four);
-      SPFMT_UNROLL
-      for (float& number : four) number += b;
-      if (any) y.write(row, place, four);
-    }
-  }
-}
 
 template <class M, class W, class X, class Y, class T = typename M::T>
 __global__ void __launch_bounds__(W::kThreads, 1)

@@ -264,7 +264,7 @@ class Images {
 
 // Gathers `rows` rows of a source, `chunks` of sixteen bytes of each. Rows are found before they
 // are needed, so that nothing waits for them.
-template <class Source, int rows, int chunks, int threads>
+template <class Source, int rows, int chunks, int threads, class Layout = Rows<chunks>>
 class Gather {
  public:
   static constexpr int kBytes = rows * chunks * 16;
@@ -281,7 +281,7 @@ class Gather {
     static_assert(threads % chunks == 0);  // a thread has one chunk of every row it copies
     place_ = x.place(sample + static_cast<int>(threadIdx.x) % chunks * kChunk);
   }
-  // Copies them to Rows<chunks> at `to`.
+  // Copies them to their places from `to` on.
   __device__ __forceinline__ void copy(unsigned char* to, const Source& x) const {
     x.aligned() ? copy_as<true>(to, x) : copy_as<false>(to, x);
   }
@@ -295,7 +295,7 @@ class Gather {
   template <bool aligned>
   __device__ __forceinline__ void copy_as(unsigned char* to, const Source& x) const {
     each([&](int piece, int row, int chunk) {
-      x.template copy<aligned>(to + Rows<chunks>::at(row, chunk), row_[piece], place_);
+      x.template copy<aligned>(to + Layout::at(row, chunk), row_[piece], place_);
     });
   }
   template <class Body>

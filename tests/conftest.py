@@ -14,7 +14,9 @@ def place(request: pytest.FixtureRequest) -> Any:
 
     if request.param == "cuda":
         need_device()
-    return Place(request.param)
+    found = Place(request.param)
+    yield found
+    found.uses_wgmma(False)
 
 
 @pytest.fixture

@@ -57,9 +57,9 @@ BUGS = (
     Bug("a short band is read as a full one", "groups_spmm", "operands.h",
         "int64_t{place} * height", "int64_t{place} * 16"),
     Bug("writes beyond the samples", "groups_spmm", "operands.h", "if (i < count) to", "to"),
-    Bug("writes beyond the rows", "groups_spmm", "groups_spmm.cu",
+    Bug("writes beyond the rows", "groups_spmm", "groups.h",
         "any = at < count", "any = true"),
-    Bug("neighbours trade the wrong halves", "groups_spmm", "groups_spmm.cu",
+    Bug("neighbours trade the wrong halves", "groups_spmm", "groups.h",
         "odd ? first : second", "odd ? second : first"),
     Bug("samples beyond the last are multiplied", "groups_sddmm", "operands.h",
         "any ? samples - place : 0", "any ? stride_ - place : 0"),
@@ -95,6 +95,14 @@ BUGS = (
         "  maps.column *= stride[1];\n", ""),
     Bug("dY is looked at on the other side", "conv_spmm_t", "groups_spmm_t.cu",
         "found_.down, found_.across}", "found_.across, found_.down}"),
+    Bug("nobody waits for the products of four warps", "sm90_spmm", "groups_sm90.cu",
+        "    group_wait();\n", ""),
+    Bug("chunks keep their places for wgmma", "sm90_spmm", "groups_sm90.cu",
+        "(chunk ^ row) & 7", "chunk & 7"),
+    Bug("four warps take the others' values", "sm90_spmm", "groups_sm90.cu",
+        "stage + group *", "stage + 0 *"),
+    Bug("the depth is not gone along", "sm90_spmm", "groups_sm90.cu",
+        "stage + S::kA + depth * 128", "stage + S::kA"),
     Bug("nobody waits until X is in shared memory", "lists_small", "lists_small.cu",
         "  __syncthreads();\n", ""),
     Bug("a shuffle goes to the wrong lane", "lists_small", "lists.h",
@@ -187,7 +195,8 @@ class Workshop:
         if bug:
             self._replace(bug.file, bug.old, bug.new)
         found = self.sources / "bug.so"
-        kernel = check.replace("conv_", "groups_")
+        of, op = check.split("_", 1)
+        kernel = {"conv": f"groups_{op}", "sm90": "groups_sm90"}.get(of, check)
         sound = [f"{name}.o" for name in _SOUND if name != kernel]
         kernels = ("-include", "first.h", "-x", "c++", f"{kernel}.cu")
         self._compile("-w", "-shared", *kernels, "-x", "none", *sound, "-o", str(found))
@@ -212,6 +221,12 @@ def check_groups(op: str) -> None:
     _in_every_order(lambda: [problem.check(op) for problem in problems])
     groups.check_not_finite(groups.Problem.of(groups.NOT_FINITE, "bf16", "tf32"), op)
     groups.check_conflicts(groups.Problem.of(groups.Case(64, 96, 128, 64), "bf16", "tf32"), op)
+
+
+def check_four_warps(op: str) -> None:
+    """Fail as the tests of wgmma would."""
+    problems = [groups.Problem.of(case, "bf16", "tf32") for case in groups.SM90]
+    _in_every_order(lambda: [problem.check(f"{op}_sm90") for problem in problems])
 
 
 def check_convolutions(op: str) -> None:
@@ -251,7 +266,11 @@ def check(library: Path, name: str) -> None:
     bugged = cuda_cases.Emulated(library)
     cuda_cases.library = groups.library = lambda: bugged
     of, op = name.split("_", 1)
-    {"groups": check_groups, "conv": check_convolutions, "lists": check_lists}[of](op)
+    checks = {
+        "groups": check_groups, "conv": check_convolutions, "lists": check_lists,
+        "sm90": check_four_warps,
+    }  # fmt: skip
+    checks[of](op)
 
 
 def complaint(library: Path, name: str) -> str:

@@ -152,7 +152,8 @@ class Problem:
 
     def run(self, op: str) -> Any:
         """Return the result of a product; nothing beside it was written."""
-        groups = self.groups
+        groups, name = self.groups, op
+        op = op.removesuffix("_sm90")
         shape = {
             "spmm": (groups.rows, self.n),
             "spmm_t": (groups.cols, self.n),
@@ -175,13 +176,14 @@ class Problem:
             if op == "spmm":
                 arguments += (self.bias,)
             arguments += (result.array, result.stride)
-        call(f"groups_{op}", *before, *arguments, None)
+        call(f"groups_{name}", *before, *arguments, None)
         result.check_frame()
         return result.array.sum(0, keepdims=True) if op == "sddmm" else result.array.copy()
 
     def check(self, op: str) -> Any:
         """Fail if a product is off by more than rounding explains; return it."""
         got = self.run(op)
+        op = op.removesuffix("_sm90")
         want, size, terms = getattr(self, f"_{op}")()
         off = self._rounding(want, size, terms, "f32" if op == "sddmm" else self.dtype)
         error = np.abs(got.astype(np.float64) - want)
@@ -255,6 +257,26 @@ def test_every_order_gives_the_same_bits(case: Case, kind: tuple[str, str]) -> N
             assert problem.run(op).tobytes() == want, (op, order)
         emulate("1", 1, hosts=2)
         assert problem.run(op).tobytes() == want, (op, "two hosts")
+
+
+SM90 = [c for c in CASES if c.most_rows > 16]
+
+
+@pytest.mark.parametrize("case", SM90, ids=str)
+@pytest.mark.parametrize("kind", KINDS[:2], ids="-".join)
+def test_four_warps_multiply_within_the_bounds(case: Case, kind: tuple[str, str]) -> None:
+    problem = Problem.of(case, *kind)
+    want = problem.check("spmm_sm90").tobytes()
+    if case.n > 8 and kind == KINDS[0]:
+        for order, late in ORDERS:
+            emulate(order, late)
+            assert problem.run("spmm_sm90").tobytes() == want, order
+
+
+def test_four_warps_multiply_nothing_else() -> None:
+    for case, kind in ((Case(20, 30, 8, most_rows=16), KINDS[0]), (SM90[0], KINDS[3])):
+        with pytest.raises(RuntimeError, match="invalid argument"):
+            Problem.of(case, *kind).run("spmm_sm90")
 
 
 def _tensors() -> dict[str, Any]:

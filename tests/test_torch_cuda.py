@@ -105,6 +105,20 @@ def test_tf32_where_torch_allows_it(emulated: Emulated) -> None:
     assert not torch.equal(*results)
 
 
+@pytest.mark.parametrize("rows", [64, 128])
+def test_wgmma_where_it_is_wanted(rows: int, place: Place) -> None:
+    options = {"format": "shuffled_block", "block_shape": (rows, 4), "density": 0.3}
+    layer = SparseLinear(96, 128, dtype=torch.bfloat16, device=place.device, **options)
+    x = random(72, 96, like=layer)
+    with place.on(), torch.no_grad():
+        want = layer(x)
+        if not place.uses_wgmma():
+            pytest.skip("the device has no wgmma")
+        got = layer(x)
+        assert torch.equal(layer(x[:9]), want[:9])  # for few samples as before
+    torch.testing.assert_close(got, want, rtol=2.0**-7, atol=1e-3)
+
+
 @pytest.mark.parametrize("activation", ["relu", "gelu", "gelu_tanh", "silu"])
 def test_activations_follow(activation: str, place: Place) -> None:
     layer = make("csr", place.device)

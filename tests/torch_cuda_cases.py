@@ -15,6 +15,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from spfmt.cuda import library
+from spfmt.torch import cuda, cuda_convolution
 from spfmt.torch.cuda_convolution import Convolutions
 from spfmt.torch.uploads import Device
 from spfmt.torch.words import Structures
@@ -44,6 +45,9 @@ class Emulated(Device):
 
     def processors(self, device: torch.device) -> int:
         return 8
+
+    def has_wgmma(self, device: torch.device) -> bool:
+        return True
 
     def keep_for_stream(self, tensor: torch.Tensor) -> None:
         self.kept.append(tensor)
@@ -85,6 +89,17 @@ class Place:
     def __init__(self, device: str) -> None:
         self.device = device
         self._emulated = Emulated() if device == "cpu" else None
+
+    def uses_wgmma(self, on: bool = True) -> bool:
+        """Let products of groups use wgmma, or not; tell whether this place can."""
+        for products in self._products():
+            products.wgmma = on
+        return self._emulated is not None or torch.cuda.get_device_capability() == (9, 0)
+
+    def _products(self) -> tuple[Any, ...]:
+        if self._emulated is not None:
+            return (self._emulated.products,)
+        return cuda.products(), cuda_convolution.convolutions()
 
     def on(self) -> AbstractContextManager[Any]:
         """Return the context in which layers compute here."""

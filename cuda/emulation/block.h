@@ -65,6 +65,7 @@ struct Fiber : Context {
   Where where;             // of the meeting that it waits in
   std::vector<Copy> open;  // asynchronous copies that belong to no group yet
   std::vector<std::vector<Copy>> groups;
+  std::vector<std::function<void()>> products;  // of a group of warps, under way
 };
 
 // Lanes that wait for each other. What they bring lies on their own stacks meanwhile.
@@ -150,7 +151,7 @@ class SharedMemory {
  public:
   explicit SharedMemory(size_t bytes) : bytes_(bytes) {
     void* found = nullptr;
-    if (posix_memalign(&found, 128, bytes + kBeyond)) throw std::bad_alloc();
+    if (posix_memalign(&found, 1024, bytes + kBeyond)) throw std::bad_alloc();
     memory_.reset(static_cast<unsigned char*>(found));
     std::memset(memory_.get(), 0xff, bytes + kBeyond);
     poison(true);
@@ -185,6 +186,7 @@ inline void run_fiber() {
   try {
     (*b.body)();
     if (!f.open.empty() || !f.groups.empty()) fail("an asynchronous copy is never waited for");
+    if (!f.products.empty()) fail("a product of a group of warps is never waited for");
     if (b.at_barrier) fail("a thread leaves while others wait at a barrier");
   } catch (const std::exception& e) {
     if (b.error.empty()) b.error = e.what();

@@ -154,4 +154,56 @@ void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t* b, const Where& 
   });
 }
 
+// ------------------------------------------------------------------------------------- four warps
+
+// An element (side, depth) of an operand of wgmma: MN-major with the 128-byte swizzle, which
+// changes addresses, not offsets. `side` goes along the rows of A or the columns of B.
+inline uint16_t group_element(const unsigned char* from, int beside, int side, int depth) {
+  const size_t linear = shared_offset(from, 1, 16, "an operand of wgmma") + side / 64 * beside +
+                        depth / 8 * 1024 + depth % 8 * 128 + side % 64 * 2;
+  const size_t swizzled = linear ^ ((linear >> 7 & 7) << 4);
+  uint16_t element = 0;
+  shared_offset(block->shared + swizzled, 2, 2, "an operand of wgmma");
+  std::memcpy(&element, block->shared + swizzled, 2);
+  return element;
+}
+
+// As device.h says; every lane computes its own sums, late: when it waits for them.
+template <float (*to_float)(uint16_t)>
+void group_mma(float (&d)[8][2][4], const unsigned char* a, const unsigned char* b, int beside,
+               const Where& where) {
+  if (shared_offset(a, 1, 16, "wgmma") % 1024 || shared_offset(b, 1, 16, "wgmma") % 1024) {
+    fail("an operand of wgmma that does not begin with a swizzle's pattern");
+  }
+  meet(~0u, nullptr, where, [](void**, uint32_t) { ++counts.mma; });
+  const int rank = block->current->rank, g = rank % 32 / 4, t = rank % 4;
+  const auto product = [&d, a, b, beside, rank, g, t] {
+    float rows[2][16], columns[16];
+    for (int k = 0; k < 16; ++k) {
+      for (int h = 0; h < 2; ++h) {
+        rows[h][k] = to_float(group_element(a, beside, rank / 32 % 4 * 16 + g + 8 * h, k));
+      }
+    }
+    for (int n = 0; n < 32; ++n) {  // the columns 8 (n / 2) + 2t + n % 2
+      for (int k = 0; k < 16; ++k) {
+        columns[k] = to_float(group_element(b, beside, n / 2 * 8 + 2 * t + n % 2, k));
+      }
+      for (int h = 0; h < 2; ++h) {
+        float& sum = d[n / 4][n / 2 % 2][2 * h + n % 2];
+        for (int k = 0; k < 16; ++k) sum += rows[h][k] * columns[k];
+      }
+    }
+  };
+  if (settings.late) {
+    block->current->products.push_back(product);
+  } else {
+    product();
+  }
+}
+
+inline void group_wait() {
+  for (const auto& product : block->current->products) product();
+  block->current->products.clear();
+}
+
 }  // namespace emulation

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -53,11 +54,18 @@ class Products:
         Where they run.
     structures : Structures
         What the words of structures mean.
+
+    Attributes
+    ----------
+    wgmma : bool
+        Whether 64 samples and more of 16-bit dtypes are multiplied by ``wgmma`` where a device has
+        it and rows share lists by 64. Experimental; ``SPFMT_CUDA_WGMMA=1`` sets it.
     """
 
     def __init__(self, device: Device, structures: Structures) -> None:
         self._device, self._structures = device, structures
         self._uploads = Uploads(device)
+        self.wgmma = os.environ.get("SPFMT_CUDA_WGMMA") == "1"
 
     # ------------------------------------------------------------------------------- operators
 
@@ -171,7 +179,7 @@ class Products:
         values = values.contiguous()
         offset = None if bias is None else bias.to(torch.float32).contiguous()
         if isinstance(structure.layout, Groups):
-            name = "groups_spmm_t" if transposed else "groups_spmm"
+            name = "groups_spmm_t" if transposed else self._by_groups("groups_spmm", matrix, x, y)
         else:
             name = "lists_small" if x.shape[0] <= SMALL else "lists_spmm"
         if name == "lists_small":
@@ -206,6 +214,13 @@ class Products:
             *_matrix(y),
             self._device.stream(y.device),
         )
+
+    def _by_groups(self, name: str, matrix: Uploaded, x: Tensor, y: Tensor) -> str:
+        """Return the kernel of a product of groups: `name`, or the one by ``wgmma``."""
+        fits = x.element_size() == 2 and matrix.struct.most_rows >= 64
+        samples = y.numel() // y.shape[1]
+        wanted = self.wgmma and fits and samples >= 64
+        return f"{name}_sm90" if wanted and self._device.has_wgmma(x.device) else name
 
     def _how(self, name: str, x: Tensor) -> tuple[int, ...]:
         """Return what says in which dtype a kernel computes, and groups how exactly."""

@@ -74,7 +74,7 @@ class Convolutions(Products):
             offset = None if bias is None else bias.to(torch.float32).contiguous()
             source, out = self._maps(x), _Maps(y)
             self._convolve(
-                "groups_conv",
+                self._by_groups("groups_conv", matrix, x, y),
                 matrix,
                 values,
                 *source.arguments(),

@@ -54,6 +54,10 @@ class Device:
         """Return how many multiprocessors a device has."""
         return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
+    def has_wgmma(self, device: torch.device) -> bool:
+        """Tell whether a device has Hopper's instructions, which no later one has."""
+        return torch.cuda.get_device_capability(device) == (9, 0)
+
     def keep_for_stream(self, tensor: Tensor) -> None:
         """Let the memory of a tensor that dies wait for the current stream of its device."""
         tensor.record_stream(torch.cuda.current_stream(tensor.device))
