@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
+
+
+@pytest.fixture(autouse=True)
+def _own_graphs() -> None:
+    """Forget what other tests compiled: torch counts the graphs of a function, whoever asked."""
+    dynamo = sys.modules.get("torch._dynamo")
+    if dynamo is not None:
+        dynamo.reset()
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,15 @@ torch = pytest.importorskip("torch")
 
 from torch_cuda_cases import Place  # noqa: E402
 
-from benchmarks import cuda  # noqa: E402
 from spfmt.cuda import library  # noqa: E402
+
+_path = Path(__file__).resolve().parent.parent / "benchmarks" / "cuda.py"
+_spec = importlib.util.spec_from_file_location("benchmarks_cuda", _path)
+assert _spec is not None
+assert _spec.loader is not None
+cuda: Any = importlib.util.module_from_spec(_spec)
+sys.modules[_spec.name] = cuda  # where dataclasses look their annotations up
+_spec.loader.exec_module(cuda)
 
 LINEAR = cuda.Case((64, 64), 0.5, 3, "float32")
 CONV = cuda.Case((16, 32, 3, 1, 4), 0.75, 2, "float32")

@@ -101,14 +101,20 @@ def test_nothing_is_opened_at_import() -> None:
 
 def _c_types(declaration: str) -> list[Any]:
     """Return the types of a C function's parameters, as ctypes would have them."""
-    names = {"int": ctypes.c_int, "int64_t": ctypes.c_int64}
-    structs = {"Tiles": ctypes.POINTER(library.Tiles), "Lists": ctypes.POINTER(library.Lists)}
+    names = {
+        "int": ctypes.c_int,
+        "int32_t": ctypes.c_int32,
+        "int64_t": ctypes.c_int64,
+        "int32_t*": library.Stride,
+    }
+    structs = {name: ctypes.POINTER(getattr(library, name)) for name in ("Tiles", "Lists", "Maps")}
     found = []
     for parameter in declaration.split(","):
-        kind = parameter.strip().removeprefix("const ").rsplit(" ", 1)[0]
+        words = parameter.strip().removeprefix("const ")
+        kind = words if words in names else words.rsplit(" ", 1)[0]  # some have no name
         struct = re.fullmatch(r"spfmt::cuda::(\w+)\*", kind)
         pointer = ctypes.c_void_p if kind.endswith("*") else None
-        found.append(structs[struct[1]] if struct else pointer or names[kind])
+        found.append(structs[struct[1]] if struct else names.get(kind) or pointer)
     return found
 
 
@@ -123,7 +129,7 @@ def test_functions_are_declared_as_the_header_has_them() -> None:
         assert types == _c_types(declared[name]), name
 
 
-@pytest.mark.parametrize("name", ["Tiles", "Lists"])
+@pytest.mark.parametrize("name", ["Tiles", "Lists", "Maps"])
 def test_structs_are_as_the_header_has_them(name: str) -> None:
     text = (ROOT / "cuda/api.h").read_text()
     (body,) = re.findall(rf"struct {name} {{(.*?)}};", text, re.DOTALL)
