@@ -18,7 +18,7 @@ torch = pytest.importorskip("torch")
 
 from torch import nn  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
-from torch_cuda_cases import DTYPES, Emulated, OnEmulation, Place, check  # noqa: E402
+from torch_cuda_cases import DTYPES, Emulated, OnEmulation, Place, check, check_replay  # noqa: E402
 
 from spfmt.cuda import library  # noqa: E402
 from spfmt.errors import DeviceError, FormatError, KernelNotFound  # noqa: E402
@@ -433,29 +433,7 @@ def test_uploads_wait_for_the_streams_that_use_them(emulated: Emulated) -> None:
 @pytest.mark.usefixtures("device")
 def test_a_graph_replays_on_new_operands(format: str) -> None:
     layer = make(format, "cuda")
-    x, dy = random(20, C, like=layer).requires_grad_(), random(20, R, like=layer)
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        layer(x).backward(dy)
-    torch.cuda.current_stream().wait_stream(side)
-    layer.zero_grad(set_to_none=True)
-    x.grad = None
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        y = layer(x)
-        y.backward(dy)
-    with torch.no_grad():
-        layer.values.normal_()
-        x.normal_()
-    graph.replay()
-    torch.cuda.synchronize()
-    got = [t.clone() for t in (y, x.grad, layer.values.grad)]
-    layer.zero_grad()
-    x.grad = None
-    want = layer(x)
-    want.backward(dy)
-    assert all(map(torch.equal, got, (want, x.grad, layer.values.grad)))
+    check_replay(layer, random(20, C, like=layer), random(20, R, like=layer))
 
 
 @pytest.mark.cuda

@@ -11,7 +11,7 @@ torch = pytest.importorskip("torch")
 
 from torch import nn  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
-from torch_cuda_cases import DTYPES, Emulated, Place, check  # noqa: E402
+from torch_cuda_cases import DTYPES, Emulated, Place, check, check_replay  # noqa: E402
 
 from spfmt.errors import FormatError, KernelNotFound  # noqa: E402
 from spfmt.torch import SparseConv1d, SparseConv2d, conv2d, cuda_convolution  # noqa: E402
@@ -244,30 +244,8 @@ def test_operators_are_registered() -> None:
 @pytest.mark.parametrize("batch", [1, 5, 8])
 def test_a_graph_replays_on_new_images(batch: int) -> None:
     layer = make("shuffled_block", "cuda", torch.bfloat16, padding=1)
-    x = images(layer, batch, C_IN, 6, 5, last=True).requires_grad_()
-    dy = images(layer, batch, C_OUT, 6, 5, last=True, seed=2)
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        layer(x).backward(dy)
-    torch.cuda.current_stream().wait_stream(side)
-    layer.zero_grad(set_to_none=True)
-    x.grad = None
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        y = layer(x)
-        y.backward(dy)
-    with torch.no_grad():
-        layer.values.normal_()
-        x.normal_()
-    graph.replay()
-    torch.cuda.synchronize()
-    got = [t.clone() for t in (y, x.grad, layer.values.grad)]
-    layer.zero_grad()
-    x.grad = None
-    want = layer(x)
-    want.backward(dy)
-    assert all(map(torch.equal, got, (want, x.grad, layer.values.grad)))
+    x = images(layer, batch, C_IN, 6, 5, last=True)
+    check_replay(layer, x, images(layer, batch, C_OUT, 6, 5, last=True, seed=2))
 
 
 @pytest.mark.cuda

@@ -129,3 +129,30 @@ def check(
     bound += 2 * ROUNDING[got.dtype] * want.abs() + SMALLEST[got.dtype]
     error = (got.detach().cpu().double() - want).abs()
     assert (error <= bound).all(), (error - bound).max()
+
+
+def check_replay(layer: Any, x: torch.Tensor, dy: torch.Tensor) -> None:
+    """Check that a graph of both passes, replayed on a device, computes with what lies there then."""
+    x = x.detach().requires_grad_()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        layer(x).backward(dy)
+    torch.cuda.current_stream().wait_stream(side)
+    layer.zero_grad(set_to_none=True)
+    x.grad = None
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = layer(x)
+        y.backward(dy)
+    with torch.no_grad():
+        layer.values.normal_()
+        x.normal_()
+    graph.replay()
+    torch.cuda.synchronize()
+    got = [t.clone() for t in (y, x.grad, layer.values.grad)]
+    layer.zero_grad()
+    x.grad = None
+    want = layer(x)
+    want.backward(dy)
+    assert all(map(torch.equal, got, (want, x.grad, layer.values.grad)))
