@@ -132,7 +132,7 @@ def check(
 
 
 def check_replay(layer: Any, x: torch.Tensor, dy: torch.Tensor) -> None:
-    """Check that a graph of both passes, replayed on a device, computes with what lies there then."""
+    """Check that a replayed graph of both passes computes with what lies there then."""
     x = x.detach().requires_grad_()
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
