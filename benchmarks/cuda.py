@@ -2,8 +2,9 @@
 
 First what the device gives: bytes from memory and from L2, dense products. Then layers of language
 models and the convolutions of a ResNet-50, at 50 to 98 % sparsity: forward, and for large batches
-the gradients. Contenders are checked against float64, recorded in CUDA graphs of several calls
-each, and timed in turns. Weights are the same at every call: they stay in L2 where they fit.
+the gradients. Contenders are checked against float64, recorded in CUDA graphs of ten calls each
+(those that cannot be are named in "eager"), and timed in turns. Weights are the same at every call:
+they stay in L2 where they fit, which favours sparse ones.
 
 ``--json FILE`` is written after every row, and rows that it has are not measured again, so a run
 that was stopped goes on; ``--seconds`` stops one by itself.
@@ -14,13 +15,15 @@ from __future__ import annotations
 import argparse
 import copy
 import datetime
+import functools
 import itertools
 import json
+import os
 import statistics
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,7 +63,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 # Largest error beside the largest result; a wrong index is off by its whole size.
 TOLERANCE = {"bfloat16": 2e-2, "float32": 5e-3}
 
-ROUNDS, GRAPH_SECONDS = 15, 1e-3
+ROUNDS, CALLS = 15, 10
 
 
 # ----------------------------------------------------------------------------------------- timing
@@ -68,6 +71,8 @@ ROUNDS, GRAPH_SECONDS = 15, 1e-3
 
 class Wall:
     """Times calls by the wall clock, for tests on the CPU."""
+
+    eager = True
 
     def prepare(self, call: Call) -> Callable[[], float]:
         """Return what runs a call and returns seconds."""
@@ -81,24 +86,40 @@ class Wall:
 
 
 class Graphs:
-    """Times calls on the device, in graphs of about a millisecond where they can be captured."""
+    """Times calls on the device, `CALLS` of them in a graph where they can be captured.
+
+    Everything runs on one side stream: backward passes go on where their forward pass was, and may
+    not leave the stream that is captured.
+
+    Attributes
+    ----------
+    eager : bool
+        Whether the last call could not be captured, so that its time has the host's in it.
+    """
+
+    def __init__(self) -> None:
+        self._stream = torch.cuda.Stream()
+        torch.cuda.set_stream(self._stream)
 
     def prepare(self, call: Call) -> Callable[[], float]:
         """Return what runs a call and returns seconds."""
         for _ in range(3):
             call()
         torch.cuda.synchronize()
-        count = max(1, min(64, int(GRAPH_SECONDS / max(self._seconds(call, 3), 1e-6))))
         graph = torch.cuda.CUDAGraph()
+        self.eager = False
         try:
-            with torch.cuda.graph(graph):
-                for _ in range(count):
+            with torch.cuda.graph(graph, stream=self._stream):
+                for _ in range(CALLS):
                     call()
         except RuntimeError:  # what allocates or waits by itself is called as it is
+            self.eager = True
             torch.cuda.synchronize()
-            return lambda: self._seconds(call, count)
+        torch.cuda.set_stream(self._stream)  # a failed capture leaves another one behind
+        if self.eager:
+            return lambda: self._seconds(call, CALLS)
         graph.replay()
-        return lambda: self._seconds(graph.replay, 1) / count
+        return lambda: self._seconds(graph.replay, 1) / CALLS
 
     def _seconds(self, call: Callable[[], Any], count: int) -> float:
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -113,9 +134,15 @@ class Graphs:
 Clock = Wall | Graphs
 
 
-def in_turns(clock: Clock, calls: dict[str, Call]) -> dict[str, float]:
-    """Return the median microseconds of each call."""
-    runs = {name: clock.prepare(call) for name, call in calls.items()}
+def in_turns(
+    clock: Clock, calls: dict[str, Call], eager: list[str] | None = None
+) -> dict[str, float]:
+    """Return the median microseconds of each call; add to `eager` those without a graph."""
+    runs = {}
+    for name, call in calls.items():
+        runs[name] = clock.prepare(call)
+        if clock.eager and eager is not None:
+            eager.append(name)
     found: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(ROUNDS):
         for name, run in runs.items():
@@ -166,10 +193,15 @@ class Case:
     def inputs(self, device: str) -> Tensor:
         """Draw a batch, images with channels last."""
         if len(self.layer) == 2:
-            return torch.randn(self.batch, self.layer[0], device=device).to(DTYPES[self.dtype])
+            return _drawn(self, device, self.batch, self.layer[0])
         channels, size = self.layer[0], self.layer[-1]
-        x = torch.randn(self.batch, channels, size, size, device=device).to(DTYPES[self.dtype])
+        x = _drawn(self, device, self.batch, channels, size, size)
         return x.to(memory_format=torch.channels_last)
+
+
+def _drawn(case: Case, device: str, *shape: int) -> Tensor:
+    """Draw on the CPU: a failed capture may leave the device's generator captured."""
+    return torch.randn(shape, dtype=DTYPES[case.dtype]).to(device)
 
 
 def cases() -> Iterator[Case]:
@@ -224,7 +256,7 @@ def backward(layer: Any, x: Tensor) -> Call:
     """Return the gradients of a layer's input and values, of a graph that is kept."""
     x = x.detach().requires_grad_()
     y = layer(x)
-    dy = torch.randn_like(y)
+    dy = torch.ones_like(y)
     values = layer.values if hasattr(layer, "values") else layer.weight
 
     def run() -> Tensor:
@@ -236,38 +268,46 @@ def backward(layer: Any, x: Tensor) -> Call:
 def dense_layer(case: Case, device: str) -> Any:
     """Return the dense layer that torch has."""
     if len(case.layer) == 2:
-        made: Any = nn.Linear(*case.layer, bias=False, device=device)
+        made: Any = nn.Linear(*case.layer, bias=False)
     else:
         inside, outside, kernel, stride, _ = case.layer
-        made = nn.Conv2d(inside, outside, kernel, stride, kernel // 2, bias=False, device=device)
+        made = nn.Conv2d(inside, outside, kernel, stride, kernel // 2, bias=False)
         made = made.to(memory_format=torch.channels_last)
-    return made.to(DTYPES[case.dtype])
+    return made.to(device, DTYPES[case.dtype])
 
 
-def of_torch(case: Case, x: Tensor) -> dict[str, Call]:
-    """Return torch's own sparse products of a linear layer, of random weights that suit them."""
+def of_torch(case: Case, x: Tensor) -> dict[str, Callable[[], Call]]:
+    """Return what makes torch's own sparse products of a linear layer, of weights that suit them.
+
+    Theirs have X as they want it: CSR has it transposed before, and leaves Y transposed.
+    """
     if len(case.layer) != 2:
         return {}
     inside, outside = case.layer
-    place = {"device": x.device, "dtype": x.dtype}
-    coarse = torch.rand(outside // 64, inside // 64, device=x.device) < 1 - case.sparsity
-    blocks = coarse.repeat_interleave(64, 0).repeat_interleave(64, 1)
-    weight = torch.randn(outside, inside, **place)
-    free = torch.rand(outside, inside, device=x.device) < 1 - case.sparsity
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # that they are beta
-        bsr = (weight * blocks).to_sparse_bsr((64, 64))
-        csr = (weight * free).to_sparse_csr()
-    columns = x.T.contiguous()
-    calls: dict[str, Call] = {
-        "torch CSR": lambda: csr @ columns,
-        "torch BSR 64": lambda: functional.linear(x, bsr),
-    }
+    weight = _drawn(case, "cpu", outside, inside)
+
+    def kept(height: int, width: int) -> Tensor:
+        mask = torch.rand(outside // height, inside // width) < 1 - case.sparsity
+        found = weight * mask.repeat_interleave(height, 0).repeat_interleave(width, 1)
+        return found.to(x.device)
+
+    def csr() -> Call:
+        made, columns = kept(1, 1).to_sparse_csr(), x.T.contiguous()
+        return lambda: made @ columns
+
+    def bsr() -> Call:
+        made = kept(64, 64).to_sparse_bsr((64, 64))
+        return lambda: functional.linear(x, made)
+
+    def two_of_four() -> Call:
+        half = weight * torch.tensor([1, 1, 0, 0]).repeat(outside, inside // 4)
+        made = torch.sparse.to_sparse_semi_structured(half.to(x.device, x.dtype))
+        return lambda: functional.linear(x, made)
+
+    found: dict[str, Callable[[], Call]] = {"torch CSR": csr, "torch BSR 64": bsr}
     if case.sparsity == 0.5 and case.dtype == "bfloat16":
-        half = torch.tensor([1, 1, 0, 0], **place).repeat(outside, inside // 4)
-        made = torch.sparse.to_sparse_semi_structured(weight * half)
-        calls["torch 2:4"] = lambda: functional.linear(x, made)
-    return calls
+        found["torch 2:4"] = two_of_four
+    return found
 
 
 # -------------------------------------------------------------------------------------- measuring
@@ -278,42 +318,53 @@ def measure(case: Case, layers: Layers, clock: Clock, device: str) -> dict[str, 
     torch.manual_seed(0)
     x = case.inputs(device)
     contenders = {"dense": dense_layer(case, device), **layers.of(case)}
-    row: dict[str, Any] = {"left_out": {}}
-    calls = {name: forward(layer, x) for name, layer in contenders.items()} | of_torch(case, x)
-    row["forward_us"] = in_turns(clock, _that_run(calls, row["left_out"]))
-    for name in row["forward_us"]:
-        if name in contenders and name != "dense":
-            check(case, contenders[name], x)
+    row: dict[str, Any] = {"left_out": {}, "eager": [], "eager_backward": []}
+    row["density"] = {n: m.density for n, m in contenders.items() if n != "dense"}
+    makers = {name: functools.partial(forward, layer, x) for name, layer in contenders.items()}
+    calls = _that_run({**makers, **of_torch(case, x)}, row["left_out"])
+    for name in [n for n in calls if n in contenders and n != "dense"]:
+        fault = why_wrong(case, contenders[name], x)
+        if fault:
+            row["left_out"][name] = f"WRONG: {fault}"
+            del calls[name]
+    row["forward_us"] = in_turns(clock, calls, row["eager"])
     if case.batch >= TRAINED or (len(case.layer) > 2 and case.batch > 1):
-        passes = {n: backward(m, x) for n, m in contenders.items() if n in row["forward_us"]}
-        row["backward_us"] = in_turns(clock, _that_run(passes, row["left_out"]))
+        makers = {n: functools.partial(backward, m, x) for n, m in contenders.items() if n in calls}
+        calls = _that_run(makers, row["left_out"])
+        row["backward_us"] = in_turns(clock, calls, row["eager_backward"])
     return row
 
 
-def _that_run(calls: dict[str, Call], left_out: dict[str, str]) -> dict[str, Call]:
+def _that_run(
+    makers: Mapping[str, Callable[[], Call]], left_out: dict[str, str]
+) -> dict[str, Call]:
     found = {}
-    for name, call in calls.items():
+    for name, make in makers.items():
         try:
-            call()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # that some are beta
+                call = make()
+                call()
             found[name] = call
         except (RuntimeError, SpfmtError, NotImplementedError) as error:
             left_out[name] = str(error).split("\n")[0][:200]
     return found
 
 
-def check(case: Case, layer: Any, x: Tensor) -> None:
-    """Raise where a layer's product is not that of its weight in float64."""
+def why_wrong(case: Case, layer: Any, x: Tensor) -> str:
+    """Compare a layer's product with that of its weight in float64; empty where it is right."""
     w = copy.deepcopy(layer).cpu().to_dense().weight.detach().to(x.device, torch.float64)
+    rows = torch.linspace(0, len(x) - 1, min(len(x), 64), device=x.device).long()  # the last, too
     with torch.no_grad():
-        got = layer(x).double()
-        some = x[: min(len(x), 64)].double()
+        got, some = layer(x)[rows].double(), x[rows].double()
         if len(case.layer) == 2:
             want = some @ w.T
         else:
             want = functional.conv2d(some, w, stride=case.layer[3], padding=case.layer[2] // 2)
-    error = (got[: len(some)] - want).abs().max() / want.abs().max()
-    if not error < TOLERANCE[case.dtype]:
-        raise AssertionError(f"{case.name}: {layer.format} is off by {error:.2g}")
+    error = float((got - want).abs().max() / want.abs().max())
+    if error < TOLERANCE[case.dtype]:
+        return ""
+    return f"{layer.format} is off by {error:.2g}"
 
 
 def about(device: str) -> dict[str, Any]:
@@ -328,6 +379,7 @@ def about(device: str) -> dict[str, Any]:
         "multiprocessors": properties.multi_processor_count,
         "l2_bytes": properties.L2_cache_size,
         "cuda": torch.version.cuda,
+        "wgmma": os.environ.get("SPFMT_CUDA_WGMMA") == "1",
     }
 
 
@@ -337,6 +389,8 @@ def run(
     """Measure what a record lacks, until so many seconds have passed; return the record."""
     end = time.monotonic() + seconds
     record = json.loads(path.read_text()) if path.exists() else about(device)
+    if any(record[name] != value for name, value in about(device).items() if name != "date"):
+        raise SystemExit(f"{path} was begun elsewhere, or by other code; name another file")
 
     def save() -> None:
         replace_file(str(path), (json.dumps(record, indent=1) + "\n").encode())
@@ -355,7 +409,15 @@ def run(
             save()
             times = {n: round(t, 1) for n, t in rows[case.name]["forward_us"].items()}
             print(case.name, times, flush=True)
+            for name, reason in rows[case.name]["left_out"].items():
+                print(f"  {name}: {reason}", flush=True)
     return record
+
+
+def wrong(record: dict[str, Any]) -> list[str]:
+    """Return the rows in which a contender was wrong."""
+    rows = record["rows"].items()
+    return [n for n, row in rows if any(r.startswith("WRONG") for r in row["left_out"].values())]
 
 
 def main() -> int:
@@ -371,8 +433,10 @@ def main() -> int:
     if not library.available():
         print(f"no CUDA kernels: {library.why_not()}", file=sys.stderr)
         return 2
-    run(list(cases()), args.json, Graphs(), "cuda", args.seconds)
-    return 0
+    record = run(list(cases()), args.json, Graphs(), "cuda", args.seconds)
+    if wrong(record):
+        print(f"wrong products: {'; '.join(wrong(record))}", file=sys.stderr)
+    return bool(wrong(record))
 
 
 if __name__ == "__main__":

@@ -190,8 +190,7 @@ __device__ __forceinline__ void in_stages(int steps, const Fill& fill, const Use
   copy_wait<0>();
 }
 
-// ------------------------------------------------------------------------------- values and
-// results
+// ----------------------------------------------------------------------------- values and results
 
 // Copies the values of columns first .. first + kDepth - 1 of the list to a stage's layout, chunks
 // in the order in which they are stored.

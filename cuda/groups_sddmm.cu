@@ -127,11 +127,14 @@ extern "C" int spfmt_cuda_groups_conv_sampled(int dtype, int precision, const sp
                                               float* values, void* stream) {
   using namespace spfmt::cuda;
   if (a->count == 0 || a->most_cols == 0) return 0;
-  if (parts < 1 || !is_countable(*dy_maps) || !is_countable(*x_maps)) return kInvalidValue;
+  if (parts < 1) return kInvalidValue;
   return with_math(dtype, precision, [&](auto math) {
     using M = decltype(math);
     using T = typename M::T;
     const Grid grid = grid_of<T>(dy_maps->height, dy_maps->width, dy, *dy_maps, x, *x_maps);
+    if (!is_countable(*dy_maps, grid, 1, 1) || !is_countable(*x_maps, grid, stride[0], stride[1])) {
+      return kInvalidValue;
+    }
     const Images<const T> rows(static_cast<const T*>(dy), *dy_maps, grid, 1, 1);
     const Images<const T> columns(static_cast<const T*>(x), *x_maps, grid, stride[0], stride[1]);
     return launch<M>(*a, rows, columns, values, parts, nnz, stream);

@@ -144,7 +144,9 @@ extern "C" int spfmt_cuda_groups_conv_sm90(int dtype, int, const spfmt::cuda::Ti
     using T = typename M::T;
     const Grid grid = grid_of<T>(y_maps->height, y_maps->width, x, *x_maps, y, *y_maps);
     if (a->count == 0 || grid.samples() == 0) return 0;
-    if (!is_countable(*x_maps) || !is_countable(*y_maps)) return kInvalidValue;
+    if (!is_countable(*x_maps, grid, stride[0], stride[1]) || !is_countable(*y_maps, grid, 1, 1)) {
+      return kInvalidValue;
+    }
     const Images<const T> from(static_cast<const T*>(x), *x_maps, grid, stride[0], stride[1]);
     const Images<T> to(static_cast<T*>(y), *y_maps, grid, 1, 1);
     return launch<M>(*a, values, from, bias, to, stream);

@@ -234,6 +234,7 @@ int launch_phase(Tiles a, const void* values, const void* dy, const Maps& dy_map
   const int width = (maps.width - across + stride[1] - 1) / stride[1];
   Grid grid = grid_of<T>(height, width, dy, dy_maps, dx, maps);
   if (grid.samples() == 0) return 0;
+  if (!is_countable(dy_maps, grid, 1, 1) || !is_countable(maps, grid, 1, 1)) return kInvalidValue;
   const int64_t first = (int64_t{down} * maps.row + int64_t{across} * maps.column) * maps.stride;
   maps.row *= stride[0];
   maps.column *= stride[1];
@@ -266,13 +267,16 @@ extern "C" int spfmt_cuda_groups_conv_t(int dtype, int precision, const spfmt::c
                                         void* dx, const spfmt::cuda::Maps* dx_maps, void* stream) {
   using namespace spfmt::cuda;
   if (a->cols == 0) return 0;
-  if (!is_countable(*dy_maps) || !is_countable(*dx_maps)) return kInvalidValue;
   return with_math(dtype, precision, [&](auto math) {
-    for (int phase = 0; phase < stride[0] * stride[1]; ++phase) {
-      const int error =
-          launch_phase<decltype(math)>(*a, values, dy, *dy_maps, stride, phase / stride[1],
-                                       phase % stride[1], dx, *dx_maps, stream);
-      if (error) return error;
+    // Where the stride is wider than the maps, few of its remainders are pixels.
+    const int down = stride[0] < dx_maps->height ? stride[0] : dx_maps->height;
+    const int across = stride[1] < dx_maps->width ? stride[1] : dx_maps->width;
+    for (int i = 0; i < down; ++i) {
+      for (int j = 0; j < across; ++j) {
+        const int error = launch_phase<decltype(math)>(*a, values, dy, *dy_maps, stride, i, j, dx,
+                                                       *dx_maps, stream);
+        if (error) return error;
+      }
     }
     return 0;
   });

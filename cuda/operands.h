@@ -148,12 +148,15 @@ Grid grid_of(int height, int width, const void* x, const Maps& x_maps, const voi
   return {height, width, aligned ? (batch + kChunk - 1) / kChunk * kChunk : batch, aligned};
 }
 
-// Whether kernels, which count with 32 and pixels with 16 bits, get to the end of some maps.
-inline bool is_countable(const Maps& maps) {
-  constexpr int64_t kMost = INT32_MAX - 4096;
+// Whether kernels, which count elements with 32 bits and pixels with 16, get to the end of some
+// maps in steps of so many pixels.
+inline bool is_countable(const Maps& maps, const Grid& grid, int step_down, int step_across) {
+  constexpr int64_t kMost = INT32_MAX - 8191;
+  const auto fits = [](int64_t pixels) { return pixels <= INT16_MAX; };
   const int64_t rows = int64_t{maps.channels} * maps.height * maps.width;
-  return maps.height <= INT16_MAX && maps.width <= INT16_MAX && rows <= kMost &&
-         rows * maps.stride <= kMost;
+  return fits(maps.height) && fits(maps.width) && rows <= kMost && rows * maps.stride <= kMost &&
+         fits((grid.height - 1) * int64_t{step_down}) &&
+         fits((grid.width - 1) * int64_t{step_across}) && grid.samples() <= kMost;
 }
 
 template <class T>
@@ -200,13 +203,13 @@ class Images {
   __device__ __forceinline__ void copy(unsigned char* to, const Row& row, Place place) const {
     if constexpr (aligned) {
       const bool any = meet(row, place);
-      const T* from = any ? data_ + (row.at + place.at) : data_;
+      const T* from = any ? data_ + sum(row.at, place.at) : data_;
       copy_chunk<true>(to, from, any ? maps_.batch - place.sample : 0);
     } else {
       SPFMT_ROLLED
       for (int i = 0; i < static_cast<int>(16 / sizeof(T)); ++i, place = next(place)) {
         const bool any = meet(row, place);
-        reinterpret_cast<Number*>(to)[i] = any ? data_[row.at + place.at] : Number{};
+        reinterpret_cast<Number*>(to)[i] = any ? data_[sum(row.at, place.at)] : Number{};
       }
     }
   }
@@ -233,13 +236,26 @@ class Images {
   Grid grid_;
   int step_down_, step_across_;
 
+  // Elements from the first one on. Modulo 2^32: a pixel may lie beyond the maps until a tap looks
+  // back, and only their sum has to fit.
+  __device__ __forceinline__ int32_t offset(int channel, int down, int across) const {
+    const auto times = [](int a, int b) {
+      return static_cast<uint32_t>(a) * static_cast<uint32_t>(b);
+    };
+    return static_cast<int32_t>(
+        (times(channel, maps_.channel) + times(down, maps_.row) + times(across, maps_.column)) *
+        static_cast<uint32_t>(maps_.stride));
+  }
   __device__ __forceinline__ Row row_of(int channel, int down, int across) const {
-    const int row = channel * maps_.channel + down * maps_.row + across * maps_.column;
-    return {row * maps_.stride, static_cast<int16_t>(down), static_cast<int16_t>(across)};
+    return {offset(channel, down, across), static_cast<int16_t>(down),
+            static_cast<int16_t>(across)};
   }
   __device__ __forceinline__ Place at(Place p) const {
-    p.at = (p.down * maps_.row + p.across * maps_.column) * maps_.stride + p.sample;
+    p.at = sum(offset(0, p.down, p.across), p.sample);
     return p;
+  }
+  __device__ __forceinline__ static int32_t sum(int32_t a, int32_t b) {
+    return static_cast<int32_t>(static_cast<uint32_t>(a) + static_cast<uint32_t>(b));
   }
   // Whether a tap sees a pixel of the maps.
   __device__ __forceinline__ bool meet(const Row& row, const Place& place) const {
@@ -247,7 +263,7 @@ class Images {
            static_cast<unsigned>(place.across + row.across) < static_cast<unsigned>(maps_.width);
   }
   __device__ __forceinline__ Place next(Place p) const {
-    ++p.at;
+    p.at = sum(p.at, 1);
     if (++p.sample < grid_.per_pixel || p.down == kBeyond) return p;
     p.sample = 0;
     p.across += step_across_;

@@ -44,6 +44,7 @@ def test_rows_are_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     times = record["rows"][LINEAR.name]["forward_us"]
     assert {"dense", *cuda.FORMATS} <= set(times)
     assert all(t > 0 for t in times.values())
+    assert record["rows"][LINEAR.name]["density"]["csr"] == pytest.approx(0.5, abs=0.01)
     assert json.loads(path.read_text()) == record
     monkeypatch.setattr(cuda, "TRAINED", 1)
     again = run(path, [LINEAR, CONV])
@@ -63,18 +64,28 @@ def test_runs_stop_in_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 def test_wrong_products_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "cuda.json"
     monkeypatch.setattr(cuda.SparseLinear, "forward", lambda self, x: x.new_ones(len(x), 64))
-    with pytest.raises(AssertionError, match="shuffled_block is off by"):
-        run(path, [LINEAR])
-    assert LINEAR.name not in json.loads(path.read_text())["rows"]
+    record = run(path, [LINEAR])
+    row = record["rows"][LINEAR.name]
+    assert row["left_out"]["csr"].startswith("WRONG: csr is off by")
+    assert "csr" not in row["forward_us"]
+    assert cuda.wrong(record) == [LINEAR.name]
 
 
-def test_what_cannot_run_is_left_out_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_run_is_left_out_with_its_reason() -> None:
     def fails() -> Any:
         raise RuntimeError("no such kernel\nand more")
 
     left_out: dict[str, str] = {}
-    assert cuda._that_run({"one": fails}, left_out) == {}
-    assert left_out == {"one": "no such kernel"}
+    assert cuda._that_run({"one": fails, "two": lambda: fails}, left_out) == {}
+    assert left_out == {"one": "no such kernel", "two": "no such kernel"}
+
+
+def test_records_of_other_code_are_not_continued(tmp_path: Path) -> None:
+    path = tmp_path / "cuda.json"
+    record = run(path, [])
+    path.write_text(json.dumps({**record, "commit": "another"}))
+    with pytest.raises(SystemExit, match="begun elsewhere, or by other code"):
+        run(path, [])
 
 
 def test_every_case_has_a_name_of_its_own() -> None:

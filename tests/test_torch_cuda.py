@@ -105,6 +105,14 @@ def test_tf32_where_torch_allows_it(emulated: Emulated) -> None:
     assert not torch.equal(*results)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sanitized(format: str, dtype: Any, place: Place) -> None:
+    """A short run of both passes; what benchmarks/gpu.sh runs under compute-sanitizer."""
+    layer = make(format, place.device, dtype)
+    for batch in (5, 33):
+        check_layer(layer, batch, place)
+
+
 @pytest.mark.parametrize("rows", [64, 128])
 def test_wgmma_where_it_is_wanted(rows: int, place: Place) -> None:
     options = {"format": "shuffled_block", "block_shape": (rows, 4), "density": 0.3}

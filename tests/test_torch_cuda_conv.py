@@ -106,6 +106,14 @@ def test_layers_compute_forward_and_backward(
         check_layer(layer, images(layer, batch, C_IN, 6, 5, last=last), place)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sanitized(dtype: Any, place: Place) -> None:
+    """A short run of both passes; what benchmarks/gpu.sh runs under compute-sanitizer."""
+    layer = make("shuffled_block", place.device, dtype, padding=1, stride=2)
+    for batch in (3, 9):
+        check_layer(layer, images(layer, batch, C_IN, 6, 5), place)
+
+
 @pytest.mark.parametrize("last", [False, True], ids=["channels first", "channels last"])
 @pytest.mark.parametrize("geometry", GEOMETRY, ids=str)
 def test_every_geometry(geometry: dict[str, Any], last: bool, place: Place) -> None:
@@ -214,10 +222,21 @@ def test_operands_that_do_not_fit(emulated: Emulated) -> None:
         products.conv2d_weight(structure, wrong, x, how[0], layer.capacity, *how[1:])
 
 
-def test_maps_that_kernels_cannot_count() -> None:
-    for shape in ((4096, 64, 112, 112), (1, 1, 1, 2**15)):
-        with pytest.raises(FormatError, match="pass fewer images"):
-            _Maps(torch.empty(shape, device="meta"))
+def test_maps_that_kernels_cannot_count(place: Place) -> None:
+    with pytest.raises(FormatError, match="pass fewer images"):
+        _Maps(torch.empty(4096, 64, 112, 112, device="meta"))
+    with pytest.raises(KernelNotFound, match=r"1 x 32768 pixels on CUDA.*32767"):
+        _Maps(torch.empty(1, 1, 1, 2**15, device="meta"))
+    # From row 32768 on, the kernel's pixels are beyond 16 bits: so are those of rows that are none.
+    far = make("shuffled_block", place.device, kernel_size=1, stride=(4096, 1), padding=(20000, 0))
+    with place.on(), torch.no_grad(), pytest.raises(KernelNotFound, match="padded maps"):
+        far(images(far, 8, C_IN, 10, 4))
+    wide = make("shuffled_block", place.device, kernel_size=1, stride=(4096, 1), padding=(8192, 0))
+    check_layer(wide, images(wide, 8, C_IN, 10, 4), place)
+    far = make("shuffled_block", place.device, kernel_size=1, stride=(65, 64))
+    with place.on(), torch.no_grad(), pytest.raises(KernelNotFound, match="stride"):
+        far(images(far, 1, C_IN, 70, 70))
+    check_layer(make("hrbp", place.device, stride=9, padding=1), images(far, 2, C_IN, 5, 4), place)
 
 
 def test_shapes_are_known_before_there_is_a_device() -> None:

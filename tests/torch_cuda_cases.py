@@ -6,6 +6,7 @@ The fixtures of conftest.py give a test both places, or one.
 from __future__ import annotations
 
 import contextlib
+import os
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -109,6 +110,10 @@ class Place:
 
 
 def need_device() -> None:
+    """Skip where no device is; fail where one was promised (benchmarks/gpu.sh)."""
+    if os.environ.get("SPFMT_NEEDS_CUDA") == "1":
+        assert torch.cuda.is_available(), "torch sees no CUDA device"
+        assert library.available(), library.why_not()
     if not torch.cuda.is_available():
         pytest.skip("torch sees no CUDA device")
     if not library.available():
@@ -150,7 +155,8 @@ def check_replay(layer: Any, x: torch.Tensor, dy: torch.Tensor) -> None:
         x.normal_()
     graph.replay()
     torch.cuda.synchronize()
-    got = [t.clone() for t in (y, x.grad, layer.values.grad)]
+    got = [t.detach().clone() for t in (y, x.grad, layer.values.grad)]
+    del y  # its graph belongs to the captured stream
     layer.zero_grad()
     x.grad = None
     want = layer(x)

@@ -156,7 +156,8 @@ def conv_tiles(groups: Groups, most_rows: int, how: Convolution, chunk: int = CH
     Raises
     ------
     KernelNotFound
-        As for `device_tiles`, and for kernels that reach further than 2¹⁵ pixels.
+        As for `device_tiles`, for kernels that reach further than 2¹⁵ pixels, and for strides of
+        more than 4096 pixels (along y times along x): dX takes a launch for each remainder.
     """
     height, width = how.kernel
     channels, cells = groups.cols // (height * width), height * width
@@ -167,6 +168,11 @@ def conv_tiles(groups: Groups, most_rows: int, how: Convolution, chunk: int = CH
         raise KernelNotFound(
             f"got a kernel of {height} x {width}, padding {how.padding} and dilation "
             f"{how.dilation}; CUDA kernels reach 32767 pixels; fix: use the CPU"
+        )
+    if how.stride[0] * how.stride[1] > 4096:
+        raise KernelNotFound(
+            f"got stride {how.stride}; CUDA kernels take strides of 4096 pixels together; fix: use "
+            "the CPU"
         )
     down, across = reach
     # Pixel h of dX gets something from pixel (h - reach) / stride of dY where that is whole.

@@ -388,8 +388,8 @@ class SparseConv2d(_SparseConv):
     Notes
     -----
     Inputs are (N, C_in, H, W) or (C_in, H, W), in any memory format, which the output keeps:
-    channels last is multiplied as it is. No packed copy of the values is kept, so a write to them
-    costs nothing and `freeze` would gain nothing.
+    channels last is multiplied as it is (on CUDA it is transposed, as any other). No packed copy of
+    the values is kept, so a write to them costs nothing and `freeze` would gain nothing.
 
     Examples
     --------

@@ -248,7 +248,7 @@ def conv2d(
 
     Parameters
     ----------
-    values : Tensor, shape (capacity,), float32 or float64
+    values : Tensor, shape (capacity,), float32 or float64; on CUDA float32, bfloat16 or float16
         The weight's values; the first ``nnz`` are in use.
     structure : Tensor, shape (n_words,), int32
         Structure words of the weight (:func:`spfmt.formats.encode`).

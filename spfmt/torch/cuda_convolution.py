@@ -29,7 +29,7 @@ from spfmt.torch.words import structures
 __all__ = ["Convolutions", "conv2d_cuda", "conv2d_input_cuda", "conv2d_weight_cuda", "convolutions"]
 
 _Ints = Sequence[int]
-_MOST = 2**31 - 4096  # elements of a batch of maps: kernels count with 32 bits
+_MOST = 2**31 - 8192  # elements of a batch of maps: kernels count with 32 bits
 _WIDEST = 2**15 - 1  # and pixels with 16
 
 
@@ -66,7 +66,7 @@ class Convolutions(Products):
             kind = self._device.kind
             y = checks.conv2d_fake(values, structure, x, bias, *rest, activation, kind)
             found = self._structure(structure, shape, values, x, bias)
-            how = self._convolution(found, *rest)
+            how = self._convolution(found, y.shape[2:], *rest)
             if not (found.nnz and y.numel()):
                 y.zero_() if bias is None else y.copy_(bias.view(1, -1, 1, 1).expand_as(y))
                 return activated(y, activation)
@@ -103,7 +103,7 @@ class Convolutions(Products):
             kind = self._device.kind
             dx = checks.conv2d_input_fake(values, structure, dy, shape, size, *rest, kind)
             found = self._structure(structure, shape, values, dy)
-            how = self._convolution(found, shape, *rest)
+            how = self._convolution(found, dy.shape[2:], shape, *rest)
             if not (found.nnz and dx.numel() and dy.numel()):
                 return dx.zero_()
             matrix = self._uploads.get(found, True, dy.device, how)
@@ -131,7 +131,7 @@ class Convolutions(Products):
             kind = self._device.kind
             gradient = checks.conv2d_weight_fake(structure, dy, x, shape, capacity, *rest, kind)
             found = self._structure(structure, shape, gradient, dy, x)
-            how = self._convolution(found, shape, *rest)
+            how = self._convolution(found, dy.shape[2:], shape, *rest)
             if not (found.nnz and dy.numel() and x.numel()):
                 return gradient.zero_()
             matrix = self._uploads.get(found, False, x.device, how)
@@ -145,7 +145,8 @@ class Convolutions(Products):
 
     # -------------------------------------------------------------------------------- in steps
 
-    def _convolution(self, found: Structure, shape: _Ints, *rest: Any) -> Convolution:
+    def _convolution(self, found: Structure, out: _Ints, shape: _Ints, *rest: Any) -> Convolution:
+        """Return how a kernel moves, to maps of size `out`, where there are kernels for that."""
         how = Convolution.of(shape, *rest)
         if not isinstance(found.layout, Groups):
             raise KernelNotFound(
@@ -158,6 +159,8 @@ class Convolutions(Products):
                 f"got a convolution in {how.groups} groups on CUDA; kernels exist for one; fix: "
                 "leave the layer out, move the module and its input with .cpu(), or densify(model)"
             )
+        # A kernel starts so far down and across, beyond the maps where padding is wide.
+        _check_side("padded maps", *((n - 1) * s + 1 for n, s in zip(out, how.stride, strict=True)))
         return how
 
     def _convolve(
@@ -210,12 +213,13 @@ class _Maps:
         chunk = 16 // x.element_size()
         stride = -(-images // chunk) * chunk if images >= chunk else images
         size = channels * height * width
-        if size * stride > _MOST or max(height, width) > _WIDEST:
+        if size * stride > _MOST:
             raise format_error(
                 f"{images} maps of {channels} x {height} x {width}",
-                f"fewer than 2^31 elements together, and sides of at most {_WIDEST}",
+                "fewer than 2^31 elements together on CUDA",
                 "pass fewer images at once, or use the CPU",
             )
+        _check_side("maps", height, width)
         self.rows = None if images == 1 else x.new_empty((size, stride))
         self._memory = x if self.rows is None else self.rows
         steps = (1, width * channels, channels) if self._last else (height * width, width, 1)
@@ -228,6 +232,15 @@ class _Maps:
     def arguments(self) -> tuple[int, Any]:
         """Return the pointer and the struct for a call."""
         return self._memory.data_ptr(), ctypes.byref(self._struct)
+
+
+def _check_side(what: str, height: int, width: int) -> None:
+    if max(height, width) > _WIDEST:
+        raise KernelNotFound(
+            f"got {what} of {height} x {width} pixels on CUDA; kernels exist for sides of up to "
+            f"{_WIDEST}; fix: cut them, move the module and its input with .cpu(), or "
+            "densify(model)"
+        )
 
 
 @functools.cache

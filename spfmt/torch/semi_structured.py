@@ -88,6 +88,8 @@ def _why_not(entry: Found) -> str:
         return f"on {layer.values.device}: sparse tensor cores are NVIDIA GPUs'"
     if layer.values.dtype not in _DTYPES:
         return f"of {layer.values.dtype}: cast the model with .bfloat16()"
+    if layer.in_features % 4:
+        return f"{layer.in_features} columns are no multiple of four"
     return "" if _is_two_of_four(layer) else "more than two of four neighbouring columns are kept"
 
 
@@ -96,7 +98,5 @@ def _is_on_device(layer: SparseLinear) -> bool:
 
 
 def _is_two_of_four(layer: SparseLinear) -> bool:
-    if layer.in_features % 4:
-        return False
     fours = np.bincount(layer.positions() // 4, minlength=1)
     return bool(fours.max(initial=0) <= 2)
