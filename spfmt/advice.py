@@ -16,7 +16,7 @@ from .convert import convert
 from .convolution import Convolution
 from .cost import CONVOLUTIONS, OPS, Geometry, check_workload
 from .dispatch import active_isa
-from .errors import FormatError, MissingDependency, SpfmtError, format_error
+from .errors import FormatError, KernelNotFound, MissingDependency, SpfmtError, format_error
 from .formats import CSR, FORMATS, SparseTensor
 
 __all__ = ["Advice", "Candidate", "advise"]
@@ -187,6 +187,7 @@ def advise(
     padding: Any = 0,
     dilation: Any = 1,
     groups: int = 1,
+    device: str = "cpu",
 ) -> Advice:
     """Predict which format and kernel are fastest for a weight on this machine.
 
@@ -213,6 +214,8 @@ def advise(
         (H, W) of the maps of X: asks about a convolution.
     stride, padding, dilation, groups
         Of the convolution; as for :func:`spfmt.conv2d`.
+    device : {"cpu"}
+        Of no other are there predictions: docs/cuda.md counts where dense wins on a GPU.
 
     Returns
     -------
@@ -223,6 +226,8 @@ def advise(
     ------
     FormatError
         If an argument is illegal, or no format can hold the weight.
+    KernelNotFound
+        For a device whose kernels nobody has timed yet.
 
     Notes
     -----
@@ -241,6 +246,11 @@ def advise(
     >>> conv.format in spfmt.formats.FORMATS and conv.speedup > 1
     True
     """
+    if device != "cpu":
+        raise KernelNotFound(
+            f"got device={device!r}; predictions exist for the CPU: nobody has timed the kernels of "
+            "others; fix: see docs/cuda.md for counts, or run python -m benchmarks.cuda"
+        )
     if size is None and (stride, padding, dilation, groups) != (1, 0, 1, 1):
         raise format_error(
             "options of a convolution without a size", "size=(H, W), of the maps of X", "pass both"

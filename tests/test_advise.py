@@ -224,6 +224,11 @@ def test_bad_questions_are_refused(
         spfmt.advise(*args, **kwargs)
 
 
+def test_of_gpus_nothing_is_predicted() -> None:
+    with pytest.raises(spfmt.KernelNotFound, match=r"device='cuda'.*docs/cuda\.md"):
+        spfmt.advise((64, 64), 0.1, device="cuda")
+
+
 # ------------------------------------------------------------------------------- what kernels do
 
 
