@@ -248,7 +248,7 @@ def advise(
     """
     if device != "cpu":
         raise KernelNotFound(
-            f"got device={device!r}; predictions exist for the CPU: nobody has timed the kernels of "
+            f"got device={device!r}; predictions exist for the CPU: nobody has timed kernels of "
             "others; fix: see docs/cuda.md for counts, or run python -m benchmarks.cuda"
         )
     if size is None and (stride, padding, dilation, groups) != (1, 0, 1, 1):
