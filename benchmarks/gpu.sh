@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that only a GPU can show, in slices of some eight minutes: builds the kernels for it, runs the tests
+# Everything that only a GPU can show, in slices of eight minutes: builds the kernels for it, runs the tests
 # that wait for one, looks for races and accesses out of bounds, and measures. What was done is not done
 # again, so a run that was stopped goes on.
 #
@@ -12,6 +12,16 @@ cd "$(dirname "$0")/.."
 out=${1:-gpu}
 mkdir -p "$out"
 failed=0
+limit=${LIMIT_SECONDS:-470}
+
+within() { # seconds: prints how many of them are left of this call; fails, and says so, where none are
+  local left=$((limit - SECONDS))
+  if [ $left -lt 10 ]; then
+    echo "== no time left for what follows: run again to go on" >&2
+    return 1
+  fi
+  echo $((left < $1 ? left : $1))
+}
 
 commit=$(git rev-parse --short HEAD 2>/dev/null || echo none)
 step() { # name, seconds, command: its log is in FOLDER; what this commit passed is left out
@@ -21,6 +31,7 @@ step() { # name, seconds, command: its log is in FOLDER; what this commit passed
     echo "== $name: passed before"
     return
   fi
+  seconds=$(within "$seconds") || return
   printf '== %s: ' "$name"
   local begin=$SECONDS
   if timeout "$seconds" "$@" >"$out/$name.log" 2>&1; then
@@ -48,9 +59,15 @@ for tool in memcheck racecheck synccheck; do
     python3 -m pytest -q -x -m cuda -p no:cacheprovider tests/test_torch_cuda.py tests/test_torch_cuda_conv.py \
     -k "sanitized or wgmma"
 done
-echo "== benchmark"
-python3 -m benchmarks.cuda --json "$out/cuda.json" --seconds "${SECONDS_FOR_BENCHMARK:-180}" || failed=1
+measure() { # seconds, record
+  local seconds
+  seconds=$(within "$1") || return
+  echo "== benchmark, $2"
+  python3 -m benchmarks.cuda --json "$out/$2" --seconds $((seconds - 5)) || failed=1
+}
+
+measure 240 cuda.json
 if [ "$SPFMT_CUDA_ARCHS" = 90 ]; then
-  SPFMT_CUDA_WGMMA=1 python3 -m benchmarks.cuda --json "$out/cuda-wgmma.json" --seconds 60 || failed=1
+  SPFMT_CUDA_WGMMA=1 measure 60 cuda-wgmma.json
 fi
 exit $failed

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -51,9 +52,9 @@ def another(layer: SparseLinear, seed: int = 7) -> Any:
 
 def dense(layer: SparseLinear) -> torch.Tensor:
     """Return a layer's weight in float64, on the CPU."""
-    flat = torch.zeros(R * C, dtype=torch.float64)
+    flat = torch.zeros(math.prod(layer.shape), dtype=torch.float64)
     flat[torch.from_numpy(layer.positions())] = layer.values.detach().double().cpu()[: layer.nnz]
-    return flat.view(R, C)
+    return flat.view(layer.shape)
 
 
 def random(*shape: int, like: SparseLinear, seed: int = 1) -> torch.Tensor:
@@ -63,7 +64,8 @@ def random(*shape: int, like: SparseLinear, seed: int = 1) -> torch.Tensor:
 
 def check_layer(layer: SparseLinear, batch: int, place: Place, tf32: bool = False) -> None:
     """Check a layer's result and all gradients."""
-    x, dy = random(batch, C, like=layer), random(batch, R, like=layer, seed=2)
+    rows, columns = layer.shape
+    x, dy = random(batch, columns, like=layer), random(batch, rows, like=layer, seed=2)
     x.requires_grad_()
     layer.zero_grad()
     with place.on():
@@ -71,8 +73,8 @@ def check_layer(layer: SparseLinear, batch: int, place: Place, tf32: bool = Fals
         y.backward(dy)
     w, x64, dy64 = dense(layer), x.detach().double().cpu(), dy.double().cpu()
     bias = layer.bias.detach().double().cpu()
-    check(y, x64 @ w.T + bias, x64.abs() @ w.abs().T + bias.abs(), C + 1, tf32)
-    check(x.grad, dy64 @ w, dy64.abs() @ w.abs(), R, tf32)
+    check(y, x64 @ w.T + bias, x64.abs() @ w.abs().T + bias.abs(), columns + 1, tf32)
+    check(x.grad, dy64 @ w, dy64.abs() @ w.abs(), rows, tf32)
     where = torch.from_numpy(layer.positions())
     got = layer.values.grad
     want, size = (dy64.T @ x64).flatten()[where], (dy64.abs().T @ x64.abs()).flatten()[where]
@@ -103,6 +105,17 @@ def test_tf32_where_torch_allows_it(emulated: Emulated) -> None:
         with place.on():
             results.append(layer(x))
     assert not torch.equal(*results)
+
+
+@pytest.mark.parametrize("height", [16, 64, 100, 128])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_tiles_of_every_height(height: int, dtype: Any, place: Place) -> None:
+    tensor = get_format("shuffled_block").random(
+        (201, 131), 0.3, np.random.default_rng(0), block_shape=(height, 3)
+    )
+    layer = SparseLinear.from_tensor(tensor, torch.zeros(201)).to(place.device, dtype)
+    for batch in (7, 65, 129):
+        check_layer(layer, batch, place)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
