@@ -190,6 +190,11 @@ def _folder(name: str) -> str:
     return name.replace(", ", "-").replace(" ", "-").replace(":", "")
 
 
+def _name(weights: Path | None) -> str:
+    """Return what a record calls the weights: where they lie is nobody else's matter."""
+    return "" if weights is None else weights.name
+
+
 def _recipe(suite: str, changes: Sequence[str]) -> tuple[Path, list[str]]:
     name, common = SUITES[suite]
     return RECIPES / f"{name}.toml", [*common, *changes]
@@ -253,7 +258,8 @@ def main() -> int:
                 folders[name] = args.out / suite / _folder(name)
                 run = lottery if name == LOTTERY else train
                 summary = run(suite, changes, data, folders[name])
-                found[name] = {"changes": changes, "cpu": here["machine"]["cpu"], **summary}
+                told = [c.replace(str(args.weights), _name(args.weights)) for c in changes]
+                found[name] = {"changes": told, "cpu": here["machine"]["cpu"], **summary}
         if suite == "prune" and folders:  # those that are compared are measured at once
             every = {name: args.out / suite / _folder(name) for name in found}
             record["latencies"] = latencies(every)

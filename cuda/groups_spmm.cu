@@ -80,10 +80,10 @@ extern "C" int spfmt_cuda_groups_spmm(int dtype, int precision, const spfmt::cud
   if (a->count == 0 || n == 0) return 0;
   return with_math(dtype, precision, [&](auto math) {
     using M = decltype(math);
-    using T = typename M::T;
-    const Matrix<const T> from(static_cast<const T*>(x), x_stride, n, M::kChunk);
-    const Matrix<T> to(static_cast<T*>(y), y_stride, n, 4);
-    return launch<M>(*a, values, from, bias, to, stream);
+    return with_matrices<typename M::T>(x, x_stride, n, y, y_stride,
+                                        [&](const auto& from, const auto& to) {
+                                          return launch<M>(*a, values, from, bias, to, stream);
+                                        });
   });
 }
 
@@ -93,16 +93,12 @@ extern "C" int spfmt_cuda_groups_conv(int dtype, int precision, const spfmt::cud
                                       const float* bias, void* y, const spfmt::cuda::Maps* y_maps,
                                       void* stream) {
   using namespace spfmt::cuda;
+  if (a->count == 0) return 0;
   return with_math(dtype, precision, [&](auto math) {
     using M = decltype(math);
-    using T = typename M::T;
-    const Grid grid = grid_of<T>(y_maps->height, y_maps->width, x, *x_maps, y, *y_maps);
-    if (a->count == 0 || grid.samples() == 0) return 0;
-    if (!is_countable(*x_maps, grid, stride[0], stride[1]) || !is_countable(*y_maps, grid, 1, 1)) {
-      return kInvalidValue;
-    }
-    const Images<const T> from(static_cast<const T*>(x), *x_maps, grid, stride[0], stride[1]);
-    const Images<T> to(static_cast<T*>(y), *y_maps, grid, 1, 1);
-    return launch<M>(*a, values, from, bias, to, stream);
+    return with_images<typename M::T>(x, *x_maps, stride, y, *y_maps,
+                                      [&](const auto& from, const auto& to) {
+                                        return launch<M>(*a, values, from, bias, to, stream);
+                                      });
   });
 }

@@ -276,6 +276,28 @@ class Images {
   }
 };
 
+// --------------------------------------------------------------------------------- both, for calls
+
+// body(x, y) with the matrices of a product.
+template <class T, class Body>
+int with_matrices(const void* x, int64_t x_stride, int64_t n, void* y, int64_t y_stride,
+                  const Body& body) {
+  const Matrix<const T> from(static_cast<const T*>(x), x_stride, n, 16 / sizeof(T));
+  return body(from, Matrix<T>(static_cast<T*>(y), y_stride, n, 4));
+}
+// The same with the images of a convolution, unless there are none.
+template <class T, class Body>
+int with_images(const void* x, const Maps& x_maps, const int32_t* stride, void* y,
+                const Maps& y_maps, const Body& body) {
+  const Grid grid = grid_of<T>(y_maps.height, y_maps.width, x, x_maps, y, y_maps);
+  if (grid.samples() == 0) return 0;
+  if (!is_countable(x_maps, grid, stride[0], stride[1]) || !is_countable(y_maps, grid, 1, 1)) {
+    return kInvalidValue;
+  }
+  const Images<const T> from(static_cast<const T*>(x), x_maps, grid, stride[0], stride[1]);
+  return body(from, Images<T>(static_cast<T*>(y), y_maps, grid, 1, 1));
+}
+
 // ------------------------------------------------------------------------------- to shared memory
 
 // Gathers `rows` rows of a source, `chunks` of sixteen bytes of each. Rows are found before they

@@ -52,12 +52,10 @@ def to_semi_structured(model: nn.Module) -> ModelReport:
     >>> print(to_semi_structured(model).left[0].reason)  # move it with .cuda().bfloat16() first
     on cpu: sparse tensor cores are NVIDIA GPUs'
     """
-    rows = []
     model = unfreeze(changeable(model))
-    for entry in survey(model):
-        rows.append(_converted(entry))
+    rows = tuple(_converted(entry) for entry in survey(model))
     set_fast_paths(model)
-    return ModelReport(tuple(rows))
+    return ModelReport(rows)
 
 
 def _converted(entry: Found) -> LayerReport:
